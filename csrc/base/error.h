@@ -1,0 +1,42 @@
+// The one error type of the core. It is thrown before work starts, says what was wrong with the
+// numbers and what to do, and is translated to a Python exception in one place (bindings/errors.cpp).
+#pragma once
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace puna {
+
+enum class ErrorCode {
+  kInternal,         // a broken invariant of ours: puna.Error
+  kModelNotFound,    // puna.ModelNotFound(FileNotFoundError)
+  kModelFormat,      // puna.ModelFormatError(ValueError)
+  kUnsupported,      // puna.UnsupportedError(NotImplementedError)
+  kOutOfMemory,      // puna.OutOfMemory(MemoryError)
+  kContextOverflow,  // puna.ContextOverflow(ValueError)
+  kInvalidRequest,   // puna.InvalidRequest(ValueError)
+  kImage,            // puna.ImageError(ValueError)
+  kDevice,           // puna.DeviceError(RuntimeError)
+  kSessionMismatch,  // puna.SessionMismatch(ValueError)
+  kEngineClosed,     // puna.EngineClosed(RuntimeError)
+};
+
+class Error : public std::runtime_error {
+ public:
+  Error(ErrorCode code, const std::string& message) : std::runtime_error(message), code_(code) {}
+  ErrorCode code() const { return code_; }
+
+ private:
+  ErrorCode code_;
+};
+
+// fail(ErrorCode::kModelFormat, "[safetensors] ", path, ": header is ", n, " bytes")
+template <class... Parts>
+[[noreturn]] void fail(ErrorCode code, const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw Error(code, message.str());
+}
+
+}  // namespace puna

@@ -1,0 +1,91 @@
+// The whole contract between the engine and an instruction set: one struct of function pointers.
+//
+// An instruction set is one file, kernels/cpu/isa/<name>.cpp, that exports one KernelTable. A slot it
+// leaves null is filled by resolve() from the next lower instruction set; scalar fills every slot.
+// Kernels take raw pointers, allocate nothing, know no threads, and use no STL.
+//
+// Determinism. Every result element is computed by the same sequence of operations whatever the
+// other elements of the call are: row m of a product does not depend on `rows` or on the block of
+// columns it is computed in, and a query does not depend on the queries beside it. So prefill, decode
+// and any cut of a prompt agree bit for bit. (Instruction sets may differ from each other in rounding.)
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace puna {
+
+// Weights are packed once, at load, into panels of kPanelRows output rows (the last one padded with
+// zeros), so that products need no horizontal sums and memory is read strictly in order:
+//   float32  panel[cols][kPanelRows]                       float
+//   bfloat16 panel[ceil(cols / 2)][kPanelRows][2]           uint16_t, pairs (k, k + 1) of one row; an
+//                                                          odd last column is paired with zero
+constexpr int64_t kPanelRows = 64;
+
+// Keys of one attention page and head are stored in blocks of kKeyBlock tokens, [head_dim][kKeyBlock],
+// values as [token][head_dim]; see backend/kv_layout.h.
+constexpr int64_t kKeyBlock = 16;
+
+// Online-softmax attention of `rows` queries over one page of keys and values of one head.
+// Row r sees the first visible[r] tokens of the page (0 = none: its state is left as it is).
+// For each row, with s_t = q . k_t over the seen tokens:
+//   m' = max(m, max_t s_t); l' = l * exp(m - m') + sum_t exp(s_t - m');
+//   o' = o * exp(m - m') + sum_t exp(s_t - m') * v_t
+// A state starts as m = -infinity, l = 0, o = 0. Memory of the page beyond the seen tokens is readable
+// and finite; it contributes exactly nothing.
+struct AttendPage {
+  const float* q;          // [rows][q_stride], the first head_dim of each; already scaled
+  int64_t q_stride;
+  const int32_t* visible;  // [rows]
+  const void* k;           // [ceil(tokens / kKeyBlock)][head_dim][kKeyBlock]
+  const void* v;           // [tokens][head_dim]
+  int32_t rows, head_dim, tokens;
+  float* m;                // [rows]
+  float* l;                // [rows]
+  float* o;                // [rows][head_dim], contiguous
+  float* scores;           // scratch, [rows][round_up(tokens, kKeyBlock)]
+};
+
+struct KernelTable {
+  const char* isa;      // "scalar", "avx2", ...
+  bool (*supported)();  // may run here and now: the processor has it and the system saves its state
+
+  // out[rows][out_stride] = x[rows][x_stride] * panel^T for one panel; only the first `width`
+  // (<= kPanelRows) output columns are written. fp32 accumulation, sequential in k; `bias` ([width],
+  // or null) is added once, after the sum.
+  void (*gemm_f32)(float* out, int64_t out_stride, const float* x, int64_t x_stride, const float* panel,
+                   const float* bias, int64_t rows, int64_t cols, int64_t width);
+  // The same for bfloat16 weights and activations. x is padded with zero to an even number of columns.
+  void (*gemm_bf16)(float* out, int64_t out_stride, const uint16_t* x, int64_t x_stride,
+                    const uint16_t* panel, const float* bias, int64_t rows, int64_t cols, int64_t width);
+
+  void (*attend_page_f32)(const AttendPage&);
+  void (*attend_page_bf16)(const AttendPage&);
+
+  // y = x * w / sqrt(mean(x^2) + eps); w may be null (then 1).
+  void (*rms_norm)(float* y, const float* x, const float* w, int64_t n, float eps);
+  // y = (x - mean) / sqrt(var + eps) * w + b
+  void (*layer_norm)(float* y, const float* x, const float* w, const float* b, int64_t n, float eps);
+  // y = silu(gate) * up
+  void (*silu_mul)(float* y, const float* gate, const float* up, int64_t n);
+  // y = 0.5 x (1 + erf(x / sqrt 2)): the exact form, not the tanh one
+  void (*gelu)(float* y, const float* x, int64_t n);
+  // y += x
+  void (*add)(float* y, const float* x, int64_t n);
+  // y = a * x
+  void (*scale)(float* y, const float* x, float a, int64_t n);
+  // Interleaved pairs (2i, 2i+1) of x[n] turned by the angle whose cos and sin are given, [n / 2].
+  void (*rope)(float* x, const float* cos, const float* sin, int64_t n);
+  void (*bf16_from_f32)(uint16_t* y, const float* x, int64_t n);  // to nearest, ties to even
+  void (*f32_from_bf16)(float* y, const uint16_t* x, int64_t n);
+
+  // For measuring the ceilings of the machine: both return a value that depends on all the work.
+  // Reads `bytes` (a multiple of 256) once, in order.
+  uint64_t (*read_bytes)(const void* data, int64_t bytes);
+  // Runs `iterations` rounds of independent register-only multiply-accumulates in the form that
+  // gemm_bf16 / gemm_f32 use; *operations receives the multiplies and adds done.
+  float (*peak_bf16)(int64_t iterations, int64_t* operations);
+  float (*peak_f32)(int64_t iterations, int64_t* operations);
+};
+
+}  // namespace puna
