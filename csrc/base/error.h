@@ -1,5 +1,6 @@
 // The one error type of the core. It is thrown before work starts, says what was wrong with the
-// numbers and what to do, and is translated to a Python exception in one place (bindings/errors.cpp).
+// numbers and what to do, and is translated to a Python exception in one place
+// (bindings/errors.cpp).
 #pragma once
 
 #include <sstream>

@@ -8,12 +8,18 @@ namespace puna {
 namespace {
 
 [[maybe_unused]] inline float float_of_bits(uint32_t bits) {
-  union { uint32_t u; float f; } both = {bits};
+  union {
+    uint32_t u;
+    float f;
+  } both = {bits};
   return both.f;
 }
 
 [[maybe_unused]] inline uint32_t bits_of_float(float value) {
-  union { float f; uint32_t u; } both = {value};
+  union {
+    float f;
+    uint32_t u;
+  } both = {value};
   return both.u;
 }
 
@@ -23,7 +29,8 @@ namespace {
 
 [[maybe_unused]] inline uint16_t bf16_of_float(float value) {
   const uint32_t bits = bits_of_float(value);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);  // quiet NaN
+  if ((bits & 0x7fffffffu) > 0x7f800000u)
+    return static_cast<uint16_t>((bits >> 16) | 0x40u);  // quiet NaN
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 

@@ -1,13 +1,14 @@
 // The whole contract between the engine and an instruction set: one struct of function pointers.
 //
-// An instruction set is one file, kernels/cpu/isa/<name>.cpp, that exports one KernelTable. A slot it
-// leaves null is filled by resolve() from the next lower instruction set; scalar fills every slot.
-// Kernels take raw pointers, allocate nothing, know no threads, and use no STL.
+// An instruction set is one file, kernels/cpu/isa/<name>.cpp, that exports one KernelTable. A slot
+// it leaves null is filled by resolve() from the next lower instruction set; scalar fills every
+// slot. Kernels take raw pointers, allocate nothing, know no threads, and use no STL.
 //
 // Determinism. Every result element is computed by the same sequence of operations whatever the
 // other elements of the call are: row m of a product does not depend on `rows` or on the block of
-// columns it is computed in, and a query does not depend on the queries beside it. So prefill, decode
-// and any cut of a prompt agree bit for bit. (Instruction sets may differ from each other in rounding.)
+// columns it is computed in, and a query does not depend on the queries beside it. So prefill,
+// decode and any cut of a prompt agree bit for bit. (Instruction sets may differ from each other in
+// rounding.)
 #pragma once
 
 #include <stddef.h>
@@ -18,12 +19,13 @@ namespace puna {
 // Weights are packed once, at load, into panels of kPanelRows output rows (the last one padded with
 // zeros), so that products need no horizontal sums and memory is read strictly in order:
 //   float32  panel[cols][kPanelRows]                       float
-//   bfloat16 panel[ceil(cols / 2)][kPanelRows][2]           uint16_t, pairs (k, k + 1) of one row; an
+//   bfloat16 panel[ceil(cols / 2)][kPanelRows][2]           uint16_t, pairs (k, k + 1) of one row;
+//   an
 //                                                          odd last column is paired with zero
 constexpr int64_t kPanelRows = 64;
 
-// Keys of one attention page and head are stored in blocks of kKeyBlock tokens, [head_dim][kKeyBlock],
-// values as [token][head_dim]; see backend/kv_layout.h.
+// Keys of one attention page and head are stored in blocks of kKeyBlock tokens,
+// [head_dim][kKeyBlock], values as [token][head_dim]; see backend/kv_layout.h.
 constexpr int64_t kKeyBlock = 16;
 
 // Online-softmax attention of `rows` queries over one page of keys and values of one head.
@@ -31,19 +33,19 @@ constexpr int64_t kKeyBlock = 16;
 // For each row, with s_t = q . k_t over the seen tokens:
 //   m' = max(m, max_t s_t); l' = l * exp(m - m') + sum_t exp(s_t - m');
 //   o' = o * exp(m - m') + sum_t exp(s_t - m') * v_t
-// A state starts as m = -infinity, l = 0, o = 0. Memory of the page beyond the seen tokens is readable
-// and finite; it contributes exactly nothing.
+// A state starts as m = -infinity, l = 0, o = 0. Memory of the page beyond the seen tokens is
+// readable and finite; it contributes exactly nothing.
 struct AttendPage {
-  const float* q;          // [rows][q_stride], the first head_dim of each; already scaled
+  const float* q;  // [rows][q_stride], the first head_dim of each; already scaled
   int64_t q_stride;
   const int32_t* visible;  // [rows]
   const void* k;           // [ceil(tokens / kKeyBlock)][head_dim][kKeyBlock]
   const void* v;           // [tokens][head_dim]
   int32_t rows, head_dim, tokens;
-  float* m;                // [rows]
-  float* l;                // [rows]
-  float* o;                // [rows][head_dim], contiguous
-  float* scores;           // scratch, [rows][round_up(tokens, kKeyBlock)]
+  float* m;       // [rows]
+  float* l;       // [rows]
+  float* o;       // [rows][head_dim], contiguous
+  float* scores;  // scratch, [rows][round_up(tokens, kKeyBlock)]
 };
 
 struct KernelTable {
@@ -51,13 +53,16 @@ struct KernelTable {
   bool (*supported)();  // may run here and now: the processor has it and the system saves its state
 
   // out[rows][out_stride] = x[rows][x_stride] * panel^T for one panel; only the first `width`
-  // (<= kPanelRows) output columns are written. fp32 accumulation, sequential in k; `bias` ([width],
-  // or null) is added once, after the sum.
-  void (*gemm_f32)(float* out, int64_t out_stride, const float* x, int64_t x_stride, const float* panel,
-                   const float* bias, int64_t rows, int64_t cols, int64_t width);
-  // The same for bfloat16 weights and activations. x is padded with zero to an even number of columns.
+  // (<= kPanelRows) output columns are written. fp32 accumulation, sequential in k; `bias`
+  // ([width], or null) is added once, after the sum.
+  void (*gemm_f32)(float* out, int64_t out_stride, const float* x, int64_t x_stride,
+                   const float* panel, const float* bias, int64_t rows, int64_t cols,
+                   int64_t width);
+  // The same for bfloat16 weights and activations. x is padded with zero to an even number of
+  // columns.
   void (*gemm_bf16)(float* out, int64_t out_stride, const uint16_t* x, int64_t x_stride,
-                    const uint16_t* panel, const float* bias, int64_t rows, int64_t cols, int64_t width);
+                    const uint16_t* panel, const float* bias, int64_t rows, int64_t cols,
+                    int64_t width);
 
   void (*attend_page_f32)(const AttendPage&);
   void (*attend_page_bf16)(const AttendPage&);
@@ -65,7 +70,8 @@ struct KernelTable {
   // y = x * w / sqrt(mean(x^2) + eps); w may be null (then 1).
   void (*rms_norm)(float* y, const float* x, const float* w, int64_t n, float eps);
   // y = (x - mean) / sqrt(var + eps) * w + b
-  void (*layer_norm)(float* y, const float* x, const float* w, const float* b, int64_t n, float eps);
+  void (*layer_norm)(float* y, const float* x, const float* w, const float* b, int64_t n,
+                     float eps);
   // y = silu(gate) * up
   void (*silu_mul)(float* y, const float* gate, const float* up, int64_t n);
   // y = 0.5 x (1 + erf(x / sqrt 2)): the exact form, not the tanh one

@@ -1,9 +1,11 @@
 // A few macros for the C++ tests: each file tests/cpp/<subject>_test.cpp is one program.
 //
-//   TEST(pool_runs_every_lane) { CHECK(n == 4); CHECK_EQ(a, b); CHECK_THROWS(ErrorCode::kImage, f()); }
+//   TEST(pool_runs_every_lane) { CHECK(n == 4); CHECK_EQ(a, b); CHECK_THROWS(ErrorCode::kImage,
+//   f()); }
 //
-// A failed check prints where and what and lets the test go on; the program's exit status is 1 then.
-// `program --list` names the tests, `program NAME...` runs those whose name contains one of NAME.
+// A failed check prints where and what and lets the test go on; the program's exit status is 1
+// then. `program --list` names the tests, `program NAME...` runs those whose name contains one of
+// NAME.
 #pragma once
 
 #include <cstdio>
@@ -43,22 +45,22 @@ void report_equal(const A& a, const B& b, const char* file, int line, const char
 
 }  // namespace check
 
-#define TEST(name)                                                          \
-  static void test_##name();                                                \
+#define TEST(name)                                                           \
+  static void test_##name();                                                 \
   static const check::Registration registration_##name(#name, &test_##name); \
   static void test_##name()
 #define CHECK(condition) check::report((condition), __FILE__, __LINE__, #condition)
 #define CHECK_EQ(a, b) check::report_equal((a), (b), __FILE__, __LINE__, #a " == " #b)
-#define CHECK_THROWS(expected_code, expression)                                            \
-  do {                                                                                     \
-    bool thrown = false;                                                                   \
-    try {                                                                                  \
-      (void)(expression);                                                                  \
-    } catch (const puna::Error& error) {                                                   \
-      thrown = error.code() == (expected_code);                                            \
-      if (!thrown) std::fprintf(stderr, "other error: %s\n", error.what());                \
-    }                                                                                      \
-    check::report(thrown, __FILE__, __LINE__, #expression " throws " #expected_code);      \
+#define CHECK_THROWS(expected_code, expression)                                       \
+  do {                                                                                \
+    bool thrown = false;                                                              \
+    try {                                                                             \
+      (void)(expression);                                                             \
+    } catch (const puna::Error& error) {                                              \
+      thrown = error.code() == (expected_code);                                       \
+      if (!thrown) std::fprintf(stderr, "other error: %s\n", error.what());           \
+    }                                                                                 \
+    check::report(thrown, __FILE__, __LINE__, #expression " throws " #expected_code); \
   } while (false)
 
 int main(int argc, char** argv) {

@@ -1,0 +1,129 @@
+// What a device must be able to do to run Llama 4: about a dozen fused operations on fp32
+// activations.
+//
+// Every operation checks its shapes and throws Error before it computes. Results obey the
+// determinism rule of DESIGN decision 3: a row depends on nothing but its own inputs, so it does
+// not matter which other rows are in the call, on how many threads it runs, or how a prompt was cut
+// into calls. A backend serves one caller at a time (the engine's scheduler holds a lock around a
+// forward pass).
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "backend/buffer.h"
+#include "backend/kv_layout.h"
+#include "base/tensor.h"
+
+namespace puna {
+
+struct MatmulOptions {
+  const VectorRef* bias = nullptr;  // [out.cols], added to each row
+  bool gelu = false;                // exact (erf) GELU after the bias
+  bool accumulate = false;          // out += instead of out =
+};
+
+// The rows of one sequence in a batch, and the pages that hold its keys and values in one layer.
+struct AttentionSegment {
+  int64_t first_row = 0, rows = 0;
+  int64_t position = 0;        // absolute position of the first row; rows are consecutive
+  int64_t first_position = 0;  // position of token 0 of pages[0]; row p sees first_position..p
+  std::span<void* const> pages;
+};
+
+struct AttentionInput {
+  // [rows][(heads + 2 * kv_heads) * head_dim]: queries, keys, values; overwritten as scratch.
+  // Query head j uses KV head j / (heads / kv_heads).
+  Rows qkv;
+  int64_t heads = 0;
+  KvPageLayout layout;
+  const float* cos = nullptr;  // [rows][head_dim / 2], null on layers without RoPE
+  const float* sin = nullptr;
+  bool qk_norm = false;  // weightless RMS norm of each head of q and k, after RoPE
+  float qk_norm_eps = 0;
+  const float* temperature = nullptr;  // [rows] factor of q, or null
+  std::span<const AttentionSegment> segments;
+};
+
+struct MoeWeights {
+  WeightRef router;  // [experts][hidden], kept in fp32
+  WeightRef shared_gate_up,
+      shared_down;  // [2 * width][hidden] (gate rows, then up rows), [hidden][width]
+  std::vector<WeightRef> gate_up, down;  // the same per expert
+  int64_t top_k = 1;
+};
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+
+  virtual const char* name() const = 0;         // "cpu", "ref", ...
+  virtual std::string description() const = 0;  // for people: "cpu (avx512_vnni_bf16, 2 threads)"
+
+  // --- memory and weights ------------------------------------------------------------------------
+  virtual Buffer allocate(size_t bytes) = 0;  // zeroed; OutOfMemory with the numbers
+  // Packs the parts stacked by rows (all with the same cols and dtype) into one matrix. bfloat16
+  // stays bfloat16 unless keep_f32; everything else becomes fp32.
+  virtual WeightRef load_matrix(std::span<const MatrixSource> parts, bool keep_f32 = false) = 0;
+  // The parts joined end to end, as fp32.
+  virtual VectorRef load_vector(std::span<const TensorRef> parts) = 0;
+  virtual void to_host(float* out, ConstRows x) = 0;  // contiguous [rows][cols]
+  virtual void from_host(Rows out, const float* x) = 0;
+
+  // --- rows --------------------------------------------------------------------------------------
+  // out[i] = table[ids[i]]; the table is a checkpoint tensor [vocab][hidden] in host memory.
+  virtual void embed(Rows out, const TensorRef& table, std::span<const int32_t> ids) = 0;
+  // out[i] = x[index[i]]
+  virtual void gather(Rows out, ConstRows x, std::span<const int32_t> index) = 0;
+  // out[index[i]] = x[i]
+  virtual void scatter(Rows out, ConstRows x, std::span<const int32_t> index) = 0;
+  virtual void rms_norm(Rows out, ConstRows x, const VectorRef& weight, float eps) = 0;
+  virtual void layer_norm(Rows out, ConstRows x, const VectorRef& weight, const VectorRef& bias,
+                          float eps) = 0;
+
+  // --- products ----------------------------------------------------------------------------------
+  // out = x W^T. With bfloat16 weights, x is rounded to bfloat16; sums are fp32.
+  virtual void matmul(Rows out, ConstRows x, const WeightRef& weight,
+                      const MatmulOptions& = {}) = 0;
+  // residual += down(silu(gate(x)) * up(x)); gate_up holds the rows of gate, then those of up.
+  virtual void mlp(Rows residual, ConstRows x, const WeightRef& gate_up, const WeightRef& down) = 0;
+  // residual += shared(x) + sum over the top_k experts e by router logit (ties: the lower index) of
+  // expert_e(sigmoid(logit_e) * x), added in the order of e. The router's product is fp32.
+  virtual void moe(Rows residual, ConstRows x, const MoeWeights& weights) = 0;
+
+  // --- attention ---------------------------------------------------------------------------------
+  // RoPE, QK norm and temperature; keys and values written to their pages; causal attention of each
+  // row over its segment's pages; out [rows][heads * head_dim].
+  virtual void attention(Rows out, const AttentionInput& input) = 0;
+  // Bidirectional attention within each tile of `tokens` rows. qkv [tiles * tokens][3 * heads *
+  // head_dim] is scratch afterwards; cos, sin [tokens][head_dim / 2] turn q and k.
+  virtual void vision_attention(Rows out, Rows qkv, int64_t tiles, int64_t tokens, int64_t heads,
+                                const float* cos, const float* sin) = 0;
+
+  // --- vision layout -----------------------------------------------------------------------------
+  // pixels [tiles][3][size][size] -> out [tiles * (size / patch)^2][3 * patch^2]: column c *
+  // patch^2 + y * patch + x, patches row-major.
+  virtual void unfold(Rows out, const float* pixels, int64_t tiles, int64_t size,
+                      int64_t patch) = 0;
+  // x [tiles * grid^2][dim] -> out [tiles * (grid / factor)^2][factor^2 * dim]: neighbouring
+  // patches, row-major, joined channel-wise.
+  virtual void pixel_shuffle(Rows out, ConstRows x, int64_t tiles, int64_t grid,
+                             int64_t factor) = 0;
+};
+
+struct BackendOptions {
+  std::string isa;  // "" = the best supported
+  int threads = 0;  // 0 = physical cores allowed to this process
+};
+
+// One line of backends.inc: how to make it, and whether it can be made here.
+struct BackendStatus {
+  std::string name;
+  bool available = false;
+  std::string why;  // what was found, or what is missing
+};
+
+}  // namespace puna
