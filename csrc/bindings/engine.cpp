@@ -1,0 +1,208 @@
+// Engine and Session as Python sees them: conversions only. Every call that computes releases the GIL.
+#include <pybind11/functional.h>
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <chrono>
+
+#include "bindings/module.h"
+#include "puna/engine.h"
+#include "text/tokenizer.h"
+
+namespace py = pybind11;
+
+namespace puna::bindings {
+
+namespace {
+
+using Pixels = py::array_t<float, py::array::c_style | py::array::forcecast>;
+
+// Runs pending Python signal handlers (Ctrl-C), at most every 20 ms: the GIL may be contended.
+Poll signal_poll() {
+  auto last = std::chrono::steady_clock::now();
+  return [last]() mutable {
+    const auto now = std::chrono::steady_clock::now();
+    if (now - last < std::chrono::milliseconds(20)) return;
+    last = now;
+    const py::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  };
+}
+
+Prompt prompt_of(std::vector<int32_t> tokens, const std::vector<Pixels>& images) {
+  Prompt prompt;
+  prompt.tokens = std::move(tokens);
+  for (const Pixels& image : images) {
+    if (image.ndim() != 4 || image.shape(1) != 3 || image.shape(2) != image.shape(3)) {
+      fail(ErrorCode::kImage, "[prompt] pixel values have ", image.ndim(),
+           " dimensions; they must be (tiles, 3, size, size)");
+    }
+    auto pixels = std::make_shared<PreparedPixels>();
+    pixels->tiles = image.shape(0);
+    pixels->size = image.shape(2);
+    pixels->data.assign(image.data(), image.data() + image.size());
+    prompt.images.push_back(std::move(pixels));
+  }
+  return prompt;
+}
+
+py::object finish_name(FinishReason reason) {
+  switch (reason) {
+    case FinishReason::kNone: return py::none();
+    case FinishReason::kStop: return py::str("stop");
+    case FinishReason::kLength: return py::str("length");
+    case FinishReason::kCancelled: return py::str("cancelled");
+  }
+  return py::none();
+}
+
+py::dict info_of(const Engine& engine) {
+  const ModelInfo& info = engine.info();
+  using namespace py::literals;  // NOLINT
+  return py::dict(
+      "path"_a = info.path, "device"_a = info.device, "dtype"_a = info.dtype,
+      "kv_dtype"_a = info.kv_dtype, "parameters"_a = info.parameters,
+      "active_parameters"_a = info.active_parameters, "weight_bytes"_a = info.weight_bytes,
+      "memory_bytes"_a = info.memory_bytes, "context"_a = info.context,
+      "max_context"_a = info.max_context, "kv_bytes_per_token"_a = info.kv_bytes_per_token,
+      "vocab_size"_a = info.vocab_size, "hidden_size"_a = info.hidden_size, "layers"_a = info.layers,
+      "image_size"_a = info.image_size, "tokens_per_tile"_a = info.tokens_per_tile,
+      "bos_token"_a = info.bos_token, "image_token"_a = info.image_token,
+      "eos_tokens"_a = info.eos_tokens, "load_seconds"_a = info.load_seconds,
+      "warnings"_a = info.warnings, "temperature"_a = info.temperature, "top_p"_a = info.top_p,
+      "top_k"_a = info.top_k);
+}
+
+py::dict timings_of(const Session& session) {
+  Timings t;
+  {
+    const py::gil_scoped_release release;
+    t = session.timings();
+  }
+  using namespace py::literals;  // NOLINT
+  return py::dict("load_seconds"_a = t.load_seconds, "first_token_seconds"_a = t.first_token_seconds,
+                  "prefill_seconds"_a = t.prefill_seconds, "decode_seconds"_a = t.decode_seconds,
+                  "prefill_tokens"_a = t.prefill_tokens, "decode_tokens"_a = t.decode_tokens,
+                  "cached_tokens"_a = t.cached_tokens, "image_tokens"_a = t.image_tokens,
+                  "kv_bytes"_a = t.kv_bytes, "peak_bytes"_a = t.peak_bytes);
+}
+
+std::shared_ptr<Engine> load(const std::string& path, const std::string& device, const std::string& isa,
+                             int threads, const std::string& kv, int64_t context, int64_t memory,
+                             bool vision, const py::object& progress) {
+  LoadOptions options{path, device, isa, threads, kv, context, memory, vision, {}};
+  const Poll signals = signal_poll();
+  options.progress = [&](int64_t done, int64_t total) {
+    signals();
+    if (progress.is_none()) return;
+    const py::gil_scoped_acquire gil;
+    progress(done, total);
+  };
+  const py::gil_scoped_release release;
+  return Engine::load(options);
+}
+
+std::vector<StepResult> step(Engine& engine, const std::vector<Session*>& sessions) {
+  const py::gil_scoped_release release;
+  return engine.step(sessions, signal_poll());
+}
+
+py::array_t<float> logits(Engine& engine, std::vector<int32_t> tokens, const std::vector<Pixels>& images,
+                          const std::vector<int64_t>& cuts) {
+  const Prompt prompt = prompt_of(std::move(tokens), images);
+  auto* values = new std::vector<float>();
+  const py::capsule owner(values, [](void* p) { delete static_cast<std::vector<float>*>(p); });
+  {
+    const py::gil_scoped_release release;
+    *values = engine.logits(prompt, cuts, signal_poll());
+  }
+  return {{static_cast<int64_t>(prompt.tokens.size()), engine.info().vocab_size}, values->data(), owner};
+}
+
+void begin(Session& session, double temperature, double top_p, int64_t top_k, double min_p,
+           double repetition_penalty, double presence_penalty, double frequency_penalty,
+           std::vector<std::pair<int32_t, double>> logit_bias, uint64_t seed, int64_t max_tokens,
+           int64_t min_tokens, std::vector<int32_t> stop_ids, std::vector<std::string> stop,
+           bool ignore_eos, int logprobs, bool want_logprobs) {
+  const py::gil_scoped_release release;
+  session.begin({temperature, top_p, top_k, min_p, repetition_penalty, presence_penalty,
+                 frequency_penalty, std::move(logit_bias), seed, max_tokens, min_tokens,
+                 std::move(stop_ids), std::move(stop), ignore_eos, logprobs, want_logprobs});
+}
+
+}  // namespace
+
+void bind_engine(py::module_& module) {
+  using namespace py::literals;  // NOLINT
+
+  py::class_<StepResult>(module, "Step", "One token of one session.")
+      .def_readonly("token", &StepResult::token, "Its id, or -1 if the turn had ended.")
+      .def_readonly("text", &StepResult::text, "Text that may be shown now.")
+      .def_readonly("logprob", &StepResult::logprob, "Log-probability of the token, if asked for.")
+      .def_readonly("stop", &StepResult::stop, "The stop string that ended the turn, or empty.")
+      .def_property_readonly(
+          "top",
+          [](const StepResult& step) {
+            py::list pairs;
+            for (const TokenLogprob& item : step.top) pairs.append(py::make_tuple(item.token, item.logprob));
+            return pairs;
+          },
+          "(token, logprob) of the alternatives, most likely first.")
+      .def_property_readonly(
+          "finish", [](const StepResult& step) { return finish_name(step.finish); },
+          "Why the turn ended: None, 'stop', 'length' or 'cancelled'.");
+
+  py::class_<Session, std::shared_ptr<Session>>(module, "Session", "One sequence of tokens.")
+      .def(
+          "prompt",
+          [](Session& session, std::vector<int32_t> tokens, const std::vector<Pixels>& images) {
+            const Prompt prompt = prompt_of(std::move(tokens), images);
+            const py::gil_scoped_release release;
+            session.prompt(prompt);
+          },
+          "tokens"_a, "images"_a,
+          "Makes (tokens, tiles per image) the session's text, keeping what it shares with it.")
+      .def("begin", &begin, py::kw_only(), "temperature"_a, "top_p"_a, "top_k"_a, "min_p"_a,
+           "repetition_penalty"_a, "presence_penalty"_a, "frequency_penalty"_a, "logit_bias"_a, "seed"_a,
+           "max_tokens"_a, "min_tokens"_a, "stop_ids"_a, "stop"_a, "ignore_eos"_a, "logprobs"_a,
+           "want_logprobs"_a, "Starts a turn with these sampling options.")
+      .def(
+          "step",
+          [](Session& session) {
+            const py::gil_scoped_release release;
+            return session.step(signal_poll());
+          },
+          "Computes one token.")
+      .def("cancel", &Session::cancel, "Ends the turn at the next step; from any thread.")
+      .def("fork", &Session::fork, py::call_guard<py::gil_scoped_release>(),
+           "A session that shares everything computed so far.")
+      .def("tokens", &Session::tokens, "Ids held: computed and pending.")
+      .def_property_readonly("length", &Session::length, "Number of ids held.")
+      .def("timings", &timings_of, "Times, token counts and memory of the current turn.");
+
+  py::class_<Engine, std::shared_ptr<Engine>>(module, "Engine", "A loaded checkpoint.")
+      .def("info", &info_of, "Facts about the model, the memory and the context.")
+      .def(
+          "tokenizer", [](const Engine& engine) { return engine.tokenizer(); },
+          py::return_value_policy::reference_internal, "The tokenizer, or None.")
+      .def("session", &Engine::session, py::call_guard<py::gil_scoped_release>(), "Opens a session.")
+      .def("step", &step, "sessions"_a, "One token for each session, computed as one batch.")
+      .def("logits", &logits, "tokens"_a, "images"_a, "cuts"_a, "float32 [tokens, vocab].")
+      .def(
+          "score",
+          [](Engine& engine, const std::vector<int32_t>& tokens) {
+            const py::gil_scoped_release release;
+            return engine.score(tokens, signal_poll());
+          },
+          "tokens"_a, "Log-probability of each token given those before it.")
+      .def("close", &Engine::close, py::call_guard<py::gil_scoped_release>(),
+           "Stops running steps and frees the model.")
+      .def_property_readonly("closed", &Engine::closed, "Whether close() was called.");
+
+  module.def("load", &load, py::kw_only(), "path"_a, "device"_a, "isa"_a, "threads"_a, "kv"_a,
+             "context"_a, "memory"_a, "vision"_a, "progress"_a, "Loads a checkpoint directory.");
+  module.def("version", &version, "The version of puna.");
+}
+
+}  // namespace puna::bindings

@@ -1,0 +1,13 @@
+// The parts of puna._core, one per file of bindings/.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace puna::bindings {
+
+void bind_text(pybind11::module_& module);    // Tokenizer, StreamDecoder
+void bind_image(pybind11::module_& module);   // plan_tiles, prepare_image, image_token_layout
+void bind_system(pybind11::module_& module);  // backends, isas, inspect, system
+void bind_engine(pybind11::module_& module);  // load, Engine, Session
+
+}  // namespace puna::bindings

@@ -1,0 +1,191 @@
+#include "engine/sampler.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <unordered_set>
+
+#include "base/error.h"
+
+namespace puna {
+
+namespace {
+
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+// The finaliser of splitmix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators).
+uint64_t mix(uint64_t x) {
+  x += 0x9e3779b97f4a7c15ull;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+  return x ^ (x >> 31);
+}
+
+double log_sum_exp(std::span<const float> logits) {
+  const float top = *std::max_element(logits.begin(), logits.end());
+  double sum = 0;
+  for (const float x : logits) sum += std::exp(static_cast<double>(x) - top);
+  return top + std::log(sum);
+}
+
+void require(bool ok, const char* name, double value, const char* range) {
+  if (!ok) fail(ErrorCode::kInvalidRequest, "[sampling] ", name, " is ", value, "; it must be ", range);
+}
+
+}  // namespace
+
+double uniform_random(uint64_t seed, uint64_t index) {
+  return static_cast<double>(mix(mix(seed) ^ mix(index + 0x6a09e667f3bcc909ull)) >> 11) * 0x1p-53;
+}
+
+void check_sampling(const SamplingOptions& o, int64_t vocab_size) {
+  // Written so that NaN fails each test.
+  require(o.temperature >= 0 && o.temperature <= 100, "temperature", o.temperature, "from 0 to 100");
+  require(o.top_p > 0 && o.top_p <= 1, "top_p", o.top_p, "above 0 and at most 1");
+  require(o.top_k >= 0, "top_k", static_cast<double>(o.top_k), "0 (off) or more");
+  require(o.min_p >= 0 && o.min_p < 1, "min_p", o.min_p, "from 0 (off) to below 1");
+  require(o.repetition_penalty > 0 && o.repetition_penalty <= 100, "repetition_penalty",
+          o.repetition_penalty, "above 0 and at most 100");
+  require(std::abs(o.presence_penalty) <= 100, "presence_penalty", o.presence_penalty, "from -100 to 100");
+  require(std::abs(o.frequency_penalty) <= 100, "frequency_penalty", o.frequency_penalty,
+          "from -100 to 100");
+  require(o.max_tokens >= 0, "max_tokens", static_cast<double>(o.max_tokens), "1 or more");
+  require(o.min_tokens >= 0, "min_tokens", static_cast<double>(o.min_tokens), "0 or more");
+  require(o.max_tokens == 0 || o.min_tokens <= o.max_tokens, "min_tokens",
+          static_cast<double>(o.min_tokens), "at most max_tokens");
+  require(o.logprobs >= 0 && o.logprobs <= vocab_size, "logprobs", o.logprobs,
+          "from 0 to the vocabulary's size");
+  for (const auto& [token, bias] : o.logit_bias) {
+    require(token >= 0 && token < vocab_size, "a token id of logit_bias", token, "inside the vocabulary");
+    require(bias >= -1e9 && bias <= 1e9, "a value of logit_bias", bias, "finite (use -1e9 to ban a token)");
+  }
+  for (const int32_t token : o.stop_ids) {
+    require(token >= 0 && token < vocab_size, "a token id of stop", token, "inside the vocabulary");
+  }
+  for (const std::string& stop : o.stop) {
+    if (stop.empty()) fail(ErrorCode::kInvalidRequest, "[sampling] a stop string is empty; leave it out");
+  }
+}
+
+Sampler::Sampler(const SamplingOptions& options) : options_(options) {}
+
+void Sampler::accept(int32_t token) { ++emitted_[token]; }
+
+int32_t Sampler::sample(std::span<float> logits, std::span<const int32_t> context,
+                        std::span<const int32_t> banned) {
+  const uint64_t index = drawn_++;
+  if (options_.repetition_penalty != 1.0) {
+    // Keskar et al. 2019 (CTRL): a seen token's logit is divided if positive and multiplied if negative.
+    const float penalty = static_cast<float>(options_.repetition_penalty);
+    for (const int32_t token : std::unordered_set<int32_t>(context.begin(), context.end())) {
+      float& x = logits[token];
+      x = x > 0 ? x / penalty : x * penalty;
+    }
+  }
+  if (options_.presence_penalty != 0 || options_.frequency_penalty != 0) {
+    for (const auto& [token, count] : emitted_) {
+      logits[token] -= static_cast<float>(options_.presence_penalty +
+                                          options_.frequency_penalty * static_cast<double>(count));
+    }
+  }
+  for (const auto& [token, bias] : options_.logit_bias) logits[token] += static_cast<float>(bias);
+  for (const int32_t token : banned) logits[token] = kMinusInfinity;
+
+  const auto better = [&](int32_t a, int32_t b) {
+    return logits[a] != logits[b] ? logits[a] > logits[b] : a < b;
+  };
+  if (options_.temperature == 0 || options_.top_k == 1) {
+    int32_t best = 0;
+    for (int32_t i = 1; i < static_cast<int32_t>(logits.size()); ++i) {
+      if (logits[i] > logits[best]) best = i;
+    }
+    return best;
+  }
+
+  const size_t vocab = logits.size();
+  if (options_.top_k == 0 && options_.top_p >= 1 && options_.min_p == 0) return draw(logits, index);
+  const size_t keep = options_.top_k > 0 ? std::min<size_t>(options_.top_k, vocab) : vocab;
+  order_.resize(vocab);
+  std::iota(order_.begin(), order_.end(), 0);
+  const auto worse = [&](int32_t a, int32_t b) { return better(b, a); };
+  // A heap gives the candidates in order and stops as soon as top_p or min_p is met: the nucleus is
+  // usually a few hundred of 200,000 tokens.
+  std::make_heap(order_.begin(), order_.end(), worse);
+  const float top = logits[order_.front()];
+  const auto weight_of = [&](int32_t token) {
+    return std::exp((static_cast<double>(logits[token]) - top) / options_.temperature);
+  };
+  double total = 0;  // of what top_k leaves
+  if (keep == vocab) {
+    for (size_t i = 0; i < vocab; ++i) total += weight_of(static_cast<int32_t>(i));
+  }
+  const auto pop = [&](size_t taken) {
+    std::pop_heap(order_.begin(), order_.end() - static_cast<int64_t>(taken), worse);
+    return order_[vocab - 1 - taken];
+  };
+  weights_.clear();
+  if (keep < vocab) {
+    for (size_t taken = 0; taken < keep; ++taken) {
+      weights_.push_back(weight_of(pop(taken)));
+      total += weights_.back();
+    }
+  }
+  double kept = 0;
+  size_t count = 0;
+  while (count < keep) {
+    if (keep == vocab) weights_.push_back(weight_of(pop(count)));
+    // The most likely token has weight 1, so min_p compares with the weights directly.
+    if (count > 0 && ((options_.top_p < 1 && kept >= options_.top_p * total) ||
+                      weights_[count] < options_.min_p)) {
+      break;
+    }
+    kept += weights_[count++];
+  }
+  double left = uniform_random(options_.seed, index) * kept;
+  for (size_t i = 0; i < count; ++i) {
+    left -= weights_[i];
+    if (left < 0) return order_[vocab - 1 - i];
+  }
+  return order_[vocab - count];  // rounding left nothing over: the last candidate
+}
+
+// The whole distribution: no order is needed, so the draw walks the vocabulary by id.
+int32_t Sampler::draw(std::span<const float> logits, uint64_t index) const {
+  const float top = *std::max_element(logits.begin(), logits.end());
+  const auto weight_of = [&](float x) {
+    return std::exp((static_cast<double>(x) - top) / options_.temperature);
+  };
+  double total = 0;
+  for (const float x : logits) total += weight_of(x);
+  double left = uniform_random(options_.seed, index) * total;
+  int32_t last = 0;
+  for (size_t i = 0; i < logits.size(); ++i) {
+    const double weight = weight_of(logits[i]);
+    if (weight == 0) continue;
+    last = static_cast<int32_t>(i);
+    left -= weight;
+    if (left < 0) break;
+  }
+  return last;
+}
+
+double log_probability(std::span<const float> logits, int32_t token) {
+  return static_cast<double>(logits[token]) - log_sum_exp(logits);
+}
+
+std::vector<TokenLogprob> top_log_probabilities(std::span<const float> logits, int count) {
+  std::vector<int32_t> order(logits.size());
+  std::iota(order.begin(), order.end(), 0);
+  const auto n = std::min<size_t>(count, order.size());
+  std::partial_sort(order.begin(), order.begin() + static_cast<int64_t>(n), order.end(),
+                    [&](int32_t a, int32_t b) {
+                      return logits[a] != logits[b] ? logits[a] > logits[b] : a < b;
+                    });
+  const double total = log_sum_exp(logits);
+  std::vector<TokenLogprob> top;
+  for (size_t i = 0; i < n; ++i) top.push_back({order[i], static_cast<double>(logits[order[i]]) - total});
+  return top;
+}
+
+}  // namespace puna

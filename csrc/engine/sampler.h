@@ -1,0 +1,51 @@
+// From logits to the next token: penalties, bias, temperature, top-k, top-p, min-p, draw.
+//
+// Order (that of transformers and vLLM): repetition, presence and frequency penalties and logit_bias
+// change the logits; then temperature; then top_k, top_p and min_p each cut the distribution that the
+// one before left. Ties are broken by the lower token id. The random number of the n-th token of a turn
+// is a function of (seed, n) alone, so a seed gives the same text on any number of threads.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <unordered_map>
+#include <vector>
+
+#include "puna/types.h"
+
+namespace puna {
+
+// Throws InvalidRequest naming the option that is out of range.
+void check_sampling(const SamplingOptions& options, int64_t vocab_size);
+
+class Sampler {
+ public:
+  Sampler() = default;
+  explicit Sampler(const SamplingOptions& options);
+
+  // `context` are the tokens seen so far (prompt and output) for the repetition penalty; `banned` ids
+  // are never drawn. `logits` is overwritten.
+  int32_t sample(std::span<float> logits, std::span<const int32_t> context,
+                 std::span<const int32_t> banned);
+  // To be told of every token that is emitted (presence and frequency count the output only).
+  void accept(int32_t token);
+
+ private:
+  int32_t draw(std::span<const float> logits, uint64_t index) const;
+
+  SamplingOptions options_;
+  uint64_t drawn_ = 0;
+  std::unordered_map<int32_t, int64_t> emitted_;
+  std::vector<int32_t> order_;
+  std::vector<double> weights_;
+};
+
+// log softmax(logits)[token], in double.
+double log_probability(std::span<const float> logits, int32_t token);
+// The `count` most likely tokens, most likely first.
+std::vector<TokenLogprob> top_log_probabilities(std::span<const float> logits, int count);
+
+// Uniform in [0, 1), a function of (seed, index) only.
+double uniform_random(uint64_t seed, uint64_t index);
+
+}  // namespace puna

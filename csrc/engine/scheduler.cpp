@@ -1,0 +1,281 @@
+// Packing sequences into forward passes, and turning logits into steps of sessions.
+#include <algorithm>
+#include <chrono>
+
+#include "engine/state.h"
+
+namespace puna {
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+// FNV-1a over the pixels: an identity, not a defence.
+uint64_t key_of(const PreparedPixels& pixels) {
+  uint64_t key = 0xcbf29ce484222325ull;
+  const auto* bytes = reinterpret_cast<const unsigned char*>(pixels.data.data());
+  for (size_t i = 0; i < pixels.data.size() * sizeof(float); ++i) key = (key ^ bytes[i]) * 0x100000001b3ull;
+  return key;
+}
+
+}  // namespace
+
+std::shared_ptr<const ImageFeatures> FeatureCache::find(uint64_t key) {
+  for (auto entry = entries_.begin(); entry != entries_.end(); ++entry) {
+    if (entry->first != key) continue;
+    entries_.splice(entries_.begin(), entries_, entry);
+    return entry->second;
+  }
+  return nullptr;
+}
+
+void FeatureCache::put(uint64_t key, std::shared_ptr<const ImageFeatures> features) {
+  entries_.emplace_front(key, std::move(features));
+  if (entries_.size() > kEntries) entries_.pop_back();
+}
+
+void Engine::Impl::require_open() const {
+  if (closed) fail(ErrorCode::kEngineClosed, "the engine was closed; load the model again");
+}
+
+void Engine::Impl::release_dropped() {
+  const std::lock_guard guard(dropped_mutex);
+  for (const KvStore::Sequence sequence : dropped) kv->release(sequence);
+  dropped.clear();
+}
+
+TokenSequence Engine::Impl::place(const Prompt& prompt) const {
+  TokenSequence text;
+  text.tokens = prompt.tokens;
+  if (text.tokens.empty()) {
+    fail(ErrorCode::kInvalidRequest, "[prompt] the prompt has no tokens; give at least one");
+  }
+  const int64_t length = static_cast<int64_t>(text.tokens.size());
+  if (length > info.context) {
+    fail(ErrorCode::kContextOverflow, "[prompt] the prompt has ", length, " tokens, the context holds ",
+         info.context, " (the model allows ", info.max_context, "); shorten it or load with context=",
+         length, " or more");
+  }
+  int64_t places = 0;
+  for (const int32_t token : text.tokens) {
+    if (token < 0 || token >= info.vocab_size) {
+      fail(ErrorCode::kInvalidRequest, "[prompt] token id ", token, " is outside the vocabulary of ",
+           info.vocab_size);
+    }
+    places += token == info.image_token;
+  }
+  int64_t rows = 0;
+  for (const auto& pixels : prompt.images) {
+    if (!vision) {
+      fail(ErrorCode::kInvalidRequest,
+           "[prompt] an image was given, but this model was loaded without a vision tower",
+           spec.vision ? " (vision=False)" : " (a text-only checkpoint)");
+    }
+    if (pixels->size != info.image_size ||
+        static_cast<int64_t>(pixels->data.size()) != pixels->tiles * 3 * pixels->size * pixels->size) {
+      fail(ErrorCode::kImage, "[prompt] pixel values are (", pixels->tiles, ", 3, ", pixels->size, ", ",
+           pixels->size, "), the model wants tiles of (3, ", info.image_size, ", ", info.image_size, ")");
+    }
+    const int64_t count = pixels->tiles * info.tokens_per_tile;
+    text.images.push_back({pixels, key_of(*pixels), rows, count});
+    rows += count;
+  }
+  // Without images the token stands for itself, as any other.
+  if (!prompt.images.empty() && rows != places) {
+    fail(ErrorCode::kInvalidRequest, "[prompt] the images fill ", rows,
+         " places, but the prompt has the image token ", info.image_token, " ", places, " times");
+  }
+  return text;
+}
+
+std::shared_ptr<const ImageFeatures> Engine::Impl::features_of(const PlacedImage& image,
+                                                               const Poll& poll) {
+  if (auto found = features.find(image.key)) return found;
+  auto made = std::make_shared<ImageFeatures>();
+  const int64_t hidden = info.hidden_size;
+  made->buffer = backend->allocate(static_cast<size_t>(image.rows * hidden) * sizeof(float));
+  const Rows rows(made->buffer.floats(), image.rows, hidden);
+  vision->encode(rows, image.pixels->data, image.pixels->tiles, poll);
+  made->rows = rows;
+  features.put(image.key, made);
+  return made;
+}
+
+ConstRows Engine::Impl::forward(std::span<TokenSequence* const> sequences, std::span<const int64_t> rows,
+                                std::span<const int32_t> logit_rows, const Poll& poll) {
+  std::vector<int32_t> ids;
+  std::vector<TextBatch::Segment> segments;
+  std::vector<KvStore::Append> appends;
+  std::vector<TextBatch::Features> placed;
+  std::vector<std::shared_ptr<const ImageFeatures>> alive;
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    const TokenSequence& text = *sequences[i];
+    const int64_t begin = kv->length(text.sequence);
+    segments.push_back({text.sequence, begin, rows[i]});
+    appends.push_back({text.sequence, rows[i]});
+    const auto first = text.tokens.begin() + begin;
+    int64_t image_row = text.images.empty() ? 0 : std::count(text.tokens.begin(), first, info.image_token);
+    const PlacedImage* last = nullptr;
+    for (int64_t r = 0; r < rows[i]; ++r) {
+      const int32_t token = first[r];
+      const auto batch_row = static_cast<int32_t>(ids.size());
+      ids.push_back(token);
+      if (token != info.image_token || text.images.empty()) continue;
+      for (const PlacedImage& image : text.images) {
+        if (image_row < image.first_row || image_row >= image.first_row + image.rows) continue;
+        if (last != &image) {
+          last = &image;
+          alive.push_back(features_of(image, poll));
+          const int64_t skipped = image_row - image.first_row;
+          placed.push_back({alive.back()->rows.slice(skipped, image.rows - skipped), {}});
+        }
+        placed.back().rows.push_back(batch_row);
+      }
+      ++image_row;
+    }
+  }
+  for (TextBatch::Features& part : placed) {
+    part.features.rows = static_cast<int64_t>(part.rows.size());
+  }
+  const KvStore::Plan plan = kv->plan(appends);
+  const int64_t count = static_cast<int64_t>(logit_rows.size());
+  const size_t bytes = static_cast<size_t>(count * info.vocab_size) * sizeof(float);
+  if (logits.bytes() < bytes) logits = backend->allocate(bytes);
+  const Rows out(logits.floats(), count, info.vocab_size);
+  kv->apply(plan);
+  text->forward({ids, segments, placed, logit_rows}, *kv, out, poll);
+  kv->commit(plan);
+  return out;
+}
+
+StepResult Engine::Impl::emit(Session::State& session, std::span<float> row) {
+  StepResult result;
+  const SamplingOptions& options = session.options;
+  const std::span<const int32_t> banned =
+      session.emitted < options.min_tokens ? std::span<const int32_t>(session.stop_ids)
+                                           : std::span<const int32_t>();
+  std::vector<float> raw;  // the sampler overwrites the row
+  if (options.want_logprobs || options.logprobs > 0) raw.assign(row.begin(), row.end());
+  const int32_t token = session.sampler.sample(row, session.text.tokens, banned);
+  session.sampler.accept(token);
+  session.text.tokens.push_back(token);
+  ++session.emitted;
+  result.token = token;
+  if (!raw.empty()) {
+    result.logprob = log_probability(raw, token);
+    if (options.logprobs > 0) result.top = top_log_probabilities(raw, options.logprobs);
+  }
+  if (std::find(session.stop_ids.begin(), session.stop_ids.end(), token) != session.stop_ids.end()) {
+    session.finish = FinishReason::kStop;
+  } else if (session.decoder) {
+    result.text = session.decoder->push(token);
+    if (session.decoder->stopped()) {
+      session.finish = FinishReason::kStop;
+      session.stop = session.decoder->stop();
+    }
+  }
+  const bool full = static_cast<int64_t>(session.text.tokens.size()) >= info.context;
+  if (session.finish == FinishReason::kNone &&
+      (full || (options.max_tokens > 0 && session.emitted >= options.max_tokens))) {
+    session.finish = FinishReason::kLength;
+  }
+  if (session.finish != FinishReason::kNone && session.decoder && !session.decoder->stopped()) {
+    result.text += session.decoder->finish();
+  }
+  result.finish = session.finish;
+  result.stop = session.stop;
+  return result;
+}
+
+std::vector<StepResult> Engine::Impl::step(std::span<Session::State* const> sessions, const Poll& poll) {
+  struct Cancelled {};
+  std::vector<StepResult> results(sessions.size());
+  std::vector<size_t> waiting;
+  const auto finish_cancelled = [&](size_t i) {
+    Session::State& session = *sessions[i];
+    session.finish = FinishReason::kCancelled;
+    if (session.decoder) results[i].text = session.decoder->finish();
+    results[i].finish = session.finish;
+  };
+  for (size_t i = 0; i < sessions.size(); ++i) {
+    Session::State& session = *sessions[i];
+    if (!session.begun) fail(ErrorCode::kInvalidRequest, "[step] begin() was not called for this session");
+    if (session.text.tokens.empty()) fail(ErrorCode::kInvalidRequest, "[step] the session has no prompt");
+    if (session.finish != FinishReason::kNone) {
+      results[i].finish = session.finish;
+      results[i].stop = session.stop;
+    } else if (session.cancelled) {
+      finish_cancelled(i);
+    } else {
+      waiting.push_back(i);
+    }
+  }
+  const Poll layer_poll = [&] {
+    require_open();
+    for (const size_t i : waiting) {
+      if (sessions[i]->cancelled) throw Cancelled{};
+    }
+    if (poll) poll();
+  };
+
+  while (!waiting.empty()) {
+    // As many rows of each waiting session as the pass, and its attention chunk, have room for. A
+    // sequence whose last pending row is in the pass gets its logits and leaves.
+    std::vector<TokenSequence*> sequences;
+    std::vector<int64_t> rows;
+    std::vector<size_t> members, ending;
+    std::vector<int32_t> logit_rows;
+    int64_t used = 0;
+    for (const size_t i : waiting) {
+      TokenSequence& text = sessions[i]->text;
+      const int64_t pending = static_cast<int64_t>(text.tokens.size()) - kv->length(text.sequence);
+      const int64_t take = std::min({pending, kv->room(text.sequence), kBatchRows - used});
+      if (take <= 0) continue;
+      used += take;
+      sequences.push_back(&text);
+      rows.push_back(take);
+      members.push_back(i);
+      if (take == pending) {
+        ending.push_back(i);
+        logit_rows.push_back(static_cast<int32_t>(used - 1));
+      }
+    }
+    const Clock::time_point start = Clock::now();
+    ConstRows out;
+    try {
+      out = forward(sequences, rows, logit_rows, layer_poll);
+    } catch (const Cancelled&) {
+      for (const size_t i : waiting) {
+        if (sessions[i]->cancelled) finish_cancelled(i);
+      }
+      std::erase_if(waiting, [&](size_t i) { return sessions[i]->cancelled.load(); });
+      continue;
+    }
+    std::vector<float> host(static_cast<size_t>(out.rows * out.cols));
+    backend->to_host(host.data(), out);
+    const double spent = seconds_since(start);
+    for (size_t m = 0; m < members.size(); ++m) {
+      Timings& timings = sessions[members[m]]->timings;
+      const bool prefill = !sessions[members[m]]->prefilled;
+      (prefill ? timings.prefill_seconds : timings.decode_seconds) += spent;
+      (prefill ? timings.prefill_tokens : timings.decode_tokens) += rows[m];
+    }
+    for (size_t e = 0; e < ending.size(); ++e) {
+      Session::State& session = *sessions[ending[e]];
+      results[ending[e]] = emit(session, {host.data() + static_cast<int64_t>(e) * out.cols,
+                                          static_cast<size_t>(out.cols)});
+      if (!session.prefilled) session.timings.first_token_seconds = session.timings.prefill_seconds;
+      session.prefilled = true;
+    }
+    std::erase_if(waiting, [&](size_t i) {
+      return std::find(ending.begin(), ending.end(), i) != ending.end();
+    });
+  }
+  return results;
+}
+
+}  // namespace puna

@@ -1,0 +1,108 @@
+// Public: load a checkpoint, open sessions, step them.
+//
+//   auto engine = Engine::load({.path = "Llama-4-Scout-17B-16E-Instruct"});
+//   auto session = engine->session();
+//   session->prompt({engine->tokenizer()->encode("Once upon a time"), {}});
+//   session->begin(SamplingOptions{});
+//   for (StepResult r; (r = session->step()).finish == FinishReason::kNone;) std::cout << r.text;
+//
+// Pull, not callback: nothing runs between steps. Thread-safe: any thread may call any method; forward
+// passes take turns. A session belongs to one caller at a time.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "base/error.h"
+#include "puna/types.h"
+
+namespace puna {
+
+class Tokenizer;
+class Session;
+
+// A prompt as the model sees it: `tokens` holds the image token at each place of an image row, and the
+// tiles of `images`, in order, fill those places.
+struct Prompt {
+  std::vector<int32_t> tokens;
+  std::vector<std::shared_ptr<const PreparedPixels>> images;
+};
+
+// Called between layers; what it throws ends the step and leaves the session as it was before.
+using Poll = std::function<void()>;
+
+struct BackendStatus;
+
+class Engine : public std::enable_shared_from_this<Engine> {
+ public:
+  static std::shared_ptr<Engine> load(const LoadOptions& options);
+  ~Engine();
+
+  const ModelInfo& info() const;
+  const Tokenizer* tokenizer() const;  // null: the checkpoint has none
+
+  std::shared_ptr<Session> session();
+
+  // One token for each of the sessions, computed as one batch; results in their order. Sessions that
+  // have prompt left are prefilled first.
+  std::vector<StepResult> step(std::span<Session* const> sessions, const Poll& poll = {});
+
+  // Logits [tokens][vocab] of a prompt, computed in pieces of the lengths `cuts` (empty: one piece;
+  // 1 = a decode step).
+  std::vector<float> logits(const Prompt& prompt, std::span<const int64_t> cuts, const Poll& poll = {});
+  // Log-probability of each token given those before it; the first has none (0).
+  std::vector<double> score(std::span<const int32_t> tokens, const Poll& poll = {});
+
+  // Stops running steps within a layer, waits for them, and frees everything. Later calls throw
+  // EngineClosed. May be called twice.
+  void close();
+  bool closed() const;
+
+  struct Impl;
+
+ private:
+  friend class Session;
+  explicit Engine(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+class Session {
+ public:
+  ~Session();
+  Session(const Session&) = delete;
+  Session& operator=(const Session&) = delete;
+
+  // Makes `prompt` the session's text. What it shares from the start with what the session holds is
+  // kept; the rest is computed by the next step.
+  void prompt(const Prompt& prompt);
+  // Starts a turn: random state, limits, stop conditions.
+  void begin(const SamplingOptions& options);
+  // One token of this session alone.
+  StepResult step(const Poll& poll = {});
+  // The next step ends the turn with kCancelled. From any thread.
+  void cancel();
+
+  // A session that shares everything computed so far.
+  std::shared_ptr<Session> fork();
+
+  int64_t length() const;  // tokens held: computed and pending
+  std::vector<int32_t> tokens() const;
+  Timings timings() const;  // of the current turn
+
+  struct State;
+
+ private:
+  friend class Engine;
+  Session(std::shared_ptr<Engine> engine, std::unique_ptr<State> state);
+  std::shared_ptr<Engine> engine_;
+  std::unique_ptr<State> state_;
+};
+
+// What this build and this machine offer.
+std::vector<BackendStatus> available_backends();
+const char* version();
+
+}  // namespace puna

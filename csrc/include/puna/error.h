@@ -1,0 +1,4 @@
+// Public: what the engine throws.
+#pragma once
+
+#include "base/error.h"

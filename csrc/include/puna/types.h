@@ -1,0 +1,98 @@
+// Public data types of the engine: options that go in, results that come out. No behaviour.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace puna {
+
+struct LoadOptions {
+  std::string path;             // a Hugging Face directory
+  std::string device = "auto";  // "auto" | "cpu" | "ref"
+  std::string isa;              // "" = the best this processor supports
+  int threads = 0;              // 0 = the physical cores allowed to this process
+  std::string kv = "auto";      // "auto" (as the weights) | "bf16" | "fp32"
+  int64_t context = 0;          // tokens; 0 = the largest that fits
+  int64_t memory = 0;           // bytes for weights and KV together; 0 = what the system has free
+  bool vision = true;           // false = leave the vision tower on disk
+  // Called as weights are packed (bytes done, bytes in all); what it throws ends the load.
+  std::function<void(int64_t, int64_t)> progress;
+};
+
+struct SamplingOptions {
+  double temperature = 0.6;  // 0 = the most likely token
+  double top_p = 0.9;        // 1 = off
+  int64_t top_k = 0;         // 0 = off
+  double min_p = 0.0;        // 0 = off
+  double repetition_penalty = 1.0;
+  double presence_penalty = 0.0;
+  double frequency_penalty = 0.0;
+  std::vector<std::pair<int32_t, double>> logit_bias;
+  uint64_t seed = 0;
+  int64_t max_tokens = 0;  // 0 = as many as the context holds
+  int64_t min_tokens = 0;
+  std::vector<int32_t> stop_ids;  // in addition to the model's own
+  std::vector<std::string> stop;
+  bool ignore_eos = false;
+  int logprobs = 0;           // alternatives to report per token; 0 = none
+  bool want_logprobs = false;  // report the chosen token's own even if logprobs == 0
+};
+
+// Log-probabilities are of the model's own distribution: before temperature, penalties and cuts.
+struct TokenLogprob {
+  int32_t token = 0;
+  double logprob = 0;
+};
+
+enum class FinishReason { kNone, kStop, kLength, kCancelled };
+
+struct StepResult {
+  int32_t token = -1;  // -1: no token was produced (the session had ended)
+  std::string text;    // what may be shown now; stop strings and incomplete characters are held back
+  std::optional<double> logprob;
+  std::vector<TokenLogprob> top;  // alternatives, most likely first
+  FinishReason finish = FinishReason::kNone;
+  std::string stop;  // the stop string that ended it, if one did
+};
+
+struct Timings {
+  double load_seconds = 0;
+  double first_token_seconds = 0;  // from the first step of the turn to its first token
+  double prefill_seconds = 0, decode_seconds = 0;
+  int64_t prefill_tokens = 0, decode_tokens = 0;
+  int64_t cached_tokens = 0;  // of the prompt, found in the session
+  int64_t image_tokens = 0;
+  int64_t kv_bytes = 0;    // of all live sequences
+  int64_t peak_bytes = 0;  // peak resident set of the process
+};
+
+// Pixels of one image, cut into tiles and normalised: [tiles][3][size][size].
+struct PreparedPixels {
+  std::vector<float> data;
+  int64_t tiles = 0, size = 0;
+};
+
+struct ModelInfo {
+  std::string path, device, dtype, kv_dtype;
+  int64_t parameters = 0, active_parameters = 0;
+  int64_t weight_bytes = 0;
+  int64_t memory_bytes = 0;  // free (or the budget left) for the KV cache after loading
+  int64_t context = 0, max_context = 0;
+  int64_t kv_bytes_per_token = 0;  // of the layers that keep everything
+  int64_t vocab_size = 0, hidden_size = 0, layers = 0;
+  int64_t image_size = 0, tokens_per_tile = 0;  // 0: the checkpoint has no vision tower, or it was not loaded
+  int32_t bos_token = -1, image_token = -1, image_start = -1, image_end = -1;
+  std::vector<int32_t> eos_tokens;
+  double load_seconds = 0;
+  std::vector<std::string> warnings;
+  // From generation_config.json, where given.
+  std::optional<double> temperature, top_p;
+  std::optional<int64_t> top_k;
+};
+
+}  // namespace puna

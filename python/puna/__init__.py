@@ -1,0 +1,58 @@
+"""puna: run Meta's Llama 4 herd on the machine you have.
+
+import puna
+
+llm = puna.load("demo")
+print(llm.chat("Tell me a story about a fox."))
+"""
+
+from puna import errors
+from puna._core import StreamDecoder, Tokenizer, backends, isas
+from puna._core import version as _version
+from puna.engine import Engine, Session, load
+from puna.errors import (
+    ContextOverflow,
+    DeviceError,
+    EngineClosed,
+    Error,
+    ImageError,
+    InvalidRequest,
+    ModelFormatError,
+    ModelNotFound,
+    OutOfMemory,
+    SessionMismatch,
+    UnsupportedError,
+)
+from puna.types import Chunk, Completion, ModelInfo, Plan, Score, Timings, Usage
+
+__version__ = _version()
+
+__all__ = [
+    "Chunk",
+    "Completion",
+    "ContextOverflow",
+    "DeviceError",
+    "Engine",
+    "EngineClosed",
+    "Error",
+    "ImageError",
+    "InvalidRequest",
+    "ModelFormatError",
+    "ModelInfo",
+    "ModelNotFound",
+    "OutOfMemory",
+    "Plan",
+    "Score",
+    "Session",
+    "SessionMismatch",
+    "StreamDecoder",
+    "Timings",
+    "Tokenizer",
+    "UnsupportedError",
+    "Usage",
+    "__version__",
+    "backends",
+    "errors",
+    "isas",
+    "load",
+]

@@ -1,0 +1,173 @@
+"""What puna's calls return: frozen dataclasses, all of them plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "cancelled", "timeout"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One token and its natural-log probability under the model's own distribution.
+
+    Log-probabilities are taken before temperature, penalties and cuts. `text` is the token's bytes
+    decoded with replacement characters; `bytes` are exact.
+    """
+
+    token: int
+    logprob: float
+    text: str = ""
+    bytes: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """The chosen token and, most likely first, the alternatives that were asked for."""
+
+    chosen: TokenLogprob
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one request.
+
+    `prompt` counts the whole prompt, of which `cached` tokens were already computed in the session
+    and `image` tokens stand for image rows.
+    """
+
+    prompt: int
+    completion: int
+    cached: int = 0
+    image: int = 0
+
+    @property
+    def total(self) -> int:
+        """Prompt and completion together."""
+        return self.prompt + self.completion
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where the time went, in seconds and tokens per second, and memory in bytes."""
+
+    load_s: float
+    first_token_s: float
+    prefill_s: float
+    decode_s: float
+    prefill_tps: float
+    decode_tps: float
+    kv_bytes: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The result of one request. `str(completion)` is its text.
+
+    Attributes:
+        text: The generated text, without stop strings and special tokens.
+        tokens: Every id the model produced, the one that ended the turn included.
+        finish_reason: "stop" (end of turn, stop id or stop string), "length" (max_tokens or the
+            context), "cancelled" or "timeout".
+        stop: The stop string that ended the text, if one did.
+        usage: Token counts.
+        logprobs: One entry per token if logprobs were asked for, else empty.
+        seed: The seed in force; passing it again gives the same text.
+        timings: Speeds and memory.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason
+    stop: str | None
+    usage: Usage
+    logprobs: tuple[Logprobs, ...]
+    seed: int
+    timings: Timings
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of a streamed completion: usually the text of one token. `str(chunk)` is its text.
+
+    The last chunk of a stream has `finish_reason`, `usage` and `timings`; the others have None there.
+    """
+
+    text: str
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[Logprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop: str | None = None
+    usage: Usage | None = None
+    seed: int | None = None
+    timings: Timings | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Log-probability of a given text under the model.
+
+    Attributes:
+        tokens: The ids that were scored.
+        logprobs: Natural-log probability of each id given those before it; 0.0 for the first.
+        total: Their sum.
+        perplexity: exp(-mean) over all ids but the first.
+    """
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    total: float
+    perplexity: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a loaded model occupies, and how far its context reaches.
+
+    Attributes:
+        weight_bytes: Packed weights in memory.
+        kv_bytes_per_token: Growth of the KV cache per token (the layers that attend to everything).
+        context: Tokens that a session may hold.
+        max_context: Tokens that the model was made for.
+        memory_bytes: Memory that the system reported as free after loading, or the budget given.
+        device: The device and how it computes.
+        warnings: What looked odd in the checkpoint.
+    """
+
+    weight_bytes: int
+    kv_bytes_per_token: int
+    context: int
+    max_context: int
+    memory_bytes: int
+    device: str
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """Facts about a loaded checkpoint, from its configuration and its tensors."""
+
+    path: str
+    dtype: str
+    kv_dtype: str
+    parameters: int
+    active_parameters: int
+    layers: int
+    hidden_size: int
+    vocab_size: int
+    image_size: int
+    tokens_per_tile: int
+    bos_token: int | None
+    eos_tokens: tuple[int, ...]
+    image_token: int | None
+    defaults: Mapping[str, float] = field(default_factory=dict)
