@@ -1,0 +1,331 @@
+// The page table: what a sequence holds at each length, who owns a shared page, what is refused.
+#include "kv/kv_store.h"
+
+#include <cstdint>
+#include <map>
+#include <random>
+
+#include "check.h"
+#include "kv/tiers/ram.h"
+
+using namespace puna;
+
+namespace {
+
+// One token's mark lies in the first value of head 0, so pages can be told apart.
+constexpr KvPageLayout kLayout{DType::kF32, 1, 2};
+
+KvStore make_store(std::vector<int64_t> chunk, int64_t budget_pages = 0) {
+  const size_t page = kLayout.page_bytes();
+  return KvStore({kLayout, std::move(chunk)},
+                 make_ram_tier(page, static_cast<size_t>(budget_pages) * page));
+}
+
+int64_t pages_in_use(const KvStore& store) {
+  return static_cast<int64_t>(store.bytes_in_use() / kLayout.page_bytes());
+}
+
+float& mark(const KvView& view, int64_t position) {
+  const int64_t token = position - view.first_position;
+  auto* page = static_cast<char*>(view.pages[token / kPageTokens]);
+  return reinterpret_cast<float*>(
+      page + kLayout.value_offset(0))[kLayout.value_index(token % kPageTokens, 0)];
+}
+
+// Appends `tokens` in as many steps as room() asks for, and marks position p of layer l with
+// mark_of(p, l, salt).
+float mark_of(int64_t position, int64_t layer, int64_t salt) {
+  return static_cast<float>(position * 8 + layer) + static_cast<float>(salt) * 1e6f;
+}
+void append(KvStore& store, KvStore::Sequence sequence, int64_t tokens, int64_t layers,
+            int64_t salt = 0) {
+  while (tokens > 0) {
+    const int64_t step = std::min(tokens, store.room(sequence));
+    const KvStore::Append wanted{sequence, step};
+    const KvStore::Plan plan = store.plan({&wanted, 1});
+    store.apply(plan);
+    const int64_t start = store.length(sequence);
+    for (int64_t layer = 0; layer < layers; ++layer)
+      for (int64_t p = start; p < start + step; ++p)
+        mark(store.view(sequence, layer), p) = mark_of(p, layer, salt);
+    store.commit(plan);
+    tokens -= step;
+  }
+}
+
+}  // namespace
+
+TEST(length_pages_and_views) {
+  KvStore store = make_store({512, 0});
+  const auto s = store.create();
+  CHECK_EQ(store.length(s), 0);
+  CHECK_EQ(store.room(s), 512);
+  CHECK(store.view(s, 0).pages.empty());
+  append(store, s, 300, 2);
+  CHECK_EQ(store.length(s), 300);
+  CHECK_EQ(store.room(s), 212);
+  CHECK_EQ(pages_in_use(store), 4);
+  for (int64_t p = 0; p < 300; ++p)
+    for (int64_t layer = 0; layer < 2; ++layer)
+      CHECK_EQ(mark(store.view(s, layer), p), mark_of(p, layer, 0));
+  store.release(s);
+  CHECK_EQ(pages_in_use(store), 0);
+  CHECK_THROWS(ErrorCode::kInternal, store.length(s));
+}
+
+TEST(chunked_layers_drop_their_chunk_at_its_boundary) {
+  KvStore store = make_store({512, 0});
+  const auto s = store.create();
+  append(store, s, 512, 2);
+  CHECK_EQ(store.view(s, 0).first_position, 512);
+  CHECK(store.view(s, 0).pages.empty());
+  CHECK_EQ(store.view(s, 1).first_position, 0);
+  CHECK_EQ(pages_in_use(store), 2);
+  append(store, s, 1, 2);
+  CHECK_EQ(store.view(s, 0).first_position, 512);
+  CHECK_EQ(store.view(s, 0).pages.size(), size_t{1});
+  CHECK_EQ(mark(store.view(s, 0), 512), mark_of(512, 0, 0));
+  CHECK_EQ(mark(store.view(s, 1), 17), mark_of(17, 1, 0));
+}
+
+TEST(chunks_need_not_be_whole_pages) {
+  KvStore store = make_store({300, 0});
+  const auto s = store.create();
+  append(store, s, 700, 2);
+  CHECK_EQ(store.view(s, 0).first_position, 600);
+  CHECK_EQ(store.view(s, 0).pages.size(), size_t{1});
+  CHECK_EQ(mark(store.view(s, 0), 650), mark_of(650, 0, 0));
+  CHECK_EQ(mark(store.view(s, 1), 299), mark_of(299, 1, 0));
+}
+
+TEST(without_chunks_room_is_unbounded) {
+  KvStore store = make_store({0, 0});
+  const auto s = store.create();
+  CHECK(store.room(s) > int64_t{1} << 60);
+}
+
+TEST(forks_share_until_one_writes) {
+  KvStore store = make_store({0});
+  const auto a = store.create();
+  append(store, a, 300, 1);
+  const auto b = store.fork(a);
+  CHECK_EQ(store.length(b), 300);
+  CHECK_EQ(pages_in_use(store), 2);
+  append(store, b, 10, 1, 1);  // copies the half-filled page only
+  CHECK_EQ(pages_in_use(store), 3);
+  CHECK(store.view(a, 0).pages[0] == store.view(b, 0).pages[0]);
+  CHECK(store.view(a, 0).pages[1] != store.view(b, 0).pages[1]);
+  append(store, a, 10, 1, 2);  // sole owner of its page by now
+  CHECK_EQ(pages_in_use(store), 3);
+  for (int64_t p = 0; p < 310; ++p) {
+    CHECK_EQ(mark(store.view(a, 0), p), mark_of(p, 0, p < 300 ? 0 : 2));
+    CHECK_EQ(mark(store.view(b, 0), p), mark_of(p, 0, p < 300 ? 0 : 1));
+  }
+  store.release(a);
+  CHECK_EQ(pages_in_use(store), 2);
+  CHECK_EQ(mark(store.view(b, 0), 5), mark_of(5, 0, 0));
+}
+
+TEST(forks_at_a_page_boundary_share_all) {
+  KvStore store = make_store({0});
+  const auto a = store.create();
+  append(store, a, 256, 1);
+  const auto b = store.fork(a);
+  append(store, b, 1, 1);
+  CHECK_EQ(pages_in_use(store), 2);
+}
+
+TEST(forks_do_not_share_pages_that_were_never_filled) {
+  KvStore store = make_store({0});
+  const auto a = store.create();
+  append(store, a, 256, 1);
+  const KvStore::Append wanted{a, 5};
+  store.apply(store.plan({&wanted, 1}));  // and the forward pass fails: no commit
+  const auto b = store.fork(a);
+  append(store, a, 5, 1, 1);
+  append(store, b, 5, 1, 2);
+  CHECK_EQ(mark(store.view(a, 0), 258), mark_of(258, 0, 1));
+  CHECK_EQ(mark(store.view(b, 0), 258), mark_of(258, 0, 2));
+  CHECK_EQ(pages_in_use(store), 3);
+}
+
+TEST(plan_counts_exactly_when_forks_write_together) {
+  KvStore store = make_store({0}, 3);
+  const auto a = store.create();
+  append(store, a, 10, 1);
+  const auto b = store.fork(a), c = store.fork(a);
+  const KvStore::Append wanted[] = {{a, 1}, {b, 1}, {c, 1}};
+  const KvStore::Plan plan = store.plan(wanted);
+  CHECK_EQ(plan.new_pages, 2);  // the last owner writes in place
+  store.apply(plan);
+  store.commit(plan);
+  CHECK_EQ(pages_in_use(store), 3);
+  CHECK(store.view(a, 0).pages[0] != store.view(b, 0).pages[0]);
+  CHECK(store.view(b, 0).pages[0] != store.view(c, 0).pages[0]);
+  CHECK(store.view(a, 0).pages[0] != store.view(c, 0).pages[0]);
+}
+
+TEST(plan_refuses_without_side_effects) {
+  KvStore store = make_store({0, 512}, 3);
+  const auto a = store.create(), b = store.create();
+  append(store, a, 1, 2);
+  const KvStore::Append wanted[] = {{b, 1}};
+  CHECK_THROWS(ErrorCode::kOutOfMemory, store.plan(wanted));
+  CHECK_EQ(pages_in_use(store), 2);
+  CHECK_EQ(store.length(b), 0);
+  CHECK(store.view(b, 0).pages.empty());
+  append(store, a, 255, 2);  // the pages at hand are still good
+  store.release(a);
+  append(store, b, 1, 2);
+  CHECK_EQ(store.length(b), 1);
+
+  const KvStore::Append nothing[] = {{b, 0}}, twice[] = {{b, 1}, {b, 1}}, over[] = {{b, 512}};
+  CHECK_THROWS(ErrorCode::kInternal, store.plan(nothing));
+  CHECK_THROWS(ErrorCode::kInternal, store.plan(twice));
+  CHECK_THROWS(ErrorCode::kInternal, store.plan(over));  // beyond the chunk's boundary
+}
+
+TEST(apply_twice_takes_pages_once) {
+  KvStore store = make_store({0});
+  const auto s = store.create();
+  const KvStore::Append wanted{s, 300};
+  const KvStore::Plan plan = store.plan({&wanted, 1});
+  store.apply(plan);
+  store.apply(plan);
+  CHECK_EQ(pages_in_use(store), 2);
+  store.truncate(s, 0);  // gives uncommitted pages back
+  CHECK_EQ(pages_in_use(store), 0);
+}
+
+TEST(truncate_and_restorable) {
+  KvStore store = make_store({512, 0});
+  const auto s = store.create();
+  append(store, s, 1300, 2);
+  CHECK_EQ(store.restorable(s, 5000), 1300);
+  CHECK_EQ(store.restorable(s, 1300), 1300);
+  CHECK_EQ(store.restorable(s, 1030), 1030);
+  CHECK_EQ(store.restorable(s, 1024), 1024);
+  CHECK_EQ(store.restorable(s, 1023), 512);  // that chunk's keys are gone
+  CHECK_EQ(store.restorable(s, 512), 512);
+  CHECK_EQ(store.restorable(s, 511), 0);
+  CHECK_EQ(store.restorable(s, -3), 0);
+  CHECK_THROWS(ErrorCode::kInternal, store.truncate(s, 1023));
+  CHECK_THROWS(ErrorCode::kInternal, store.truncate(s, 1301));
+  store.truncate(s, 1100);
+  CHECK_EQ(store.length(s), 1100);
+  CHECK_EQ(mark(store.view(s, 0), 1099), mark_of(1099, 0, 0));
+  CHECK_EQ(pages_in_use(store), 1 + 5);
+  store.truncate(s, 512);
+  CHECK_EQ(store.view(s, 0).first_position, 512);
+  CHECK(store.view(s, 0).pages.empty());
+  CHECK_EQ(pages_in_use(store), 2);
+  append(store, s, 5, 2, 1);
+  CHECK_EQ(mark(store.view(s, 0), 514), mark_of(514, 0, 1));
+  CHECK_EQ(mark(store.view(s, 1), 511), mark_of(511, 1, 0));
+}
+
+TEST(restorable_with_two_chunk_lengths) {
+  KvStore store = make_store({300, 200});
+  const auto s = store.create();
+  append(store, s, 1150, 2);
+  CHECK_EQ(store.room(s), 50);
+  CHECK_EQ(store.restorable(s, 1000), 1000);
+  CHECK_EQ(store.restorable(s, 999), 600);  // 800 is no boundary of 300, 900 none of 200
+  CHECK_EQ(store.restorable(s, 1149), 1149);
+}
+
+TEST(truncate_then_append_copies_a_shared_page) {
+  KvStore store = make_store({0});
+  const auto a = store.create();
+  append(store, a, 200, 1);
+  const auto b = store.fork(a);
+  store.truncate(b, 100);
+  append(store, b, 20, 1, 1);
+  CHECK_EQ(mark(store.view(a, 0), 105), mark_of(105, 0, 0));
+  CHECK_EQ(mark(store.view(b, 0), 105), mark_of(105, 0, 1));
+  CHECK_EQ(mark(store.view(b, 0), 99), mark_of(99, 0, 0));
+}
+
+TEST(bytes_for_counts_whole_pages_and_one_chunk) {
+  const KvStore store = make_store({512, 0, 300});
+  const auto pages = [&](int64_t tokens) {
+    return static_cast<int64_t>(store.bytes_for(tokens) / kLayout.page_bytes());
+  };
+  CHECK_EQ(pages(0), 0);
+  CHECK_EQ(pages(1), 3);
+  CHECK_EQ(pages(10000), 2 + 40 + 2);
+}
+
+TEST(ram_tier_recycles_and_zeroes) {
+  const auto tier = make_ram_tier(64, 128);
+  CHECK_EQ(tier->pages_left(), 2);
+  auto* first = static_cast<unsigned char*>(tier->allocate());
+  first[10] = 7;
+  tier->free(first);
+  auto* again = static_cast<unsigned char*>(tier->allocate());
+  CHECK(again == first);
+  CHECK_EQ(int{again[10]}, 0);
+  void* second = tier->allocate();
+  CHECK(second != nullptr);
+  CHECK(tier->allocate() == nullptr);
+  CHECK_EQ(tier->pages_in_use(), 2);
+  tier->free(again);
+  tier->free(second);
+  CHECK_EQ(tier->pages_left(), 2);
+  CHECK_THROWS(ErrorCode::kInternal, make_ram_tier(0, 0));
+}
+
+// Many random steps against the plainest model: a map from position to mark per sequence.
+TEST(random_lives) {
+  std::mt19937 random(1);
+  const std::vector<int64_t> chunks = {300, 0};
+  KvStore store = make_store(chunks);
+  std::map<KvStore::Sequence, std::vector<int64_t>> salts;  // salt of each position
+  salts[store.create()];
+  for (int64_t step = 0; step < 400; ++step) {
+    auto chosen = std::next(salts.begin(), static_cast<int64_t>(random() % salts.size()));
+    const auto sequence = chosen->first;
+    switch (random() % 8) {
+      case 0:
+        if (salts.size() < 6) {
+          const std::vector<int64_t> copy = chosen->second;
+          salts[store.fork(sequence)] = copy;
+        }
+        break;
+      case 1: {
+        const int64_t length = store.restorable(sequence, static_cast<int64_t>(random() % 2000));
+        store.truncate(sequence, length);
+        chosen->second.resize(static_cast<size_t>(length));
+        break;
+      }
+      case 2:
+        if (salts.size() > 1) {
+          store.release(sequence);
+          salts.erase(chosen);
+        }
+        break;
+      default: {
+        const auto tokens = static_cast<int64_t>(1 + random() % 150);
+        append(store, sequence, tokens, 2, step % 9);
+        chosen->second.insert(chosen->second.end(), static_cast<size_t>(tokens), step % 9);
+      }
+    }
+    int64_t wrong = 0;
+    for (const auto& [s, expected] : salts) {
+      wrong += store.length(s) != static_cast<int64_t>(expected.size());
+      for (int64_t layer = 0; layer < 2; ++layer) {
+        const KvView view = store.view(s, layer);
+        wrong += view.first_position !=
+                 (chunks[layer] ? store.length(s) / chunks[layer] * chunks[layer] : 0);
+        for (int64_t p = view.first_position; p < store.length(s); ++p)
+          wrong += mark(view, p) != mark_of(p, layer, expected[p]);
+      }
+    }
+    CHECK_EQ(wrong, 0);
+  }
+  while (!salts.empty()) {
+    store.release(salts.begin()->first);
+    salts.erase(salts.begin());
+  }
+  CHECK_EQ(pages_in_use(store), 0);
+}
