@@ -1,0 +1,231 @@
+#include "backend/checks.h"
+
+#include <algorithm>
+#include <string>
+
+#include "base/error.h"
+
+namespace puna {
+namespace {
+
+std::string shape(int64_t rows, int64_t cols) {
+  return "(" + std::to_string(rows) + ", " + std::to_string(cols) + ")";
+}
+
+void check_rows(const char* where, const char* name, ConstRows x, int64_t rows, int64_t cols) {
+  if (x.rows != rows || x.cols != cols)
+    fail(ErrorCode::kInternal, "[", where, "] ", name, " is ", shape(x.rows, x.cols), ", expected ",
+         shape(rows, cols));
+  if (x.rows > 0 && (x.data == nullptr || x.stride < x.cols))
+    fail(ErrorCode::kInternal, "[", where, "] ", name, " ", shape(x.rows, x.cols),
+         " has no memory or rows that overlap (stride ", x.stride, ")");
+}
+
+void check_weight(const char* where, const char* name, const WeightRef& weight, int64_t rows,
+                  int64_t cols) {
+  if (weight.rows != rows || weight.cols != cols || weight.data == nullptr)
+    fail(ErrorCode::kInternal, "[", where, "] ", name, " is ", shape(weight.rows, weight.cols),
+         ", expected ", shape(rows, cols));
+}
+
+void check_vector(const char* where, const char* name, const VectorRef& vector, int64_t size) {
+  if (vector.size != size || vector.data == nullptr)
+    fail(ErrorCode::kInternal, "[", where, "] ", name, " has ", vector.size, " elements, expected ",
+         size);
+}
+
+void check_float(const char* where, DType dtype) {
+  if (dtype != DType::kF32 && dtype != DType::kF16 && dtype != DType::kBF16)
+    fail(ErrorCode::kUnsupported, "[", where, "] ", name_of(dtype),
+         " is not supported; float32, float16 and bfloat16 are");
+}
+
+void check_index(const char* where, std::span<const int32_t> index, int64_t rows) {
+  for (const int32_t i : index)
+    if (i < 0 || i >= rows)
+      fail(ErrorCode::kInternal, "[", where, "] index ", i, " is outside the ", rows, " rows");
+}
+
+void check_feed_forward(const char* where, const char* name, const WeightRef& gate_up,
+                        const WeightRef& down, int64_t hidden) {
+  const std::string prefix = name;
+  if (gate_up.rows % 2 != 0)
+    fail(ErrorCode::kInternal, "[", where, "] ", prefix, "gate_up has ", gate_up.rows,
+         " rows, expected gate and up of the same size");
+  check_weight(where, (prefix + "gate_up").c_str(), gate_up, gate_up.rows, hidden);
+  check_weight(where, (prefix + "down").c_str(), down, hidden, gate_up.rows / 2);
+}
+
+}  // namespace
+
+MatrixShape check_matrix_parts(std::span<const MatrixSource> parts) {
+  if (parts.empty()) fail(ErrorCode::kInternal, "[load_matrix] no parts");
+  MatrixShape whole{0, parts[0].cols, parts[0].dtype};
+  check_float("load_matrix", whole.dtype);
+  for (const MatrixSource& part : parts) {
+    if (part.cols != whole.cols || part.dtype != whole.dtype)
+      fail(ErrorCode::kInternal, "[load_matrix] a part is ", name_of(part.dtype), " ",
+           shape(part.rows, part.cols), ", the first has ", name_of(whole.dtype), " and ",
+           whole.cols, " columns");
+    if (part.rows < 1 || part.cols < 1 || part.data == nullptr)
+      fail(ErrorCode::kInternal, "[load_matrix] a part ", shape(part.rows, part.cols),
+           " is empty or has no memory");
+    whole.rows += part.rows;
+  }
+  return whole;
+}
+
+int64_t check_vector_parts(std::span<const TensorRef> parts) {
+  int64_t size = 0;
+  for (const TensorRef& part : parts) {
+    check_float("load_vector", part.dtype);
+    if (part.elements() > 0 && part.data == nullptr)
+      fail(ErrorCode::kInternal, "[load_vector] a part ", part.shape_string(), " has no memory");
+    size += part.elements();
+  }
+  if (size == 0) fail(ErrorCode::kInternal, "[load_vector] no elements");
+  return size;
+}
+
+void check_embed(ConstRows out, const TensorRef& table, std::span<const int32_t> ids) {
+  check_float("embed", table.dtype);
+  if (table.rank != 2 || table.data == nullptr)
+    fail(ErrorCode::kInternal, "[embed] the table is ", table.shape_string(),
+         ", expected (vocabulary, hidden)");
+  check_rows("embed", "out", out, static_cast<int64_t>(ids.size()), table.shape[1]);
+  for (const int32_t id : ids)
+    if (id < 0 || id >= table.shape[0])
+      fail(ErrorCode::kInvalidRequest, "[embed] token id ", id, " is outside the vocabulary of ",
+           table.shape[0], " (0 to ", table.shape[0] - 1, ")");
+}
+
+void check_gather(ConstRows out, ConstRows x, std::span<const int32_t> index) {
+  check_rows("gather", "x", x, x.rows, x.cols);
+  check_rows("gather", "out", out, static_cast<int64_t>(index.size()), x.cols);
+  check_index("gather", index, x.rows);
+}
+
+void check_scatter(ConstRows out, ConstRows x, std::span<const int32_t> index) {
+  check_rows("scatter", "out", out, out.rows, out.cols);
+  check_rows("scatter", "x", x, static_cast<int64_t>(index.size()), out.cols);
+  check_index("scatter", index, out.rows);
+}
+
+void check_rms_norm(ConstRows out, ConstRows x, const VectorRef& weight) {
+  check_rows("rms_norm", "x", x, x.rows, x.cols);
+  check_rows("rms_norm", "out", out, x.rows, x.cols);
+  check_vector("rms_norm", "weight", weight, x.cols);
+}
+
+void check_layer_norm(ConstRows out, ConstRows x, const VectorRef& weight, const VectorRef& bias) {
+  check_rows("layer_norm", "x", x, x.rows, x.cols);
+  check_rows("layer_norm", "out", out, x.rows, x.cols);
+  check_vector("layer_norm", "weight", weight, x.cols);
+  check_vector("layer_norm", "bias", bias, x.cols);
+}
+
+void check_matmul(ConstRows out, ConstRows x, const WeightRef& weight,
+                  const MatmulOptions& options) {
+  if (x.cols != weight.cols || weight.data == nullptr)
+    fail(ErrorCode::kInternal, "[matmul] x is ", shape(x.rows, x.cols),
+         ", the weight wants k = ", weight.cols);
+  check_rows("matmul", "x", x, x.rows, x.cols);
+  check_rows("matmul", "out", out, x.rows, weight.rows);
+  if (options.bias != nullptr) check_vector("matmul", "bias", *options.bias, weight.rows);
+}
+
+void check_mlp(ConstRows residual, ConstRows x, const WeightRef& gate_up, const WeightRef& down) {
+  check_rows("mlp", "x", x, x.rows, x.cols);
+  check_rows("mlp", "residual", residual, x.rows, x.cols);
+  check_feed_forward("mlp", "", gate_up, down, x.cols);
+}
+
+void check_moe(ConstRows residual, ConstRows x, const MoeWeights& weights) {
+  check_rows("moe", "x", x, x.rows, x.cols);
+  check_rows("moe", "residual", residual, x.rows, x.cols);
+  const auto experts = static_cast<int64_t>(weights.gate_up.size());
+  check_weight("moe", "router", weights.router, experts, x.cols);
+  if (weights.router.format != WeightFormat::kF32)
+    fail(ErrorCode::kInternal, "[moe] the router is not float32");
+  if (weights.down.size() != weights.gate_up.size())
+    fail(ErrorCode::kInternal, "[moe] ", experts, " experts have gate_up, ", weights.down.size(),
+         " have down");
+  if (weights.top_k < 1 || weights.top_k > experts)
+    fail(ErrorCode::kInternal, "[moe] top_k is ", weights.top_k, " of ", experts, " experts");
+  check_feed_forward("moe", "shared_", weights.shared_gate_up, weights.shared_down, x.cols);
+  for (int64_t e = 0; e < experts; ++e) {
+    check_feed_forward("moe", "expert ", weights.gate_up[e], weights.down[e], x.cols);
+    if (weights.gate_up[e].rows != weights.gate_up[0].rows)
+      fail(ErrorCode::kInternal, "[moe] gate_up of expert ", e, " has ", weights.gate_up[e].rows,
+           " rows, that of expert 0 has ", weights.gate_up[0].rows);
+  }
+}
+
+void check_attention(ConstRows out, const AttentionInput& input) {
+  const KvPageLayout& layout = input.layout;
+  if (layout.dtype != DType::kF32 && layout.dtype != DType::kBF16)
+    fail(ErrorCode::kUnsupported, "[attention] pages of ", name_of(layout.dtype),
+         "; float32 and bfloat16 are supported");
+  if (layout.kv_heads < 1 || layout.head_dim < 1 || input.heads < 1 ||
+      input.heads % layout.kv_heads != 0)
+    fail(ErrorCode::kInternal, "[attention] ", input.heads, " query heads of ", layout.head_dim,
+         " share ", layout.kv_heads, " KV heads");
+  if ((input.cos == nullptr) != (input.sin == nullptr) ||
+      (input.cos != nullptr && layout.head_dim % 2 != 0))
+    fail(ErrorCode::kInternal, "[attention] RoPE needs cos, sin and an even head_dim (",
+         layout.head_dim, ")");
+  const ConstRows qkv = input.qkv;
+  check_rows("attention", "qkv", qkv, qkv.rows,
+             (input.heads + 2 * layout.kv_heads) * layout.head_dim);
+  check_rows("attention", "out", out, qkv.rows, input.heads * layout.head_dim);
+
+  int64_t next_row = 0;
+  for (const AttentionSegment& segment : input.segments) {
+    if (segment.first_row != next_row || segment.rows < 1 || segment.rows > qkv.rows - next_row)
+      fail(ErrorCode::kInternal, "[attention] a segment has rows ", segment.first_row, " + ",
+           segment.rows, ", expected to begin at ", next_row, " of ", qkv.rows);
+    next_row += segment.rows;
+    const int64_t tokens = segment.position + segment.rows - segment.first_position;
+    const auto pages = static_cast<int64_t>(segment.pages.size());
+    if (segment.first_position < 0 || segment.position < segment.first_position ||
+        (tokens + kPageTokens - 1) / kPageTokens > pages)
+      fail(ErrorCode::kInternal, "[attention] positions ", segment.first_position, " to ",
+           segment.position + segment.rows, " do not fit ", pages, " pages of ", kPageTokens);
+    const auto used =
+        segment.pages.first(static_cast<size_t>((tokens + kPageTokens - 1) / kPageTokens));
+    if (std::find(used.begin(), used.end(), nullptr) != used.end())
+      fail(ErrorCode::kInternal, "[attention] a page is missing");
+  }
+  if (next_row != qkv.rows)
+    fail(ErrorCode::kInternal, "[attention] the segments cover ", next_row, " of ", qkv.rows,
+         " rows");
+}
+
+void check_vision_attention(ConstRows out, ConstRows qkv, int64_t tiles, int64_t tokens,
+                            int64_t heads, const float* cos, const float* sin) {
+  if (tiles < 0 || tokens < 1 || heads < 1 || qkv.cols % (3 * heads) != 0 ||
+      qkv.cols / (3 * heads) % 2 != 0)
+    fail(ErrorCode::kInternal, "[vision_attention] qkv has ", qkv.cols, " columns for ", heads,
+         " heads of queries, keys and values");
+  if (cos == nullptr || sin == nullptr) fail(ErrorCode::kInternal, "[vision_attention] no angles");
+  check_rows("vision_attention", "qkv", qkv, tiles * tokens, qkv.cols);
+  check_rows("vision_attention", "out", out, tiles * tokens, qkv.cols / 3);
+}
+
+void check_unfold(ConstRows out, const float* pixels, int64_t tiles, int64_t size, int64_t patch) {
+  if (tiles < 0 || patch < 1 || size < 1 || size % patch != 0 || (tiles > 0 && pixels == nullptr))
+    fail(ErrorCode::kInternal, "[unfold] ", tiles, " tiles of ", size, " pixels in patches of ",
+         patch);
+  const int64_t grid = size / patch;
+  check_rows("unfold", "out", out, tiles * grid * grid, 3 * patch * patch);
+}
+
+void check_pixel_shuffle(ConstRows out, ConstRows x, int64_t tiles, int64_t grid, int64_t factor) {
+  if (tiles < 0 || grid < 1 || factor < 1 || grid % factor != 0)
+    fail(ErrorCode::kInternal, "[pixel_shuffle] a grid of ", grid, " by a factor of ", factor);
+  const int64_t small = grid / factor;
+  check_rows("pixel_shuffle", "x", x, tiles * grid * grid, x.cols);
+  check_rows("pixel_shuffle", "out", out, tiles * small * small, factor * factor * x.cols);
+}
+
+}  // namespace puna
