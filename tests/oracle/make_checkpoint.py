@@ -218,7 +218,10 @@ _PATTERN = "|".join(
         r"\s+",
     )
 )
-_MERGES = ("t h", "th e", "i n", "e r", "Ġ a", "Ġ the", "o n", "r e", "a t", "e n", "Ġ o")
+_MERGES = (
+    *("t h", "th e", "i n", "e r", "Ġ a", "Ġ the", "o n", "r e", "a t", "e n", "Ġ o", "s t"),
+    *("in g", "o r", "e s", "Ġ s", "Ġ w", "Ġ in", "a n", "an d", "Ġ and", "o u", "l l", "Ġ Ġ"),
+)
 
 
 def write_tokenizer(directory: Path) -> None:
@@ -231,7 +234,8 @@ def write_tokenizer(directory: Path) -> None:
     vocabulary = {symbol: i for i, symbol in enumerate(alphabet)}
     for merge in _MERGES:
         vocabulary[merge.replace(" ", "")] = len(vocabulary)
-    assert len(vocabulary) <= tiny.FIRST_SPECIAL
+    # The tokenizers library numbers special tokens on from here, whatever id they are given.
+    assert len(vocabulary) == tiny.FIRST_SPECIAL
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     tokenizer = {
         "version": "1.0",

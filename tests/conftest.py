@@ -1,0 +1,94 @@
+"""Fixtures shared by the Python tests: tiny checkpoints and engines, each made once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from oracle import golden
+from oracle.make_checkpoint import write_checkpoint
+
+if TYPE_CHECKING:
+    import puna
+
+# A continuous integration run must not pass because something was missing.
+ON_CI = bool(os.environ.get("CI"))
+
+
+def skip_or_fail(reason: str) -> None:
+    """Skips on a person's machine, fails on CI."""
+    if ON_CI:
+        pytest.fail(f"{reason} (CI is set: this test may not be skipped)")
+    pytest.skip(reason)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test with an argument `isa` runs once with each instruction set of this machine."""
+    if "isa" in metafunc.fixturenames:
+        import puna
+
+        names = [isa["name"] for isa in puna.isas() if isa["available"]]
+        assert "scalar" in names
+        metafunc.parametrize("isa", names, scope="session")
+
+
+@dataclass(frozen=True)
+class TinyCheckpoint:
+    """A checkpoint on disk, and what a reader must find in it."""
+
+    path: Path
+    golden: golden.Golden
+    config: dict[str, Any]
+    tensors: dict[str, np.ndarray]
+
+
+MakeCheckpoint = Callable[..., TinyCheckpoint]
+MakeEngine = Callable[..., "puna.Engine"]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
+    """`checkpoint(variant, dtype=..., shards=..., tokenizer=...)`: see write_checkpoint.
+
+    The same arguments give the same directory: tests must not write into it.
+    """
+    made: dict[tuple[Any, ...], TinyCheckpoint] = {}
+
+    def make(variant: str, **options: Any) -> TinyCheckpoint:
+        key = (variant, *sorted(options.items()))
+        if key not in made:
+            fixture = golden.load(variant)
+            path = tmp_path_factory.mktemp(variant)
+            tensors = write_checkpoint(path, fixture.config, fixture.variant.seed, **options)
+            made[key] = TinyCheckpoint(path, fixture, fixture.config, tensors)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def engine(checkpoint: MakeCheckpoint) -> Iterator[MakeEngine]:
+    """`engine(variant, dtype=..., tokenizer=..., **options of puna.load)`, loaded once."""
+    import puna
+
+    loaded: dict[tuple[Any, ...], puna.Engine] = {}
+
+    def load(
+        variant: str, *, dtype: str = "float32", tokenizer: bool = False, **options: Any
+    ) -> puna.Engine:
+        key = (variant, dtype, tokenizer, *sorted(options.items()))
+        if key not in loaded:
+            path = checkpoint(variant, dtype=dtype, tokenizer=tokenizer).path
+            options = {"threads": 2, "device": "cpu", "progress": False} | options
+            loaded[key] = puna.load(path, **options)
+        return loaded[key]
+
+    yield load
+    for llm in loaded.values():
+        llm.close()
