@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <initializer_list>
 #include <memory>
 #include <span>
 #include <vector>
@@ -57,10 +58,12 @@ class TextModel {
     WeightRef gate_up, down;  // dense layers
     MoeWeights moe;           // MoE layers
   };
-  struct Rotation;  // cos and sin of the batch's rows
 
-  void attention_block(const Layer& layer, const LayerSpec& spec, int64_t index,
-                       const TextBatch& batch, const KvStore& kv);
+  // residual += attention of the normed rows, which also appends their keys and values.
+  void attend(const Layer& layer, int64_t index, const TextBatch& batch, const KvStore& kv,
+              ConstRows normed, Rows residual);
+  // Fills cos_ and sin_ for the batch's positions modulo `chunk` (0 = the positions themselves).
+  void rotate_for(int64_t chunk);
   void reserve(int64_t rows);
   WeightRef pack(std::initializer_list<MatrixSource> parts, const PackProgress& progress,
                  bool keep_f32 = false);
@@ -82,7 +85,7 @@ class TextModel {
   int64_t rotation_chunk_ = -1;
   std::vector<float> cos_, sin_, temperature_;
   std::vector<double> inverse_frequencies_;
-  std::vector<AttentionSegment> views_;
+  std::vector<AttentionSegment> segments_;
 };
 
 }  // namespace puna

@@ -34,6 +34,7 @@ class VisionModel {
   };
 
   void encode_group(Rows out, const float* pixels, int64_t tiles, const LayerPoll& poll);
+  VectorRef start_rows(const VisionWeights& weights);
   VectorRef vector(std::initializer_list<TensorRef> parts);
   WeightRef matrix(std::initializer_list<TensorRef> parts, const PackProgress& progress);
 
@@ -41,7 +42,7 @@ class VisionModel {
   Backend& backend_;
   int64_t grid_ = 0, tokens_per_tile_ = 0, weight_bytes_ = 0, packed_bytes_ = 0;
   WeightRef patch_embedding_, adapter1_, adapter2_, projector_;
-  VectorRef class_embedding_, positions_;
+  VectorRef start_;  // [grid^2 + 1][hidden]: positions, and the class embedding in the last row
   VectorRef pre_norm_, pre_norm_bias_, post_norm_, post_norm_bias_;
   std::vector<Layer> layers_;
   std::vector<float> cos_, sin_;  // [grid^2 + 1][head_dim / 2]

@@ -1,0 +1,259 @@
+// Engine: loading, the arithmetic of what fits, evaluation, and closing.
+#include "puna/engine.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <numeric>
+
+#include "engine/factory.h"
+#include "engine/state.h"
+#include "platform/system.h"
+
+namespace puna {
+
+namespace {
+
+// Memory left to everything else when the context is sized by what is free.
+constexpr double kShareOfFreeMemory = 0.9;
+
+std::string gib(int64_t bytes) {
+  std::ostringstream text;
+  text.precision(3);
+  text << static_cast<double>(bytes) / (1 << 30) << " GiB";
+  return text.str();
+}
+
+DType kv_dtype(const std::string& wanted, DType weights) {
+  if (wanted == "bf16" || (wanted == "auto" && weights == DType::kBF16)) return DType::kBF16;
+  if (wanted == "fp32" || wanted == "auto") return DType::kF32;
+  if (wanted == "int8" || wanted == "int4") {
+    fail(ErrorCode::kUnsupported, "kv='", wanted, "' is not available yet; use 'auto', 'bf16' or 'fp32'");
+  }
+  fail(ErrorCode::kInvalidRequest, "kv is '", wanted, "'; it must be 'auto', 'bf16' or 'fp32'");
+}
+
+KvGeometry geometry_of(const ModelSpec& spec, DType dtype) {
+  KvGeometry geometry{{dtype, spec.kv_heads, spec.head_dim}, {}};
+  for (const LayerSpec& layer : spec.layers) geometry.chunk.push_back(layer.chunk);
+  return geometry;
+}
+
+int64_t bytes_per_token(const KvGeometry& geometry) {
+  const int64_t layers = std::count(geometry.chunk.begin(), geometry.chunk.end(), 0);
+  return layers * static_cast<int64_t>(geometry.layout.page_bytes()) / kPageTokens;
+}
+
+// Largest context, at most `limit`, whose KV cache fits in `bytes`.
+int64_t context_within(const KvStore& kv, int64_t limit, int64_t bytes) {
+  if (static_cast<int64_t>(kv.bytes_for(limit)) <= bytes) return limit;
+  int64_t fits = 0, too_long = limit;
+  while (too_long - fits > 1) {
+    const int64_t middle = fits + (too_long - fits) / 2;
+    (static_cast<int64_t>(kv.bytes_for(middle)) <= bytes ? fits : too_long) = middle;
+  }
+  return fits;
+}
+
+}  // namespace
+
+Engine::Engine(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Engine::~Engine() = default;
+
+const char* version() { return PUNA_VERSION; }
+
+std::shared_ptr<Engine> Engine::load(const LoadOptions& options) {
+  const auto start = std::chrono::steady_clock::now();
+  auto impl = std::make_unique<Impl>();
+  impl->options = options;
+  impl->spec = read_model_spec(options.path);
+  impl->checkpoint = std::make_unique<Checkpoint>(options.path);
+  const ModelSpec& spec = impl->spec;
+  const ModelWeights weights = resolve_weights(spec, *impl->checkpoint);
+  const DType dtype = kv_dtype(options.kv, spec.dtype);
+
+  // What will be needed, before a weight is read.
+  const bool vision = options.vision && spec.vision.has_value();
+  const int64_t weight_bytes = packed_bytes(weights, vision);
+  const int64_t budget = options.memory > 0 ? options.memory : available_memory_bytes();
+  if (weight_bytes > budget) {
+    fail(ErrorCode::kOutOfMemory, "[load] the weights need ", gib(weight_bytes), " of memory, ",
+         options.memory > 0 ? "the budget given by memory= is " : "the system has free ", gib(budget),
+         "; use a machine with more, or a smaller checkpoint");
+  }
+  if (options.context > spec.max_position) {
+    fail(ErrorCode::kContextOverflow, "[load] context=", options.context, " was asked for, the model allows ",
+         spec.max_position);
+  }
+  impl->tokenizer = find_tokenizer(options.path);
+  impl->backend = make_backend(options.device, {options.isa, options.threads});
+  const KvGeometry geometry = geometry_of(spec, dtype);
+  impl->kv = std::make_unique<KvStore>(
+      geometry, make_memory_tier(geometry.layout.page_bytes(),
+                                 options.memory > 0 ? options.memory - weight_bytes : 0));
+  const auto room = static_cast<int64_t>(kShareOfFreeMemory * static_cast<double>(budget - weight_bytes));
+  const int64_t fits = context_within(*impl->kv, spec.max_position, room);
+  if (options.context > fits || fits < 1) {
+    const int64_t asked = std::max<int64_t>(options.context, 1);
+    fail(ErrorCode::kOutOfMemory, "[load] a context of ", asked, " tokens needs ",
+         gib(static_cast<int64_t>(impl->kv->bytes_for(asked))), " of KV cache beside ", gib(weight_bytes),
+         " of weights, and ", gib(room), " is left; the largest context that fits is ", fits);
+  }
+
+  const int64_t source_bytes = packed_source_bytes(weights, vision);
+  const auto progress = [&](int64_t base) -> PackProgress {
+    if (!options.progress) return {};
+    return [&options, base, source_bytes](int64_t done) { options.progress(base + done, source_bytes); };
+  };
+  impl->text = std::make_unique<TextModel>(spec, weights.text, *impl->backend, progress(0));
+  int64_t packed = impl->text->weight_bytes();
+  if (vision) {
+    impl->vision = std::make_unique<VisionModel>(spec, *weights.vision, *impl->backend,
+                                                 progress(source_bytes - vision_source_bytes(weights)));
+    packed += impl->vision->weight_bytes();
+  }
+
+  ModelInfo& info = impl->info;
+  const ParameterCount parameters = count_parameters(spec);
+  info.path = options.path;
+  info.device = impl->backend->description();
+  info.dtype = name_of(spec.dtype);
+  info.kv_dtype = name_of(dtype);
+  info.parameters = parameters.total;
+  info.active_parameters = parameters.active;
+  info.weight_bytes = packed;
+  info.memory_bytes = budget - weight_bytes;
+  info.context = options.context > 0 ? options.context : fits;
+  info.max_context = spec.max_position;
+  info.kv_bytes_per_token = bytes_per_token(geometry);
+  info.vocab_size = spec.vocab_size;
+  info.hidden_size = spec.hidden;
+  info.layers = static_cast<int64_t>(spec.layers.size());
+  info.bos_token = spec.bos_token;
+  info.image_token = spec.image_token;
+  info.eos_tokens = spec.eos_tokens;
+  info.warnings = spec.warnings;
+  info.temperature = spec.generation.temperature;
+  info.top_p = spec.generation.top_p;
+  info.top_k = spec.generation.top_k;
+  if (impl->vision) {
+    info.image_size = spec.vision->image_size;
+    info.tokens_per_tile = impl->vision->tokens_per_tile();
+  }
+  info.load_seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  return std::shared_ptr<Engine>(new Engine(std::move(impl)));
+}
+
+const ModelInfo& Engine::info() const { return impl_->info; }
+
+const Tokenizer* Engine::tokenizer() const { return impl_->tokenizer ? &*impl_->tokenizer : nullptr; }
+
+std::shared_ptr<Session> Engine::session() {
+  const std::lock_guard turn(impl_->turn);
+  impl_->require_open();
+  impl_->release_dropped();
+  auto state = std::make_unique<Session::State>();
+  state->text.sequence = impl_->kv->create();
+  return std::shared_ptr<Session>(new Session(shared_from_this(), std::move(state)));
+}
+
+std::vector<StepResult> Engine::step(std::span<Session* const> sessions, const Poll& poll) {
+  std::vector<Session::State*> states;
+  for (Session* session : sessions) {
+    if (session->engine_.get() != this) {
+      fail(ErrorCode::kInvalidRequest, "[step] a session belongs to another engine");
+    }
+    states.push_back(session->state_.get());
+  }
+  const std::lock_guard turn(impl_->turn);
+  impl_->require_open();
+  impl_->release_dropped();
+  return impl_->step(states, poll);
+}
+
+template <class Visit>
+void Engine::Impl::evaluate(const Prompt& prompt, std::span<const int64_t> cuts, const Poll& poll,
+                            const Visit& visit) {
+  const std::lock_guard guard(turn);
+  require_open();
+  release_dropped();
+  TokenSequence text = place(prompt);
+  const auto length = static_cast<int64_t>(text.tokens.size());
+  int64_t cut_total = 0;
+  for (const int64_t cut : cuts) {
+    if (cut < 1) fail(ErrorCode::kInvalidRequest, "[logits] a cut of ", cut, " tokens; each must be 1 or more");
+    cut_total += cut;
+  }
+  if (!cuts.empty() && cut_total != length) {
+    fail(ErrorCode::kInvalidRequest, "[logits] the cuts add up to ", cut_total, ", the prompt has ", length,
+         " tokens");
+  }
+  const Poll layer_poll = [&] {
+    require_open();
+    if (poll) poll();
+  };
+  const KvStore::Sequence sequence = text.sequence = kv->create();
+  const struct Release {
+    KvStore& kv;
+    KvStore::Sequence sequence;
+    ~Release() { kv.release(sequence); }
+  } release{*kv, sequence};
+  int64_t done = 0, end = 0;
+  for (size_t piece = 0; done < length; ++piece) {
+    end = cuts.empty() ? length : end + cuts[piece];
+    while (done < end) {
+      const int64_t rows = std::min({end - done, kv->room(sequence), kEvaluationRows});
+      std::vector<int32_t> wanted(static_cast<size_t>(rows));
+      std::iota(wanted.begin(), wanted.end(), 0);
+      TokenSequence* const one = &text;
+      visit(done, forward({&one, 1}, {&rows, 1}, wanted, layer_poll));
+      done += rows;
+    }
+  }
+}
+
+std::vector<float> Engine::logits(const Prompt& prompt, std::span<const int64_t> cuts, const Poll& poll) {
+  const auto vocab = static_cast<size_t>(impl_->info.vocab_size);
+  const int64_t bytes = static_cast<int64_t>(prompt.tokens.size() * vocab * sizeof(float));
+  if (bytes > available_memory_bytes()) {
+    fail(ErrorCode::kOutOfMemory, "[logits] ", prompt.tokens.size(), " rows of ", vocab, " logits need ",
+         gib(bytes), ", ", gib(available_memory_bytes()), " is free; use score() or a shorter prompt");
+  }
+  std::vector<float> all(prompt.tokens.size() * vocab);
+  impl_->evaluate(prompt, cuts, poll, [&](int64_t first, ConstRows rows) {
+    impl_->backend->to_host(all.data() + first * rows.cols, rows);
+  });
+  return all;
+}
+
+std::vector<double> Engine::score(std::span<const int32_t> tokens, const Poll& poll) {
+  std::vector<double> scores(tokens.size(), 0.0);
+  std::vector<float> host;
+  impl_->evaluate({{tokens.begin(), tokens.end()}, {}}, {}, poll, [&](int64_t first, ConstRows rows) {
+    host.resize(static_cast<size_t>(rows.rows * rows.cols));
+    impl_->backend->to_host(host.data(), rows);
+    for (int64_t r = 0; r < rows.rows; ++r) {
+      const auto next = static_cast<size_t>(first + r + 1);
+      if (next >= tokens.size()) break;
+      scores[next] = log_probability({host.data() + r * rows.cols, static_cast<size_t>(rows.cols)},
+                                     tokens[next]);
+    }
+  });
+  return scores;
+}
+
+void Engine::close() {
+  impl_->closed = true;  // steps that are running see it at their next layer
+  const std::lock_guard turn(impl_->turn);
+  impl_->text.reset();
+  impl_->vision.reset();
+  impl_->features = {};
+  impl_->logits = {};
+  impl_->kv.reset();
+  impl_->backend.reset();
+  impl_->checkpoint.reset();
+}
+
+bool Engine::closed() const { return impl_->closed; }
+
+}  // namespace puna

@@ -1,0 +1,157 @@
+#include "model/vision_model.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+namespace puna {
+
+namespace {
+
+// Tiles computed at once: at 577 rows of 5632 fp32 each, four tiles are 52 MB of the widest activation.
+constexpr int64_t kTilesAtOnce = 4;
+
+}  // namespace
+
+VisionModel::VisionModel(const ModelSpec& spec, const VisionWeights& weights, Backend& backend,
+                         const PackProgress& progress)
+    : spec_(*spec.vision), backend_(backend), grid_(spec_.image_size / spec_.patch_size) {
+  const int64_t shuffled = grid_ / spec_.shuffle_factor;
+  tokens_per_tile_ = shuffled * shuffled;
+  patch_embedding_ = matrix({weights.patch_embedding}, progress);
+  start_ = start_rows(weights);
+  pre_norm_ = vector({weights.pre_norm});
+  pre_norm_bias_ = vector({weights.pre_norm_bias});
+  post_norm_ = vector({weights.post_norm});
+  post_norm_bias_ = vector({weights.post_norm_bias});
+  for (const VisionLayerWeights& source : weights.layers) {
+    Layer layer;
+    layer.input_norm = vector({source.input_norm});
+    layer.input_norm_bias = vector({source.input_norm_bias});
+    layer.post_norm = vector({source.post_norm});
+    layer.post_norm_bias = vector({source.post_norm_bias});
+    layer.qkv = matrix({source.q, source.k, source.v}, progress);
+    layer.qkv_bias = vector({source.q_bias, source.k_bias, source.v_bias});
+    layer.output = matrix({source.o}, progress);
+    layer.output_bias = vector({source.o_bias});
+    layer.fc1 = matrix({source.fc1}, progress);
+    layer.fc1_bias = vector({source.fc1_bias});
+    layer.fc2 = matrix({source.fc2}, progress);
+    layer.fc2_bias = vector({source.fc2_bias});
+    layers_.push_back(std::move(layer));
+  }
+  adapter1_ = matrix({weights.adapter_fc1}, progress);
+  adapter2_ = matrix({weights.adapter_fc2}, progress);
+  projector_ = matrix({weights.projector}, progress);
+
+  // 2-D RoPE: of the head's pairs, the first half turn by the patch's column + 1, the others by its
+  // row + 1; the class token, last, does not turn.
+  const int64_t pairs = spec_.hidden / spec_.heads / 2, half = pairs / 2;
+  const int64_t tokens = grid_ * grid_ + 1;
+  cos_.assign(static_cast<size_t>(tokens * pairs), 1.0f);
+  sin_.assign(static_cast<size_t>(tokens * pairs), 0.0f);
+  for (int64_t t = 0; t + 1 < tokens; ++t) {
+    for (int64_t j = 0; j < pairs; ++j) {
+      const int64_t place = (j < half ? t % grid_ : t / grid_) + 1;
+      const double frequency =
+          std::pow(spec_.rope_theta, -2.0 * static_cast<double>(j % half) / static_cast<double>(pairs));
+      cos_[t * pairs + j] = static_cast<float>(std::cos(static_cast<double>(place) * frequency));
+      sin_[t * pairs + j] = static_cast<float>(std::sin(static_cast<double>(place) * frequency));
+    }
+  }
+}
+
+VectorRef VisionModel::start_rows(const VisionWeights& weights) {
+  const int64_t tokens = grid_ * grid_ + 1, dim = spec_.hidden;
+  const VectorRef positions = vector({weights.positions});
+  const VectorRef class_embedding = vector({weights.class_embedding});
+  std::vector<float> rows(static_cast<size_t>(tokens * dim)), last(static_cast<size_t>(dim));
+  backend_.to_host(rows.data(), {positions.get(), tokens, dim});
+  backend_.to_host(last.data(), {class_embedding.get(), 1, dim});
+  for (int64_t i = 0; i < dim; ++i) rows[(tokens - 1) * dim + i] += last[i];
+  return vector({TensorRef{DType::kF32, 2, {tokens, dim}, rows.data()}});
+}
+
+VectorRef VisionModel::vector(std::initializer_list<TensorRef> parts) {
+  return backend_.load_vector({parts.begin(), parts.size()});
+}
+
+WeightRef VisionModel::matrix(std::initializer_list<TensorRef> parts, const PackProgress& progress) {
+  std::vector<MatrixSource> sources;
+  for (const TensorRef& part : parts) {
+    sources.push_back({part.dtype, part.data, part.shape[0], part.shape[1], part.shape[1], 1});
+    packed_bytes_ += static_cast<int64_t>(part.bytes());
+  }
+  WeightRef weight = backend_.load_matrix(sources);
+  weight_bytes_ += static_cast<int64_t>(weight.bytes);
+  if (progress) progress(packed_bytes_);
+  return weight;
+}
+
+void VisionModel::encode(Rows out, std::span<const float> pixels, int64_t tiles, const LayerPoll& poll) {
+  const int64_t tile_pixels = 3 * spec_.image_size * spec_.image_size;
+  for (int64_t first = 0; first < tiles; first += kTilesAtOnce) {
+    const int64_t count = std::min(kTilesAtOnce, tiles - first);
+    encode_group(out.slice(first * tokens_per_tile_, count * tokens_per_tile_),
+                 pixels.data() + first * tile_pixels, count, poll);
+  }
+}
+
+void VisionModel::encode_group(Rows out, const float* pixels, int64_t tiles, const LayerPoll& poll) {
+  const int64_t patches = grid_ * grid_, tokens = patches + 1, rows = tiles * tokens;
+  const int64_t dim = spec_.hidden;
+  const auto eps = static_cast<float>(spec_.norm_eps);
+  std::vector<Buffer> buffers;
+  const auto scratch = [&](int64_t count, int64_t cols) {
+    buffers.push_back(backend_.allocate(static_cast<size_t>(count * cols) * sizeof(float)));
+    return Rows(buffers.back().floats(), count, cols);
+  };
+
+  // Each row starts as its position (the class token, last, with its embedding), and the patches'
+  // products are added.
+  const Rows unfolded = scratch(tiles * patches, 3 * spec_.patch_size * spec_.patch_size);
+  const Rows hidden = scratch(rows, dim), normed = scratch(rows, dim);
+  backend_.unfold(unfolded, pixels, tiles, spec_.image_size, spec_.patch_size);
+  std::vector<int32_t> every(static_cast<size_t>(tokens));
+  std::iota(every.begin(), every.end(), 0);
+  for (int64_t t = 0; t < tiles; ++t) {
+    const Rows tile = hidden.slice(t * tokens, tokens);
+    backend_.gather(tile, {start_.get(), tokens, dim}, every);
+    backend_.matmul(tile.slice(0, patches), unfolded.slice(t * patches, patches), patch_embedding_,
+                    {.accumulate = true});
+  }
+  backend_.layer_norm(hidden, hidden, pre_norm_, pre_norm_bias_, eps);
+
+  const Rows qkv = scratch(rows, 3 * dim), attended = scratch(rows, dim);
+  const Rows inner = scratch(rows, spec_.intermediate);
+  for (const Layer& layer : layers_) {
+    if (poll) poll();
+    backend_.layer_norm(normed, hidden, layer.input_norm, layer.input_norm_bias, eps);
+    backend_.matmul(qkv, normed, layer.qkv, {.bias = &layer.qkv_bias});
+    backend_.vision_attention(attended, qkv, tiles, tokens, spec_.heads, cos_.data(), sin_.data());
+    backend_.matmul(hidden, attended, layer.output, {.bias = &layer.output_bias, .accumulate = true});
+    backend_.layer_norm(normed, hidden, layer.post_norm, layer.post_norm_bias, eps);
+    backend_.matmul(inner, normed, layer.fc1, {.bias = &layer.fc1_bias, .gelu = true});
+    backend_.matmul(hidden, inner, layer.fc2, {.bias = &layer.fc2_bias, .accumulate = true});
+  }
+  backend_.layer_norm(hidden, hidden, post_norm_, post_norm_bias_, eps);
+
+  // The class token is dropped, neighbouring patches are joined, and the adapter applies GELU after
+  // both of its products.
+  const Rows kept = normed.slice(0, tiles * patches);
+  std::vector<int32_t> index;
+  for (int64_t t = 0; t < tiles; ++t) {
+    for (int64_t p = 0; p < patches; ++p) index.push_back(static_cast<int32_t>(t * tokens + p));
+  }
+  backend_.gather(kept, hidden, index);
+  const int64_t factor = spec_.shuffle_factor, joined_rows = tiles * tokens_per_tile_;
+  const Rows joined = scratch(joined_rows, factor * factor * dim);
+  backend_.pixel_shuffle(joined, kept, tiles, grid_, factor);
+  const Rows adapted1 = scratch(joined_rows, adapter1_.rows);
+  const Rows adapted2 = scratch(joined_rows, adapter2_.rows);
+  backend_.matmul(adapted1, joined, adapter1_, {.gelu = true});
+  backend_.matmul(adapted2, adapted1, adapter2_, {.gelu = true});
+  backend_.matmul(out, adapted2, projector_);
+}
+
+}  // namespace puna

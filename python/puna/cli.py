@@ -1,0 +1,364 @@
+"""The `puna` command. Answers go to stdout, progress and remarks to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import puna
+from puna import _core
+from puna.engine import demo_directory
+
+_INTERRUPTED = 130  # the shell's convention: 128 + SIGINT
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command line; returns the exit status: 0, 1 (failed), 2 (usage) or 130 (Ctrl-C)."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        print("puna: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # The reader went away (| head): leave without a traceback when stdout is flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (puna.Error, TypeError, OSError) as error:
+        print(f"puna: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="puna", description="Run Llama 4 - Scout, Maverick, Guard - on the machine you have."
+    )
+    parser.add_argument("--version", action="version", version=f"puna {puna.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    generate = commands.add_parser("generate", help="continue a text, or answer with --chat")
+    _add_model(generate)
+    generate.add_argument("prompt", nargs="?", help="the text; read from stdin if left out")
+    generate.add_argument("--chat", action="store_true", help="answer it as a user's message")
+    generate.add_argument(
+        "--image", action="append", metavar="FILE", help="a picture; may be repeated"
+    )
+    generate.add_argument("--json", action="store_true", help="print the whole result as JSON")
+    _add_sampling(generate)
+    _add_loading(generate)
+    generate.set_defaults(run=_generate)
+
+    chat = commands.add_parser("chat", help="talk to a model; without one, to the demo")
+    chat.add_argument("model", nargs="?", default="demo", help='a checkpoint directory, or "demo"')
+    chat.add_argument("--system", help="a system message to begin with")
+    _add_sampling(chat)
+    _add_loading(chat)
+    chat.set_defaults(run=_chat)
+
+    inspect = commands.add_parser("inspect", help="show a checkpoint's configuration and size")
+    _add_model(inspect)
+    inspect.add_argument("--tensors", action="store_true", help="list every tensor")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    inspect.set_defaults(run=_inspect)
+
+    tokenize = commands.add_parser("tokenize", help="show the tokens of a text")
+    _add_model(tokenize)
+    tokenize.add_argument("text", nargs="?", help="the text; read from stdin if left out")
+    tokenize.add_argument("--special", action="store_true", help="read special tokens in the text")
+    tokenize.add_argument("--count", action="store_true", help="print only how many there are")
+    tokenize.add_argument("--json", action="store_true", help="print JSON")
+    tokenize.set_defaults(run=_tokenize)
+
+    bench = commands.add_parser(
+        "bench", help="measure speed (passes its arguments to puna-bench)", add_help=False
+    )
+    bench.add_argument("rest", nargs=argparse.REMAINDER)
+    bench.set_defaults(run=_bench)
+
+    demo = commands.add_parser("demo", help="show what the bundled model can do, offline")
+    demo.add_argument("--seed", type=int, default=None, help="another story, another picture")
+    demo.add_argument("--image-out", metavar="FILE", help="keep the picture that was drawn")
+    demo.set_defaults(run=_demo)
+
+    doctor = commands.add_parser("doctor", help="show what puna found on this machine")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help='a checkpoint directory, or "demo"')
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--max-tokens", type=int)
+    group.add_argument("--temperature", type=float)
+    group.add_argument("--top-p", type=float)
+    group.add_argument("--top-k", type=int)
+    group.add_argument("--min-p", type=float)
+    group.add_argument("--seed", type=int)
+    group.add_argument("--stop", action="append", metavar="TEXT", help="may be repeated")
+    group.add_argument("--repetition-penalty", type=float)
+    group.add_argument("--presence-penalty", type=float)
+    group.add_argument("--frequency-penalty", type=float)
+    group.add_argument("--min-tokens", type=int)
+    group.add_argument("--ignore-eos", action="store_true")
+    group.add_argument("--timeout", type=float, metavar="SECONDS")
+
+
+_SAMPLING = (
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "stop",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "min_tokens",
+    "ignore_eos",
+    "timeout",
+)
+
+
+def _sampling(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in _SAMPLING}
+
+
+def _add_loading(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("loading")
+    group.add_argument("--context", help='tokens, or like "128k"')
+    group.add_argument("--kv", default="auto", choices=("auto", "bf16", "fp32"))
+    group.add_argument("--memory", help='bytes, or like "24G"')
+    group.add_argument("--threads", type=int)
+    group.add_argument("--device", default="auto")
+    group.add_argument("--isa", help="instruction set, see puna doctor")
+    group.add_argument("--no-vision", action="store_true", help="leave the vision tower on disk")
+
+
+def _load(options: argparse.Namespace) -> puna.Engine:
+    context = options.context
+    llm = puna.load(
+        options.model,
+        context=int(context) if context and context.isdigit() else context,
+        kv=options.kv,
+        memory=options.memory,
+        threads=options.threads,
+        device=options.device,
+        isa=options.isa,
+        vision=not options.no_vision,
+    )
+    for warning in llm.plan.warnings:
+        print(f"puna: {warning}", file=sys.stderr)
+    return llm
+
+
+def _text(given: str | None) -> str:
+    if given is not None:
+        return given
+    if sys.stdin.isatty():
+        print("puna: reading the text from stdin, end with Ctrl-D", file=sys.stderr)
+    return sys.stdin.read()
+
+
+def _generate(options: argparse.Namespace) -> int:
+    prompt = _text(options.prompt)
+    with _load(options) as llm:
+        if options.json:
+            call = llm.chat if options.chat else llm.generate
+            result = call(prompt, images=options.image, **_sampling(options))
+            print(json.dumps(asdict(result), default=_jsonable))  # type: ignore[call-overload]
+            return 0
+        stream = llm.stream(
+            prompt, images=options.image, raw=not options.chat, **_sampling(options)
+        )
+        _print_stream(stream, _remark)
+    return 0
+
+
+def _jsonable(value: Any) -> Any:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def _print_stream(stream: Any, remark: Any = None) -> str:
+    text = ""
+    for chunk in stream:
+        print(chunk.text, end="", flush=True)
+        text += chunk.text
+    print()
+    if remark:
+        remark(chunk)
+    return text
+
+
+def _remark(chunk: puna.Chunk) -> None:
+    """Speeds, and why the text ended if it did not end by itself, on stderr."""
+    usage, timings = chunk.usage, chunk.timings
+    assert usage and timings
+    print(
+        f"puna: {usage.prompt} prompt tokens at {timings.prefill_tps:.1f}/s, "
+        f"{usage.completion} generated at {timings.decode_tps:.1f}/s, seed {chunk.seed}",
+        file=sys.stderr,
+    )
+    if chunk.finish_reason == "length":
+        print(
+            f"puna: cut after {usage.completion} tokens (max_tokens or the context)",
+            file=sys.stderr,
+        )
+
+
+_CHAT_HELP = """Commands: /image FILE (adds a picture to your next message), /reset, /exit.
+Ctrl-C stops an answer; Ctrl-D leaves."""
+
+
+def _chat(options: argparse.Namespace) -> int:
+    with _load(options) as llm:
+        if options.model == "demo":
+            print(
+                "puna: this is the demo model: a few million parameters and a small invented world",
+                file=sys.stderr,
+            )
+        print(f"puna: {llm.info.path}\n{_CHAT_HELP}", file=sys.stderr)
+        session = _new_conversation(llm, options.system)
+        images: list[str] = []
+        while True:
+            try:
+                line = input("> " if sys.stdin.isatty() else "")
+            except EOFError:
+                return 0
+            except KeyboardInterrupt:
+                print(file=sys.stderr)
+                return _INTERRUPTED
+            command, _, argument = line.strip().partition(" ")
+            if command == "/exit":
+                return 0
+            if command == "/reset":
+                session, images = _new_conversation(llm, options.system), []
+            elif command == "/image":
+                path = Path(argument.strip()).expanduser()
+                if path.is_file():
+                    images.append(str(path))
+                else:
+                    print(f"puna: there is no file {path}", file=sys.stderr)
+            elif command.startswith("/"):
+                print(_CHAT_HELP, file=sys.stderr)
+            elif line.strip():
+                try:
+                    _print_stream(session.stream(line, images=images, **_sampling(options)))
+                except KeyboardInterrupt:
+                    print(file=sys.stderr)
+                except puna.Error as error:
+                    print(f"puna: {error}", file=sys.stderr)
+                images = []
+
+
+def _new_conversation(llm: puna.Engine, system: str | None) -> puna.Session:
+    session = llm.session()
+    if system:
+        session.messages.append({"role": "system", "content": system})
+    return session
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    path = demo_directory() if options.model == "demo" else Path(options.model).expanduser()
+    report = _core.inspect(str(path))
+    if options.json:
+        if not options.tensors:
+            report.pop("tensors")
+        print(json.dumps(report, indent=2))
+        return 0
+    print(f"{report['path']}")
+    for line in _describe(report):
+        print(f"  {line}")
+    for warning in report["warnings"]:
+        print(f"  warning: {warning}")
+    if options.tensors:
+        for name, dtype, shape in report["tensors"]:
+            print(f"  {name:<90} {dtype:<10} {tuple(shape)}")
+    return 0
+
+
+def _describe(report: dict[str, Any]) -> list[str]:
+    moe = f"{report['moe_layers']} MoE ({report['experts']} experts, top {report['top_k']})"
+    lines = [
+        f"parameters   {report['parameters']:,} ({report['active_parameters']:,} active per token)",
+        f"layers       {report['layers']}: {moe}, {report['chunked_layers']} chunked"
+        + (f" by {report['chunk']}" if report["chunked_layers"] else ""),
+        f"hidden       {report['hidden_size']}, {report['heads']} heads, {report['kv_heads']} KV heads"
+        f" of {report['head_dim']}, vocabulary {report['vocab_size']:,}",
+        f"context      {report['max_context']:,} tokens, {report['kv_bytes_per_token']:,} bytes of KV"
+        f" per token and {size(report['kv_fixed_bytes'])} for the current chunk",
+        f"weights      {size(report['weight_bytes'])} in {report['dtype']}, {len(report['tensors'])} tensors",
+    ]
+    if report["image_size"]:
+        lines.append(
+            f"vision       tiles of {report['image_size']} pixels, {report['tokens_per_tile']} tokens each"
+        )
+    lines.append(f"tokenizer    {report['tokenizer'] or 'none'}")
+    for context, needed in report["memory"]:
+        lines.append(f"memory       {size(needed)} with {context:,} tokens of context")
+    return lines
+
+
+def size(count: float) -> str:
+    """Bytes for people, in powers of 1024."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def _tokenize(options: argparse.Namespace) -> int:
+    path = demo_directory() if options.model == "demo" else options.model
+    tokenizer = puna.Tokenizer.from_file(str(path))
+    ids = tokenizer.encode(
+        _text(options.text), allowed_special="all" if options.special else "none"
+    )
+    if options.count:
+        print(len(ids))
+    elif options.json:
+        print(json.dumps([int(token) for token in ids]))
+    else:
+        for token in ids:
+            print(f"{token:>8}  {tokenizer.decode_bytes([token])!r}")
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    beside = Path(sys.executable).parent / "puna-bench"
+    program = str(beside) if beside.exists() else shutil.which("puna-bench")
+    if program is None:
+        print("puna: puna-bench was not found beside python or on PATH", file=sys.stderr)
+        return 1
+    return subprocess.run([program, *options.rest], check=False).returncode
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from puna.demo_run import run_demo
+
+    return run_demo(seed=options.seed, image_out=options.image_out)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from puna.doctor import examine, explain
+
+    report = examine()
+    print(json.dumps(report, indent=2) if options.json else explain(report))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
