@@ -1,0 +1,73 @@
+"""The C++ tests: every program tests/cpp/*_test.cpp, built once and run."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PROGRAMS = sorted(path.stem for path in (ROOT / "tests" / "cpp").glob("*_test.cpp"))
+
+
+def build(folder: Path, *definitions: str) -> Path:
+    """Configures and builds the C++ tests; a second build of the same folder is incremental."""
+    cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
+    assert cmake and ninja, "cmake and ninja are missing: pip install '.[test]' brings them"
+    configure = [cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(folder)]
+    configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPython_EXECUTABLE={sys.executable}"]
+    configure += ["-DPUNA_BUILD_TESTS=ON", *definitions]
+    for command in (configure, [cmake, "--build", str(folder), "--target", *PROGRAMS]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    return folder
+
+
+def run(program: Path, **environment: str) -> None:
+    done = subprocess.run(
+        [str(program)],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+        env={**os.environ, **environment},
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    assert " 0 failures" in done.stdout, done.stdout
+
+
+@pytest.fixture(scope="session")
+def programs() -> Path:
+    return build(ROOT / "build" / "tests")
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_program(programs: Path, name: str) -> None:
+    run(programs / name)
+
+
+@pytest.fixture(scope="session")
+def sanitized() -> Path:
+    return build(
+        ROOT / "build" / "sanitized", "-DPUNA_SANITIZE=address,undefined", "-DCMAKE_BUILD_TYPE=Debug",
+        "-DCMAKE_CXX_FLAGS_DEBUG=-O1 -g1",
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_sanitized_program(sanitized: Path, name: str) -> None:
+    """Every C++ test, the fuzzers among them, under address and undefined-behaviour sanitizers."""
+    run(sanitized / name, UBSAN_OPTIONS="halt_on_error=1:print_stacktrace=1")
+
+
+@pytest.mark.slow
+def test_pool_under_thread_sanitizer() -> None:
+    folder = build(
+        ROOT / "build" / "threads", "-DPUNA_SANITIZE=thread", "-DCMAKE_BUILD_TYPE=Debug",
+        "-DCMAKE_CXX_FLAGS_DEBUG=-O1 -g1",
+    )
+    # The fork test of the pool is left out: the sanitizer does not follow a fork of threads.
+    run(folder / "pool_test")
