@@ -1,0 +1,72 @@
+// Which tensors a checkpoint must have, and where they are: the one place that knows their names.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "base/tensor.h"
+#include "io/checkpoint.h"
+#include "model/spec.h"
+
+namespace puna {
+
+// Shapes in the comments are [rows][columns] as stored; linear weights are [out][in].
+struct LayerWeights {
+  TensorRef input_norm, post_norm;                     // [hidden]
+  TensorRef q, k, v, o;                                // [heads * head_dim][hidden], ..., transposed for o
+  TensorRef gate, up, down;                            // dense MLP or shared expert
+  TensorRef router;                                    // [experts][hidden]
+  TensorRef experts_gate_up;                           // [experts][hidden][2 * width]: gate, then up
+  TensorRef experts_down;                              // [experts][width][hidden]
+};
+
+struct TextWeights {
+  TensorRef embed, lm_head;  // [vocab][hidden]; the same tensor if tied
+  TensorRef norm;
+  std::vector<LayerWeights> layers;
+};
+
+struct VisionLayerWeights {
+  TensorRef input_norm, input_norm_bias, post_norm, post_norm_bias;
+  TensorRef q, q_bias, k, k_bias, v, v_bias, o, o_bias;
+  TensorRef fc1, fc1_bias, fc2, fc2_bias;
+};
+
+struct VisionWeights {
+  TensorRef patch_embedding;  // [hidden][3 * patch^2]
+  TensorRef class_embedding;  // [hidden]
+  TensorRef positions;        // [grid^2 + 1][hidden]
+  TensorRef pre_norm, pre_norm_bias, post_norm, post_norm_bias;
+  std::vector<VisionLayerWeights> layers;
+  TensorRef adapter_fc1, adapter_fc2, projector;
+};
+
+struct ModelWeights {
+  TextWeights text;
+  std::optional<VisionWeights> vision;
+};
+
+struct ExpectedTensor {
+  std::string name;
+  std::vector<int64_t> shape;
+  TensorRef* place = nullptr;  // where resolve_weights() puts it
+};
+
+// Every tensor that `spec` wants, in the names of transformers 4.51 to 5.x; places point into `weights`.
+std::vector<ExpectedTensor> expected_tensors(const ModelSpec& spec, ModelWeights& weights);
+
+// Finds and checks every tensor: present, of the right shape and of a float type, and no others. Views
+// live as long as the checkpoint. Throws ModelFormat naming file, tensor, expected, found and the
+// nearest name, or Unsupported naming a quantisation scheme that is recognised by its tensors.
+ModelWeights resolve_weights(const ModelSpec& spec, const Checkpoint& checkpoint);
+
+// Bytes that the tensors occupy in the checkpoint, and bytes of memory they take once packed (fp16
+// becomes fp32; the token embedding stays in the file).
+struct WeightBytes {
+  int64_t text_source = 0, vision_source = 0;
+  int64_t text_packed = 0, vision_packed = 0;
+};
+WeightBytes weight_bytes(const ModelWeights& weights);
+
+}  // namespace puna

@@ -1,0 +1,145 @@
+#include "platform/system.h"
+
+#include <sched.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <fstream>
+#include <limits>
+#include <optional>
+#include <set>
+#include <sstream>
+#include <vector>
+#include <utility>
+
+namespace puna {
+
+namespace {
+
+std::optional<int64_t> number_in(const std::string& path) {
+  std::ifstream file(path);
+  int64_t value = 0;
+  if (file >> value) return value;  // "max" in a cgroup file: no limit
+  return std::nullopt;
+}
+
+// The number after `key` in a file of "key: value" lines.
+std::optional<int64_t> field_in(const std::string& path, const std::string& key) {
+  std::ifstream file(path);
+  for (std::string line; std::getline(file, line);) {
+    if (line.compare(0, key.size(), key) != 0) continue;
+    std::istringstream rest(line.substr(key.size()));
+    int64_t value = 0;
+    if (rest >> value) return value;
+  }
+  return std::nullopt;
+}
+
+// Directories of this process's cgroup, from its own up to the root: a limit may sit on any of them.
+std::vector<std::string> cgroup_directories(const std::string& mount, const std::string& controller) {
+  std::string path = "/";
+  std::ifstream file("/proc/self/cgroup");
+  for (std::string line; std::getline(file, line);) {
+    // "0::/path" (version 2) or "4:memory:/path" (version 1)
+    const size_t first = line.find(':'), second = line.find(':', first + 1);
+    if (first == std::string::npos || second == std::string::npos) continue;
+    const std::string controllers = line.substr(first + 1, second - first - 1);
+    const bool matches = controller.empty() ? controllers.empty()
+                                            : ("," + controllers + ",").find("," + controller + ",") !=
+                                                  std::string::npos;
+    if (matches) path = line.substr(second + 1);
+  }
+  std::vector<std::string> directories;
+  for (;; path = path.substr(0, path.rfind('/'))) {
+    directories.push_back(mount + (path == "/" ? "" : path));
+    if (path.empty() || path == "/") break;
+  }
+  return directories;
+}
+
+// The smallest limit on memory, and how much of it is in use.
+std::optional<std::pair<int64_t, int64_t>> memory_limit() {
+  std::optional<std::pair<int64_t, int64_t>> smallest;
+  const auto consider = [&](const std::string& directory, const char* limit, const char* usage) {
+    const auto bytes = number_in(directory + "/" + limit);
+    const auto used = number_in(directory + "/" + usage);
+    if (bytes && used && (!smallest || *bytes < smallest->first)) smallest = {*bytes, *used};
+  };
+  for (const std::string& directory : cgroup_directories("/sys/fs/cgroup", "")) {
+    consider(directory, "memory.max", "memory.current");
+  }
+  for (const std::string& directory : cgroup_directories("/sys/fs/cgroup/memory", "memory")) {
+    consider(directory, "memory.limit_in_bytes", "memory.usage_in_bytes");
+  }
+  return smallest;
+}
+
+// Processors' worth of time that the cgroup grants.
+double cpu_quota() {
+  double quota = std::numeric_limits<double>::infinity();
+  for (const std::string& directory : cgroup_directories("/sys/fs/cgroup", "")) {
+    std::ifstream file(directory + "/cpu.max");
+    double allowed = 0, period = 0;
+    if (file >> allowed >> period && period > 0) quota = std::min(quota, allowed / period);
+  }
+  for (const std::string& directory : cgroup_directories("/sys/fs/cgroup/cpu", "cpu")) {
+    const auto allowed = number_in(directory + "/cpu.cfs_quota_us");
+    const auto period = number_in(directory + "/cpu.cfs_period_us");
+    if (allowed && period && *allowed > 0 && *period > 0) {
+      quota = std::min(quota, static_cast<double>(*allowed) / static_cast<double>(*period));
+    }
+  }
+  return quota;
+}
+
+}  // namespace
+
+std::string processor_name() {
+  std::ifstream file("/proc/cpuinfo");
+  for (std::string line; std::getline(file, line);) {
+    const size_t colon = line.find(": ");
+    if (line.rfind("model name", 0) == 0 && colon != std::string::npos) return line.substr(colon + 2);
+  }
+  return "unknown processor";
+}
+
+int usable_cores() {
+  cpu_set_t mask;
+  CPU_ZERO(&mask);
+  std::set<std::pair<int64_t, int64_t>> cores;  // (package, core): hyperthreads share one
+  if (sched_getaffinity(0, sizeof mask, &mask) == 0) {
+    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+      if (!CPU_ISSET(cpu, &mask)) continue;
+      const std::string topology = "/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/";
+      const auto package = number_in(topology + "physical_package_id");
+      const auto core = number_in(topology + "core_id");
+      cores.insert({package.value_or(0), core.value_or(cpu)});
+    }
+  } else {  // more processors than cpu_set_t holds
+    return std::max(1, static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN)));
+  }
+  const double quota = std::max(1.0, std::floor(cpu_quota()));
+  return std::max(1, static_cast<int>(std::min(quota, static_cast<double>(cores.size()))));
+}
+
+int64_t total_memory_bytes() {
+  const int64_t machine = field_in("/proc/meminfo", "MemTotal:").value_or(0) * 1024;
+  const auto limit = memory_limit();
+  return limit ? std::min(machine, limit->first) : machine;
+}
+
+int64_t available_memory_bytes() {
+  const int64_t machine = field_in("/proc/meminfo", "MemAvailable:").value_or(0) * 1024;
+  const auto limit = memory_limit();
+  return limit ? std::max<int64_t>(0, std::min(machine, limit->first - limit->second)) : machine;
+}
+
+int64_t peak_resident_bytes() {
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  return static_cast<int64_t>(usage.ru_maxrss) * 1024;
+}
+
+}  // namespace puna
