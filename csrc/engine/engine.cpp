@@ -74,10 +74,11 @@ std::shared_ptr<Engine> Engine::load(const LoadOptions& options) {
 
   // What will be needed, before a weight is read.
   const bool vision = options.vision && spec.vision.has_value();
-  const int64_t weight_bytes = packed_bytes(weights, vision);
+  const WeightBytes sizes = weight_bytes(weights);
+  const int64_t needed = sizes.text_packed + (vision ? sizes.vision_packed : 0);
   const int64_t budget = options.memory > 0 ? options.memory : available_memory_bytes();
-  if (weight_bytes > budget) {
-    fail(ErrorCode::kOutOfMemory, "[load] the weights need ", gib(weight_bytes), " of memory, ",
+  if (needed > budget) {
+    fail(ErrorCode::kOutOfMemory, "[load] the weights need ", gib(needed), " of memory, ",
          options.memory > 0 ? "the budget given by memory= is " : "the system has free ", gib(budget),
          "; use a machine with more, or a smaller checkpoint");
   }
@@ -90,17 +91,17 @@ std::shared_ptr<Engine> Engine::load(const LoadOptions& options) {
   const KvGeometry geometry = geometry_of(spec, dtype);
   impl->kv = std::make_unique<KvStore>(
       geometry, make_memory_tier(geometry.layout.page_bytes(),
-                                 options.memory > 0 ? options.memory - weight_bytes : 0));
-  const auto room = static_cast<int64_t>(kShareOfFreeMemory * static_cast<double>(budget - weight_bytes));
+                                 options.memory > 0 ? options.memory - needed : 0));
+  const auto room = static_cast<int64_t>(kShareOfFreeMemory * static_cast<double>(budget - needed));
   const int64_t fits = context_within(*impl->kv, spec.max_position, room);
   if (options.context > fits || fits < 1) {
     const int64_t asked = std::max<int64_t>(options.context, 1);
     fail(ErrorCode::kOutOfMemory, "[load] a context of ", asked, " tokens needs ",
-         gib(static_cast<int64_t>(impl->kv->bytes_for(asked))), " of KV cache beside ", gib(weight_bytes),
+         gib(static_cast<int64_t>(impl->kv->bytes_for(asked))), " of KV cache beside ", gib(needed),
          " of weights, and ", gib(room), " is left; the largest context that fits is ", fits);
   }
 
-  const int64_t source_bytes = packed_source_bytes(weights, vision);
+  const int64_t source_bytes = sizes.text_source + (vision ? sizes.vision_source : 0);
   const auto progress = [&](int64_t base) -> PackProgress {
     if (!options.progress) return {};
     return [&options, base, source_bytes](int64_t done) { options.progress(base + done, source_bytes); };
@@ -109,7 +110,7 @@ std::shared_ptr<Engine> Engine::load(const LoadOptions& options) {
   int64_t packed = impl->text->weight_bytes();
   if (vision) {
     impl->vision = std::make_unique<VisionModel>(spec, *weights.vision, *impl->backend,
-                                                 progress(source_bytes - vision_source_bytes(weights)));
+                                                 progress(sizes.text_source));
     packed += impl->vision->weight_bytes();
   }
 
@@ -122,7 +123,7 @@ std::shared_ptr<Engine> Engine::load(const LoadOptions& options) {
   info.parameters = parameters.total;
   info.active_parameters = parameters.active;
   info.weight_bytes = packed;
-  info.memory_bytes = budget - weight_bytes;
+  info.memory_bytes = budget - needed;
   info.context = options.context > 0 ? options.context : fits;
   info.max_context = spec.max_position;
   info.kv_bytes_per_token = bytes_per_token(geometry);

@@ -48,6 +48,8 @@ class KvStore {
   KvStore(const KvStore&) = delete;
   KvStore& operator=(const KvStore&) = delete;
 
+  const KvPageLayout& layout() const { return geometry_.layout; }
+
   Sequence create();
   Sequence fork(Sequence source);  // shares every page
   void release(Sequence sequence);

@@ -37,11 +37,11 @@ TextModel::TextModel(const ModelSpec& spec, const TextWeights& weights, Backend&
     layer.qkv = pack({linear(source.q), linear(source.k), linear(source.v)}, progress);
     layer.output = pack({linear(source.o)}, progress);
     if (shape.moe) {
-      const int64_t width = shape.expert_intermediate;
+      const int64_t width = shape.intermediate;
       layer.moe.top_k = shape.top_k;
       layer.moe.router = pack({linear(source.router)}, progress, /*keep_f32=*/true);
-      layer.moe.shared_gate_up = pack({linear(source.shared_gate), linear(source.shared_up)}, progress);
-      layer.moe.shared_down = pack({linear(source.shared_down)}, progress);
+      layer.moe.shared_gate_up = pack({linear(source.gate), linear(source.up)}, progress);
+      layer.moe.shared_down = pack({linear(source.down)}, progress);
       for (int64_t e = 0; e < shape.experts; ++e) {
         layer.moe.gate_up.push_back(
             pack({expert_columns(source.experts_gate_up, e, 0, 2 * width)}, progress));
@@ -56,7 +56,7 @@ TextModel::TextModel(const ModelSpec& spec, const TextWeights& weights, Backend&
   }
   norm_ = vector(weights.norm);
   head_ = pack({linear(weights.lm_head)}, progress);
-  inverse_frequencies_ = inverse_frequencies(spec.rope, static_cast<int>(spec.head_dim));
+  inverse_frequencies_ = inverse_frequencies(spec.rope, spec.head_dim);
 }
 
 WeightRef TextModel::pack(std::initializer_list<MatrixSource> parts, const PackProgress& progress,

@@ -1,0 +1,27 @@
+// One safetensors file: mapped, validated once and wholly, then views of its tensors.
+// Format: 8 bytes little-endian header length, JSON header, data (github.com/huggingface/safetensors).
+#pragma once
+
+#include <map>
+#include <string>
+
+#include "base/tensor.h"
+#include "platform/mmap.h"
+
+namespace puna {
+
+class SafetensorsFile {
+ public:
+  // Throws ModelNotFound, or ModelFormat naming the file, the tensor, what was expected and found.
+  explicit SafetensorsFile(const std::string& path);
+
+  const std::string& path() const { return file_.path(); }
+  // Views are valid as long as this object.
+  const std::map<std::string, TensorRef>& tensors() const { return tensors_; }
+
+ private:
+  MappedFile file_;
+  std::map<std::string, TensorRef> tensors_;
+};
+
+}  // namespace puna

@@ -1,0 +1,67 @@
+#include "platform/mmap.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <utility>
+
+#include "base/error.h"
+
+namespace puna {
+
+MappedFile::MappedFile(const std::string& path) : path_(path) {
+  const int descriptor = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (descriptor < 0) {
+    fail(ErrorCode::kModelNotFound, "[file] ", path, " cannot be opened: ", std::strerror(errno));
+  }
+  const struct Close {
+    int descriptor;
+    ~Close() { close(descriptor); }
+  } closer{descriptor};
+  struct stat status{};
+  if (fstat(descriptor, &status) != 0 || !S_ISREG(status.st_mode)) {
+    fail(ErrorCode::kModelFormat, "[file] ", path, " is not a regular file");
+  }
+  if (status.st_size == 0) fail(ErrorCode::kModelFormat, "[file] ", path, " is empty");
+  size_ = static_cast<size_t>(status.st_size);
+  void* mapped = mmap(nullptr, size_, PROT_READ, MAP_SHARED, descriptor, 0);
+  if (mapped == MAP_FAILED) {
+    fail(ErrorCode::kOutOfMemory, "[file] ", path, " (", size_, " bytes) cannot be mapped: ",
+         std::strerror(errno));
+  }
+  data_ = static_cast<const std::byte*>(mapped);
+}
+
+MappedFile::~MappedFile() {
+  if (data_) munmap(const_cast<std::byte*>(data_), size_);
+}
+
+MappedFile::MappedFile(MappedFile&& other) noexcept
+    : path_(std::move(other.path_)),
+      data_(std::exchange(other.data_, nullptr)),
+      size_(std::exchange(other.size_, 0)) {}
+
+MappedFile& MappedFile::operator=(MappedFile&& other) noexcept {
+  std::swap(path_, other.path_);
+  std::swap(data_, other.data_);
+  std::swap(size_, other.size_);
+  return *this;
+}
+
+void MappedFile::advise(size_t offset, size_t bytes, int advice) const {
+  const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  const size_t begin = offset / page * page;
+  if (begin >= size_) return;
+  // A hint: failure changes nothing but speed.
+  (void)madvise(const_cast<std::byte*>(data_) + begin, std::min(bytes + offset - begin, size_ - begin),
+                advice);
+}
+
+void MappedFile::will_need(size_t offset, size_t bytes) const { advise(offset, bytes, MADV_WILLNEED); }
+void MappedFile::dont_need(size_t offset, size_t bytes) const { advise(offset, bytes, MADV_DONTNEED); }
+
+}  // namespace puna
