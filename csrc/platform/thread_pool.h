@@ -1,0 +1,101 @@
+// Compute threads: fork, share by lanes, join.
+//
+// pool.run(fn) calls fn(lane) once on every lane, lane 0 on the calling thread, and returns when all
+// are done. Several threads may call run(); they take turns. A lane that throws lets the others go at
+// their next barrier, and run() rethrows the first exception. Workers sleep on a futex between runs;
+// inside a SpinScope they spin for up to kSpinMicroseconds first, which makes a fork and join cost well
+// under a microsecond. A forked child gets new workers at its first run().
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+
+namespace puna {
+
+class ThreadPool;
+
+// A contiguous share of some rows.
+struct Part {
+  int64_t begin, end;
+};
+
+// What one worker sees inside ThreadPool::run.
+class Lane {
+ public:
+  int id() const { return id_; }
+  int count() const { return count_; }
+
+  // This lane's share of n rows, in whole multiples of `grain` except at the end.
+  Part part(int64_t n, int64_t grain = 1) const {
+    const int64_t grains = (n + grain - 1) / grain;
+    const int64_t begin = grains * id_ / count_ * grain, end = grains * (id_ + 1) / count_ * grain;
+    return {std::min(begin, n), std::min(end, n)};
+  }
+
+  // Waits until every lane has come here; what any lane wrote before is then visible to all.
+  void barrier();
+
+ private:
+  friend class ThreadPool;
+  Lane(ThreadPool& pool, int id, int count) : pool_(pool), id_(id), count_(count) {}
+  ThreadPool& pool_;
+  int id_, count_;
+};
+
+// Hands out tiles 0, 1, 2, ... to whoever asks first.
+class TileCounter {
+ public:
+  int64_t next() { return next_.fetch_add(1, std::memory_order_relaxed); }
+  void reset() { next_.store(0, std::memory_order_relaxed); }
+
+ private:
+  std::atomic<int64_t> next_{0};
+};
+
+class ThreadPool {
+ public:
+  static constexpr int kSpinMicroseconds = 50;
+  static constexpr int kMaxLanes = 1024;
+
+  // `lanes` 0: usable_cores(). Throws InvalidRequest above kMaxLanes.
+  explicit ThreadPool(int lanes = 0);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int lanes() const { return lanes_; }
+
+  template <class Function>
+  void run(Function&& function) {
+    run_erased(
+        [](void* context, Lane& lane) { (*static_cast<std::remove_reference_t<Function>*>(context))(lane); },
+        const_cast<void*>(static_cast<const void*>(&function)));
+  }
+
+  // While one lives, workers wait for the next run() by spinning for a while.
+  class SpinScope {
+   public:
+    explicit SpinScope(ThreadPool& pool);
+    ~SpinScope();
+    SpinScope(const SpinScope&) = delete;
+    SpinScope& operator=(const SpinScope&) = delete;
+
+   private:
+    ThreadPool& pool_;
+  };
+
+ private:
+  friend class Lane;
+  using Erased = void (*)(void*, Lane&);
+  struct Shared;  // what workers look at; replaced in a forked child
+
+  void run_erased(Erased function, void* context);
+  void start();
+
+  int lanes_;
+  std::unique_ptr<Shared> shared_;
+};
+
+}  // namespace puna
