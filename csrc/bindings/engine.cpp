@@ -1,4 +1,5 @@
-// Engine and Session as Python sees them: conversions only. Every call that computes releases the GIL.
+// Engine and Session as Python sees them: conversions only. Every call that computes releases the
+// GIL.
 #include <pybind11/functional.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -49,10 +50,14 @@ Prompt prompt_of(std::vector<int32_t> tokens, const std::vector<Pixels>& images)
 
 py::object finish_name(FinishReason reason) {
   switch (reason) {
-    case FinishReason::kNone: return py::none();
-    case FinishReason::kStop: return py::str("stop");
-    case FinishReason::kLength: return py::str("length");
-    case FinishReason::kCancelled: return py::str("cancelled");
+    case FinishReason::kNone:
+      return py::none();
+    case FinishReason::kStop:
+      return py::str("stop");
+    case FinishReason::kLength:
+      return py::str("length");
+    case FinishReason::kCancelled:
+      return py::str("cancelled");
   }
   return py::none();
 }
@@ -66,12 +71,12 @@ py::dict info_of(const Engine& engine) {
       "active_parameters"_a = info.active_parameters, "weight_bytes"_a = info.weight_bytes,
       "memory_bytes"_a = info.memory_bytes, "context"_a = info.context,
       "max_context"_a = info.max_context, "kv_bytes_per_token"_a = info.kv_bytes_per_token,
-      "vocab_size"_a = info.vocab_size, "hidden_size"_a = info.hidden_size, "layers"_a = info.layers,
-      "image_size"_a = info.image_size, "tokens_per_tile"_a = info.tokens_per_tile,
-      "bos_token"_a = info.bos_token, "image_token"_a = info.image_token,
-      "eos_tokens"_a = info.eos_tokens, "load_seconds"_a = info.load_seconds,
-      "warnings"_a = info.warnings, "temperature"_a = info.temperature, "top_p"_a = info.top_p,
-      "top_k"_a = info.top_k);
+      "vocab_size"_a = info.vocab_size, "hidden_size"_a = info.hidden_size,
+      "layers"_a = info.layers, "image_size"_a = info.image_size,
+      "tokens_per_tile"_a = info.tokens_per_tile, "bos_token"_a = info.bos_token,
+      "image_token"_a = info.image_token, "eos_tokens"_a = info.eos_tokens,
+      "load_seconds"_a = info.load_seconds, "warnings"_a = info.warnings,
+      "temperature"_a = info.temperature, "top_p"_a = info.top_p, "top_k"_a = info.top_k);
 }
 
 py::dict timings_of(const Session& session) {
@@ -81,16 +86,18 @@ py::dict timings_of(const Session& session) {
     t = session.timings();
   }
   using namespace py::literals;  // NOLINT
-  return py::dict("load_seconds"_a = t.load_seconds, "first_token_seconds"_a = t.first_token_seconds,
+  return py::dict("load_seconds"_a = t.load_seconds,
+                  "first_token_seconds"_a = t.first_token_seconds,
                   "prefill_seconds"_a = t.prefill_seconds, "decode_seconds"_a = t.decode_seconds,
                   "prefill_tokens"_a = t.prefill_tokens, "decode_tokens"_a = t.decode_tokens,
                   "cached_tokens"_a = t.cached_tokens, "image_tokens"_a = t.image_tokens,
                   "kv_bytes"_a = t.kv_bytes, "peak_bytes"_a = t.peak_bytes);
 }
 
-std::shared_ptr<Engine> load(const std::string& path, const std::string& device, const std::string& isa,
-                             int threads, const std::string& kv, int64_t context, int64_t memory,
-                             bool vision, const py::object& progress) {
+std::shared_ptr<Engine> load(const std::string& path, const std::string& device,
+                             const std::string& isa, int threads, const std::string& kv,
+                             int64_t context, int64_t memory, bool vision,
+                             const py::object& progress) {
   LoadOptions options{path, device, isa, threads, kv, context, memory, vision, {}};
   const Poll signals = signal_poll();
   options.progress = [&](int64_t done, int64_t total) {
@@ -108,8 +115,8 @@ std::vector<StepResult> step(Engine& engine, const std::vector<Session*>& sessio
   return engine.step(sessions, signal_poll());
 }
 
-py::array_t<float> logits(Engine& engine, std::vector<int32_t> tokens, const std::vector<Pixels>& images,
-                          const std::vector<int64_t>& cuts) {
+py::array_t<float> logits(Engine& engine, std::vector<int32_t> tokens,
+                          const std::vector<Pixels>& images, const std::vector<int64_t>& cuts) {
   const Prompt prompt = prompt_of(std::move(tokens), images);
   auto* values = new std::vector<float>();
   const py::capsule owner(values, [](void* p) { delete static_cast<std::vector<float>*>(p); });
@@ -117,7 +124,9 @@ py::array_t<float> logits(Engine& engine, std::vector<int32_t> tokens, const std
     const py::gil_scoped_release release;
     *values = engine.logits(prompt, cuts, signal_poll());
   }
-  return {{static_cast<int64_t>(prompt.tokens.size()), engine.info().vocab_size}, values->data(), owner};
+  return {{static_cast<int64_t>(prompt.tokens.size()), engine.info().vocab_size},
+          values->data(),
+          owner};
 }
 
 void begin(Session& session, double temperature, double top_p, int64_t top_k, double min_p,
@@ -145,7 +154,8 @@ void bind_engine(py::module_& module) {
           "top",
           [](const StepResult& step) {
             py::list pairs;
-            for (const TokenLogprob& item : step.top) pairs.append(py::make_tuple(item.token, item.logprob));
+            for (const TokenLogprob& item : step.top)
+              pairs.append(py::make_tuple(item.token, item.logprob));
             return pairs;
           },
           "(token, logprob) of the alternatives, most likely first.")
@@ -164,9 +174,9 @@ void bind_engine(py::module_& module) {
           "tokens"_a, "images"_a,
           "Makes (tokens, tiles per image) the session's text, keeping what it shares with it.")
       .def("begin", &begin, py::kw_only(), "temperature"_a, "top_p"_a, "top_k"_a, "min_p"_a,
-           "repetition_penalty"_a, "presence_penalty"_a, "frequency_penalty"_a, "logit_bias"_a, "seed"_a,
-           "max_tokens"_a, "min_tokens"_a, "stop_ids"_a, "stop"_a, "ignore_eos"_a, "logprobs"_a,
-           "want_logprobs"_a, "Starts a turn with these sampling options.")
+           "repetition_penalty"_a, "presence_penalty"_a, "frequency_penalty"_a, "logit_bias"_a,
+           "seed"_a, "max_tokens"_a, "min_tokens"_a, "stop_ids"_a, "stop"_a, "ignore_eos"_a,
+           "logprobs"_a, "want_logprobs"_a, "Starts a turn with these sampling options.")
       .def(
           "step",
           [](Session& session) {
@@ -186,7 +196,8 @@ void bind_engine(py::module_& module) {
       .def(
           "tokenizer", [](const Engine& engine) { return engine.tokenizer(); },
           py::return_value_policy::reference_internal, "The tokenizer, or None.")
-      .def("session", &Engine::session, py::call_guard<py::gil_scoped_release>(), "Opens a session.")
+      .def("session", &Engine::session, py::call_guard<py::gil_scoped_release>(),
+           "Opens a session.")
       .def("step", &step, "sessions"_a, "One token for each session, computed as one batch.")
       .def("logits", &logits, "tokens"_a, "images"_a, "cuts"_a, "float32 [tokens, vocab].")
       .def(

@@ -10,17 +10,28 @@ namespace {
 
 const char* class_of(ErrorCode code) {
   switch (code) {
-    case ErrorCode::kInternal: return "Error";
-    case ErrorCode::kModelNotFound: return "ModelNotFound";
-    case ErrorCode::kModelFormat: return "ModelFormatError";
-    case ErrorCode::kUnsupported: return "UnsupportedError";
-    case ErrorCode::kOutOfMemory: return "OutOfMemory";
-    case ErrorCode::kContextOverflow: return "ContextOverflow";
-    case ErrorCode::kInvalidRequest: return "InvalidRequest";
-    case ErrorCode::kImage: return "ImageError";
-    case ErrorCode::kDevice: return "DeviceError";
-    case ErrorCode::kSessionMismatch: return "SessionMismatch";
-    case ErrorCode::kEngineClosed: return "EngineClosed";
+    case ErrorCode::kInternal:
+      return "Error";
+    case ErrorCode::kModelNotFound:
+      return "ModelNotFound";
+    case ErrorCode::kModelFormat:
+      return "ModelFormatError";
+    case ErrorCode::kUnsupported:
+      return "UnsupportedError";
+    case ErrorCode::kOutOfMemory:
+      return "OutOfMemory";
+    case ErrorCode::kContextOverflow:
+      return "ContextOverflow";
+    case ErrorCode::kInvalidRequest:
+      return "InvalidRequest";
+    case ErrorCode::kImage:
+      return "ImageError";
+    case ErrorCode::kDevice:
+      return "DeviceError";
+    case ErrorCode::kSessionMismatch:
+      return "SessionMismatch";
+    case ErrorCode::kEngineClosed:
+      return "EngineClosed";
   }
   return "Error";
 }

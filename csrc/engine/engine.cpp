@@ -28,7 +28,8 @@ DType kv_dtype(const std::string& wanted, DType weights) {
   if (wanted == "bf16" || (wanted == "auto" && weights == DType::kBF16)) return DType::kBF16;
   if (wanted == "fp32" || wanted == "auto") return DType::kF32;
   if (wanted == "int8" || wanted == "int4") {
-    fail(ErrorCode::kUnsupported, "kv='", wanted, "' is not available yet; use 'auto', 'bf16' or 'fp32'");
+    fail(ErrorCode::kUnsupported, "kv='", wanted,
+         "' is not available yet; use 'auto', 'bf16' or 'fp32'");
   }
   fail(ErrorCode::kInvalidRequest, "kv is '", wanted, "'; it must be 'auto', 'bf16' or 'fp32'");
 }
@@ -79,12 +80,12 @@ std::shared_ptr<Engine> Engine::load(const LoadOptions& options) {
   const int64_t budget = options.memory > 0 ? options.memory : available_memory_bytes();
   if (needed > budget) {
     fail(ErrorCode::kOutOfMemory, "[load] the weights need ", gib(needed), " of memory, ",
-         options.memory > 0 ? "the budget given by memory= is " : "the system has free ", gib(budget),
-         "; use a machine with more, or a smaller checkpoint");
+         options.memory > 0 ? "the budget given by memory= is " : "the system has free ",
+         gib(budget), "; use a machine with more, or a smaller checkpoint");
   }
   if (options.context > spec.max_position) {
-    fail(ErrorCode::kContextOverflow, "[load] context=", options.context, " was asked for, the model allows ",
-         spec.max_position);
+    fail(ErrorCode::kContextOverflow, "[load] context=", options.context,
+         " was asked for, the model allows ", spec.max_position);
   }
   impl->tokenizer = find_tokenizer(options.path);
   impl->backend = make_backend(options.device, {options.isa, options.threads});
@@ -104,7 +105,9 @@ std::shared_ptr<Engine> Engine::load(const LoadOptions& options) {
   const int64_t source_bytes = sizes.text_source + (vision ? sizes.vision_source : 0);
   const auto progress = [&](int64_t base) -> PackProgress {
     if (!options.progress) return {};
-    return [&options, base, source_bytes](int64_t done) { options.progress(base + done, source_bytes); };
+    return [&options, base, source_bytes](int64_t done) {
+      options.progress(base + done, source_bytes);
+    };
   };
   impl->text = std::make_unique<TextModel>(spec, weights.text, *impl->backend, progress(0));
   int64_t packed = impl->text->weight_bytes();
@@ -141,13 +144,16 @@ std::shared_ptr<Engine> Engine::load(const LoadOptions& options) {
     info.image_size = spec.vision->image_size;
     info.tokens_per_tile = impl->vision->tokens_per_tile();
   }
-  info.load_seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  info.load_seconds =
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return std::shared_ptr<Engine>(new Engine(std::move(impl)));
 }
 
 const ModelInfo& Engine::info() const { return impl_->info; }
 
-const Tokenizer* Engine::tokenizer() const { return impl_->tokenizer ? &*impl_->tokenizer : nullptr; }
+const Tokenizer* Engine::tokenizer() const {
+  return impl_->tokenizer ? &*impl_->tokenizer : nullptr;
+}
 
 std::shared_ptr<Session> Engine::session() {
   const std::lock_guard turn(impl_->turn);
@@ -182,12 +188,14 @@ void Engine::Impl::evaluate(const Prompt& prompt, std::span<const int64_t> cuts,
   const auto length = static_cast<int64_t>(text.tokens.size());
   int64_t cut_total = 0;
   for (const int64_t cut : cuts) {
-    if (cut < 1) fail(ErrorCode::kInvalidRequest, "[logits] a cut of ", cut, " tokens; each must be 1 or more");
+    if (cut < 1)
+      fail(ErrorCode::kInvalidRequest, "[logits] a cut of ", cut,
+           " tokens; each must be 1 or more");
     cut_total += cut;
   }
   if (!cuts.empty() && cut_total != length) {
-    fail(ErrorCode::kInvalidRequest, "[logits] the cuts add up to ", cut_total, ", the prompt has ", length,
-         " tokens");
+    fail(ErrorCode::kInvalidRequest, "[logits] the cuts add up to ", cut_total, ", the prompt has ",
+         length, " tokens");
   }
   const Poll layer_poll = [&] {
     require_open();
@@ -213,12 +221,14 @@ void Engine::Impl::evaluate(const Prompt& prompt, std::span<const int64_t> cuts,
   }
 }
 
-std::vector<float> Engine::logits(const Prompt& prompt, std::span<const int64_t> cuts, const Poll& poll) {
+std::vector<float> Engine::logits(const Prompt& prompt, std::span<const int64_t> cuts,
+                                  const Poll& poll) {
   const auto vocab = static_cast<size_t>(impl_->info.vocab_size);
   const int64_t bytes = static_cast<int64_t>(prompt.tokens.size() * vocab * sizeof(float));
   if (bytes > available_memory_bytes()) {
-    fail(ErrorCode::kOutOfMemory, "[logits] ", prompt.tokens.size(), " rows of ", vocab, " logits need ",
-         gib(bytes), ", ", gib(available_memory_bytes()), " is free; use score() or a shorter prompt");
+    fail(ErrorCode::kOutOfMemory, "[logits] ", prompt.tokens.size(), " rows of ", vocab,
+         " logits need ", gib(bytes), ", ", gib(available_memory_bytes()),
+         " is free; use score() or a shorter prompt");
   }
   std::vector<float> all(prompt.tokens.size() * vocab);
   impl_->evaluate(prompt, cuts, poll, [&](int64_t first, ConstRows rows) {
@@ -230,16 +240,17 @@ std::vector<float> Engine::logits(const Prompt& prompt, std::span<const int64_t>
 std::vector<double> Engine::score(std::span<const int32_t> tokens, const Poll& poll) {
   std::vector<double> scores(tokens.size(), 0.0);
   std::vector<float> host;
-  impl_->evaluate({{tokens.begin(), tokens.end()}, {}}, {}, poll, [&](int64_t first, ConstRows rows) {
-    host.resize(static_cast<size_t>(rows.rows * rows.cols));
-    impl_->backend->to_host(host.data(), rows);
-    for (int64_t r = 0; r < rows.rows; ++r) {
-      const auto next = static_cast<size_t>(first + r + 1);
-      if (next >= tokens.size()) break;
-      scores[next] = log_probability({host.data() + r * rows.cols, static_cast<size_t>(rows.cols)},
-                                     tokens[next]);
-    }
-  });
+  impl_->evaluate(
+      {{tokens.begin(), tokens.end()}, {}}, {}, poll, [&](int64_t first, ConstRows rows) {
+        host.resize(static_cast<size_t>(rows.rows * rows.cols));
+        impl_->backend->to_host(host.data(), rows);
+        for (int64_t r = 0; r < rows.rows; ++r) {
+          const auto next = static_cast<size_t>(first + r + 1);
+          if (next >= tokens.size()) break;
+          scores[next] = log_probability(
+              {host.data() + r * rows.cols, static_cast<size_t>(rows.cols)}, tokens[next]);
+        }
+      });
   return scores;
 }
 

@@ -40,8 +40,8 @@ std::unique_ptr<Backend> make_backend(const std::string& device, const BackendOp
     if (device != "auto") fail(ErrorCode::kDevice, "device '", device, "': ", status.why);
   }
   if (device.starts_with("cuda")) {
-    fail(ErrorCode::kDevice, "device '", device, "': this build of puna has no CUDA backend; use one of ",
-         names);
+    fail(ErrorCode::kDevice, "device '", device,
+         "': this build of puna has no CUDA backend; use one of ", names);
   }
   fail(ErrorCode::kInvalidRequest, "device is '", device, "'; it must be 'auto' or one of ", names);
 }

@@ -30,7 +30,8 @@ double log_sum_exp(std::span<const float> logits) {
 }
 
 void require(bool ok, const char* name, double value, const char* range) {
-  if (!ok) fail(ErrorCode::kInvalidRequest, "[sampling] ", name, " is ", value, "; it must be ", range);
+  if (!ok)
+    fail(ErrorCode::kInvalidRequest, "[sampling] ", name, " is ", value, "; it must be ", range);
 }
 
 }  // namespace
@@ -41,13 +42,15 @@ double uniform_random(uint64_t seed, uint64_t index) {
 
 void check_sampling(const SamplingOptions& o, int64_t vocab_size) {
   // Written so that NaN fails each test.
-  require(o.temperature >= 0 && o.temperature <= 100, "temperature", o.temperature, "from 0 to 100");
+  require(o.temperature >= 0 && o.temperature <= 100, "temperature", o.temperature,
+          "from 0 to 100");
   require(o.top_p > 0 && o.top_p <= 1, "top_p", o.top_p, "above 0 and at most 1");
   require(o.top_k >= 0, "top_k", static_cast<double>(o.top_k), "0 (off) or more");
   require(o.min_p >= 0 && o.min_p < 1, "min_p", o.min_p, "from 0 (off) to below 1");
   require(o.repetition_penalty > 0 && o.repetition_penalty <= 100, "repetition_penalty",
           o.repetition_penalty, "above 0 and at most 100");
-  require(std::abs(o.presence_penalty) <= 100, "presence_penalty", o.presence_penalty, "from -100 to 100");
+  require(std::abs(o.presence_penalty) <= 100, "presence_penalty", o.presence_penalty,
+          "from -100 to 100");
   require(std::abs(o.frequency_penalty) <= 100, "frequency_penalty", o.frequency_penalty,
           "from -100 to 100");
   require(o.max_tokens >= 0, "max_tokens", static_cast<double>(o.max_tokens), "1 or more");
@@ -57,14 +60,17 @@ void check_sampling(const SamplingOptions& o, int64_t vocab_size) {
   require(o.logprobs >= 0 && o.logprobs <= vocab_size, "logprobs", o.logprobs,
           "from 0 to the vocabulary's size");
   for (const auto& [token, bias] : o.logit_bias) {
-    require(token >= 0 && token < vocab_size, "a token id of logit_bias", token, "inside the vocabulary");
-    require(bias >= -1e9 && bias <= 1e9, "a value of logit_bias", bias, "finite (use -1e9 to ban a token)");
+    require(token >= 0 && token < vocab_size, "a token id of logit_bias", token,
+            "inside the vocabulary");
+    require(bias >= -1e9 && bias <= 1e9, "a value of logit_bias", bias,
+            "finite (use -1e9 to ban a token)");
   }
   for (const int32_t token : o.stop_ids) {
     require(token >= 0 && token < vocab_size, "a token id of stop", token, "inside the vocabulary");
   }
   for (const std::string& stop : o.stop) {
-    if (stop.empty()) fail(ErrorCode::kInvalidRequest, "[sampling] a stop string is empty; leave it out");
+    if (stop.empty())
+      fail(ErrorCode::kInvalidRequest, "[sampling] a stop string is empty; leave it out");
   }
 }
 
@@ -76,7 +82,8 @@ int32_t Sampler::sample(std::span<float> logits, std::span<const int32_t> contex
                         std::span<const int32_t> banned) {
   const uint64_t index = drawn_++;
   if (options_.repetition_penalty != 1.0) {
-    // Keskar et al. 2019 (CTRL): a seen token's logit is divided if positive and multiplied if negative.
+    // Keskar et al. 2019 (CTRL): a seen token's logit is divided if positive and multiplied if
+    // negative.
     const float penalty = static_cast<float>(options_.repetition_penalty);
     for (const int32_t token : std::unordered_set<int32_t>(context.begin(), context.end())) {
       float& x = logits[token];
@@ -178,13 +185,13 @@ std::vector<TokenLogprob> top_log_probabilities(std::span<const float> logits, i
   std::vector<int32_t> order(logits.size());
   std::iota(order.begin(), order.end(), 0);
   const auto n = std::min<size_t>(count, order.size());
-  std::partial_sort(order.begin(), order.begin() + static_cast<int64_t>(n), order.end(),
-                    [&](int32_t a, int32_t b) {
-                      return logits[a] != logits[b] ? logits[a] > logits[b] : a < b;
-                    });
+  std::partial_sort(
+      order.begin(), order.begin() + static_cast<int64_t>(n), order.end(),
+      [&](int32_t a, int32_t b) { return logits[a] != logits[b] ? logits[a] > logits[b] : a < b; });
   const double total = log_sum_exp(logits);
   std::vector<TokenLogprob> top;
-  for (size_t i = 0; i < n; ++i) top.push_back({order[i], static_cast<double>(logits[order[i]]) - total});
+  for (size_t i = 0; i < n; ++i)
+    top.push_back({order[i], static_cast<double>(logits[order[i]]) - total});
   return top;
 }
 

@@ -1,9 +1,10 @@
 // From logits to the next token: penalties, bias, temperature, top-k, top-p, min-p, draw.
 //
-// Order (that of transformers and vLLM): repetition, presence and frequency penalties and logit_bias
-// change the logits; then temperature; then top_k, top_p and min_p each cut the distribution that the
-// one before left. Ties are broken by the lower token id. The random number of the n-th token of a turn
-// is a function of (seed, n) alone, so a seed gives the same text on any number of threads.
+// Order (that of transformers and vLLM): repetition, presence and frequency penalties and
+// logit_bias change the logits; then temperature; then top_k, top_p and min_p each cut the
+// distribution that the one before left. Ties are broken by the lower token id. The random number
+// of the n-th token of a turn is a function of (seed, n) alone, so a seed gives the same text on
+// any number of threads.
 #pragma once
 
 #include <cstdint>
@@ -23,8 +24,8 @@ class Sampler {
   Sampler() = default;
   explicit Sampler(const SamplingOptions& options);
 
-  // `context` are the tokens seen so far (prompt and output) for the repetition penalty; `banned` ids
-  // are never drawn. `logits` is overwritten.
+  // `context` are the tokens seen so far (prompt and output) for the repetition penalty; `banned`
+  // ids are never drawn. `logits` is overwritten.
   int32_t sample(std::span<float> logits, std::span<const int32_t> context,
                  std::span<const int32_t> banned);
   // To be told of every token that is emitted (presence and frequency count the output only).

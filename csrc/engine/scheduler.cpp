@@ -18,7 +18,8 @@ double seconds_since(Clock::time_point start) {
 uint64_t key_of(const PreparedPixels& pixels) {
   uint64_t key = 0xcbf29ce484222325ull;
   const auto* bytes = reinterpret_cast<const unsigned char*>(pixels.data.data());
-  for (size_t i = 0; i < pixels.data.size() * sizeof(float); ++i) key = (key ^ bytes[i]) * 0x100000001b3ull;
+  for (size_t i = 0; i < pixels.data.size() * sizeof(float); ++i)
+    key = (key ^ bytes[i]) * 0x100000001b3ull;
   return key;
 }
 
@@ -56,15 +57,15 @@ TokenSequence Engine::Impl::place(const Prompt& prompt) const {
   }
   const int64_t length = static_cast<int64_t>(text.tokens.size());
   if (length > info.context) {
-    fail(ErrorCode::kContextOverflow, "[prompt] the prompt has ", length, " tokens, the context holds ",
-         info.context, " (the model allows ", info.max_context, "); shorten it or load with context=",
-         length, " or more");
+    fail(ErrorCode::kContextOverflow, "[prompt] the prompt has ", length,
+         " tokens, the context holds ", info.context, " (the model allows ", info.max_context,
+         "); shorten it or load with context=", length, " or more");
   }
   int64_t places = 0;
   for (const int32_t token : text.tokens) {
     if (token < 0 || token >= info.vocab_size) {
-      fail(ErrorCode::kInvalidRequest, "[prompt] token id ", token, " is outside the vocabulary of ",
-           info.vocab_size);
+      fail(ErrorCode::kInvalidRequest, "[prompt] token id ", token,
+           " is outside the vocabulary of ", info.vocab_size);
     }
     places += token == info.image_token;
   }
@@ -75,10 +76,11 @@ TokenSequence Engine::Impl::place(const Prompt& prompt) const {
            "[prompt] an image was given, but this model was loaded without a vision tower",
            spec.vision ? " (vision=False)" : " (a text-only checkpoint)");
     }
-    if (pixels->size != info.image_size ||
-        static_cast<int64_t>(pixels->data.size()) != pixels->tiles * 3 * pixels->size * pixels->size) {
-      fail(ErrorCode::kImage, "[prompt] pixel values are (", pixels->tiles, ", 3, ", pixels->size, ", ",
-           pixels->size, "), the model wants tiles of (3, ", info.image_size, ", ", info.image_size, ")");
+    if (pixels->size != info.image_size || static_cast<int64_t>(pixels->data.size()) !=
+                                               pixels->tiles * 3 * pixels->size * pixels->size) {
+      fail(ErrorCode::kImage, "[prompt] pixel values are (", pixels->tiles, ", 3, ", pixels->size,
+           ", ", pixels->size, "), the model wants tiles of (3, ", info.image_size, ", ",
+           info.image_size, ")");
     }
     const int64_t count = pixels->tiles * info.tokens_per_tile;
     text.images.push_back({pixels, key_of(*pixels), rows, count});
@@ -105,8 +107,9 @@ std::shared_ptr<const ImageFeatures> Engine::Impl::features_of(const PlacedImage
   return made;
 }
 
-ConstRows Engine::Impl::forward(std::span<TokenSequence* const> sequences, std::span<const int64_t> rows,
-                                std::span<const int32_t> logit_rows, const Poll& poll) {
+ConstRows Engine::Impl::forward(std::span<TokenSequence* const> sequences,
+                                std::span<const int64_t> rows, std::span<const int32_t> logit_rows,
+                                const Poll& poll) {
   std::vector<int32_t> ids;
   std::vector<TextBatch::Segment> segments;
   std::vector<KvStore::Append> appends;
@@ -118,7 +121,8 @@ ConstRows Engine::Impl::forward(std::span<TokenSequence* const> sequences, std::
     segments.push_back({text.sequence, begin, rows[i]});
     appends.push_back({text.sequence, rows[i]});
     const auto first = text.tokens.begin() + begin;
-    int64_t image_row = text.images.empty() ? 0 : std::count(text.tokens.begin(), first, info.image_token);
+    int64_t image_row =
+        text.images.empty() ? 0 : std::count(text.tokens.begin(), first, info.image_token);
     const PlacedImage* last = nullptr;
     for (int64_t r = 0; r < rows[i]; ++r) {
       const int32_t token = first[r];
@@ -155,9 +159,9 @@ ConstRows Engine::Impl::forward(std::span<TokenSequence* const> sequences, std::
 StepResult Engine::Impl::emit(Session::State& session, std::span<float> row) {
   StepResult result;
   const SamplingOptions& options = session.options;
-  const std::span<const int32_t> banned =
-      session.emitted < options.min_tokens ? std::span<const int32_t>(session.stop_ids)
-                                           : std::span<const int32_t>();
+  const std::span<const int32_t> banned = session.emitted < options.min_tokens
+                                              ? std::span<const int32_t>(session.stop_ids)
+                                              : std::span<const int32_t>();
   std::vector<float> raw;  // the sampler overwrites the row
   if (options.want_logprobs || options.logprobs > 0) raw.assign(row.begin(), row.end());
   const int32_t token = session.sampler.sample(row, session.text.tokens, banned);
@@ -169,7 +173,8 @@ StepResult Engine::Impl::emit(Session::State& session, std::span<float> row) {
     result.logprob = log_probability(raw, token);
     if (options.logprobs > 0) result.top = top_log_probabilities(raw, options.logprobs);
   }
-  if (std::find(session.stop_ids.begin(), session.stop_ids.end(), token) != session.stop_ids.end()) {
+  if (std::find(session.stop_ids.begin(), session.stop_ids.end(), token) !=
+      session.stop_ids.end()) {
     session.finish = FinishReason::kStop;
   } else if (session.decoder) {
     result.text = session.decoder->push(token);
@@ -191,7 +196,8 @@ StepResult Engine::Impl::emit(Session::State& session, std::span<float> row) {
   return result;
 }
 
-std::vector<StepResult> Engine::Impl::step(std::span<Session::State* const> sessions, const Poll& poll) {
+std::vector<StepResult> Engine::Impl::step(std::span<Session::State* const> sessions,
+                                           const Poll& poll) {
   struct Cancelled {};
   std::vector<StepResult> results(sessions.size());
   std::vector<size_t> waiting;
@@ -203,8 +209,10 @@ std::vector<StepResult> Engine::Impl::step(std::span<Session::State* const> sess
   };
   for (size_t i = 0; i < sessions.size(); ++i) {
     Session::State& session = *sessions[i];
-    if (!session.begun) fail(ErrorCode::kInvalidRequest, "[step] begin() was not called for this session");
-    if (session.text.tokens.empty()) fail(ErrorCode::kInvalidRequest, "[step] the session has no prompt");
+    if (!session.begun)
+      fail(ErrorCode::kInvalidRequest, "[step] begin() was not called for this session");
+    if (session.text.tokens.empty())
+      fail(ErrorCode::kInvalidRequest, "[step] the session has no prompt");
     if (session.finish != FinishReason::kNone) {
       results[i].finish = session.finish;
       results[i].stop = session.stop;

@@ -54,8 +54,8 @@ void Session::prompt(const Prompt& prompt) {
   next.sequence = text.sequence;
   // The last token is always computed: its logits choose the next one.
   const int64_t last = static_cast<int64_t>(next.tokens.size()) - 1;
-  const int64_t common = std::min({common_length(text, next, impl.info.image_token), last,
-                                   impl.kv->length(text.sequence)});
+  const int64_t common = std::min(
+      {common_length(text, next, impl.info.image_token), last, impl.kv->length(text.sequence)});
   const int64_t kept = impl.kv->restorable(text.sequence, common);
   impl.kv->truncate(text.sequence, kept);
   text = std::move(next);
@@ -71,7 +71,8 @@ void Session::begin(const SamplingOptions& options) {
   check_sampling(options, impl.info.vocab_size);
   if (!options.stop.empty() && !impl.tokenizer) {
     fail(ErrorCode::kInvalidRequest,
-         "[sampling] stop strings need a tokenizer, which this checkpoint lacks; use stop token ids");
+         "[sampling] stop strings need a tokenizer, which this checkpoint lacks; use stop token "
+         "ids");
   }
   State& state = *state_;
   state.options = options;
@@ -80,7 +81,8 @@ void Session::begin(const SamplingOptions& options) {
   if (impl.tokenizer) state.decoder.emplace(*impl.tokenizer, options.stop);
   state.stop_ids = options.stop_ids;
   if (!options.ignore_eos) {
-    state.stop_ids.insert(state.stop_ids.end(), impl.info.eos_tokens.begin(), impl.info.eos_tokens.end());
+    state.stop_ids.insert(state.stop_ids.end(), impl.info.eos_tokens.begin(),
+                          impl.info.eos_tokens.end());
   }
   state.emitted = 0;
   state.finish = FinishReason::kNone;

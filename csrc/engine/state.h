@@ -30,8 +30,8 @@ struct ImageFeatures {
   ConstRows rows;
 };
 
-// Image features by content, least recently used first out: a chat that shows the same picture again
-// does not encode it again.
+// Image features by content, least recently used first out: a chat that shows the same picture
+// again does not encode it again.
 class FeatureCache {
  public:
   std::shared_ptr<const ImageFeatures> find(uint64_t key);
@@ -42,8 +42,8 @@ class FeatureCache {
   std::list<std::pair<uint64_t, std::shared_ptr<const ImageFeatures>>> entries_;
 };
 
-// One image of a sequence: its rows fill the image tokens first_row, first_row + 1, ... (counted over
-// the whole sequence).
+// One image of a sequence: its rows fill the image tokens first_row, first_row + 1, ... (counted
+// over the whole sequence).
 struct PlacedImage {
   std::shared_ptr<const PreparedPixels> pixels;
   uint64_t key = 0;
@@ -106,11 +106,13 @@ struct Engine::Impl {
   StepResult emit(Session::State& session, std::span<float> logits);
   // Computes a prompt in a sequence of its own; visit(first, logits of rows first, first + 1, ...).
   template <class Visit>
-  void evaluate(const Prompt& prompt, std::span<const int64_t> cuts, const Poll& poll, const Visit& visit);
+  void evaluate(const Prompt& prompt, std::span<const int64_t> cuts, const Poll& poll,
+                const Visit& visit);
 };
 
-// Rows of one forward pass: enough for every expert of Scout to see some 64 of them, so that reading
-// its weights is paid for, and few enough that the activations stay within a few hundred MB.
+// Rows of one forward pass: enough for every expert of Scout to see some 64 of them, so that
+// reading its weights is paid for, and few enough that the activations stay within a few hundred
+// MB.
 constexpr int64_t kBatchRows = 1024;
 // When every row's logits are wanted: 256 rows of 202,048 logits are 207 MB.
 constexpr int64_t kEvaluationRows = 256;

@@ -45,12 +45,14 @@ void require_checkpoint_directory(const std::string& directory) {
   const fs::path path(directory);
   std::error_code ignored;
   if (path.extension() == ".gguf") {
-    fail(ErrorCode::kUnsupported, "[load] ", directory, " is a GGUF file; this version reads Hugging Face "
+    fail(ErrorCode::kUnsupported, "[load] ", directory,
+         " is a GGUF file; this version reads Hugging Face "
          "directories with safetensors only");
   }
   if (!fs::is_directory(path, ignored)) {
     if (is_there(path)) {
-      fail(ErrorCode::kModelNotFound, "[load] ", directory, " is a file; give the directory that holds config.json");
+      fail(ErrorCode::kModelNotFound, "[load] ", directory,
+           " is a file; give the directory that holds config.json");
     }
     const fs::path parent = path.parent_path().empty() ? fs::path(".") : path.parent_path();
     const std::vector<std::string> beside = entries_of(parent);
@@ -81,8 +83,8 @@ Checkpoint::Checkpoint(const std::string& directory) : directory_(directory) {
   const fs::path root(directory);
   if (!is_there(root / kIndexFile)) {
     if (!is_there(root / kSingleFile)) {
-      fail(ErrorCode::kModelNotFound, "[load] ", directory, " has neither ", kSingleFile, " nor ", kIndexFile,
-           "; it holds ", listing(entries_of(root)));
+      fail(ErrorCode::kModelNotFound, "[load] ", directory, " has neither ", kSingleFile, " nor ",
+           kIndexFile, "; it holds ", listing(entries_of(root)));
     }
     add(std::make_unique<SafetensorsFile>((root / kSingleFile).string()));
     return;
@@ -97,8 +99,8 @@ Checkpoint::Checkpoint(const std::string& directory) : directory_(directory) {
   for (const auto& [tensor, shard] : index["weight_map"].items()) {
     if (!shard.is_string() || shard.get<std::string>().find_first_of("/\\") != std::string::npos ||
         !shard.get<std::string>().ends_with(".safetensors")) {
-      fail(ErrorCode::kModelFormat, "[load] ", index_path, " puts tensor ", tensor, " into ", shard.dump(),
-           ", which is no .safetensors file of this directory");
+      fail(ErrorCode::kModelFormat, "[load] ", index_path, " puts tensor ", tensor, " into ",
+           shard.dump(), ", which is no .safetensors file of this directory");
     }
     shard_of[tensor] = shard.get<std::string>();
     shards.insert(shard.get<std::string>());
@@ -108,10 +110,11 @@ Checkpoint::Checkpoint(const std::string& directory) : directory_(directory) {
     if (!is_there(root / shard)) absent.push_back(shard);
   }
   if (!absent.empty()) {
-    fail(ErrorCode::kModelNotFound, "[load] ", index_path, " names ", shards.size(), " shards, ", absent.size(),
-         " of them absent: ", listing(absent), "; complete the download");
+    fail(ErrorCode::kModelNotFound, "[load] ", index_path, " names ", shards.size(), " shards, ",
+         absent.size(), " of them absent: ", listing(absent), "; complete the download");
   }
-  for (const std::string& shard : shards) add(std::make_unique<SafetensorsFile>((root / shard).string()));
+  for (const std::string& shard : shards)
+    add(std::make_unique<SafetensorsFile>((root / shard).string()));
   for (const auto& [tensor, shard] : shard_of) {
     const auto found = files_.find(tensor);
     if (found == files_.end() || fs::path(found->second).filename() != shard) {
@@ -121,8 +124,8 @@ Checkpoint::Checkpoint(const std::string& directory) : directory_(directory) {
   }
   for (const auto& [tensor, file] : files_) {
     if (!shard_of.contains(tensor)) {
-      fail(ErrorCode::kModelFormat, "[load] ", file, " holds tensor ", tensor, ", which ", index_path,
-           " does not name");
+      fail(ErrorCode::kModelFormat, "[load] ", file, " holds tensor ", tensor, ", which ",
+           index_path, " does not name");
     }
   }
 }
@@ -131,8 +134,8 @@ void Checkpoint::add(std::unique_ptr<SafetensorsFile> file) {
   for (const auto& [name, tensor] : file->tensors()) {
     const auto [place, added] = files_.emplace(name, file->path());
     if (!added) {
-      fail(ErrorCode::kModelFormat, "[load] tensor ", name, " is in two files: ", place->second, " and ",
-           file->path());
+      fail(ErrorCode::kModelFormat, "[load] tensor ", name, " is in two files: ", place->second,
+           " and ", file->path());
     }
     tensors_.emplace(name, tensor);
   }

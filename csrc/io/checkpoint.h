@@ -32,8 +32,8 @@ class Checkpoint {
   std::map<std::string, std::string> files_;
 };
 
-// Throws ModelNotFound (or Unsupported, for formats we know but cannot read) unless `directory` holds a
-// config.json; the message says what was found there.
+// Throws ModelNotFound (or Unsupported, for formats we know but cannot read) unless `directory`
+// holds a config.json; the message says what was found there.
 void require_checkpoint_directory(const std::string& directory);
 
 }  // namespace puna

@@ -20,11 +20,13 @@ nlohmann::json parse_json(std::string_view text, const std::string& where) {
   // The callback sees every key and brace; nlohmann itself keeps the last of duplicate keys.
   const auto check = [&](int depth, nlohmann::json::parse_event_t event, nlohmann::json& parsed) {
     using Event = nlohmann::json::parse_event_t;
-    if (depth > kMaxDepth) fail(ErrorCode::kModelFormat, "[json] ", where, " nests deeper than ", kMaxDepth);
+    if (depth > kMaxDepth)
+      fail(ErrorCode::kModelFormat, "[json] ", where, " nests deeper than ", kMaxDepth);
     if (event == Event::object_start) keys.emplace_back();
     if (event == Event::object_end) keys.pop_back();
     if (event == Event::key && !keys.back().insert(parsed.get<std::string>()).second) {
-      fail(ErrorCode::kModelFormat, "[json] ", where, " has the key \"", parsed.get<std::string>(), "\" twice");
+      fail(ErrorCode::kModelFormat, "[json] ", where, " has the key \"", parsed.get<std::string>(),
+           "\" twice");
     }
     return true;
   };
@@ -38,8 +40,8 @@ nlohmann::json parse_json(std::string_view text, const std::string& where) {
 std::string read_text(const std::string& path, size_t limit) {
   const MappedFile file(path);
   if (file.size() > limit) {
-    fail(ErrorCode::kModelFormat, "[file] ", path, " has ", file.size(), " bytes, more than the ", limit,
-         " that such a file may have");
+    fail(ErrorCode::kModelFormat, "[file] ", path, " has ", file.size(), " bytes, more than the ",
+         limit, " that such a file may have");
   }
   return {reinterpret_cast<const char*>(file.data()), file.size()};
 }

@@ -1,5 +1,6 @@
 // One safetensors file: mapped, validated once and wholly, then views of its tensors.
-// Format: 8 bytes little-endian header length, JSON header, data (github.com/huggingface/safetensors).
+// Format: 8 bytes little-endian header length, JSON header, data
+// (github.com/huggingface/safetensors).
 #pragma once
 
 #include <map>

@@ -26,7 +26,8 @@ constexpr int64_t kMaxTile = 4096;
 class Fields {
  public:
   Fields(const json& object, std::string where) : object_(object), where_(std::move(where)) {
-    if (!object.is_object()) fail(ErrorCode::kModelFormat, "[config] ", where_, " is no JSON object");
+    if (!object.is_object())
+      fail(ErrorCode::kModelFormat, "[config] ", where_, " is no JSON object");
   }
 
   // Absent and null are the same, as in transformers.
@@ -42,7 +43,8 @@ class Fields {
     const json* value = find(name);
     if (!value) return otherwise;
     if (!value->is_number_integer()) bad(name, *value, "a whole number");
-    const bool too_large = value->is_number_unsigned() && value->get<uint64_t>() > static_cast<uint64_t>(most);
+    const bool too_large =
+        value->is_number_unsigned() && value->get<uint64_t>() > static_cast<uint64_t>(most);
     if (too_large || value->get<int64_t>() < least || value->get<int64_t>() > most) {
       bad(name, *value, "from " + std::to_string(least) + " to " + std::to_string(most));
     }
@@ -78,7 +80,8 @@ class Fields {
     return value->get<std::string>();
   }
 
-  // A list of whole numbers in [least, most], or nothing if absent or (where `empty_is_absent`) empty.
+  // A list of whole numbers in [least, most], or nothing if absent or (where `empty_is_absent`)
+  // empty.
   std::optional<std::vector<int64_t>> integers(const char* name, int64_t least, int64_t most,
                                                bool empty_is_absent) const {
     const json* value = find(name);
@@ -86,9 +89,12 @@ class Fields {
     if (!value->is_array()) bad(name, *value, "a list");
     std::vector<int64_t> numbers;
     for (const json& item : *value) {
-      if (!item.is_number_integer() || (item.is_number_unsigned() && item.get<uint64_t>() > INT64_MAX) ||
+      if (!item.is_number_integer() ||
+          (item.is_number_unsigned() && item.get<uint64_t>() > INT64_MAX) ||
           item.get<int64_t>() < least || item.get<int64_t>() > most) {
-        bad(name, item, "a list of whole numbers from " + std::to_string(least) + " to " + std::to_string(most));
+        bad(name, item,
+            "a list of whole numbers from " + std::to_string(least) + " to " +
+                std::to_string(most));
       }
       numbers.push_back(item.get<int64_t>());
     }
@@ -98,7 +104,8 @@ class Fields {
   [[noreturn]] void bad(const char* name, const json& value, const std::string& expected) const {
     std::string shown = value.dump(-1, ' ', true, json::error_handler_t::replace);
     if (shown.size() > 60) shown = shown.substr(0, 57) + "...";
-    fail(ErrorCode::kModelFormat, "[config] ", where_, ".", name, " is ", shown, "; it must be ", expected);
+    fail(ErrorCode::kModelFormat, "[config] ", where_, ".", name, " is ", shown, "; it must be ",
+         expected);
   }
 
   const std::string& where() const { return where_; }
@@ -129,12 +136,13 @@ RopeSpec read_rope(const Fields& text, std::vector<std::string>& warnings) {
   rope.high_freq_factor = fields.number("high_freq_factor", 4, 1e-6, 1e6);
   rope.original_max_position = fields.number("original_max_position_embeddings", 8192, 1, 1e12);
   if (rope.high_freq_factor < rope.low_freq_factor) {
-    fail(ErrorCode::kModelFormat, "[config] ", fields.where(), ".high_freq_factor is ", rope.high_freq_factor,
-         ", below low_freq_factor ", rope.low_freq_factor);
+    fail(ErrorCode::kModelFormat, "[config] ", fields.where(), ".high_freq_factor is ",
+         rope.high_freq_factor, ", below low_freq_factor ", rope.low_freq_factor);
   }
   if (rope.factor == 8 && rope.high_freq_factor == 4) {
-    warnings.push_back("config.json scales RoPE by factor 8 with high_freq_factor 4, as the first uploads of "
-                       "Scout did; Meta corrected this to 16 and 1. The file is obeyed: check for a newer one");
+    warnings.push_back(
+        "config.json scales RoPE by factor 8 with high_freq_factor 4, as the first uploads of "
+        "Scout did; Meta corrected this to 16 and 1. The file is obeyed: check for a newer one");
   }
   return rope;
 }
@@ -144,7 +152,8 @@ std::vector<LayerSpec> read_layers(const Fields& text) {
   const int64_t interval = text.integer("no_rope_layer_interval", 4, 1, kMaxSize);
   const auto ropes = text.integers("no_rope_layers", 0, 1, /*empty_is_absent=*/true);
   if (ropes && static_cast<int64_t>(ropes->size()) != count) {
-    text.bad("no_rope_layers", *text.find("no_rope_layers"), "a list of " + std::to_string(count) + " entries, one per layer");
+    text.bad("no_rope_layers", *text.find("no_rope_layers"),
+             "a list of " + std::to_string(count) + " entries, one per layer");
   }
   const int64_t step = text.integer("interleave_moe_layer_step", 1, 0, kMaxSize);
   const auto moe_layers = text.integers("moe_layers", 0, count - 1, /*empty_is_absent=*/false);
@@ -152,8 +161,9 @@ std::vector<LayerSpec> read_layers(const Fields& text) {
   if (types && (!types->is_array() || static_cast<int64_t>(types->size()) != count)) {
     text.bad("layer_types", *types, "a list of " + std::to_string(count) + " names");
   }
-  const int64_t chunk = text.integer("attention_chunk_size", text.has("attention_chunk_size") ? 0 : 8192, 1,
-                                     std::numeric_limits<int32_t>::max());
+  const int64_t chunk =
+      text.integer("attention_chunk_size", text.has("attention_chunk_size") ? 0 : 8192, 1,
+                   std::numeric_limits<int32_t>::max());
   const bool qk_norm = text.flag("use_qk_norm", true);
   const bool temperature = text.flag("attn_temperature_tuning", true);
   const int64_t experts = text.integer("num_local_experts", 16, 0, 65536);
@@ -176,8 +186,9 @@ std::vector<LayerSpec> read_layers(const Fields& text) {
     layer.chunk = chunked ? chunk : 0;
     layer.qk_norm = layer.rope && qk_norm;
     layer.temperature = !layer.rope && temperature;
-    layer.moe = moe_layers ? std::find(moe_layers->begin(), moe_layers->end(), l) != moe_layers->end()
-                           : step > 0 && (l + 1) % step == 0;
+    layer.moe = moe_layers
+                    ? std::find(moe_layers->begin(), moe_layers->end(), l) != moe_layers->end()
+                    : step > 0 && (l + 1) % step == 0;
     layer.intermediate = layer.moe ? expert_width : dense_width;
     if (!layer.moe) continue;
     if (experts < 1) {
@@ -199,7 +210,8 @@ int64_t square(const Fields& fields, const char* name, int64_t otherwise) {
   const json* value = fields.find(name);
   if (value && value->is_array()) {
     const auto sides = fields.integers(name, 1, kMaxTile, false);
-    if (sides->size() != 2 || (*sides)[0] != (*sides)[1]) fields.bad(name, *value, "a number or two equal ones");
+    if (sides->size() != 2 || (*sides)[0] != (*sides)[1])
+      fields.bad(name, *value, "a number or two equal ones");
     return (*sides)[0];
   }
   return fields.integer(name, otherwise, 1, kMaxTile);
@@ -224,33 +236,36 @@ VisionSpec read_vision(const Fields& fields) {
   const auto require = [&](bool ok, const auto&... parts) {
     if (!ok) fail(ErrorCode::kModelFormat, "[config] ", fields.where(), ": ", parts...);
   };
-  if (fields.integer("num_channels", 3, 1, 65536) != 3) fields.bad("num_channels", *fields.find("num_channels"), "3");
+  if (fields.integer("num_channels", 3, 1, 65536) != 3)
+    fields.bad("num_channels", *fields.find("num_channels"), "3");
   const std::string act = fields.text("hidden_act", "gelu");
   require(act == "gelu", "hidden_act is \"", act, "\"; Llama 4 has \"gelu\"");
   require(vision.image_size % vision.patch_size == 0, "image_size ", vision.image_size,
           " is no multiple of patch_size ", vision.patch_size);
-  require(vision.hidden % vision.heads == 0 && vision.hidden / vision.heads % 4 == 0, "hidden_size ",
-          vision.hidden, " over ", vision.heads, " heads must give a head dimension that is a multiple of 4 ",
-          "(2-D RoPE)");
+  require(vision.hidden % vision.heads == 0 && vision.hidden / vision.heads % 4 == 0,
+          "hidden_size ", vision.hidden, " over ", vision.heads,
+          " heads must give a head dimension that is a multiple of 4 ", "(2-D RoPE)");
   const double ratio = fields.number("pixel_shuffle_ratio", 0.5, 1e-3, 1);
   vision.shuffle_factor = std::lround(1 / ratio);
-  require(std::abs(ratio * static_cast<double>(vision.shuffle_factor) - 1) < 1e-6, "pixel_shuffle_ratio is ",
-          ratio, "; it must be 1 / n");
-  require(vision.grid() % vision.shuffle_factor == 0, "a grid of ", vision.grid(), " patches is no multiple of ",
-          vision.shuffle_factor, " (1 / pixel_shuffle_ratio)");
+  require(std::abs(ratio * static_cast<double>(vision.shuffle_factor) - 1) < 1e-6,
+          "pixel_shuffle_ratio is ", ratio, "; it must be 1 / n");
+  require(vision.grid() % vision.shuffle_factor == 0, "a grid of ", vision.grid(),
+          " patches is no multiple of ", vision.shuffle_factor, " (1 / pixel_shuffle_ratio)");
   const int64_t joined = vision.hidden * vision.shuffle_factor * vision.shuffle_factor;
   require(vision.intermediate == joined, "intermediate_size is ", vision.intermediate,
           "; the adapter wants hidden_size / pixel_shuffle_ratio^2 = ", joined);
   const int64_t output = fields.integer("projector_output_dim", 4096, 1, kMaxSize);
   require(vision.adapter_width == output && vision.output_width == output, "projector_input_dim ",
-          vision.adapter_width, ", projector_output_dim ", output, " and vision_output_dim ", vision.output_width,
-          " must be equal");
-  require(!fields.flag("multi_modal_projector_bias", false), "multi_modal_projector_bias is not supported");
+          vision.adapter_width, ", projector_output_dim ", output, " and vision_output_dim ",
+          vision.output_width, " must be equal");
+  require(!fields.flag("multi_modal_projector_bias", false),
+          "multi_modal_projector_bias is not supported");
   return vision;
 }
 
 int32_t token(const Fields& fields, const char* name, int64_t otherwise) {
-  return static_cast<int32_t>(fields.integer(name, otherwise, -1, std::numeric_limits<int32_t>::max()));
+  return static_cast<int32_t>(
+      fields.integer(name, otherwise, -1, std::numeric_limits<int32_t>::max()));
 }
 
 void read_eos(const Fields& fields, std::vector<int32_t>& eos) {
@@ -291,19 +306,24 @@ ModelSpec parse_model_spec(const std::string& config, const std::string& generat
   if (const json* quantisation = root.find("quantization_config")) {
     const Fields fields(*quantisation, "config.json.quantization_config");
     fail(ErrorCode::kUnsupported, "[config] the checkpoint is quantised (quant_method \"",
-         fields.text("quant_method", "?"), "\"), which this version does not read; use the bf16 one");
+         fields.text("quant_method", "?"),
+         "\"), which this version does not read; use the bf16 one");
   }
   ModelSpec spec;
   spec.multimodal = type == "llama4";
   const json* nested = root.find("text_config");
-  if (spec.multimodal && !nested) fail(ErrorCode::kModelFormat, "[config] config.json has no text_config");
-  const Fields text(spec.multimodal ? *nested : document, spec.multimodal ? "text_config" : "config.json");
+  if (spec.multimodal && !nested)
+    fail(ErrorCode::kModelFormat, "[config] config.json has no text_config");
+  const Fields text(spec.multimodal ? *nested : document,
+                    spec.multimodal ? "text_config" : "config.json");
 
   spec.vocab_size = text.integer("vocab_size", 202048, 1, kMaxSize);
   spec.hidden = text.integer("hidden_size", 5120, 1, kMaxSize);
   spec.heads = text.integer("num_attention_heads", 40, 1, 65536);
-  spec.kv_heads = text.integer("num_key_value_heads", text.has("num_key_value_heads") ? spec.heads : 8, 1, 65536);
-  spec.head_dim = text.integer("head_dim", text.has("head_dim") ? spec.hidden / spec.heads : 128, 1, 65536);
+  spec.kv_heads = text.integer("num_key_value_heads",
+                               text.has("num_key_value_heads") ? spec.heads : 8, 1, 65536);
+  spec.head_dim =
+      text.integer("head_dim", text.has("head_dim") ? spec.hidden / spec.heads : 128, 1, 65536);
   spec.rms_eps = text.number("rms_norm_eps", 1e-5, 0, 1);
   spec.tied_embeddings = text.flag("tie_word_embeddings", root.flag("tie_word_embeddings", false));
   spec.max_position = text.integer("max_position_embeddings", 131072, 1, int64_t{1} << 40);
@@ -316,13 +336,15 @@ ModelSpec parse_model_spec(const std::string& config, const std::string& generat
          " is no multiple of num_key_value_heads ", spec.kv_heads);
   }
   if (spec.head_dim % 2 != 0) {
-    fail(ErrorCode::kModelFormat, "[config] head_dim is ", spec.head_dim, "; RoPE needs an even one");
+    fail(ErrorCode::kModelFormat, "[config] head_dim is ", spec.head_dim,
+         "; RoPE needs an even one");
   }
   if (text.flag("attention_bias", false)) {
     fail(ErrorCode::kUnsupported, "[config] attention_bias is true; Llama 4 has none");
   }
   const std::string act = text.text("hidden_act", "silu");
-  if (act != "silu") fail(ErrorCode::kUnsupported, "[config] hidden_act is \"", act, "\"; Llama 4 has \"silu\"");
+  if (act != "silu")
+    fail(ErrorCode::kUnsupported, "[config] hidden_act is \"", act, "\"; Llama 4 has \"silu\"");
 
   if (const json* vision = root.find("vision_config"); vision && spec.multimodal) {
     spec.vision = read_vision(Fields(*vision, "vision_config"));
@@ -341,12 +363,14 @@ ModelSpec parse_model_spec(const std::string& config, const std::string& generat
     spec.bos_token = token(fields, "bos_token_id", spec.bos_token);
     spec.pad_token = token(fields, "pad_token_id", spec.pad_token);
     read_eos(fields, spec.eos_tokens);
-    if (fields.find("temperature")) spec.generation.temperature = fields.number("temperature", 0, 0, 100);
+    if (fields.find("temperature"))
+      spec.generation.temperature = fields.number("temperature", 0, 0, 100);
     if (fields.find("top_p")) spec.generation.top_p = fields.number("top_p", 1, 1e-9, 1);
     if (fields.find("top_k")) spec.generation.top_k = fields.integer("top_k", 0, 0, kMaxSize);
     if (!fields.flag("do_sample", true)) spec.generation.temperature = 0;
   }
-  // Ids that the vocabulary does not have cannot be produced; several exporters leave such defaults.
+  // Ids that the vocabulary does not have cannot be produced; several exporters leave such
+  // defaults.
   const auto outside = [&](int32_t id) { return id < 0 || id >= spec.vocab_size; };
   std::erase_if(spec.eos_tokens, outside);
   for (int32_t* id : {&spec.bos_token, &spec.pad_token, &spec.image_token}) {
@@ -360,8 +384,9 @@ ModelSpec read_model_spec(const std::string& directory) {
   const std::filesystem::path root(directory);
   const std::filesystem::path generation = root / "generation_config.json";
   std::error_code ignored;
-  return parse_model_spec(read_text((root / "config.json").string()),
-                          std::filesystem::exists(generation, ignored) ? read_text(generation.string()) : "");
+  return parse_model_spec(
+      read_text((root / "config.json").string()),
+      std::filesystem::exists(generation, ignored) ? read_text(generation.string()) : "");
 }
 
 std::vector<double> inverse_frequencies(const RopeSpec& rope, int64_t head_dim) {
@@ -404,8 +429,8 @@ ParameterCount count_parameters(const ModelSpec& spec) {
   }
   if (spec.vision) {
     const VisionSpec& v = *spec.vision;
-    const int64_t layer = 4 * (v.hidden * v.hidden + v.hidden) + 2 * v.hidden * v.intermediate + v.intermediate +
-                          v.hidden + 4 * v.hidden;
+    const int64_t layer = 4 * (v.hidden * v.hidden + v.hidden) + 2 * v.hidden * v.intermediate +
+                          v.intermediate + v.hidden + 4 * v.hidden;
     count.vision = v.layers * layer + 3 * v.patch_size * v.patch_size * v.hidden + v.hidden +
                    (v.grid() * v.grid() + 1) * v.hidden + 4 * v.hidden +
                    v.hidden * v.shuffle_factor * v.shuffle_factor * v.adapter_width +

@@ -1,7 +1,7 @@
 // The architecture of a checkpoint as data, read from config.json and generation_config.json.
 //
-// Everything that distinguishes Scout, Maverick, Guard 4 and their relatives is a field here; no code
-// asks for a model's name. Sources: Meta's llama-models, transformers' configuration_llama4.
+// Everything that distinguishes Scout, Maverick, Guard 4 and their relatives is a field here; no
+// code asks for a model's name. Sources: Meta's llama-models, transformers' configuration_llama4.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,8 @@ struct RopeSpec {
 };
 
 struct LayerSpec {
-  int64_t chunk = 0;  // length of the absolute attention chunks; 0 = attends to everything before it
+  int64_t chunk =
+      0;  // length of the absolute attention chunks; 0 = attends to everything before it
   bool rope = true;
   bool qk_norm = false;      // weightless RMS norm of q and k heads, after RoPE
   bool temperature = false;  // q grows with the logarithm of the position
@@ -68,7 +69,8 @@ struct ModelSpec {
 };
 
 // Reads DIRECTORY/config.json and, where there is one, generation_config.json.
-// Throws ModelNotFound, ModelFormat (naming the field, its value and what is expected) or Unsupported.
+// Throws ModelNotFound, ModelFormat (naming the field, its value and what is expected) or
+// Unsupported.
 ModelSpec read_model_spec(const std::string& directory);
 // The same from texts; an empty generation_config is none.
 ModelSpec parse_model_spec(const std::string& config, const std::string& generation_config = "");

@@ -129,7 +129,8 @@ void TextModel::attend(const Layer& layer, int64_t index, const TextBatch& batch
   int64_t first_row = 0;
   for (const TextBatch::Segment& segment : batch.segments) {
     const KvView view = kv.view(segment.sequence, index);
-    segments_.push_back({first_row, segment.rows, segment.position, view.first_position, view.pages});
+    segments_.push_back(
+        {first_row, segment.rows, segment.position, view.first_position, view.pages});
     first_row += segment.rows;
   }
   input.segments = segments_;
@@ -139,7 +140,8 @@ void TextModel::attend(const Layer& layer, int64_t index, const TextBatch& batch
   backend_.matmul(residual, attended, layer.output, {.accumulate = true});
 }
 
-void TextModel::forward(const TextBatch& batch, const KvStore& kv, Rows out, const LayerPoll& poll) {
+void TextModel::forward(const TextBatch& batch, const KvStore& kv, Rows out,
+                        const LayerPoll& poll) {
   const auto rows = static_cast<int64_t>(batch.ids.size());
   reserve(rows);
   positions_.clear();

@@ -8,7 +8,8 @@ namespace puna {
 
 namespace {
 
-// Tiles computed at once: at 577 rows of 5632 fp32 each, four tiles are 52 MB of the widest activation.
+// Tiles computed at once: at 577 rows of 5632 fp32 each, four tiles are 52 MB of the widest
+// activation.
 constexpr int64_t kTilesAtOnce = 4;
 
 }  // namespace
@@ -53,8 +54,8 @@ VisionModel::VisionModel(const ModelSpec& spec, const VisionWeights& weights, Ba
   for (int64_t t = 0; t + 1 < tokens; ++t) {
     for (int64_t j = 0; j < pairs; ++j) {
       const int64_t place = (j < half ? t % grid_ : t / grid_) + 1;
-      const double frequency =
-          std::pow(spec_.rope_theta, -2.0 * static_cast<double>(j % half) / static_cast<double>(pairs));
+      const double frequency = std::pow(
+          spec_.rope_theta, -2.0 * static_cast<double>(j % half) / static_cast<double>(pairs));
       cos_[t * pairs + j] = static_cast<float>(std::cos(static_cast<double>(place) * frequency));
       sin_[t * pairs + j] = static_cast<float>(std::sin(static_cast<double>(place) * frequency));
     }
@@ -76,7 +77,8 @@ VectorRef VisionModel::vector(std::initializer_list<TensorRef> parts) {
   return backend_.load_vector({parts.begin(), parts.size()});
 }
 
-WeightRef VisionModel::matrix(std::initializer_list<TensorRef> parts, const PackProgress& progress) {
+WeightRef VisionModel::matrix(std::initializer_list<TensorRef> parts,
+                              const PackProgress& progress) {
   std::vector<MatrixSource> sources;
   for (const TensorRef& part : parts) {
     sources.push_back({part.dtype, part.data, part.shape[0], part.shape[1], part.shape[1], 1});
@@ -88,7 +90,8 @@ WeightRef VisionModel::matrix(std::initializer_list<TensorRef> parts, const Pack
   return weight;
 }
 
-void VisionModel::encode(Rows out, std::span<const float> pixels, int64_t tiles, const LayerPoll& poll) {
+void VisionModel::encode(Rows out, std::span<const float> pixels, int64_t tiles,
+                         const LayerPoll& poll) {
   const int64_t tile_pixels = 3 * spec_.image_size * spec_.image_size;
   for (int64_t first = 0; first < tiles; first += kTilesAtOnce) {
     const int64_t count = std::min(kTilesAtOnce, tiles - first);
@@ -97,7 +100,8 @@ void VisionModel::encode(Rows out, std::span<const float> pixels, int64_t tiles,
   }
 }
 
-void VisionModel::encode_group(Rows out, const float* pixels, int64_t tiles, const LayerPoll& poll) {
+void VisionModel::encode_group(Rows out, const float* pixels, int64_t tiles,
+                               const LayerPoll& poll) {
   const int64_t patches = grid_ * grid_, tokens = patches + 1, rows = tiles * tokens;
   const int64_t dim = spec_.hidden;
   const auto eps = static_cast<float>(spec_.norm_eps);
@@ -129,7 +133,8 @@ void VisionModel::encode_group(Rows out, const float* pixels, int64_t tiles, con
     backend_.layer_norm(normed, hidden, layer.input_norm, layer.input_norm_bias, eps);
     backend_.matmul(qkv, normed, layer.qkv, {.bias = &layer.qkv_bias});
     backend_.vision_attention(attended, qkv, tiles, tokens, spec_.heads, cos_.data(), sin_.data());
-    backend_.matmul(hidden, attended, layer.output, {.bias = &layer.output_bias, .accumulate = true});
+    backend_.matmul(hidden, attended, layer.output,
+                    {.bias = &layer.output_bias, .accumulate = true});
     backend_.layer_norm(normed, hidden, layer.post_norm, layer.post_norm_bias, eps);
     backend_.matmul(inner, normed, layer.fc1, {.bias = &layer.fc1_bias, .gelu = true});
     backend_.matmul(hidden, inner, layer.fc2, {.bias = &layer.fc2_bias, .accumulate = true});

@@ -54,9 +54,11 @@ bool harmless(const std::string& name) {
 // The scheme of a quantised checkpoint, by the names of its tensors.
 const char* quantisation_of(const std::string& name) {
   if (name.ends_with("weight_packed")) return "compressed-tensors (weight_packed)";
-  if (name.find(".quant_state.") != std::string::npos || name.ends_with(".absmax")) return "bitsandbytes";
+  if (name.find(".quant_state.") != std::string::npos || name.ends_with(".absmax"))
+    return "bitsandbytes";
   if (name.ends_with("weight_scale_2")) return "ModelOpt NVFP4 (weight_scale_2)";
-  if (name.ends_with("_scale") || name.ends_with("_scale_inv")) return "scaled FP8 or INT8 (weight_scale)";
+  if (name.ends_with("_scale") || name.ends_with("_scale_inv"))
+    return "scaled FP8 or INT8 (weight_scale)";
   if (name.ends_with(".qweight")) return "GPTQ or AWQ (qweight)";
   return nullptr;
 }
@@ -80,9 +82,11 @@ class Expectation {
 
 void expect_text(const ModelSpec& spec, TextWeights& text, Expectation& expect) {
   const std::string prefix = spec.multimodal ? "language_model." : "";
-  const int64_t hidden = spec.hidden, q = spec.heads * spec.head_dim, kv = spec.kv_heads * spec.head_dim;
+  const int64_t hidden = spec.hidden, q = spec.heads * spec.head_dim,
+                kv = spec.kv_heads * spec.head_dim;
   expect(prefix + "model.embed_tokens.weight", {spec.vocab_size, hidden}, text.embed);
-  if (!spec.tied_embeddings) expect(prefix + "lm_head.weight", {spec.vocab_size, hidden}, text.lm_head);
+  if (!spec.tied_embeddings)
+    expect(prefix + "lm_head.weight", {spec.vocab_size, hidden}, text.lm_head);
   expect(prefix + "model.norm.weight", {hidden}, text.norm);
   text.layers.resize(spec.layers.size());
   for (size_t l = 0; l < spec.layers.size(); ++l) {
@@ -112,9 +116,10 @@ void expect_vision(const ModelSpec& spec, VisionWeights& vision, Expectation& ex
   const VisionSpec& shape = *spec.vision;
   const int64_t hidden = shape.hidden;
   expect("vision_model.class_embedding", {hidden}, vision.class_embedding);
-  expect("vision_model.positional_embedding_vlm", {shape.grid() * shape.grid() + 1, hidden}, vision.positions);
-  expect("vision_model.patch_embedding.linear.weight", {hidden, 3 * shape.patch_size * shape.patch_size},
-         vision.patch_embedding);
+  expect("vision_model.positional_embedding_vlm", {shape.grid() * shape.grid() + 1, hidden},
+         vision.positions);
+  expect("vision_model.patch_embedding.linear.weight",
+         {hidden, 3 * shape.patch_size * shape.patch_size}, vision.patch_embedding);
   const auto norm = [&](const std::string& name, TensorRef& weight, TensorRef& bias) {
     expect(name + ".weight", {hidden}, weight);
     expect(name + ".bias", {hidden}, bias);
@@ -125,7 +130,8 @@ void expect_vision(const ModelSpec& spec, VisionWeights& vision, Expectation& ex
   for (size_t l = 0; l < vision.layers.size(); ++l) {
     VisionLayerWeights& layer = vision.layers[l];
     const std::string name = "vision_model.model.layers." + std::to_string(l) + ".";
-    const auto linear = [&](const std::string& part, int64_t out, int64_t in, TensorRef& weight, TensorRef& bias) {
+    const auto linear = [&](const std::string& part, int64_t out, int64_t in, TensorRef& weight,
+                            TensorRef& bias) {
       expect(name + part + ".weight", {out, in}, weight);
       expect(name + part + ".bias", {out}, bias);
     };
@@ -139,10 +145,12 @@ void expect_vision(const ModelSpec& spec, VisionWeights& vision, Expectation& ex
     linear("mlp.fc2", hidden, shape.intermediate, layer.fc2, layer.fc2_bias);
   }
   const int64_t joined = hidden * shape.shuffle_factor * shape.shuffle_factor;
-  expect("vision_model.vision_adapter.mlp.fc1.weight", {shape.adapter_width, joined}, vision.adapter_fc1);
+  expect("vision_model.vision_adapter.mlp.fc1.weight", {shape.adapter_width, joined},
+         vision.adapter_fc1);
   expect("vision_model.vision_adapter.mlp.fc2.weight", {shape.output_width, shape.adapter_width},
          vision.adapter_fc2);
-  expect("multi_modal_projector.linear_1.weight", {spec.hidden, shape.output_width}, vision.projector);
+  expect("multi_modal_projector.linear_1.weight", {spec.hidden, shape.output_width},
+         vision.projector);
 }
 
 bool is_float(DType dtype) {
@@ -167,7 +175,8 @@ ModelWeights resolve_weights(const ModelSpec& spec, const Checkpoint& checkpoint
   for (const auto& [name, tensor] : checkpoint.tensors()) {
     if (const char* scheme = quantisation_of(name)) {
       fail(ErrorCode::kUnsupported, "[weights] ", checkpoint.file_of(name), " holds ", name,
-           ": the checkpoint is quantised as ", scheme, ", which this version does not read; use the bf16 one");
+           ": the checkpoint is quantised as ", scheme,
+           ", which this version does not read; use the bf16 one");
     }
   }
   ModelWeights weights;
@@ -185,8 +194,8 @@ ModelWeights resolve_weights(const ModelSpec& spec, const Checkpoint& checkpoint
     if (!checkpoint.tensors().contains(tensor.name)) missing.push_back(tensor.name);
   }
   if (!missing.empty()) {
-    fail(ErrorCode::kModelFormat, "[weights] ", checkpoint.directory(), " lacks ", missing.size(), " of ",
-         wanted.size(), " tensors, the first is ", missing.front(), " ",
+    fail(ErrorCode::kModelFormat, "[weights] ", checkpoint.directory(), " lacks ", missing.size(),
+         " of ", wanted.size(), " tensors, the first is ", missing.front(), " ",
          shape_text(by_name.at(missing.front())->shape),
          nearest(missing.front(), unexpected.empty() ? present : unexpected));
   }
@@ -194,30 +203,34 @@ ModelWeights resolve_weights(const ModelSpec& spec, const Checkpoint& checkpoint
     std::vector<std::string> names;
     for (const ExpectedTensor& tensor : wanted) names.push_back(tensor.name);
     fail(ErrorCode::kModelFormat, "[weights] ", checkpoint.file_of(unexpected.front()), " holds ",
-         unexpected.front(), ", one of ", unexpected.size(), " tensors that config.json does not account for",
-         nearest(unexpected.front(), names));
+         unexpected.front(), ", one of ", unexpected.size(),
+         " tensors that config.json does not account for", nearest(unexpected.front(), names));
   }
   for (const ExpectedTensor& expected : wanted) {
     const TensorRef& found = checkpoint.tensors().at(expected.name);
     const std::vector<int64_t> shape(found.shape.begin(), found.shape.begin() + found.rank);
     if (shape != expected.shape) {
-      fail(ErrorCode::kModelFormat, "[weights] ", checkpoint.file_of(expected.name), ": ", expected.name,
-           " has the shape ", found.shape_string(), ", config.json wants ", shape_text(expected.shape));
+      fail(ErrorCode::kModelFormat, "[weights] ", checkpoint.file_of(expected.name), ": ",
+           expected.name, " has the shape ", found.shape_string(), ", config.json wants ",
+           shape_text(expected.shape));
     }
     if (!is_float(found.dtype)) {
-      fail(found.dtype == DType::kF8E4M3 || found.dtype == DType::kF8E5M2 || found.dtype == DType::kI8
+      fail(found.dtype == DType::kF8E4M3 || found.dtype == DType::kF8E5M2 ||
+                   found.dtype == DType::kI8
                ? ErrorCode::kUnsupported
                : ErrorCode::kModelFormat,
-           "[weights] ", checkpoint.file_of(expected.name), ": ", expected.name, " is ", name_of(found.dtype),
-           "; this version reads bfloat16, float16 and float32");
+           "[weights] ", checkpoint.file_of(expected.name), ": ", expected.name, " is ",
+           name_of(found.dtype), "; this version reads bfloat16, float16 and float32");
     }
     *expected.place = found;
   }
   if (spec.tied_embeddings) weights.text.lm_head = weights.text.embed;
   // Tensors that are packed together must agree.
   for (const LayerWeights& layer : weights.text.layers) {
-    if (layer.q.dtype != layer.k.dtype || layer.q.dtype != layer.v.dtype || layer.gate.dtype != layer.up.dtype) {
-      fail(ErrorCode::kModelFormat, "[weights] q, k and v, or gate and up, of one layer have different dtypes (",
+    if (layer.q.dtype != layer.k.dtype || layer.q.dtype != layer.v.dtype ||
+        layer.gate.dtype != layer.up.dtype) {
+      fail(ErrorCode::kModelFormat,
+           "[weights] q, k and v, or gate and up, of one layer have different dtypes (",
            name_of(layer.q.dtype), ", ", name_of(layer.k.dtype), ", ", name_of(layer.v.dtype), "; ",
            name_of(layer.gate.dtype), ", ", name_of(layer.up.dtype), ")");
     }
@@ -238,14 +251,16 @@ WeightBytes weight_bytes(const ModelWeights& weights) {
   };
   text(weights.text.lm_head);
   for (const LayerWeights& layer : weights.text.layers) {
-    for (const TensorRef* tensor : {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down,
-                                    &layer.router, &layer.experts_gate_up, &layer.experts_down}) {
+    for (const TensorRef* tensor :
+         {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down,
+          &layer.router, &layer.experts_gate_up, &layer.experts_down}) {
       text(*tensor);
     }
   }
   if (!weights.vision) return bytes;
   for (const VisionLayerWeights& layer : weights.vision->layers) {
-    for (const TensorRef* tensor : {&layer.q, &layer.k, &layer.v, &layer.o, &layer.fc1, &layer.fc2}) {
+    for (const TensorRef* tensor :
+         {&layer.q, &layer.k, &layer.v, &layer.o, &layer.fc1, &layer.fc2}) {
       vision(*tensor);
     }
   }

@@ -13,12 +13,12 @@ namespace puna {
 
 // Shapes in the comments are [rows][columns] as stored; linear weights are [out][in].
 struct LayerWeights {
-  TensorRef input_norm, post_norm;                     // [hidden]
-  TensorRef q, k, v, o;                                // [heads * head_dim][hidden], ..., transposed for o
-  TensorRef gate, up, down;                            // dense MLP or shared expert
-  TensorRef router;                                    // [experts][hidden]
-  TensorRef experts_gate_up;                           // [experts][hidden][2 * width]: gate, then up
-  TensorRef experts_down;                              // [experts][width][hidden]
+  TensorRef input_norm, post_norm;  // [hidden]
+  TensorRef q, k, v, o;             // [heads * head_dim][hidden], ..., transposed for o
+  TensorRef gate, up, down;         // dense MLP or shared expert
+  TensorRef router;                 // [experts][hidden]
+  TensorRef experts_gate_up;        // [experts][hidden][2 * width]: gate, then up
+  TensorRef experts_down;           // [experts][width][hidden]
 };
 
 struct TextWeights {
@@ -53,12 +53,13 @@ struct ExpectedTensor {
   TensorRef* place = nullptr;  // where resolve_weights() puts it
 };
 
-// Every tensor that `spec` wants, in the names of transformers 4.51 to 5.x; places point into `weights`.
+// Every tensor that `spec` wants, in the names of transformers 4.51 to 5.x; places point into
+// `weights`.
 std::vector<ExpectedTensor> expected_tensors(const ModelSpec& spec, ModelWeights& weights);
 
-// Finds and checks every tensor: present, of the right shape and of a float type, and no others. Views
-// live as long as the checkpoint. Throws ModelFormat naming file, tensor, expected, found and the
-// nearest name, or Unsupported naming a quantisation scheme that is recognised by its tensors.
+// Finds and checks every tensor: present, of the right shape and of a float type, and no others.
+// Views live as long as the checkpoint. Throws ModelFormat naming file, tensor, expected, found and
+// the nearest name, or Unsupported naming a quantisation scheme that is recognised by its tensors.
 ModelWeights resolve_weights(const ModelSpec& spec, const Checkpoint& checkpoint);
 
 // Bytes that the tensors occupy in the checkpoint, and bytes of memory they take once packed (fp16

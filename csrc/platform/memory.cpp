@@ -22,7 +22,8 @@ Memory::Memory(size_t bytes) : size_(bytes) {
   const size_t wanted = huge ? (bytes + kHugePage - 1) / kHugePage * kHugePage : bytes;
   const size_t mapped = huge ? wanted + kHugePage : wanted;
   void* start = mapped < bytes ? MAP_FAILED
-                               : mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+                               : mmap(nullptr, mapped, PROT_READ | PROT_WRITE,
+                                      MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (start == MAP_FAILED) {
     fail(ErrorCode::kOutOfMemory, "[memory] the system refused ", bytes, " bytes; it reports ",
          available_memory_bytes(), " free");
@@ -37,7 +38,8 @@ Memory::Memory(size_t bytes) : size_(bytes) {
   if (kHugePage - lead > 0) munmap(first + lead + wanted, kHugePage - lead);
   data_ = first + lead;
   size_ = wanted;
-  (void)madvise(data_, size_, MADV_HUGEPAGE);  // a wish: without it pages are 4 KiB and reads slower
+  (void)madvise(data_, size_,
+                MADV_HUGEPAGE);  // a wish: without it pages are 4 KiB and reads slower
 }
 
 Memory::~Memory() {

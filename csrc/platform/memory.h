@@ -1,4 +1,5 @@
-// Large, zeroed, page-aligned memory for weights and caches, in huge pages where the system has them.
+// Large, zeroed, page-aligned memory for weights and caches, in huge pages where the system has
+// them.
 #pragma once
 
 #include <cstddef>

@@ -30,8 +30,8 @@ MappedFile::MappedFile(const std::string& path) : path_(path) {
   size_ = static_cast<size_t>(status.st_size);
   void* mapped = mmap(nullptr, size_, PROT_READ, MAP_SHARED, descriptor, 0);
   if (mapped == MAP_FAILED) {
-    fail(ErrorCode::kOutOfMemory, "[file] ", path, " (", size_, " bytes) cannot be mapped: ",
-         std::strerror(errno));
+    fail(ErrorCode::kOutOfMemory, "[file] ", path, " (", size_,
+         " bytes) cannot be mapped: ", std::strerror(errno));
   }
   data_ = static_cast<const std::byte*>(mapped);
 }
@@ -57,11 +57,15 @@ void MappedFile::advise(size_t offset, size_t bytes, int advice) const {
   const size_t begin = offset / page * page;
   if (begin >= size_) return;
   // A hint: failure changes nothing but speed.
-  (void)madvise(const_cast<std::byte*>(data_) + begin, std::min(bytes + offset - begin, size_ - begin),
-                advice);
+  (void)madvise(const_cast<std::byte*>(data_) + begin,
+                std::min(bytes + offset - begin, size_ - begin), advice);
 }
 
-void MappedFile::will_need(size_t offset, size_t bytes) const { advise(offset, bytes, MADV_WILLNEED); }
-void MappedFile::dont_need(size_t offset, size_t bytes) const { advise(offset, bytes, MADV_DONTNEED); }
+void MappedFile::will_need(size_t offset, size_t bytes) const {
+  advise(offset, bytes, MADV_WILLNEED);
+}
+void MappedFile::dont_need(size_t offset, size_t bytes) const {
+  advise(offset, bytes, MADV_DONTNEED);
+}
 
 }  // namespace puna

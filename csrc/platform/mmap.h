@@ -8,7 +8,8 @@ namespace puna {
 
 class MappedFile {
  public:
-  // Throws ModelNotFound if there is no such file, ModelFormat if it is not a regular file or empty.
+  // Throws ModelNotFound if there is no such file, ModelFormat if it is not a regular file or
+  // empty.
   explicit MappedFile(const std::string& path);
   ~MappedFile();
   MappedFile(MappedFile&& other) noexcept;

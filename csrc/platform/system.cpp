@@ -11,8 +11,8 @@
 #include <optional>
 #include <set>
 #include <sstream>
-#include <vector>
 #include <utility>
+#include <vector>
 
 namespace puna {
 
@@ -37,8 +37,10 @@ std::optional<int64_t> field_in(const std::string& path, const std::string& key)
   return std::nullopt;
 }
 
-// Directories of this process's cgroup, from its own up to the root: a limit may sit on any of them.
-std::vector<std::string> cgroup_directories(const std::string& mount, const std::string& controller) {
+// Directories of this process's cgroup, from its own up to the root: a limit may sit on any of
+// them.
+std::vector<std::string> cgroup_directories(const std::string& mount,
+                                            const std::string& controller) {
   std::string path = "/";
   std::ifstream file("/proc/self/cgroup");
   for (std::string line; std::getline(file, line);) {
@@ -46,9 +48,10 @@ std::vector<std::string> cgroup_directories(const std::string& mount, const std:
     const size_t first = line.find(':'), second = line.find(':', first + 1);
     if (first == std::string::npos || second == std::string::npos) continue;
     const std::string controllers = line.substr(first + 1, second - first - 1);
-    const bool matches = controller.empty() ? controllers.empty()
-                                            : ("," + controllers + ",").find("," + controller + ",") !=
-                                                  std::string::npos;
+    const bool matches =
+        controller.empty()
+            ? controllers.empty()
+            : ("," + controllers + ",").find("," + controller + ",") != std::string::npos;
     if (matches) path = line.substr(second + 1);
   }
   std::vector<std::string> directories;
@@ -100,7 +103,8 @@ std::string processor_name() {
   std::ifstream file("/proc/cpuinfo");
   for (std::string line; std::getline(file, line);) {
     const size_t colon = line.find(": ");
-    if (line.rfind("model name", 0) == 0 && colon != std::string::npos) return line.substr(colon + 2);
+    if (line.rfind("model name", 0) == 0 && colon != std::string::npos)
+      return line.substr(colon + 2);
   }
   return "unknown processor";
 }
@@ -112,7 +116,8 @@ int usable_cores() {
   if (sched_getaffinity(0, sizeof mask, &mask) == 0) {
     for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
       if (!CPU_ISSET(cpu, &mask)) continue;
-      const std::string topology = "/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/";
+      const std::string topology =
+          "/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/";
       const auto package = number_in(topology + "physical_package_id");
       const auto core = number_in(topology + "core_id");
       cores.insert({package.value_or(0), core.value_or(cpu)});

@@ -23,11 +23,13 @@ using Word = std::atomic<uint32_t>;
 static_assert(sizeof(Word) == sizeof(uint32_t));
 
 void futex_wait(Word& word, uint32_t seen) {
-  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr,
+          0);
 }
 
 void futex_wake_all(Word& word) {
-  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr,
+          nullptr, 0);
 }
 
 void relax() {
@@ -77,7 +79,8 @@ struct ThreadPool::Shared {
   // Returns once word != seen.
   void await(Word& word, uint32_t seen, std::atomic<uint32_t>& sleeping) {
     if (spin_scopes.load(std::memory_order_relaxed) > 0) {
-      const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(kSpinMicroseconds);
+      const auto end =
+          std::chrono::steady_clock::now() + std::chrono::microseconds(kSpinMicroseconds);
       do {
         for (int i = 0; i < 64; ++i) {
           if (word.load(std::memory_order_acquire) != seen) return;
@@ -123,7 +126,8 @@ struct ThreadPool::Shared {
 
 ThreadPool::ThreadPool(int lanes) : lanes_(lanes > 0 ? lanes : usable_cores()) {
   if (lanes_ > kMaxLanes) {
-    fail(ErrorCode::kInvalidRequest, "[threads] ", lanes_, " threads were asked for; the most is ", kMaxLanes);
+    fail(ErrorCode::kInvalidRequest, "[threads] ", lanes_, " threads were asked for; the most is ",
+         kMaxLanes);
   }
   watch_forks();
   start();
@@ -135,7 +139,8 @@ void ThreadPool::start() {
   shared_ = std::make_unique<Shared>();
   shared_->generation = fork_generation.load();
   for (int id = 1; id < lanes_; ++id) {
-    shared_->workers.emplace_back([this, id, shared = shared_.get()] { shared->work(*this, id, 0); });
+    shared_->workers.emplace_back(
+        [this, id, shared = shared_.get()] { shared->work(*this, id, 0); });
   }
 }
 
@@ -164,7 +169,8 @@ void ThreadPool::run_erased(Erased function, void* context) {
   }
   shared.call(*this, 0);
   if (lanes_ > 1) {
-    const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(kSpinMicroseconds);
+    const auto end =
+        std::chrono::steady_clock::now() + std::chrono::microseconds(kSpinMicroseconds);
     while (shared.pending.load(std::memory_order_acquire) != 0) {
       relax();
       if (std::chrono::steady_clock::now() < end) continue;

@@ -1,10 +1,10 @@
 // Compute threads: fork, share by lanes, join.
 //
-// pool.run(fn) calls fn(lane) once on every lane, lane 0 on the calling thread, and returns when all
-// are done. Several threads may call run(); they take turns. A lane that throws lets the others go at
-// their next barrier, and run() rethrows the first exception. Workers sleep on a futex between runs;
-// inside a SpinScope they spin for up to kSpinMicroseconds first, which makes a fork and join cost well
-// under a microsecond. A forked child gets new workers at its first run().
+// pool.run(fn) calls fn(lane) once on every lane, lane 0 on the calling thread, and returns when
+// all are done. Several threads may call run(); they take turns. A lane that throws lets the others
+// go at their next barrier, and run() rethrows the first exception. Workers sleep on a futex
+// between runs; inside a SpinScope they spin for up to kSpinMicroseconds first, which makes a fork
+// and join cost well under a microsecond. A forked child gets new workers at its first run().
 #pragma once
 
 #include <algorithm>
@@ -70,7 +70,9 @@ class ThreadPool {
   template <class Function>
   void run(Function&& function) {
     run_erased(
-        [](void* context, Lane& lane) { (*static_cast<std::remove_reference_t<Function>*>(context))(lane); },
+        [](void* context, Lane& lane) {
+          (*static_cast<std::remove_reference_t<Function>*>(context))(lane);
+        },
         const_cast<void*>(static_cast<const void*>(&function)));
   }
 

@@ -6,8 +6,8 @@
 //   session->begin(SamplingOptions{});
 //   for (StepResult r; (r = session->step()).finish == FinishReason::kNone;) std::cout << r.text;
 //
-// Pull, not callback: nothing runs between steps. Thread-safe: any thread may call any method; forward
-// passes take turns. A session belongs to one caller at a time.
+// Pull, not callback: nothing runs between steps. Thread-safe: any thread may call any method;
+// forward passes take turns. A session belongs to one caller at a time.
 #pragma once
 
 #include <atomic>
@@ -24,8 +24,8 @@ namespace puna {
 class Tokenizer;
 class Session;
 
-// A prompt as the model sees it: `tokens` holds the image token at each place of an image row, and the
-// tiles of `images`, in order, fill those places.
+// A prompt as the model sees it: `tokens` holds the image token at each place of an image row, and
+// the tiles of `images`, in order, fill those places.
 struct Prompt {
   std::vector<int32_t> tokens;
   std::vector<std::shared_ptr<const PreparedPixels>> images;
@@ -46,13 +46,14 @@ class Engine : public std::enable_shared_from_this<Engine> {
 
   std::shared_ptr<Session> session();
 
-  // One token for each of the sessions, computed as one batch; results in their order. Sessions that
-  // have prompt left are prefilled first.
+  // One token for each of the sessions, computed as one batch; results in their order. Sessions
+  // that have prompt left are prefilled first.
   std::vector<StepResult> step(std::span<Session* const> sessions, const Poll& poll = {});
 
   // Logits [tokens][vocab] of a prompt, computed in pieces of the lengths `cuts` (empty: one piece;
   // 1 = a decode step).
-  std::vector<float> logits(const Prompt& prompt, std::span<const int64_t> cuts, const Poll& poll = {});
+  std::vector<float> logits(const Prompt& prompt, std::span<const int64_t> cuts,
+                            const Poll& poll = {});
   // Log-probability of each token given those before it; the first has none (0).
   std::vector<double> score(std::span<const int32_t> tokens, const Poll& poll = {});
 

@@ -39,7 +39,7 @@ struct SamplingOptions {
   std::vector<int32_t> stop_ids;  // in addition to the model's own
   std::vector<std::string> stop;
   bool ignore_eos = false;
-  int logprobs = 0;           // alternatives to report per token; 0 = none
+  int logprobs = 0;            // alternatives to report per token; 0 = none
   bool want_logprobs = false;  // report the chosen token's own even if logprobs == 0
 };
 
@@ -53,7 +53,7 @@ enum class FinishReason { kNone, kStop, kLength, kCancelled };
 
 struct StepResult {
   int32_t token = -1;  // -1: no token was produced (the session had ended)
-  std::string text;    // what may be shown now; stop strings and incomplete characters are held back
+  std::string text;  // what may be shown now; stop strings and incomplete characters are held back
   std::optional<double> logprob;
   std::vector<TokenLogprob> top;  // alternatives, most likely first
   FinishReason finish = FinishReason::kNone;
@@ -85,7 +85,8 @@ struct ModelInfo {
   int64_t context = 0, max_context = 0;
   int64_t kv_bytes_per_token = 0;  // of the layers that keep everything
   int64_t vocab_size = 0, hidden_size = 0, layers = 0;
-  int64_t image_size = 0, tokens_per_tile = 0;  // 0: the checkpoint has no vision tower, or it was not loaded
+  int64_t image_size = 0,
+          tokens_per_tile = 0;  // 0: the checkpoint has no vision tower, or it was not loaded
   int32_t bos_token = -1, image_token = -1, image_start = -1, image_end = -1;
   std::vector<int32_t> eos_tokens;
   double load_seconds = 0;

@@ -1,0 +1,149 @@
+// Attention over one page of keys and values: attend_page_f32 and attend_page_bf16.
+//
+// A tile of rows goes through three passes: scores into the scratch (which each tile reuses, so that
+// it stays in the first cache), their softmax in place, and the weighted sum of the values.
+#pragma once
+
+#include "kernels/cpu/tile-inl.h"
+
+namespace puna {
+namespace {
+
+// Values pass in blocks of tokens that stay in the first cache (64 * 128 * 2 bytes = 16 KiB) while
+// all groups of channels take their share, so that memory is read in order.
+constexpr int64_t kValueBlock = 64;
+
+// scores[r][t] = q[r] . k[t] for t < tokens, a multiple of kKeyBlock.
+template <class Product, int Rows>
+void score_rows(float* scores, int64_t scores_stride, const float* q, int64_t q_stride,
+                const typename Product::W* k, int64_t tokens, int64_t head_dim) {
+  for (int r = 0; r < Rows; ++r) {
+    for (int64_t t = 0; t < tokens; ++t) scores[r * scores_stride + t] = 0.0f;
+  }
+  // A tile covers several blocks of keys where a block fills one vector, and else a part of one.
+  constexpr bool kBlockIsVector = kLanes == kKeyBlock;
+  constexpr int64_t kSpan = Product::kVectors * kLanes;
+  static_assert(kBlockIsVector || kKeyBlock % kSpan == 0);
+  const WeightStrides strides = {kKeyBlock, kBlockIsVector ? kKeyBlock * head_dim : kLanes};
+  int64_t t = 0;
+  for (; t + kSpan <= tokens; t += kSpan) {
+    const typename Product::W* block = k + t / kKeyBlock * kKeyBlock * head_dim + t % kKeyBlock;
+    multiply_tile<Product, Rows, Product::kVectors>(scores + t, scores_stride, q, q_stride, block,
+                                                    strides, head_dim);
+  }
+  for (; t < tokens; t += kLanes) {  // only where a block is a vector
+    multiply_tile<Product, Rows, 1>(scores + t, scores_stride, q, q_stride, k + t * head_dim,
+                                    strides, head_dim);
+  }
+}
+
+// out[r] += sum over t of weights[r][t] * v[t]
+template <class Product, int Rows>
+void add_values(float* out, const float* weights, int64_t weights_stride,
+                const typename Product::W* v, int64_t tokens, int64_t head_dim) {
+  constexpr int64_t kSpan = Product::kVectors * kLanes;
+  const WeightStrides strides = {head_dim, kLanes};
+  int64_t c = 0;
+  for (; c + kSpan <= head_dim; c += kSpan) {
+    multiply_tile<Product, Rows, Product::kVectors>(out + c, head_dim, weights, weights_stride,
+                                                    v + c, strides, tokens);
+  }
+  for (; c + kLanes <= head_dim; c += kLanes) {
+    multiply_tile<Product, Rows, 1>(out + c, head_dim, weights, weights_stride, v + c, strides,
+                                    tokens);
+  }
+  if (c < head_dim) {
+    multiply_partial_tile<Product, Rows>(out + c, head_dim, weights, weights_stride, v + c,
+                                         head_dim, tokens, static_cast<int>(head_dim - c));
+  }
+}
+
+// Turns the scores of one row into weights, and brings its state to the new maximum.
+// `visible` > 0; the scratch reaches to the next multiple of kKeyBlock.
+void softmax_row(float* scores, int64_t visible, int64_t head_dim, float* m, float* l, float* out) {
+  // Hidden scores of the last block become -infinity: exp makes them an exact zero.
+  const int64_t padded = (visible + kKeyBlock - 1) / kKeyBlock * kKeyBlock;
+  for (int64_t t = visible; t < padded; ++t) scores[t] = -__builtin_inff();
+
+  VF largest = set1(*m);
+  for (int64_t t = 0; t < padded; t += kLanes) largest = vmax(largest, load(scores + t));
+  const VF top = set1(hmax(largest));
+
+  VF sum = set1(0.0f);
+  for (int64_t t = 0; t < padded; t += kLanes) {
+    const VF weight = vexp(sub(load(scores + t), top));
+    store(scores + t, weight);
+    sum = add(sum, weight);
+  }
+
+  const VF decay = vexp(sub(set1(*m), top));
+  float lanes[kLanes];
+  store(lanes, decay);
+  *l = *l * lanes[0] + hsum(sum);
+  store(lanes, top);
+  *m = lanes[0];
+  int64_t c = 0;
+  for (; c + kLanes <= head_dim; c += kLanes) store(out + c, mul(load(out + c), decay));
+  if (c < head_dim) store_n(out + c, mul(load_n(out + c, head_dim - c), decay), head_dim - c);
+}
+
+// Rows [row, row + Rows) of the call.
+template <class Product, int Rows>
+void attend_rows(const AttendPage& page, int64_t row) {
+  const int32_t* visible = page.visible + row;
+  int64_t least = visible[0], most = visible[0];
+  for (int r = 1; r < Rows; ++r) {
+    least = visible[r] < least ? visible[r] : least;
+    most = visible[r] > most ? visible[r] : most;
+  }
+  if (most <= 0) return;
+
+  const auto* k = static_cast<const typename Product::W*>(page.k);
+  const auto* v = static_cast<const typename Product::W*>(page.v);
+  const int64_t head_dim = page.head_dim;
+  const int64_t padded = (most + kKeyBlock - 1) / kKeyBlock * kKeyBlock;
+  float* scores = page.scores;  // [Rows][padded]
+  float* out = page.o + row * head_dim;
+  score_rows<Product, Rows>(scores, padded, page.q + row * page.q_stride, page.q_stride, k, padded,
+                            head_dim);
+  for (int r = 0; r < Rows; ++r) {
+    if (visible[r] <= 0) continue;
+    softmax_row(scores + r * padded, visible[r], head_dim, page.m + row + r, page.l + row + r,
+                out + r * head_dim);
+  }
+  for (int64_t t = 0; t < most; t += kValueBlock) {
+    // First the tokens that all rows see, then the rest of each row: 0 * v would be harmless but for
+    // the sign of a zero.
+    const int64_t end = t + kValueBlock;
+    const int64_t common = least < t ? t : (least < end ? least : end);
+    add_values<Product, Rows>(out, scores + t, padded, v + t * head_dim, common - t, head_dim);
+    for (int r = 0; r < Rows; ++r) {
+      const int64_t last = visible[r] < end ? visible[r] : end;
+      if (last <= common) continue;
+      add_values<Product, 1>(out + r * head_dim, scores + r * padded + common, padded,
+                             v + common * head_dim, last - common, head_dim);
+    }
+  }
+}
+
+template <class Product, int Rows = Product::kRows>
+void attend_up_to(int64_t rows, const AttendPage& page, int64_t row) {
+  if constexpr (Rows > 1) {
+    if (rows < Rows) return attend_up_to<Product, Rows - 1>(rows, page, row);
+  }
+  attend_rows<Product, Rows>(page, row);
+}
+
+template <class Product>
+void attend_page(const AttendPage& page) {
+  for (int64_t row = 0; row < page.rows; row += Product::kRows) {
+    const int64_t left = page.rows - row;
+    attend_up_to<Product>(left < Product::kRows ? left : Product::kRows, page, row);
+  }
+}
+
+void attend_page_f32(const AttendPage& page) { attend_page<F32Product>(page); }
+void attend_page_bf16(const AttendPage& page) { attend_page<WidenedProduct>(page); }
+
+}  // namespace
+}  // namespace puna

@@ -1,0 +1,15 @@
+// Plain C++: runs anywhere, and is the reference of the other instruction sets.
+#define PUNA_ISA_SCALAR
+
+#include "kernels/cpu/table-inl.h"
+
+namespace puna {
+
+namespace {
+bool runs_here() { return true; }
+}  // namespace
+
+extern const KernelTable kScalar;
+const KernelTable kScalar = kernels_as("scalar", runs_here);
+
+}  // namespace puna

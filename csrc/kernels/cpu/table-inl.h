@@ -1,0 +1,37 @@
+// The kernels of this translation unit's instruction set, as a table. One include per
+// isa/<name>.cpp.
+#pragma once
+
+#include "kernels/cpu/attention-inl.h"
+#include "kernels/cpu/ceilings-inl.h"
+#include "kernels/cpu/cpu_features.h"
+#include "kernels/cpu/elementwise-inl.h"
+#include "kernels/cpu/gemm-inl.h"
+#include "kernels/kernel_table.h"
+
+namespace puna {
+namespace {
+
+constexpr KernelTable kernels_as(const char* isa, bool (*supported)()) {
+  return {.isa = isa,
+          .supported = supported,
+          .gemm_f32 = gemm_f32,
+          .gemm_bf16 = gemm_bf16,
+          .attend_page_f32 = attend_page_f32,
+          .attend_page_bf16 = attend_page_bf16,
+          .rms_norm = rms_norm,
+          .layer_norm = layer_norm,
+          .silu_mul = silu_mul,
+          .gelu = gelu,
+          .add = add,
+          .scale = scale,
+          .rope = rope,
+          .bf16_from_f32 = bf16_from_f32,
+          .f32_from_bf16 = f32_from_bf16,
+          .read_bytes = read_bytes,
+          .peak_bf16 = peak_bf16,
+          .peak_f32 = peak_f32};
+}
+
+}  // namespace
+}  // namespace puna
