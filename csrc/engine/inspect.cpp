@@ -1,0 +1,48 @@
+#include "engine/inspect.h"
+
+#include <algorithm>
+#include <filesystem>
+
+#include "backend/kv_layout.h"
+#include "io/checkpoint.h"
+#include "model/weight_map.h"
+
+namespace puna {
+
+Inspection inspect(const std::string& directory) {
+  Inspection report;
+  report.spec = read_model_spec(directory);
+  const Checkpoint checkpoint(directory);
+  const WeightBytes bytes = weight_bytes(resolve_weights(report.spec, checkpoint));
+  report.parameters = count_parameters(report.spec);
+  report.weight_bytes = bytes.text_packed + bytes.vision_packed;
+  for (const auto& [name, tensor] : checkpoint.tensors()) {
+    report.tensors.emplace_back(name, tensor);
+    report.tensors.back().second.data = nullptr;
+  }
+  for (const char* name : {"tokenizer.json", "tokenizer.model"}) {
+    std::error_code ignored;
+    if (report.tokenizer.empty() &&
+        std::filesystem::exists(std::filesystem::path(directory) / name, ignored)) {
+      report.tokenizer = name;
+    }
+  }
+  const KvPageLayout layout{DType::kBF16, report.spec.kv_heads, report.spec.head_dim};
+  const auto page = static_cast<int64_t>(layout.page_bytes());
+  const auto pages = [](int64_t tokens) { return (tokens + kPageTokens - 1) / kPageTokens; };
+  for (const LayerSpec& layer : report.spec.layers) {
+    if (layer.chunk == 0) {
+      report.kv_bytes_per_token += page / kPageTokens;
+    } else {
+      report.kv_fixed_bytes += pages(std::min(layer.chunk, report.spec.max_position)) * page;
+    }
+  }
+  for (int64_t context = 8192; context <= report.spec.max_position; context *= 16) {
+    report.memory.emplace_back(context,
+                               report.weight_bytes + report.kv_fixed_bytes +
+                                   report.kv_bytes_per_token * pages(context) * kPageTokens);
+  }
+  return report;
+}
+
+}  // namespace puna

@@ -1,0 +1,29 @@
+// Facts about a checkpoint directory, read from its configuration and headers: no weight is
+// touched.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "base/tensor.h"
+#include "model/spec.h"
+
+namespace puna {
+
+struct Inspection {
+  ModelSpec spec;
+  ParameterCount parameters;
+  int64_t weight_bytes = 0;        // packed in memory, vision included
+  int64_t kv_bytes_per_token = 0;  // layers that keep everything, bf16
+  int64_t kv_fixed_bytes = 0;      // layers that keep one chunk, when it is full, bf16
+  std::string tokenizer;           // file name, or empty
+  std::vector<std::pair<std::string, TensorRef>> tensors;  // names and shapes; data is not valid
+  std::vector<std::pair<int64_t, int64_t>> memory;         // context -> weights and KV in bytes
+};
+
+// Validates the checkpoint as load() does, and throws the same errors.
+Inspection inspect(const std::string& directory);
+
+}  // namespace puna
