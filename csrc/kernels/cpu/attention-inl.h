@@ -1,7 +1,7 @@
 // Attention over one page of keys and values: attend_page_f32 and attend_page_bf16.
 //
-// A tile of rows goes through three passes: scores into the scratch (which each tile reuses, so that
-// it stays in the first cache), their softmax in place, and the weighted sum of the values.
+// A tile of rows goes through three passes: scores into the scratch (which each tile reuses, so
+// that it stays in the first cache), their softmax in place, and the weighted sum of the values.
 #pragma once
 
 #include "kernels/cpu/tile-inl.h"
@@ -54,7 +54,7 @@ void add_values(float* out, const float* weights, int64_t weights_stride,
   }
   if (c < head_dim) {
     multiply_partial_tile<Product, Rows>(out + c, head_dim, weights, weights_stride, v + c,
-                                         head_dim, tokens, static_cast<int>(head_dim - c));
+                                         head_dim, tokens, head_dim - c);
   }
 }
 
@@ -66,25 +66,26 @@ void softmax_row(float* scores, int64_t visible, int64_t head_dim, float* m, flo
   for (int64_t t = visible; t < padded; ++t) scores[t] = -__builtin_inff();
 
   VF largest = set1(*m);
-  for (int64_t t = 0; t < padded; t += kLanes) largest = vmax(largest, load(scores + t));
-  const VF top = set1(hmax(largest));
+  for (int64_t t = 0; t < padded; t += kLanes) largest = max(largest, load(scores + t));
+  float lanes[kLanes];
+  store(lanes, largest);
+  for (int64_t i = 1; i < kLanes; ++i) lanes[0] = lanes[i] > lanes[0] ? lanes[i] : lanes[0];
+  const VF top = set1(lanes[0]);
 
-  VF sum = set1(0.0f);
+  VF weights = set1(0.0f);
   for (int64_t t = 0; t < padded; t += kLanes) {
-    const VF weight = vexp(sub(load(scores + t), top));
+    const VF weight = exp(load(scores + t) - top);
     store(scores + t, weight);
-    sum = add(sum, weight);
+    weights = weights + weight;
   }
 
-  const VF decay = vexp(sub(set1(*m), top));
-  float lanes[kLanes];
-  store(lanes, decay);
-  *l = *l * lanes[0] + hsum(sum);
-  store(lanes, top);
+  const VF decay = exp(set1(*m) - top);
   *m = lanes[0];
+  store(lanes, decay);
+  *l = *l * lanes[0] + sum(weights);
   int64_t c = 0;
-  for (; c + kLanes <= head_dim; c += kLanes) store(out + c, mul(load(out + c), decay));
-  if (c < head_dim) store_n(out + c, mul(load_n(out + c, head_dim - c), decay), head_dim - c);
+  for (; c + kLanes <= head_dim; c += kLanes) store(out + c, load(out + c) * decay);
+  if (c < head_dim) store_n(out + c, load_n(out + c, head_dim - c) * decay, head_dim - c);
 }
 
 // Rows [row, row + Rows) of the call.
@@ -112,8 +113,8 @@ void attend_rows(const AttendPage& page, int64_t row) {
                 out + r * head_dim);
   }
   for (int64_t t = 0; t < most; t += kValueBlock) {
-    // First the tokens that all rows see, then the rest of each row: 0 * v would be harmless but for
-    // the sign of a zero.
+    // First the tokens that all rows see, then the rest of each row: 0 * v would be harmless but
+    // for the sign of a zero.
     const int64_t end = t + kValueBlock;
     const int64_t common = least < t ? t : (least < end ? least : end);
     add_values<Product, Rows>(out, scores + t, padded, v + t * head_dim, common - t, head_dim);
@@ -142,8 +143,10 @@ void attend_page(const AttendPage& page) {
   }
 }
 
-void attend_page_f32(const AttendPage& page) { attend_page<F32Product>(page); }
-void attend_page_bf16(const AttendPage& page) { attend_page<WidenedProduct>(page); }
+[[maybe_unused]] void attend_page_f32(const AttendPage& page) { attend_page<F32Product>(page); }
+[[maybe_unused]] void attend_page_bf16(const AttendPage& page) {
+  attend_page<WidenedProduct>(page);
+}
 
 }  // namespace
 }  // namespace puna

@@ -6,7 +6,7 @@
 namespace puna {
 namespace {
 
-uint64_t read_bytes(const void* data, int64_t bytes) {
+[[maybe_unused]] uint64_t read_bytes(const void* data, int64_t bytes) {
   // 256 bytes at a time, each word of them summed on its own: the compiler makes vectors of it.
   constexpr int kWords = 32;
   const auto* words = static_cast<const uint64_t*>(data);
@@ -14,9 +14,9 @@ uint64_t read_bytes(const void* data, int64_t bytes) {
   for (int64_t i = 0; i < bytes / 8; i += kWords) {
     for (int j = 0; j < kWords; ++j) sums[j] += words[i + j];
   }
-  uint64_t sum = 0;
-  for (int j = 0; j < kWords; ++j) sum += sums[j];
-  return sum;
+  uint64_t total = 0;
+  for (uint64_t words_sum : sums) total += words_sum;
+  return total;
 }
 
 // The inner loop of multiply_tile without its loads: as many independent sums, nothing else.
@@ -30,24 +30,24 @@ float peak(int64_t iterations, int64_t* operations) {
   for (auto& element : x) element = static_cast<typename Product::X>(iterations & 1);
   const typename Product::Weights weights = Product::weights(w);
   const typename Product::Values values = Product::values(x);
-  VF sum[kSums];
+  VF sums[kSums];
 #pragma GCC unroll 32
-  for (int i = 0; i < kSums; ++i) sum[i] = set1(static_cast<float>(i));
+  for (int i = 0; i < kSums; ++i) sums[i] = set1(static_cast<float>(i));
   for (int64_t n = 0; n < iterations; ++n) {
 #pragma GCC unroll 32
-    for (int i = 0; i < kSums; ++i) sum[i] = Product::accumulate(sum[i], weights, values);
+    for (int i = 0; i < kSums; ++i) sums[i] = Product::accumulate(sums[i], weights, values);
   }
-  VF total = sum[0];
+  VF total = sums[0];
 #pragma GCC unroll 32
-  for (int i = 1; i < kSums; ++i) total = add(total, sum[i]);
+  for (int i = 1; i < kSums; ++i) total = total + sums[i];
   *operations = iterations * kSums * kLanes * Product::kDepth * 2;
-  return hsum(total);
+  return sum(total);
 }
 
-float peak_f32(int64_t iterations, int64_t* operations) {
+[[maybe_unused]] float peak_f32(int64_t iterations, int64_t* operations) {
   return peak<F32Product>(iterations, operations);
 }
-float peak_bf16(int64_t iterations, int64_t* operations) {
+[[maybe_unused]] float peak_bf16(int64_t iterations, int64_t* operations) {
   return peak<Bf16Product>(iterations, operations);
 }
 

@@ -7,8 +7,8 @@ namespace puna {
 namespace {
 
 // Blocks of a product with many rows: kStepBlock steps of the panel (64 KiB) stay in the second
-// cache while kRowBlock rows pass, whose sums (24 KiB) wait on the stack between blocks. Measured on
-// Zen 4 for 512 rows and 5,120 or 8,192 columns; a quarter or four times as much costs 1 to 3 %.
+// cache while kRowBlock rows pass, whose sums (24 KiB) wait on the stack between blocks. Measured
+// on Zen 4 for 512 rows and 5,120 or 8,192 columns; a quarter or four times as much costs 1 to 3 %.
 constexpr int64_t kStepBlock = 256, kRowBlock = 96;
 
 // sums[Rows][kPanelRows] += x * panel^T over `steps` steps.
@@ -18,7 +18,7 @@ void multiply_panel_rows(float* sums, const typename Product::X* x, int64_t x_st
   constexpr int64_t kStep = kPanelRows * Product::kDepth, kVector = kLanes * Product::kDepth;
   // One row takes the whole width of the panel at once: memory is then read strictly in order.
   constexpr int kVectors =
-      Rows == 1 && kLanes > 1 ? static_cast<int>(kPanelRows) / kLanes : Product::kVectors;
+      Rows == 1 && kLanes > 1 ? static_cast<int>(kPanelRows / kLanes) : Product::kVectors;
   for (int64_t column = 0; column < kPanelRows; column += kVectors * kLanes) {
     multiply_tile<Product, Rows, kVectors>(sums + column, kPanelRows, x, x_stride,
                                            panel + column * Product::kDepth, {kStep, kVector},
@@ -67,14 +67,15 @@ void gemm(float* out, int64_t out_stride, const typename Product::X* x, int64_t 
   }
 }
 
-void gemm_f32(float* out, int64_t out_stride, const float* x, int64_t x_stride, const float* panel,
-              const float* bias, int64_t rows, int64_t cols, int64_t width) {
+[[maybe_unused]] void gemm_f32(float* out, int64_t out_stride, const float* x, int64_t x_stride,
+                               const float* panel, const float* bias, int64_t rows, int64_t cols,
+                               int64_t width) {
   gemm<F32Product>(out, out_stride, x, x_stride, panel, bias, rows, cols, width);
 }
 
-void gemm_bf16(float* out, int64_t out_stride, const uint16_t* x, int64_t x_stride,
-               const uint16_t* panel, const float* bias, int64_t rows, int64_t cols,
-               int64_t width) {
+[[maybe_unused]] void gemm_bf16(float* out, int64_t out_stride, const uint16_t* x, int64_t x_stride,
+                                const uint16_t* panel, const float* bias, int64_t rows,
+                                int64_t cols, int64_t width) {
   gemm<Bf16Product>(out, out_stride, x, x_stride, panel, bias, rows, cols, width);
 }
 
