@@ -155,9 +155,10 @@ void check_moe(ConstRows residual, ConstRows x, const MoeWeights& weights) {
   check_feed_forward("moe", "shared_", weights.shared_gate_up, weights.shared_down, x.cols);
   for (int64_t e = 0; e < experts; ++e) {
     check_feed_forward("moe", "expert ", weights.gate_up[e], weights.down[e], x.cols);
-    if (weights.gate_up[e].rows != weights.gate_up[0].rows)
-      fail(ErrorCode::kInternal, "[moe] gate_up of expert ", e, " has ", weights.gate_up[e].rows,
-           " rows, that of expert 0 has ", weights.gate_up[0].rows);
+    if (weights.gate_up[e].rows != weights.gate_up[0].rows ||
+        weights.gate_up[e].format != weights.gate_up[0].format ||
+        weights.down[e].format != weights.down[0].format)
+      fail(ErrorCode::kInternal, "[moe] expert ", e, " differs from expert 0 in size or format");
   }
 }
 

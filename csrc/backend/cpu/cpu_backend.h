@@ -1,0 +1,15 @@
+// The backend of ordinary processors: threads and packing over kernels/cpu.
+#pragma once
+
+#include <memory>
+
+#include "backend/backend.h"
+
+namespace puna {
+
+// Throws InvalidRequest or DeviceError for an instruction set that this build does not have or this
+// processor cannot run.
+std::unique_ptr<Backend> make_cpu_backend(const BackendOptions& options);
+BackendStatus cpu_status();
+
+}  // namespace puna

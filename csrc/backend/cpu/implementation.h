@@ -1,0 +1,141 @@
+// The class behind make_cpu_backend(). Its operations are in cpu_backend.cpp (memory, rows, vision
+// layout), products.cpp, moe.cpp and attention.cpp.
+//
+// How work is shared: output panels, rows and heads go to lanes; the sum over k of one element is
+// always one kernel call, so no result depends on the number of lanes. Scratch memory grows to what
+// the largest call needed and stays.
+#pragma once
+
+#include <vector>
+
+#include "backend/backend.h"
+#include "backend/cpu/routing.h"
+#include "kernels/kernel_table.h"
+#include "platform/memory.h"
+#include "platform/thread_pool.h"
+
+namespace puna {
+
+class CpuBackend final : public Backend {
+ public:
+  explicit CpuBackend(const BackendOptions& options);
+
+  const char* name() const override { return "cpu"; }
+  std::string description() const override;
+
+  Buffer allocate(size_t bytes) override;
+  WeightRef load_matrix(std::span<const MatrixSource> parts, bool keep_f32) override;
+  VectorRef load_vector(std::span<const TensorRef> parts) override;
+  void to_host(float* out, ConstRows x) override;
+  void from_host(Rows out, const float* x) override;
+
+  void embed(Rows out, const TensorRef& table, std::span<const int32_t> ids) override;
+  void gather(Rows out, ConstRows x, std::span<const int32_t> index) override;
+  void scatter(Rows out, ConstRows x, std::span<const int32_t> index) override;
+  void rms_norm(Rows out, ConstRows x, const VectorRef& weight, float eps) override;
+  void layer_norm(Rows out, ConstRows x, const VectorRef& weight, const VectorRef& bias,
+                  float eps) override;
+
+  void matmul(Rows out, ConstRows x, const WeightRef& weight,
+              const MatmulOptions& options) override;
+  void mlp(Rows residual, ConstRows x, const WeightRef& gate_up, const WeightRef& down) override;
+  void moe(Rows residual, ConstRows x, const MoeWeights& weights) override;
+
+  void attention(Rows out, const AttentionInput& input) override;
+  void vision_attention(Rows out, Rows qkv, int64_t tiles, int64_t tokens, int64_t heads,
+                        const float* cos, const float* sin) override;
+
+  void unfold(Rows out, const float* pixels, int64_t tiles, int64_t size, int64_t patch) override;
+  void pixel_shuffle(Rows out, ConstRows x, int64_t tiles, int64_t grid, int64_t factor) override;
+
+ private:
+  class Scratch {
+   public:
+    template <class T>
+    T* reserve(int64_t count) {
+      return static_cast<T*>(reserve_bytes(static_cast<size_t>(count) * sizeof(T)));
+    }
+
+   private:
+    void* reserve_bytes(size_t bytes);
+    Memory memory_;
+  };
+
+  // Rows in the type of the weights they are multiplied with; stride in elements.
+  struct Operand {
+    const void* data = nullptr;
+    int64_t stride = 0;
+  };
+  // The gate_up and down products of some rows with one pair of weights.
+  struct FeedForward {
+    Operand x;
+    float* hidden = nullptr;  // [rows][2 * width]; the gate half becomes the activation
+    Operand activated;        // [rows][width], the input of down
+    int64_t width = 0;
+    bool bf16 = false;  // the type of `activated`
+  };
+  // Some query rows of one segment, and the query heads that share one KV head.
+  struct AttentionTask {
+    const AttentionSegment* segment;
+    int64_t kv_head, first, count;
+  };
+
+  // Calls body(begin, end) on pieces of [0, count): on all lanes if the elements touched are worth
+  // waking them, else here.
+  template <class Body>
+  void for_rows(int64_t count, int64_t elements_each, const Body& body) {
+    // About 2 us of work for one lane, a few times the cost of a fork and join.
+    constexpr int64_t kInlineElements = 32768;
+    if (count * elements_each <= kInlineElements)
+      body(int64_t{0}, count);
+    else
+      pool_.run([&](Lane& lane) {
+        const Part part = lane.part(count);
+        if (part.begin < part.end) body(part.begin, part.end);
+      });
+  }
+
+  // Calls body(tile) on all tiles, from all lanes of a run. Few rows mean that weights are only
+  // streamed: then each lane reads one contiguous share. Otherwise tiles go to whoever is free.
+  template <class Body>
+  static void for_tiles(Lane& lane, TileCounter& counter, int64_t tiles, int64_t rows,
+                        const Body& body) {
+    constexpr int64_t kStreamedRows = 4;
+    if (rows <= kStreamedRows) {
+      const Part part = lane.part(tiles);
+      for (int64_t tile = part.begin; tile < part.end; ++tile) body(tile);
+    } else {
+      for (int64_t tile; (tile = counter.next()) < tiles;) body(tile);
+    }
+  }
+
+  // products.cpp
+  Operand prepare(ConstRows x, const WeightRef& weight, Scratch& scratch);
+  // Columns [panel * kPanelRows, + kPanelRows) of x W^T for rows [first, first + rows) of x; `out`
+  // is the tile's corner.
+  void multiply(float* out, int64_t out_stride, const Operand& x, const WeightRef& weight,
+                int64_t panel, int64_t first, int64_t rows, const float* bias = nullptr) const;
+  int64_t rows_per_tile(int64_t rows, int64_t panels) const;
+  FeedForward plan_feed_forward(const Operand& x, int64_t rows, const WeightRef& gate_up,
+                                const WeightRef& down, Scratch& hidden, Scratch& activated);
+  void activate(Lane& lane, TileCounter& counter, const FeedForward& plan, int64_t rows) const;
+
+  // attention.cpp
+  void append(const AttentionInput& input, const AttentionSegment& segment, int64_t i,
+              int64_t kv_head) const;
+  void turn_query(const AttentionInput& input, int64_t row, int64_t head) const;
+
+  KernelTable kernels_;
+  ThreadPool pool_;
+  // Operations follow one another closely; between passes workers fall asleep all the same.
+  ThreadPool::SpinScope spin_{pool_};
+
+  Scratch rounded_, hidden_, activated_;                             // products
+  Scratch logits_, routed_rows_, routed_hidden_, routed_activated_;  // mixture of experts
+  Scratch lanes_;                                                    // a share for each lane
+  Scratch leaves_;                                                   // attention
+  Routing routing_;
+  std::vector<AttentionTask> tasks_;
+};
+
+}  // namespace puna

@@ -1,0 +1,132 @@
+// For the backend tests: random data, the backends to compare, and comparisons that name the worst
+// place.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "backend/backend.h"
+#include "backend/cpu/cpu_backend.h"
+#include "backend/ref/ref_backend.h"
+#include "base/half.h"
+#include "check.h"
+#include "kernels/cpu/dispatch.h"
+
+namespace fixture {
+
+using namespace puna;
+
+// Unit roundoffs.
+constexpr double kEps = 1.0 / (1 << 24);     // fp32
+constexpr double kEpsBF16 = 1.0 / (1 << 8);  // bfloat16
+
+inline std::vector<float> randoms(std::mt19937& random, int64_t count, float sigma = 1) {
+  std::normal_distribution<float> normal(0, sigma);
+  std::vector<float> values(static_cast<size_t>(count));
+  for (float& value : values) value = normal(random);
+  return values;
+}
+
+// A matrix as a checkpoint would hold it, and its exact values.
+struct Matrix {
+  int64_t rows = 0, cols = 0;
+  DType dtype = DType::kF32;
+  std::vector<float> values;   // [rows][cols]
+  std::vector<uint16_t> bits;  // the same as bfloat16
+  double at(int64_t r, int64_t c) const { return values[r * cols + c]; }
+  MatrixSource source() const {
+    const void* data = dtype == DType::kF32 ? static_cast<const void*>(values.data()) : bits.data();
+    return {dtype, data, rows, cols, cols, 1};
+  }
+  WeightRef load(Backend& backend, bool keep_f32 = false) const {
+    const MatrixSource part = source();
+    return backend.load_matrix({&part, 1}, keep_f32);
+  }
+  bool bf16() const { return dtype == DType::kBF16; }
+};
+
+inline Matrix random_matrix(std::mt19937& random, int64_t rows, int64_t cols, DType dtype) {
+  Matrix matrix{rows, cols, dtype, {}, {}};
+  matrix.values = randoms(random, rows * cols, 1 / std::sqrt(static_cast<float>(cols)));
+  if (dtype == DType::kBF16)
+    for (float& value : matrix.values) {
+      matrix.bits.push_back(bf16_of_float(value));
+      value = float_of_bf16(matrix.bits.back());
+    }
+  return matrix;
+}
+
+inline VectorRef load_vector(Backend& backend, const std::vector<float>& values) {
+  TensorRef part;
+  part.rank = 1;
+  part.shape[0] = static_cast<int64_t>(values.size());
+  part.data = values.data();
+  return backend.load_vector({&part, 1});
+}
+
+struct Named {
+  std::string name;
+  std::unique_ptr<Backend> backend;
+};
+
+inline Backend& ref() {
+  static const auto backend = make_ref_backend({});
+  return *backend;
+}
+
+// The CPU backend for each instruction set that runs here, each with 1, 2 and 3 threads.
+inline std::vector<std::vector<Named>>& cpus() {
+  static auto all = [] {
+    std::vector<std::vector<Named>> made;
+    for (const KernelTable* table : compiled_isas()) {
+      if (!table->supported()) continue;
+      std::vector<Named> same_isa;
+      for (const int threads : {1, 2, 3}) {
+        auto backend = make_cpu_backend({table->isa, threads});
+        std::string name = backend->description();
+        same_isa.push_back({std::move(name), std::move(backend)});
+      }
+      made.push_back(std::move(same_isa));
+    }
+    return made;
+  }();
+  return all;
+}
+
+// |got - expected| <= bound, element by element; the worst excess is reported.
+inline void check_close(const std::string& what, const std::vector<float>& got,
+                        const std::vector<float>& expected, const std::vector<double>& bound) {
+  CHECK_EQ(got.size(), expected.size());
+  CHECK_EQ(bound.size(), expected.size());
+  double worst = 0;
+  size_t place = 0;
+  for (size_t i = 0; i < got.size(); ++i) {
+    const double ratio = std::abs(static_cast<double>(got[i]) - expected[i]) / bound[i];
+    if (!(ratio <= worst)) {
+      worst = ratio;
+      place = i;
+    }
+  }
+  std::ostringstream text;
+  if (!(worst <= 1))
+    text << what << ": element " << place << " is " << got[place] << ", expected "
+         << expected[place] << " within " << bound[place];
+  check::report(worst <= 1, __FILE__, __LINE__, text.str());
+}
+
+inline void check_same_bits(const std::string& what, const float* a, const float* b, size_t count) {
+  const bool same = std::memcmp(a, b, count * sizeof(float)) == 0;
+  std::string text;
+  if (!same)
+    for (size_t i = 0; i < count && text.empty(); ++i)
+      if (std::memcmp(a + i, b + i, sizeof(float)) != 0)
+        text = what + ": element " + std::to_string(i) + " is " + std::to_string(a[i]) + " and " +
+               std::to_string(b[i]);
+  check::report(same, __FILE__, __LINE__, text);
+}
+
+}  // namespace fixture
