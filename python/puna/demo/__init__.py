@@ -1,0 +1,1 @@
+"""The bundled demo checkpoint and the small world that it knows."""

@@ -1,0 +1,98 @@
+"""The demo model's tokenizer: byte-level BPE with Llama 4's pattern and special-token names."""
+
+from __future__ import annotations
+
+import base64
+import json
+import random
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from puna.demo.scene import random_scene
+from tools.demo_model.stories import random_story, story_request
+
+RANKS = 640  # by then every word of the small world is one token
+SPECIAL_TOKENS = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|header_start|>",
+    "<|header_end|>",
+    "<|eom|>",
+    "<|eot|>",
+    "<|python_start|>",
+    "<|python_end|>",
+    "<|finetune_right_pad|>",
+    "<|image_start|>",
+    "<|image_end|>",
+    "<|tile_x_separator|>",
+    "<|tile_y_separator|>",
+    "<|image|>",
+    "<|patch|>",
+)
+VOCABULARY = 704  # ranks, special tokens and room for more
+PATTERN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CAPTION_REQUEST = "What is in this picture?"
+
+
+def special_ids() -> dict[str, int]:
+    """Special tokens follow the ranks."""
+    return {name: RANKS + i for i, name in enumerate(SPECIAL_TOKENS)}
+
+
+def train_tokenizer() -> Tokenizer:
+    """Learns RANKS byte-pair merges from generated text."""
+    rng = random.Random(0)
+    texts = ["user", "assistant", "system", "\n\n", CAPTION_REQUEST]
+    for _ in range(4000):
+        story = random_story(rng)
+        texts += [story_request(story.animal), story.text(), random_scene(rng).caption()]
+        texts += [part for pair in story.questions() for part in pair]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=RANKS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+    """Writes tokenizer.model (lines "base64 rank") and tokenizer_config.json (special tokens)."""
+    # The byte-level alphabet: each byte is shown as a printable character.
+    alphabet = {character: byte for byte, character in _byte_characters().items()}
+    ranks = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    assert [rank for _, rank in ranks] == list(range(RANKS))
+    with open(directory / "tokenizer.model", "w", encoding="ascii") as file:
+        for token, rank in ranks:
+            raw = bytes(alphabet[character] for character in token)
+            file.write(f"{base64.b64encode(raw).decode()} {rank}\n")
+    added = {
+        str(rank): {"content": name, "special": True} for name, rank in special_ids().items()
+    }
+    config = {
+        "added_tokens_decoder": added,
+        "bos_token": "<|begin_of_text|>",
+        "eos_token": "<|eot|>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def _byte_characters() -> dict[int, str]:
+    """GPT-2's map of bytes to printable characters."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    characters = {byte: chr(byte) for byte in printable}
+    others = [byte for byte in range(256) if byte not in characters]
+    characters.update({byte: chr(256 + i) for i, byte in enumerate(others)})
+    return characters
