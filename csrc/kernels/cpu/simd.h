@@ -177,9 +177,13 @@ PUNA_INLINE VF load_bf16(const uint16_t* p) {
   return {vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16))};
 }
 PUNA_INLINE void store_bf16(uint16_t* p, VF a) {
-  float lanes[4];
-  vst1q_f32(lanes, a.v);
-  for (int i = 0; i < 4; ++i) p[i] = bf16_of_float(lanes[i]);
+  const uint32x4_t bits = vreinterpretq_u32_f32(a.v), upper = vshrq_n_u32(bits, 16);
+  const uint32x4_t odd = vandq_u32(upper, vdupq_n_u32(1));
+  const uint32x4_t half = vaddq_u32(odd, vdupq_n_u32(0x7fff));
+  const uint32x4_t rounded = vshrq_n_u32(vaddq_u32(bits, half), 16);
+  const uint32x4_t quiet = vorrq_u32(upper, vdupq_n_u32(0x40));
+  const uint32x4_t number = vceqq_f32(a.v, a.v);
+  vst1_u16(p, vmovn_u32(vbslq_u32(number, rounded, quiet)));
 }
 
 #else

@@ -12,6 +12,8 @@
 namespace puna {
 namespace {
 
+// The tables are constant-initialized (constinit): code of an instruction set that ran while the
+// library is loaded would end the process on a processor without it.
 constexpr KernelTable kernels_as(const char* isa, bool (*supported)()) {
   return {.isa = isa,
           .supported = supported,

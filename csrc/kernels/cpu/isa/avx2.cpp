@@ -3,11 +3,7 @@
 
 namespace puna {
 
-namespace {
-bool runs_here() { return detect_cpu_features().avx2; }
-}  // namespace
-
 extern const KernelTable kAvx2;
-const KernelTable kAvx2 = kernels_as("avx2", runs_here);
+constinit const KernelTable kAvx2 = kernels_as("avx2", has_avx2);
 
 }  // namespace puna

@@ -3,11 +3,7 @@
 
 namespace puna {
 
-namespace {
-bool runs_here() { return detect_cpu_features().avx512; }
-}  // namespace
-
 extern const KernelTable kAvx512;
-const KernelTable kAvx512 = kernels_as("avx512", runs_here);
+constinit const KernelTable kAvx512 = kernels_as("avx512", has_avx512);
 
 }  // namespace puna

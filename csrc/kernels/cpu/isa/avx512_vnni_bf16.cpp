@@ -3,11 +3,7 @@
 
 namespace puna {
 
-namespace {
-bool runs_here() { return detect_cpu_features().avx512_vnni && detect_cpu_features().avx512_bf16; }
-}  // namespace
-
 extern const KernelTable kAvx512VnniBf16;
-const KernelTable kAvx512VnniBf16 = kernels_as("avx512_vnni_bf16", runs_here);
+constinit const KernelTable kAvx512VnniBf16 = kernels_as("avx512_vnni_bf16", has_avx512_vnni_bf16);
 
 }  // namespace puna

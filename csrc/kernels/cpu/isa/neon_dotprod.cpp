@@ -3,11 +3,7 @@
 
 namespace puna {
 
-namespace {
-bool runs_here() { return detect_cpu_features().neon_dotprod; }
-}  // namespace
-
 extern const KernelTable kNeonDotprod;
-const KernelTable kNeonDotprod = kernels_as("neon_dotprod", runs_here);
+constinit const KernelTable kNeonDotprod = kernels_as("neon_dotprod", has_neon_dotprod);
 
 }  // namespace puna

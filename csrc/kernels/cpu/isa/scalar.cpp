@@ -6,10 +6,10 @@
 namespace puna {
 
 namespace {
-bool runs_here() { return true; }
+bool anywhere() { return true; }
 }  // namespace
 
 extern const KernelTable kScalar;
-const KernelTable kScalar = kernels_as("scalar", runs_here);
+constinit const KernelTable kScalar = kernels_as("scalar", anywhere);
 
 }  // namespace puna
