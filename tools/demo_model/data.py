@@ -6,8 +6,10 @@ import random
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from puna.demo.scene import draw, random_scene
 from tools.demo_model.stories import random_story, story_request
@@ -15,6 +17,7 @@ from tools.demo_model.tokenizer import CAPTION_REQUEST, special_ids
 
 IMAGE_SIZE = 56
 TOKENS_PER_TILE = 16
+CAPTION_SHARE = 0.62  # of documents; a caption is about a third as long as a story
 _SPECIAL = special_ids()
 
 
@@ -27,6 +30,7 @@ class Document:
     pictures: list[NDArray[np.float32]] = field(default_factory=list)
 
     def add(self, ids: list[int], weight: float) -> None:
+        """Appends tokens that share one weight."""
         self.ids += ids
         self.weights += [weight] * len(ids)
 
@@ -48,7 +52,9 @@ class Writer:
                 self._cache[text] = ids
         return ids
 
-    def turn(self, document: Document, role: str, text: str, picture: NDArray[np.float32] | None = None) -> None:
+    def turn(
+        self, document: Document, role: str, text: str, picture: NDArray[np.float32] | None = None
+    ) -> None:
         """One message; only the assistant's words are learned in full."""
         answer = role == "assistant"
         header = [_SPECIAL["<|header_start|>"], *self.encode(role), _SPECIAL["<|header_end|>"]]
@@ -86,6 +92,40 @@ class Writer:
             self.turn(document, "user", question)
             self.turn(document, "assistant", answer)
         return document
+
+
+class Stream:
+    """Documents joined end to end and cut into sequences."""
+
+    def __init__(self, writer: Writer, rng: random.Random, length: int):
+        self._writer, self._rng, self._length = writer, rng, length
+        self._rest = Document()
+
+    def batch(self, size: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Ids [size, length + 1], weights of the same shape, tiles [N, 3, S, S]."""
+        ids, weights, pictures = [], [], []
+        for _ in range(size):
+            sequence = self._sequence()
+            ids.append(sequence.ids)
+            weights.append(sequence.weights)
+            pictures += sequence.pictures
+        tiles = torch.from_numpy(np.stack(pictures)) if pictures else None
+        return torch.tensor(ids), torch.tensor(weights), tiles
+
+    def _sequence(self) -> Document:
+        # A sequence begins with a whole document and the last one is cut; a cut never goes through
+        # a picture's places, whose rows would be lost: such a document is left out.
+        sequence = Document()
+        while len(sequence.ids) < self._length + 1:
+            caption = self._rng.random() < CAPTION_SHARE
+            document = self._writer.caption() if caption else self._writer.story()
+            room = self._length + 1 - len(sequence.ids)
+            if document.pictures and len(document.ids) > room:
+                document = self._writer.story()
+            sequence.ids += document.ids[:room]
+            sequence.weights += document.weights[:room]
+            sequence.pictures += document.pictures
+        return sequence
 
 
 def image_tokens() -> list[int]:

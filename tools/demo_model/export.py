@@ -1,6 +1,6 @@
-"""Writes a trained checkpoint as a Hugging Face Llama 4 directory in bfloat16.
+"""Writes a trained checkpoint as a Hugging Face Llama 4 directory in bfloat16:
 
-    python -m tools.demo_model.export --run build/demo --out python/puna/demo
+`python -m tools.demo_model.export --run build/demo --out python/puna/demo`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from tools.demo_model.model import DemoModel, Shape
-from tools.demo_model.tokenizer import special_ids
+from tools.demo_model.tokenizer import special_ids, tokenizer_config
 
 
 def tensors(model: DemoModel) -> dict[str, Tensor]:
@@ -135,7 +135,8 @@ def main() -> None:
     state = torch.load(options.run / "checkpoint.pt", map_location="cpu", weights_only=True)
     model.load_state_dict(state["model"])
     options.out.mkdir(parents=True, exist_ok=True)
-    save_file(tensors(model), options.out / "model.safetensors", metadata={"format": "pt"})
+    weights = save(tensors(model), metadata={"format": "pt"})
+    (options.out / "model.safetensors").write_bytes(weights)
     settings = config(shape)
     generation = {
         "bos_token_id": special["<|begin_of_text|>"],
@@ -144,10 +145,15 @@ def main() -> None:
         "temperature": 0.6,
         "top_p": 0.9,
     }
-    for name, content in (("config.json", settings), ("generation_config.json", generation)):
+    contents = {
+        "config.json": settings,
+        "generation_config.json": generation,
+        "tokenizer_config.json": tokenizer_config(),
+    }
+    for name, content in contents.items():
         (options.out / name).write_text(json.dumps(content, indent=2) + "\n")
-    for name in ("tokenizer.model", "tokenizer_config.json"):
-        shutil.copy(options.run / name, options.out / name)
+    shutil.copy(options.run / "tokenizer.model", options.out)
+    shutil.copy(Path(__file__).parent / "chat_template.jinja", options.out)
 
 
 if __name__ == "__main__":

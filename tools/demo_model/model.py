@@ -1,9 +1,12 @@
-"""Llama 4 in plain PyTorch, for training: the same mathematics as `transformers`, with an expert
-dispatch that computes each token once instead of once per expert."""
+"""Llama 4 in plain PyTorch, for training.
+
+The mathematics is that of `transformers`; the expert dispatch is not: it computes each token in the
+expert that was chosen for it, not in all of them.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -12,7 +15,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the demo model. The vision adapter's input must be hidden * 4, as in transformers."""
+    """Sizes of the demo model."""
 
     vocabulary: int = 704
     hidden: int = 128
@@ -36,10 +39,8 @@ class Shape:
 
     @property
     def grid(self) -> int:
+        """Patches along a side of a tile."""
         return self.image_size // self.patch
-
-    def asdict(self) -> dict[str, float]:
-        return asdict(self)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -49,19 +50,25 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rms(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """Divides the last dimension by its root mean square."""
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
 
 
 class Norm(nn.Module):
+    """RMSNorm."""
+
     def __init__(self, size: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
+        """[.., size] to the same shape."""
         return rms(x) * self.weight
 
 
 class Attention(nn.Module):
+    """Grouped-query attention: chunked with RoPE or, each nope_interval-th layer, full without."""
+
     def __init__(self, shape: Shape, index: int):
         super().__init__()
         self.shape = shape
@@ -72,7 +79,8 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(shape.hidden, kv, bias=False)
         self.o_proj = nn.Linear(size, shape.hidden, bias=False)
 
-    def forward(self, x: Tensor, places: "Places") -> Tensor:
+    def forward(self, x: Tensor, places: Places) -> Tensor:
+        """[B, T, hidden] to the same shape."""
         shape = self.shape
         batch, length, _ = x.shape
 
@@ -109,7 +117,7 @@ class Places:
 
 
 class Experts(nn.Module):
-    """Top-1 routed experts whose input is scaled by the sigmoid of the router, and a shared expert."""
+    """Top-1 routed experts, their input scaled by the router's sigmoid, and a shared expert."""
 
     def __init__(self, shape: Shape):
         super().__init__()
@@ -124,6 +132,7 @@ class Experts(nn.Module):
         self.load: Tensor | None = None  # tokens per expert in the last pass
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, T, hidden] to the same shape; keeps `balance_loss` and `load`."""
         rows = x.reshape(-1, x.shape[-1])
         logits = self.router(rows)
         top, chosen = logits.max(-1)
@@ -146,17 +155,22 @@ class Experts(nn.Module):
 
 
 class Block(nn.Module):
+    """One text layer."""
+
     def __init__(self, shape: Shape, index: int):
         super().__init__()
         self.input_norm, self.post_norm = Norm(shape.hidden), Norm(shape.hidden)
         self.attention, self.experts = Attention(shape, index), Experts(shape)
 
     def forward(self, x: Tensor, places: Places) -> Tensor:
+        """[B, T, hidden] to the same shape."""
         x = x + self.attention(self.input_norm(x), places)
         return x + self.experts(self.post_norm(x))
 
 
 class VisionBlock(nn.Module):
+    """One vision layer: attention within a tile with 2-D RoPE, and a GELU MLP."""
+
     def __init__(self, shape: Shape):
         super().__init__()
         size = shape.vision_hidden
@@ -167,6 +181,7 @@ class VisionBlock(nn.Module):
         self.fc1, self.fc2 = nn.Linear(size, 4 * size), nn.Linear(4 * size, size)
 
     def forward(self, h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[tiles, patches + 1, size] to the same shape."""
         tiles, tokens, size = h.shape
         x = self.input_norm(h)
 
@@ -191,6 +206,8 @@ class Vision(nn.Module):
         self.positions = nn.Parameter(torch.randn(grid * grid + 1, size) * 0.1)
         self.pre_norm, self.post_norm = nn.LayerNorm(size, 1e-5), nn.LayerNorm(size, 1e-5)
         self.blocks = nn.ModuleList(VisionBlock(shape) for _ in range(shape.vision_layers))
+        # The adapter takes four patches side by side; transformers names this width the
+        # intermediate_size of the vision tower.
         self.adapter_fc1 = nn.Linear(4 * size, shape.vision_output, bias=False)
         self.adapter_fc2 = nn.Linear(shape.vision_output, shape.vision_output, bias=False)
         self.projector = nn.Linear(shape.vision_output, shape.hidden, bias=False)
@@ -199,11 +216,14 @@ class Vision(nn.Module):
         place = torch.arange(grid * grid)
         columns = (place % grid + 1).double()[:, None] * frequency
         rows = (place // grid + 1).double()[:, None] * frequency
-        angle = torch.cat((torch.cat((columns, rows), 1), torch.zeros(1, pairs, dtype=torch.float64)))
+        angle = torch.cat(
+            (torch.cat((columns, rows), 1), torch.zeros(1, pairs, dtype=torch.float64))
+        )
         self.register_buffer("cos", angle.cos().float(), persistent=False)
         self.register_buffer("sin", angle.sin().float(), persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels to the rows that stand at the places of the picture."""
         shape = self.shape
         tiles, grid, size = pixels.shape[0], shape.grid, shape.vision_hidden
         patches = pixels.view(tiles, 3, grid, shape.patch, grid, shape.patch)
@@ -235,6 +255,7 @@ class DemoModel(nn.Module):
         nn.init.normal_(self.head.weight, 0, 0.02)
 
     def forward(self, ids: Tensor, pixels: Tensor | None) -> Tensor:
+        """Logits for every position."""
         x = self.embedding(ids)
         if pixels is not None:
             rows = self.vision(pixels).reshape(-1, x.shape[-1])
@@ -245,4 +266,5 @@ class DemoModel(nn.Module):
         return self.head(self.norm(x))
 
     def balance_loss(self) -> Tensor:
+        """Mean over the layers, of the last pass."""
         return torch.stack([torch.as_tensor(b.experts.balance_loss) for b in self.blocks]).mean()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass
 
 ANIMALS = ("fox", "bear", "cat", "dog", "rabbit", "owl", "mouse", "duck")
@@ -76,11 +77,20 @@ class Story:
         """Questions about the story with their answers."""
         verb = "lose" if self.lost else "find"
         return [
-            ("What was the name of the " + self.animal + "?", f"The {self.animal} was named {self.name}."),
+            (
+                "What was the name of the " + self.animal + "?",
+                f"The {self.animal} was named {self.name}.",
+            ),
             (f"Where did {self.name} go?", f"{self.name} went to {self.place}."),
-            (f"What did {self.name} {verb}?", f"{self.name} {'lost' if self.lost else 'found'} a {self.colour} {self.thing}."),
+            (
+                f"What did {self.name} {verb}?",
+                f"{self.name} {'lost' if self.lost else 'found'} a {self.colour} {self.thing}.",
+            ),
             ("What did they eat?", f"They ate {self.food}."),
-            (f"Who was the friend of {self.name}?", f"The friend was {self.friend} the {self.friend_animal}."),
+            (
+                f"Who was the friend of {self.name}?",
+                f"The friend was {self.friend} the {self.friend_animal}.",
+            ),
         ]
 
 
@@ -102,6 +112,37 @@ def random_story(rng: random.Random, animal: str | None = None) -> Story:
         weather=rng.choice(WEATHER),
         feeling=rng.choice(FEELINGS),
     )
+
+
+def read_story(text: str) -> Story | None:
+    """The facts of a story, if it is one of the small world's, sentence by sentence."""
+    opening = re.match(
+        r"Once upon a time there was a (\w+) (\w+) named (\w+)\. One day \3 went to (the \w+)\.",
+        text,
+    )
+    thing = re.search(r"(?: found a|but the) (\w+) (\w+)(?: was lost)?\.", text)
+    friend = re.search(r"(?:belonged to|Then) (\w+) the (\w+)", text)
+    meal = re.search(r"Together they ate (\w+)\.", text)
+    weather = next((sentence for sentence in WEATHER if sentence in text), None)
+    feeling = next((words for words in FEELINGS if text.endswith(f" was {words}.")), None)
+    if not (opening and thing and friend and meal and weather and feeling):
+        return None
+    story = Story(
+        animal=opening[2],
+        name=opening[3],
+        adjective=opening[1],
+        place=opening[4],
+        thing=thing[2],
+        colour=thing[1],
+        friend=friend[1],
+        friend_animal=friend[2],
+        food=meal[1],
+        lost=" was lost." in text,
+        weather=weather,
+        feeling=feeling,
+    )
+    two = story.friend != story.name and story.friend_animal != story.animal
+    return story if two and story.place in PLACES and story.text() == text else None
 
 
 def story_request(animal: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import random
 from pathlib import Path
 
@@ -13,7 +12,8 @@ from puna.demo.scene import random_scene
 from tools.demo_model.stories import random_story, story_request
 
 RANKS = 640  # by then every word of the small world is one token
-SPECIAL_TOKENS = (
+VOCABULARY = 704  # ranks, then special tokens
+_NAMED = (
     "<|begin_of_text|>",
     "<|end_of_text|>",
     "<|header_start|>",
@@ -30,7 +30,10 @@ SPECIAL_TOKENS = (
     "<|image|>",
     "<|patch|>",
 )
-VOCABULARY = 704  # ranks, special tokens and room for more
+SPECIAL_TOKENS = (
+    *_NAMED,
+    *(f"<|reserved_special_token_{i}|>" for i in range(VOCABULARY - RANKS - len(_NAMED))),
+)
 PATTERN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -67,26 +70,30 @@ def train_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
-    """Writes tokenizer.model (lines "base64 rank") and tokenizer_config.json (special tokens)."""
+def write_ranks(tokenizer: Tokenizer, path: Path) -> None:
+    """Writes tokenizer.model: lines of a token in base64 and its rank."""
     # The byte-level alphabet: each byte is shown as a printable character.
     alphabet = {character: byte for byte, character in _byte_characters().items()}
     ranks = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    assert [rank for _, rank in ranks] == list(range(RANKS))
-    with open(directory / "tokenizer.model", "w", encoding="ascii") as file:
+    if [rank for _, rank in ranks] != list(range(RANKS)):
+        raise RuntimeError(f"the ranks of the tokenizer are not 0..{RANKS - 1}")
+    with open(path, "w", encoding="ascii") as file:
         for token, rank in ranks:
             raw = bytes(alphabet[character] for character in token)
             file.write(f"{base64.b64encode(raw).decode()} {rank}\n")
-    added = {
-        str(rank): {"content": name, "special": True} for name, rank in special_ids().items()
-    }
-    config = {
-        "added_tokens_decoder": added,
+
+
+def tokenizer_config() -> dict[str, object]:
+    """tokenizer_config.json: names and ids of the special tokens."""
+    return {
+        "added_tokens_decoder": {
+            str(token): {"content": name, "special": True} for name, token in special_ids().items()
+        },
         "bos_token": "<|begin_of_text|>",
         "eos_token": "<|eot|>",
+        "pad_token": "<|finetune_right_pad|>",
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
-    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 def _byte_characters() -> dict[int, str]:

@@ -1,7 +1,8 @@
 """Trains the demo model: `python -m tools.demo_model.train --minutes 35 --out build/demo`.
 
-The schedule follows the clock, so that a run ends well on any machine. A checkpoint is written every
-two minutes; started again with the same --out, the run goes on from there.
+The schedule follows the clock, so that a run ends well on any machine. A checkpoint is written
+every two minutes; started again with the same --out, the run goes on from there, and a longer
+--minutes goes on with a finished run.
 """
 
 from __future__ import annotations
@@ -12,50 +13,13 @@ import random
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from tools.demo_model.data import Document, Writer
+from tools.demo_model.data import Stream, Writer
 from tools.demo_model.model import DemoModel, Shape
-from tools.demo_model.tokenizer import special_ids, train_tokenizer, write_tokenizer
-
-CAPTION_SHARE = 0.62  # of documents; a caption is about a third as long as a story
-
-
-class Stream:
-    """Documents joined end to end and cut into sequences."""
-
-    def __init__(self, writer: Writer, rng: random.Random, length: int):
-        self._writer, self._rng, self._length = writer, rng, length
-        self._rest = Document()
-
-    def batch(self, size: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Ids [size, length + 1], weights of the same shape, tiles [N, 3, S, S]."""
-        ids, weights, pictures = [], [], []
-        for _ in range(size):
-            sequence = self._sequence()
-            ids.append(sequence.ids)
-            weights.append(sequence.weights)
-            pictures += sequence.pictures
-        tiles = torch.from_numpy(np.stack(pictures)) if pictures else None
-        return torch.tensor(ids), torch.tensor(weights), tiles
-
-    def _sequence(self) -> Document:
-        # A sequence begins with a whole document and the last one is cut; a cut never goes through a
-        # picture's places, whose rows would be lost: such a document is left out.
-        sequence = Document()
-        while len(sequence.ids) < self._length + 1:
-            caption = self._rng.random() < CAPTION_SHARE
-            document = self._writer.caption() if caption else self._writer.story()
-            room = self._length + 1 - len(sequence.ids)
-            if document.pictures and len(document.ids) > room:
-                document = self._writer.story()
-            sequence.ids += document.ids[:room]
-            sequence.weights += document.weights[:room]
-            sequence.pictures += document.pictures
-        return sequence
+from tools.demo_model.tokenizer import special_ids, train_tokenizer, write_ranks
 
 
 class Muon(torch.optim.Optimizer):
@@ -92,6 +56,7 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 
 def optimizers(model: DemoModel) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices between the layers, AdamW for tables, router, norms and biases."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
         hidden = parameter.ndim >= 2 and not any(
@@ -103,7 +68,7 @@ def optimizers(model: DemoModel) -> list[torch.optim.Optimizer]:
 
 
 def rate(progress: float) -> float:
-    """Share of the full learning rate: a short rise, a plateau, and a linear fall over the last half."""
+    """Share of the full learning rate: a short rise, a plateau, then a linear fall."""
     return min(1.0, progress / 0.01 + 0.02, max(0.0, (1 - progress) / 0.5) + 0.01)
 
 
@@ -123,7 +88,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
 
     tokenizer = train_tokenizer()
-    write_tokenizer(tokenizer, options.out)
+    write_ranks(tokenizer, options.out / "tokenizer.model")
     model = DemoModel(Shape(), special_ids()["<|patch|>"]).to(options.device)
     steppers = optimizers(model)
     base_rates = [group["lr"] for o in steppers for group in o.param_groups]
@@ -137,7 +102,9 @@ def main() -> None:
         spent, step = state["spent"], state["step"]
     rng = random.Random(options.seed * 1_000_003 + step)
     stream = Stream(Writer(tokenizer, rng), rng, options.length)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {spent:.0f} s done", flush=True)
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {spent:.0f} s done", flush=True
+    )
 
     def save() -> None:
         state = {
@@ -172,7 +139,10 @@ def main() -> None:
         spent = time.monotonic() - began
         if spent - last_report > 30:
             last_report = spent
-            loads = [min(b.experts.load).item() / b.experts.load.float().mean().item() for b in model.blocks]
+            loads = [
+                min(b.experts.load).item() / b.experts.load.float().mean().item()
+                for b in model.blocks
+            ]
             print(
                 f"{spent:6.0f} s  step {step}  loss {loss.item():.4f}  "
                 f"least expert load {min(loads):.2f} of the mean",
