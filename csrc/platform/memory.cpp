@@ -38,8 +38,8 @@ Memory::Memory(size_t bytes) : size_(bytes) {
   if (kHugePage - lead > 0) munmap(first + lead + wanted, kHugePage - lead);
   data_ = first + lead;
   size_ = wanted;
-  (void)madvise(data_, size_,
-                MADV_HUGEPAGE);  // a wish: without it pages are 4 KiB and reads slower
+  // A wish: without it pages are 4 KiB and reads slower.
+  (void)madvise(data_, size_, MADV_HUGEPAGE);
 }
 
 Memory::~Memory() {

@@ -16,7 +16,7 @@ class Memory {
   Memory& operator=(Memory&& other) noexcept;
 
   void* data() const { return data_; }
-  size_t size() const { return size_; }
+  size_t size() const { return size_; }  // at least the bytes asked for
 
  private:
   void* data_ = nullptr;

@@ -5,6 +5,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <utility>
@@ -14,7 +15,8 @@
 namespace puna {
 
 MappedFile::MappedFile(const std::string& path) : path_(path) {
-  const int descriptor = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  // Non-blocking: opening a named pipe would wait for a writer.
+  const int descriptor = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   if (descriptor < 0) {
     fail(ErrorCode::kModelNotFound, "[file] ", path, " cannot be opened: ", std::strerror(errno));
   }
@@ -24,7 +26,8 @@ MappedFile::MappedFile(const std::string& path) : path_(path) {
   } closer{descriptor};
   struct stat status{};
   if (fstat(descriptor, &status) != 0 || !S_ISREG(status.st_mode)) {
-    fail(ErrorCode::kModelFormat, "[file] ", path, " is not a regular file");
+    fail(ErrorCode::kModelFormat, "[file] ", path,
+         S_ISDIR(status.st_mode) ? " is a directory, not a file" : " is not a regular file");
   }
   if (status.st_size == 0) fail(ErrorCode::kModelFormat, "[file] ", path, " is empty");
   size_ = static_cast<size_t>(status.st_size);
@@ -53,12 +56,11 @@ MappedFile& MappedFile::operator=(MappedFile&& other) noexcept {
 }
 
 void MappedFile::advise(size_t offset, size_t bytes, int advice) const {
+  if (offset >= size_) return;
   const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  const size_t begin = offset / page * page;
-  if (begin >= size_) return;
+  const size_t begin = offset / page * page, end = offset + std::min(bytes, size_ - offset);
   // A hint: failure changes nothing but speed.
-  (void)madvise(const_cast<std::byte*>(data_) + begin,
-                std::min(bytes + offset - begin, size_ - begin), advice);
+  (void)madvise(const_cast<std::byte*>(data_) + begin, end - begin, advice);
 }
 
 void MappedFile::will_need(size_t offset, size_t bytes) const {

@@ -1,7 +1,7 @@
 #include "platform/system.h"
 
 #include <sched.h>
-#include <sys/resource.h>
+#include <sys/utsname.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -25,7 +25,7 @@ std::optional<int64_t> number_in(const std::string& path) {
   return std::nullopt;
 }
 
-// The number after `key` in a file of "key: value" lines.
+// The number after `key` at the beginning of a line.
 std::optional<int64_t> field_in(const std::string& path, const std::string& key) {
   std::ifstream file(path);
   for (std::string line; std::getline(file, line);) {
@@ -62,21 +62,33 @@ std::vector<std::string> cgroup_directories(const std::string& mount,
   return directories;
 }
 
-// The smallest limit on memory, and how much of it is in use.
-std::optional<std::pair<int64_t, int64_t>> memory_limit() {
-  std::optional<std::pair<int64_t, int64_t>> smallest;
-  const auto consider = [&](const std::string& directory, const char* limit, const char* usage) {
-    const auto bytes = number_in(directory + "/" + limit);
-    const auto used = number_in(directory + "/" + usage);
-    if (bytes && used && (!smallest || *bytes < smallest->first)) smallest = {*bytes, *used};
+// What the cgroup leaves of the machine's memory.
+struct MemoryLimit {
+  int64_t total = std::numeric_limits<int64_t>::max();
+  int64_t available = std::numeric_limits<int64_t>::max();
+};
+
+MemoryLimit memory_limit() {
+  MemoryLimit limit;
+  const auto consider = [&](const std::string& directory, const char* bytes_file,
+                            const char* usage_file, const std::string& prefix) {
+    const auto bytes = number_in(directory + bytes_file), used = number_in(directory + usage_file);
+    if (!bytes || !used) return;
+    // Usage counts the page cache, which yields where memory is needed: model files that were read
+    // are no reason to call the memory full.
+    const std::string statistics = directory + "/memory.stat";
+    const int64_t cache = field_in(statistics, prefix + "active_file ").value_or(0) +
+                          field_in(statistics, prefix + "inactive_file ").value_or(0);
+    limit.total = std::min(limit.total, *bytes);
+    limit.available = std::min(limit.available, *bytes - std::max<int64_t>(0, *used - cache));
   };
   for (const std::string& directory : cgroup_directories("/sys/fs/cgroup", "")) {
-    consider(directory, "memory.max", "memory.current");
+    consider(directory, "/memory.max", "/memory.current", "");
   }
   for (const std::string& directory : cgroup_directories("/sys/fs/cgroup/memory", "memory")) {
-    consider(directory, "memory.limit_in_bytes", "memory.usage_in_bytes");
+    consider(directory, "/memory.limit_in_bytes", "/memory.usage_in_bytes", "total_");
   }
-  return smallest;
+  return limit;
 }
 
 // Processors' worth of time that the cgroup grants.
@@ -106,7 +118,8 @@ std::string processor_name() {
     if (line.rfind("model name", 0) == 0 && colon != std::string::npos)
       return line.substr(colon + 2);
   }
-  return "unknown processor";
+  utsname system{};  // Arm's /proc/cpuinfo has numbers only
+  return uname(&system) == 0 ? std::string(system.machine) + " processor" : "unknown processor";
 }
 
 int usable_cores() {
@@ -123,7 +136,7 @@ int usable_cores() {
       cores.insert({package.value_or(0), core.value_or(cpu)});
     }
   } else {  // more processors than cpu_set_t holds
-    return std::max(1, static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN)));
+    for (int cpu = 0; cpu < sysconf(_SC_NPROCESSORS_ONLN); ++cpu) cores.insert({0, cpu});
   }
   const double quota = std::max(1.0, std::floor(cpu_quota()));
   return std::max(1, static_cast<int>(std::min(quota, static_cast<double>(cores.size()))));
@@ -131,20 +144,14 @@ int usable_cores() {
 
 int64_t total_memory_bytes() {
   const int64_t machine = field_in("/proc/meminfo", "MemTotal:").value_or(0) * 1024;
-  const auto limit = memory_limit();
-  return limit ? std::min(machine, limit->first) : machine;
+  return std::min(machine, memory_limit().total);
 }
 
 int64_t available_memory_bytes() {
   const int64_t machine = field_in("/proc/meminfo", "MemAvailable:").value_or(0) * 1024;
-  const auto limit = memory_limit();
-  return limit ? std::max<int64_t>(0, std::min(machine, limit->first - limit->second)) : machine;
+  return std::max<int64_t>(0, std::min(machine, memory_limit().available));
 }
 
-int64_t peak_resident_bytes() {
-  rusage usage{};
-  getrusage(RUSAGE_SELF, &usage);
-  return static_cast<int64_t>(usage.ru_maxrss) * 1024;
-}
+int64_t peak_resident_bytes() { return field_in("/proc/self/status", "VmHWM:").value_or(0) * 1024; }
 
 }  // namespace puna

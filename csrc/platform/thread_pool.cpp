@@ -2,6 +2,8 @@
 
 #include <linux/futex.h>
 #include <pthread.h>
+#include <sched.h>
+#include <signal.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -9,9 +11,13 @@
 #include <climits>
 #include <exception>
 #include <mutex>
+#include <string>
+#include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
+#include "base/env.h"
 #include "base/error.h"
 #include "platform/system.h"
 
@@ -19,185 +25,252 @@ namespace puna {
 
 namespace {
 
+constexpr int kSpinsPerYield = 64;
 using Word = std::atomic<uint32_t>;
 static_assert(sizeof(Word) == sizeof(uint32_t));
 
-void futex_wait(Word& word, uint32_t seen) {
-  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr,
-          0);
-}
+// A word that threads wait on.
+struct Signal {
+  Word word{0};
+  Word sleepers{0};
 
-void futex_wake_all(Word& word) {
-  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr,
-          nullptr, 0);
-}
+  // Returns once word != seen.
+  void await(uint32_t seen, bool spin) {
+    if (word.load(std::memory_order_acquire) != seen) return;
+    if (spin && spin_until_changed(seen)) return;
+    sleepers.fetch_add(1);
+    while (word.load() == seen) {
+      syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT_PRIVATE, seen, nullptr,
+              nullptr, 0);
+    }
+    sleepers.fetch_sub(1);
+  }
 
-void relax() {
+  // To be called after a change of the word. Sequential consistency makes it safe to skip the
+  // system call: either the waiter sees the new word, or we see that it sleeps.
+  void wake_all() {
+    if (sleepers.load() == 0) return;
+    syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr,
+            nullptr, 0);
+  }
+
+  void advance() {
+    word.fetch_add(1);
+    wake_all();
+  }
+
+ private:
+  // Yields between rounds: where the thread waited for shares our core, it must get to run.
+  bool spin_until_changed(uint32_t seen) const {
+    using Clock = std::chrono::steady_clock;
+    Clock::time_point end;  // of waiting, known after the first round: most waits are over by then
+    for (bool first = true;; first = false) {
+      for (int i = 0; i < kSpinsPerYield; ++i) {
+        if (word.load(std::memory_order_acquire) != seen) return true;
 #if defined(__x86_64__)
-  __builtin_ia32_pause();
+        __builtin_ia32_pause();
 #elif defined(__aarch64__)
-  asm volatile("yield");
+        asm volatile("yield");
 #endif
-}
+      }
+      const Clock::time_point now = Clock::now();
+      if (first) end = now + std::chrono::microseconds(ThreadPool::kSpinMicroseconds);
+      if (now >= end) return false;
+      sched_yield();
+    }
+  }
+};
 
 // Thrown through lanes that wait at a barrier which a failed lane will never reach.
 struct Released {};
 
-// Counts forks of the process: a pool started in another generation has no workers here.
-std::atomic<uint64_t> fork_generation{0};
+// The pool whose lane this thread is computing.
+thread_local const ThreadPool* current_pool = nullptr;
 
-void watch_forks() {
-  static std::once_flag once;
-  std::call_once(once, [] { pthread_atfork(nullptr, nullptr, [] { ++fork_generation; }); });
+// Every living pool: a forked child has none of their workers.
+struct Registry {
+  std::mutex mutex;
+  std::vector<ThreadPool*> pools;
+};
+
+Registry& registry() {
+  static Registry& all = *new Registry;  // never destroyed: a static pool may outlive it otherwise
+  return all;
 }
 
 }  // namespace
 
-struct ThreadPool::Shared {
+struct ThreadPool::Team {
+  explicit Team(ThreadPool& owner) : pool(owner) {}
+  ~Team() { stop(); }
+
+  ThreadPool& pool;
   std::mutex turn;  // one run() at a time
   std::vector<std::thread> workers;
-  uint64_t generation = 0;
-  std::atomic<int> spin_scopes{0};
-
-  // A run begins when `epoch` moves on and ends when `pending` is 0.
-  alignas(64) Word epoch{0};
-  std::atomic<uint32_t> sleepers{0};
-  Erased function = nullptr;
-  void* context = nullptr;
   bool stopping = false;
 
-  alignas(64) Word pending{0};
-  std::atomic<bool> joiner_sleeps{false};
+  // Lines of cache by who writes them: what begins a run; what ends it; what a barrier needs.
+  alignas(64) Signal epoch;  // moves on when a run begins
+  Erased function = nullptr;
+  void* context = nullptr;
 
-  alignas(64) std::atomic<uint32_t> arrived{0};
-  Word phase{0};
-  std::atomic<uint32_t> phase_sleepers{0};
+  alignas(64) Signal pending;  // workers that have not finished the run
 
-  std::atomic<bool> failed{false};
-  std::exception_ptr failure;
+  alignas(64) Signal phase;          // moves on when all lanes are at a barrier, or one has failed
+  std::atomic<uint32_t> arrived{0};  // lanes at the barrier
 
-  // Returns once word != seen.
-  void await(Word& word, uint32_t seen, std::atomic<uint32_t>& sleeping) {
-    if (spin_scopes.load(std::memory_order_relaxed) > 0) {
-      const auto end =
-          std::chrono::steady_clock::now() + std::chrono::microseconds(kSpinMicroseconds);
-      do {
-        for (int i = 0; i < 64; ++i) {
-          if (word.load(std::memory_order_acquire) != seen) return;
-          relax();
-        }
-      } while (std::chrono::steady_clock::now() < end);
+  alignas(64) std::atomic<bool> failed{false};
+  std::exception_ptr failure;  // the first; written by the lane that set `failed`
+
+  bool spin() const {
+    return pool.may_spin_ && pool.spin_scopes_.load(std::memory_order_relaxed) > 0;
+  }
+
+  void start() {
+    // A handler of the application's signals must not run on a worker.
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    workers.reserve(static_cast<size_t>(pool.lanes_ - 1));
+    std::string refusal;
+    try {
+      const uint32_t seen = epoch.word.load();
+      for (int id = 1; id < pool.lanes_; ++id) {
+        workers.emplace_back([this, id, seen] { work(id, seen); });
+      }
+    } catch (const std::system_error& error) {
+      refusal = error.what();
     }
-    sleeping.fetch_add(1);
-    while (word.load() == seen) futex_wait(word, seen);
-    sleeping.fetch_sub(1);
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    if (refusal.empty()) return;
+    const size_t started = workers.size();
+    stop();
+    fail(ErrorCode::kDevice, "[threads] the system refused thread ", started + 2, " of ",
+         pool.lanes_, " (", refusal, "); ask for fewer threads");
   }
 
-  void advance(Word& word, std::atomic<uint32_t>& sleeping) {
-    word.fetch_add(1);
-    if (sleeping.load() > 0) futex_wake_all(word);
+  void stop() {
+    stopping = true;
+    epoch.advance();
+    for (std::thread& worker : workers) worker.join();
+    workers.clear();
+    stopping = false;
   }
 
-  void fail_with(std::exception_ptr error) {
-    if (!failed.exchange(true)) failure = std::move(error);
-    advance(phase, phase_sleepers);  // lanes at a barrier wake and see `failed`
+  void work(int id, uint32_t seen) {
+    pthread_setname_np(pthread_self(), ("puna-" + std::to_string(id)).c_str());
+    current_pool = &pool;
+    for (;;) {
+      epoch.await(seen++, spin());
+      if (stopping) return;
+      compute(id);
+      if (pending.word.fetch_sub(1) == 1) pending.wake_all();
+    }
   }
 
-  void call(ThreadPool& pool, int id) {
+  void compute(int id) {
     Lane lane(pool, id, pool.lanes_);
     try {
       function(context, lane);
     } catch (const Released&) {
     } catch (...) {
-      fail_with(std::current_exception());
+      if (!failed.exchange(true)) failure = std::current_exception();
+      phase.advance();  // lanes at a barrier wake and see `failed`
     }
   }
 
-  void work(ThreadPool& pool, int id, uint32_t seen) {
-    for (;;) {
-      await(epoch, seen, sleepers);
-      ++seen;
-      if (stopping) return;
-      call(pool, id);
-      if (pending.fetch_sub(1) == 1 && joiner_sleeps.load()) futex_wake_all(pending);
-    }
+  void run() {
+    pending.word.store(static_cast<uint32_t>(pool.lanes_ - 1));
+    epoch.advance();
+    compute(0);
+    for (uint32_t left; (left = pending.word.load()) != 0;) pending.await(left, spin());
+    if (!failed) return;
+    failed = false;
+    arrived = 0;
+    std::rethrow_exception(std::exchange(failure, nullptr));
   }
 };
 
-ThreadPool::ThreadPool(int lanes) : lanes_(lanes > 0 ? lanes : usable_cores()) {
-  if (lanes_ > kMaxLanes) {
-    fail(ErrorCode::kInvalidRequest, "[threads] ", lanes_, " threads were asked for; the most is ",
-         kMaxLanes);
+// Around fork(): the registry is consistent in the child, where every team is replaced by one
+// without workers. The old one is left alone for good: its threads do not exist, its locks may be
+// held.
+struct ForkHandlers {
+  static void before() { registry().mutex.lock(); }
+  static void in_parent() { registry().mutex.unlock(); }
+  static void in_child() {
+    for (ThreadPool* pool : registry().pools) {
+      (void)pool->team_.release();
+      pool->team_ = std::make_unique<ThreadPool::Team>(*pool);
+    }
+    registry().mutex.unlock();
   }
-  watch_forks();
-  start();
+};
+
+namespace {
+
+int lanes_or_default(int lanes) {
+  if (lanes <= 0) lanes = environment_threads();
+  if (lanes <= 0) lanes = usable_cores();
+  if (lanes > ThreadPool::kMaxLanes) {
+    fail(ErrorCode::kInvalidRequest, "[threads] ", lanes, " threads were asked for; the most is ",
+         ThreadPool::kMaxLanes);
+  }
+  return lanes;
 }
 
-void ThreadPool::start() {
-  // In a forked child the old workers do not exist and their locks may be held: leave them be.
-  (void)shared_.release();
-  shared_ = std::make_unique<Shared>();
-  shared_->generation = fork_generation.load();
-  for (int id = 1; id < lanes_; ++id) {
-    shared_->workers.emplace_back(
-        [this, id, shared = shared_.get()] { shared->work(*this, id, 0); });
-  }
+}  // namespace
+
+ThreadPool::ThreadPool(int lanes)
+    : lanes_(lanes_or_default(lanes)),
+      may_spin_(lanes_ <= usable_cores()),
+      team_(std::make_unique<Team>(*this)) {
+  static const int handlers =
+      pthread_atfork(&ForkHandlers::before, &ForkHandlers::in_parent, &ForkHandlers::in_child);
+  if (handlers != 0) fail(ErrorCode::kDevice, "[threads] no memory to prepare for fork()");
+  const std::lock_guard lock(registry().mutex);
+  registry().pools.push_back(this);
 }
 
 ThreadPool::~ThreadPool() {
-  if (shared_->generation != fork_generation.load()) {
-    (void)shared_.release();
-    return;
-  }
-  shared_->stopping = true;
-  shared_->advance(shared_->epoch, shared_->sleepers);
-  for (std::thread& worker : shared_->workers) worker.join();
+  const std::lock_guard lock(registry().mutex);
+  std::erase(registry().pools, this);
 }
 
 void ThreadPool::run_erased(Erased function, void* context) {
-  if (shared_->generation != fork_generation.load()) start();
-  Shared& shared = *shared_;
-  const std::lock_guard turn(shared.turn);
-  shared.function = function;
-  shared.context = context;
-  shared.failed = false;
-  shared.failure = nullptr;
-  shared.arrived = 0;
-  if (lanes_ > 1) {
-    shared.pending.store(static_cast<uint32_t>(lanes_ - 1));
-    shared.advance(shared.epoch, shared.sleepers);
+  if (current_pool == this) {
+    Lane alone(*this, 0, 1);
+    return function(context, alone);
   }
-  shared.call(*this, 0);
-  if (lanes_ > 1) {
-    const auto end =
-        std::chrono::steady_clock::now() + std::chrono::microseconds(kSpinMicroseconds);
-    while (shared.pending.load(std::memory_order_acquire) != 0) {
-      relax();
-      if (std::chrono::steady_clock::now() < end) continue;
-      shared.joiner_sleeps = true;
-      for (uint32_t left; (left = shared.pending.load()) != 0;) futex_wait(shared.pending, left);
-      shared.joiner_sleeps = false;
-    }
+  Team& team = *team_;
+  const std::lock_guard turn(team.turn);
+  const struct Enter {
+    const ThreadPool* outer = current_pool;
+    explicit Enter(const ThreadPool* pool) { current_pool = pool; }
+    ~Enter() { current_pool = outer; }
+  } enter(this);
+  if (lanes_ == 1) {
+    Lane alone(*this, 0, 1);
+    return function(context, alone);
   }
-  if (shared.failure) std::rethrow_exception(shared.failure);
+  if (team.workers.empty()) team.start();
+  team.function = function;
+  team.context = context;
+  team.run();
 }
 
 void Lane::barrier() {
   if (count_ == 1) return;
-  ThreadPool::Shared& shared = *pool_.shared_;
-  const uint32_t phase = shared.phase.load();
-  if (shared.failed) throw Released{};
-  if (shared.arrived.fetch_add(1) + 1 == static_cast<uint32_t>(count_)) {
-    shared.arrived.store(0);
-    shared.advance(shared.phase, shared.phase_sleepers);
+  ThreadPool::Team& team = *pool_.team_;
+  const uint32_t phase = team.phase.word.load();
+  if (team.failed) throw Released{};
+  if (team.arrived.fetch_add(1) + 1 == static_cast<uint32_t>(count_)) {
+    team.arrived.store(0);
+    team.phase.advance();
     return;
   }
   // A failing lane moves the phase on, too; `failed` tells the two apart.
-  shared.await(shared.phase, phase, shared.phase_sleepers);
-  if (shared.failed) throw Released{};
+  team.phase.await(phase, team.spin());
+  if (team.failed) throw Released{};
 }
-
-ThreadPool::SpinScope::SpinScope(ThreadPool& pool) : pool_(pool) { ++pool_.shared_->spin_scopes; }
-ThreadPool::SpinScope::~SpinScope() { --pool_.shared_->spin_scopes; }
 
 }  // namespace puna

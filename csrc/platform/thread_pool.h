@@ -1,16 +1,19 @@
 // Compute threads: fork, share by lanes, join.
 //
 // pool.run(fn) calls fn(lane) once on every lane, lane 0 on the calling thread, and returns when
-// all are done. Several threads may call run(); they take turns. A lane that throws lets the others
-// go at their next barrier, and run() rethrows the first exception. Workers sleep on a futex
-// between runs; inside a SpinScope they spin for up to kSpinMicroseconds first, which makes a fork
-// and join cost well under a microsecond. A forked child gets new workers at its first run().
+// all are done. Several threads may call run(); they take turns. A run() inside a lane of the same
+// pool computes on that lane alone. A lane that throws lets the others go at their next barrier,
+// and run() rethrows the first exception. Workers sleep on a futex between runs; inside a SpinScope
+// they spin for up to kSpinMicroseconds first, which makes a fork and join cost well under a
+// microsecond. Workers start at the first run(), and anew at the first run() of a forked child
+// (fork() inside a lane is not supported). Signals are left to the threads of the application.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <type_traits>
 
 namespace puna {
 
@@ -59,7 +62,8 @@ class ThreadPool {
   static constexpr int kSpinMicroseconds = 50;
   static constexpr int kMaxLanes = 1024;
 
-  // `lanes` 0: usable_cores(). Throws InvalidRequest above kMaxLanes.
+  // `lanes` 0: the environment's PUNA_THREADS, else usable_cores(). Throws InvalidRequest above
+  // kMaxLanes.
   explicit ThreadPool(int lanes = 0);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
@@ -67,6 +71,7 @@ class ThreadPool {
 
   int lanes() const { return lanes_; }
 
+  // Throws DeviceError if the system refuses the threads.
   template <class Function>
   void run(Function&& function) {
     run_erased(
@@ -76,11 +81,12 @@ class ThreadPool {
         const_cast<void*>(static_cast<const void*>(&function)));
   }
 
-  // While one lives, workers wait for the next run() by spinning for a while.
+  // While one lives, lanes that wait spin for a while before they sleep; unless there are more
+  // lanes than cores, when spinning would only keep others from working.
   class SpinScope {
    public:
-    explicit SpinScope(ThreadPool& pool);
-    ~SpinScope();
+    explicit SpinScope(ThreadPool& pool) : pool_(pool) { ++pool_.spin_scopes_; }
+    ~SpinScope() { --pool_.spin_scopes_; }
     SpinScope(const SpinScope&) = delete;
     SpinScope& operator=(const SpinScope&) = delete;
 
@@ -90,14 +96,16 @@ class ThreadPool {
 
  private:
   friend class Lane;
+  friend struct ForkHandlers;
   using Erased = void (*)(void*, Lane&);
-  struct Shared;  // what workers look at; replaced in a forked child
+  struct Team;  // the workers and what they look at; replaced in a forked child
 
   void run_erased(Erased function, void* context);
-  void start();
 
-  int lanes_;
-  std::unique_ptr<Shared> shared_;
+  const int lanes_;
+  const bool may_spin_;
+  std::atomic<int> spin_scopes_{0};
+  std::unique_ptr<Team> team_;
 };
 
 }  // namespace puna

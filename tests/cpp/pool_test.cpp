@@ -1,10 +1,13 @@
 // The thread pool: every lane once, barriers, exceptions, two callers, forks.
+#include <pthread.h>
+#include <signal.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <array>
-#include <chrono>
-#include <cstdio>
+#include <atomic>
+#include <cstdint>
 #include <thread>
 #include <vector>
 
@@ -118,24 +121,160 @@ TEST(too_many_lanes_are_refused) {
   CHECK_THROWS(puna::ErrorCode::kInvalidRequest, ThreadPool(ThreadPool::kMaxLanes + 1));
 }
 
-#if !defined(__SANITIZE_THREAD__)  // the sanitizer does not follow a fork of a process with threads
-TEST(forked_child_computes) {
+TEST(a_run_inside_a_lane_computes_alone) {
+  ThreadPool pool(3);
+  std::vector<int> rows(3 * 10, 0);
+  std::atomic<int> alone{0};
+  pool.run([&](Lane& outer) {
+    pool.run([&](Lane& inner) {
+      alone += inner.count() == 1 && inner.id() == 0;
+      inner.barrier();
+      const Part part = inner.part(10);
+      for (int64_t r = part.begin; r < part.end; ++r) ++rows[outer.id() * 10 + r];
+    });
+    outer.barrier();
+  });
+  CHECK_EQ(alone.load(), 3);
+  for (const int count : rows) CHECK_EQ(count, 1);
+  CHECK_THROWS(puna::ErrorCode::kImage, pool.run([&](Lane&) {
+    pool.run([](Lane&) { puna::fail(puna::ErrorCode::kImage, "inner"); });
+  }));
+}
+
+TEST(one_lane_is_the_caller) {
+  ThreadPool pool(1);
+  const std::thread::id here = std::this_thread::get_id();
+  int ran = 0;
+  pool.run([&](Lane& lane) {
+    lane.barrier();
+    ran += std::this_thread::get_id() == here && lane.count() == 1;
+  });
+  CHECK_EQ(ran, 1);
+  CHECK_THROWS(puna::ErrorCode::kImage,
+               pool.run([](Lane&) { puna::fail(puna::ErrorCode::kImage, "one"); }));
+}
+
+TEST(pools_are_independent) {
+  ThreadPool outer(2), inner(2);
+  std::atomic<int> ran{0};
+  outer.run([&](Lane&) { inner.run([&](Lane&) { ++ran; }); });
+  CHECK_EQ(ran.load(), 4);
+}
+
+TEST(pools_come_and_go) {
+  for (int i = 0; i < 100; ++i) {
+    ThreadPool idle(4), used(4);
+    std::atomic<int> ran{0};
+    used.run([&](Lane&) { ++ran; });
+    CHECK_EQ(ran.load(), 4);
+  }
+}
+
+TEST(workers_leave_signals_to_the_application) {
   ThreadPool pool(2);
-  pool.run([](Lane&) {});
+  std::atomic<int> blocked{0};
+  pool.run([&](Lane& lane) {
+    sigset_t mask;
+    pthread_sigmask(SIG_SETMASK, nullptr, &mask);
+    if (lane.id() == 1) blocked = sigismember(&mask, SIGINT);
+  });
+  CHECK_EQ(blocked.load(), 1);
+  sigset_t mask;
+  pthread_sigmask(SIG_SETMASK, nullptr, &mask);
+  CHECK_EQ(sigismember(&mask, SIGINT), 0);
+}
+
+#if !defined(__SANITIZE_THREAD__)  // the sanitizer does not follow a fork of a process with threads
+
+namespace {
+
+// Exit status of a forked child that runs `body`; 255 if it died or hung for a minute.
+template <class Body>
+int in_child(const Body& body) {
   const pid_t child = fork();
   if (child == 0) {
-    std::atomic<int> ran{0};
-    pool.run([&](Lane& lane) {
-      lane.barrier();
-      ++ran;
-    });
-    _exit(ran == 2 ? 0 : 1);
+    alarm(60);
+    _exit(body());
   }
   int status = -1;
   waitpid(child, &status, 0);
-  CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
-  std::atomic<int> ran{0};
-  pool.run([&](Lane& lane) { ran += lane.id() == 0; });
-  CHECK_EQ(ran.load(), 1);
+  return WIFEXITED(status) ? WEXITSTATUS(status) : 255;
 }
+
+int lanes_that_meet(ThreadPool& pool) {
+  std::atomic<int> ran{0};
+  pool.run([&](Lane& lane) {
+    lane.barrier();
+    ++ran;
+  });
+  return ran;
+}
+
+}  // namespace
+
+TEST(forked_child_computes) {
+  ThreadPool pool(2), unused(3);
+  const ThreadPool::SpinScope spin(pool);
+  CHECK_EQ(lanes_that_meet(pool), 2);
+  CHECK_EQ(in_child([&] { return lanes_that_meet(pool); }), 2);
+  CHECK_EQ(in_child([&] { return lanes_that_meet(unused); }), 3);
+  CHECK_EQ(in_child([&] {  // a child of the child, and a pool that ends in it
+             ThreadPool own(2);
+             return lanes_that_meet(own) + lanes_that_meet(pool) +
+                    in_child([&] { return lanes_that_meet(pool) + lanes_that_meet(own); });
+           }),
+           8);
+  CHECK_EQ(lanes_that_meet(pool), 2);
+}
+
+TEST(forked_child_computes_from_two_threads) {
+  ThreadPool pool(2);
+  CHECK_EQ(lanes_that_meet(pool), 2);
+  CHECK_EQ(in_child([&] {
+             int first = 0, second = 0;
+             std::thread other([&] {
+               for (int i = 0; i < 50; ++i) first += lanes_that_meet(pool);
+             });
+             for (int i = 0; i < 50; ++i) second += lanes_that_meet(pool);
+             other.join();
+             return first == 100 && second == 100 ? 7 : 1;
+           }),
+           7);
+}
+
+TEST(fork_during_a_run_of_another_thread) {
+  ThreadPool pool(2);
+  std::atomic<bool> inside{false}, leave{false};
+  std::thread other([&] {
+    pool.run([&](Lane&) {
+      inside = true;
+      while (!leave) std::this_thread::yield();
+    });
+  });
+  while (!inside) std::this_thread::yield();
+  CHECK_EQ(in_child([&] { return lanes_that_meet(pool); }), 2);
+  leave = true;
+  other.join();
+  CHECK_EQ(lanes_that_meet(pool), 2);
+}
+
+#if !defined(__SANITIZE_ADDRESS__)  // which needs more address space than this test leaves
+TEST(refused_threads_are_an_error) {
+  CHECK_EQ(in_child([] {
+             ThreadPool pool(200);  // their stacks do not fit
+             const rlimit limit{size_t{256} << 20, size_t{256} << 20};
+             setrlimit(RLIMIT_AS, &limit);
+             for (int attempt = 0; attempt < 2; ++attempt) {
+               try {
+                 pool.run([](Lane&) {});
+                 return 1;
+               } catch (const puna::Error& error) {
+                 if (error.code() != puna::ErrorCode::kDevice) return 2;
+               }
+             }
+             return 3;
+           }),
+           3);
+}
+#endif
 #endif

@@ -1,5 +1,6 @@
 #include "kernels/cpu/dispatch.h"
 
+#include "base/env.h"
 #include "base/error.h"
 
 namespace puna {
@@ -45,6 +46,7 @@ std::vector<const KernelTable*> compiled_isas() {
 }
 
 KernelTable resolve_isa(const std::string& isa) {
+  const std::string name = isa.empty() ? environment_isa() : isa;
   const std::vector<const KernelTable*> all = compiled_isas();
   std::string runs, built;
   for (const KernelTable* table : all) {
@@ -52,15 +54,15 @@ KernelTable resolve_isa(const std::string& isa) {
     if (table->supported()) runs += (runs.empty() ? "" : ", ") + std::string(table->isa);
   }
   for (size_t i = 0; i < all.size(); ++i) {
-    if (isa.empty() ? !all[i]->supported() : isa != all[i]->isa) continue;
+    if (name.empty() ? !all[i]->supported() : name != all[i]->isa) continue;
     if (!all[i]->supported()) {
-      fail(ErrorCode::kDevice, "[isa] this processor cannot run '", isa, "'; it runs ", runs);
+      fail(ErrorCode::kDevice, "[isa] this processor cannot run '", name, "'; it runs ", runs);
     }
     KernelTable table = *all[i];
     for (size_t lower = i + 1; lower < all.size(); ++lower) inherit_all(table, *all[lower]);
     return table;
   }
-  fail(ErrorCode::kInvalidRequest, "[isa] there is no instruction set '", isa,
+  fail(ErrorCode::kInvalidRequest, "[isa] there is no instruction set '", name,
        "' in this build; it has ", built);
 }
 

@@ -19,14 +19,20 @@ PUNA_INLINE void store_up_to(float* p, VF a, int64_t n) {
   n == VF::N ? store(p, a) : store_n(p, a, n);
 }
 
-// Norms sum in four independent vectors, joined in a fixed order.
+// Norms sum in four independent vectors, joined in a fixed order: vector i of the row always goes
+// to sum i mod 4.
 template <class Term>
 PUNA_INLINE float sum_of(int64_t n, const Term& term) {
   VF sums[4] = {set1(0), set1(0), set1(0), set1(0)};
-  int64_t turn = 0;
-  for_vectors(n, [&](int64_t i, int64_t m) __attribute__((always_inline)) {
-    sums[turn & 3] = sums[turn & 3] + term(i, m);
-    ++turn;
+  int64_t done = 0;
+  for (; done + 4 * VF::N <= n; done += 4 * VF::N) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) sums[j] = sums[j] + term(done + j * VF::N, VF::N);
+  }
+  int j = 0;
+  for_vectors(n - done, [&](int64_t i, int64_t m) __attribute__((always_inline)) {
+    sums[j] = sums[j] + term(done + i, m);
+    ++j;
   });
   return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }

@@ -1,0 +1,37 @@
+// The environment variables puna knows; nothing else in the core reads the environment. What a
+// caller passes explicitly goes before them.
+//
+//   PUNA_ISA      name of the instruction set, see `puna doctor`    default: the best supported
+//   PUNA_THREADS  number of compute threads                         default: physical cores usable
+//
+// Header only, since kernels/cpu/dispatch.cpp is in a library of its own.
+#pragma once
+
+#include <cstdlib>
+#include <string>
+
+#include "base/error.h"
+
+namespace puna {
+
+// "" if PUNA_ISA is not set.
+inline std::string environment_isa() {
+  const char* value = std::getenv("PUNA_ISA");
+  return value ? value : "";
+}
+
+// 0 if PUNA_THREADS is not set or empty. Throws InvalidRequest unless it is a number from 1 to
+// 1,000,000.
+inline int environment_threads() {
+  const char* value = std::getenv("PUNA_THREADS");
+  if (!value || !*value) return 0;
+  char* end = nullptr;
+  const long threads = std::strtol(value, &end, 10);
+  if (*end != '\0' || threads < 1 || threads > 1'000'000) {
+    fail(ErrorCode::kInvalidRequest, "[env] PUNA_THREADS is '", value,
+         "'; it must be a number of threads, 1 or more");
+  }
+  return static_cast<int>(threads);
+}
+
+}  // namespace puna
