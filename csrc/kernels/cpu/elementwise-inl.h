@@ -1,4 +1,5 @@
 // Element-wise kernels and norms, written once over simd.h. One include per translation unit.
+// An output may be the same memory as an input of the same length; a partial overlap may not.
 #pragma once
 
 #include "kernels/cpu/simd.h"
