@@ -1,0 +1,41 @@
+// Byte-pair encoding of one piece: which pairs merge, in which order.
+#pragma once
+
+#include <cstdint>
+#include <string_view>
+#include <vector>
+
+namespace puna {
+
+// Open-addressed map from a pair of ids to the rank of their merge and the id it makes.
+class MergeTable {
+ public:
+  struct Merge {
+    uint32_t rank;  // lower merges first
+    int32_t id;
+  };
+
+  void reserve(size_t count);
+  // The first entry of a pair stays.
+  void add(int32_t left, int32_t right, Merge merge);
+  // Null if the pair does not merge.
+  const Merge* find(int32_t left, int32_t right) const;
+
+ private:
+  struct Slot {
+    uint64_t key = kEmpty;
+    Merge merge{};
+  };
+  static constexpr uint64_t kEmpty = ~uint64_t{0};
+  size_t place(uint64_t key) const;
+
+  std::vector<Slot> slots_;
+  size_t used_ = 0;
+};
+
+// Appends to `out` the ids of a piece whose bytes have the ids `symbols` (overwritten). Of all
+// pairs that merge, the one with the lowest rank goes first, at ties the leftmost. O(n log n).
+void merge_pairs(const MergeTable& merges, std::vector<int32_t>& symbols,
+                 std::vector<int32_t>& out);
+
+}  // namespace puna

@@ -1,0 +1,86 @@
+// Llama 4's tokenizer: byte-level BPE with special tokens, from tokenizer.model or tokenizer.json.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <set>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <vector>
+
+#include "text/bpe.h"
+
+namespace puna {
+
+// Which special tokens encode() reads in a text: by default none, so that text of a user never
+// turns into one.
+struct AllowedSpecial {
+  bool all = false;
+  std::set<std::string> names;  // of which only these, unless all
+
+  static AllowedSpecial none() { return {}; }
+  static AllowedSpecial every() { return {true, {}}; }
+};
+
+class Tokenizer {
+ public:
+  // A token that is no product of merges: it is looked for in the text as a whole.
+  struct AddedToken {
+    std::string name;
+    int32_t id;
+    bool special;  // if not, decode() shows it even where special tokens are skipped
+  };
+
+  // tokenizer.json (Hugging Face, byte-level BPE with Llama 4's pattern) or tokenizer.model (lines
+  // "base64 rank"), told apart by content; or a directory that holds one of them. Beside a
+  // tokenizer.model, tokenizer_config.json may name the special tokens (added_tokens_decoder);
+  // without it they are Llama 4's 2,048. Throws ModelNotFound, ModelFormat, or Unsupported naming a
+  // pattern or model type that is not Llama 4's.
+  static Tokenizer from_file(const std::string& path);
+  // From texts; `config` is tokenizer_config.json or empty.
+  static Tokenizer from_ranks(std::string_view ranks, std::string_view config = {});
+  static Tokenizer from_json(std::string_view json);
+
+  // Ids of a text; bytes that are not UTF-8 count as U+FFFD. Thread-safe.
+  std::vector<int32_t> encode(std::string_view text, const AllowedSpecial& special = {}) const;
+
+  // Bytes of ids. Throws InvalidRequest for an id that does not exist.
+  std::string decode(const std::vector<int32_t>& ids, bool skip_special = false) const;
+  std::string_view bytes_of(int32_t id) const;
+  bool is_special(int32_t id) const;
+
+  int64_t vocab_size() const { return static_cast<int64_t>(offsets_.size()) - 1; }
+  const std::map<std::string, int32_t>& special_tokens() const { return special_tokens_; }
+
+ private:
+  struct TransparentHash {
+    using is_transparent = void;
+    size_t operator()(std::string_view text) const { return std::hash<std::string_view>{}(text); }
+  };
+
+  // Puts added tokens into their places in `tokens` and keeps both.
+  void set_tokens(std::vector<std::string> tokens, std::vector<AddedToken> added);
+  // The longest allowed added token at text[at], or null.
+  const AddedToken* added_at(std::string_view text, size_t at, const AllowedSpecial& allowed) const;
+  void encode_plain(std::string_view text, std::vector<int32_t>& out,
+                    std::vector<int32_t>& symbols) const;
+
+  // Bytes of token id: arena_[offsets_[id], offsets_[id + 1]); empty for an id that no token has.
+  std::string arena_;
+  std::vector<uint32_t> offsets_;
+  std::unordered_map<std::string, int32_t, TransparentHash, std::equal_to<>> whole_;  // piece -> id
+  std::array<int32_t, 256> byte_ids_{};
+  MergeTable merges_;
+  std::vector<AddedToken> added_;         // sorted by name
+  std::array<bool, 256> begins_added_{};  // whether one begins with a byte
+  std::map<std::string, int32_t> special_tokens_;
+  std::vector<bool> is_special_;
+};
+
+// The tokenizer of a checkpoint directory, or nothing if it has none.
+std::optional<Tokenizer> find_tokenizer(const std::string& directory);
+
+}  // namespace puna

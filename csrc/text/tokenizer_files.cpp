@@ -1,0 +1,402 @@
+// Reading tokenizer.model, tokenizer_config.json and tokenizer.json: hostile until validated.
+#include <algorithm>
+#include <array>
+#include <charconv>
+#include <filesystem>
+#include <nlohmann/json.hpp>
+#include <set>
+#include <sstream>
+#include <unordered_map>
+
+#include "base/error.h"
+#include "platform/mmap.h"
+#include "text/pretokenizer.h"
+#include "text/special_tokens.h"
+#include "text/tokenizer.h"
+#include "text/unicode_classes.h"
+
+namespace puna {
+
+namespace {
+
+using nlohmann::json;
+
+// Llama 4 has 202,048 tokens, the longest of 113 bytes; tokenizer.json nests six deep. The bounds
+// keep the work on any file linear in its size and the recursion of the JSON library shallow.
+constexpr size_t kMaxTokens = size_t{1} << 22;
+constexpr size_t kMaxTokenBytes = 1024;
+constexpr int kMaxDepth = 64;
+
+// Messages quote the file, which may hold any bytes; a message is valid UTF-8.
+template <class... Parts>
+[[noreturn]] void refuse(ErrorCode code, const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  fail(code, "[tokenizer] ", to_valid_utf8(message.str()));
+}
+
+template <class... Parts>
+[[noreturn]] void bad(const Parts&... parts) {
+  refuse(ErrorCode::kModelFormat, parts...);
+}
+
+template <class... Parts>
+[[noreturn]] void unsupported(const Parts&... parts) {
+  refuse(ErrorCode::kUnsupported, "tokenizer.json has ", parts...);
+}
+
+// Decodes base64 with padding; false if it is not.
+bool decode_base64(std::string_view text, std::string& out) {
+  out.clear();
+  if (text.empty() || text.size() % 4 != 0) return false;
+  const auto value = [](char c) -> int {
+    if (c >= 'A' && c <= 'Z') return c - 'A';
+    if (c >= 'a' && c <= 'z') return c - 'a' + 26;
+    if (c >= '0' && c <= '9') return c - '0' + 52;
+    if (c == '+') return 62;
+    if (c == '/') return 63;
+    return -1;
+  };
+  for (size_t i = 0; i < text.size(); i += 4) {
+    const bool last = i + 4 == text.size();
+    const int padding = !last ? 0 : text[i + 3] != '=' ? 0 : text[i + 2] != '=' ? 1 : 2;
+    uint32_t bits = 0;
+    for (int j = 0; j < 4; ++j) {
+      const int v = j < 4 - padding ? value(text[i + j]) : 0;
+      if (v < 0) return false;
+      bits = bits << 6 | static_cast<uint32_t>(v);
+    }
+    for (int j = 0; j < 3 - padding; ++j) out += static_cast<char>(bits >> (16 - 8 * j) & 255);
+  }
+  return true;
+}
+
+json parse(std::string_view text, const char* where) {
+  int depth = 0;
+  bool in_string = false;
+  for (size_t i = 0; i < text.size(); ++i) {
+    const char c = text[i];
+    if (in_string && c == '\\') {
+      ++i;
+    } else if (c == '"') {
+      in_string = !in_string;
+    } else if (!in_string && (c == '[' || c == '{')) {
+      if (++depth > kMaxDepth) bad(where, " nests deeper than ", kMaxDepth, " levels");
+    } else if (!in_string && (c == ']' || c == '}')) {
+      --depth;
+    }
+  }
+  try {
+    return json::parse(text.begin(), text.end());
+  } catch (const json::exception& error) {
+    bad(where, " is not valid JSON: ", error.what());
+  }
+}
+
+// GPT-2's printable characters for bytes, in which tokenizer.json writes its tokens: code point ->
+// byte.
+std::array<int, 512> byte_of_character() {
+  std::array<int, 512> bytes{};
+  bytes.fill(-1);
+  int next = 256;
+  for (int byte = 0; byte < 256; ++byte) {
+    const bool printable =
+        (byte >= 0x21 && byte <= 0x7e) || (byte >= 0xa1 && byte <= 0xac) || byte >= 0xae;
+    bytes[printable ? byte : next++] = byte;
+  }
+  return bytes;
+}
+
+// The bytes that a token of tokenizer.json stands for; false if it is not in the byte-level
+// alphabet.
+bool decode_byte_level(std::string_view token, std::string& out) {
+  static const std::array<int, 512> kBytes = byte_of_character();
+  out.clear();
+  for (size_t at = 0; at < token.size();) {
+    int length = 0;
+    const uint32_t code = decode_utf8(token, at, &length);
+    if (code >= kBytes.size() || kBytes[code] < 0) return false;
+    out += static_cast<char>(kBytes[code]);
+    at += static_cast<size_t>(length);
+  }
+  return !out.empty();
+}
+
+// A token id, checked.
+int32_t id_of(const json& value, const std::string& what) {
+  if (!value.is_number_unsigned() || value.get<uint64_t>() >= kMaxTokens) {
+    bad(what, " has the id ", value.dump().substr(0, 40), "; it must be a whole number below ",
+        kMaxTokens);
+  }
+  return static_cast<int32_t>(value.get<uint64_t>());
+}
+
+std::string string_of(const json& object, const char* key, const std::string& where) {
+  const auto found = object.is_object() ? object.find(key) : object.end();
+  if (!object.is_object() || found == object.end() || !found->is_string()) {
+    bad(where, " has no text \"", key, "\"");
+  }
+  return found->get<std::string>();
+}
+
+// A yes or no that the file may leave out.
+bool flag_of(const json& object, const char* key, bool otherwise, const std::string& where) {
+  const auto found = object.find(key);
+  if (found == object.end() || found->is_null()) return otherwise;
+  if (!found->is_boolean()) bad(where, ": \"", key, "\" is neither true nor false");
+  return found->get<bool>();
+}
+
+std::string type_of(const json& step) {
+  return step.is_object() && step.contains("type") ? string_of(step, "type", "a step") : "none";
+}
+
+// The steps before the model must be Llama 4's: Split by its pattern, then bytes as characters.
+void check_steps(const json& document) {
+  if (const auto found = document.find("normalizer");
+      found != document.end() && !found->is_null()) {
+    unsupported("the normalizer ", type_of(*found), "; Llama 4 has none");
+  }
+  const auto pre = document.find("pre_tokenizer");
+  if (pre == document.end()) unsupported("no pre-tokenizer; Llama 4 has Split and ByteLevel");
+  if (type_of(*pre) != "Sequence") {
+    unsupported("the pre-tokenizer ", type_of(*pre), "; Llama 4 has Split and ByteLevel");
+  }
+  const auto steps = pre->find("pretokenizers");
+  if (steps == pre->end() || !steps->is_array()) bad("tokenizer.json: pretokenizers is no list");
+  std::string types;
+  for (const json& step : *steps) {
+    const std::string type = type_of(step);
+    types += (types.empty() ? "" : ", ") + type;
+    if (type == "Split") {
+      const auto pattern = step.find("pattern");
+      if (pattern == step.end()) bad("tokenizer.json: Split has no pattern");
+      const std::string regex = string_of(*pattern, "Regex", "the pattern of Split");
+      if (regex != kPretokenizerPattern) {
+        unsupported("the pattern ", regex.substr(0, 80), "..., which is not Llama 4's");
+      }
+      if (string_of(step, "behavior", "Split") != "Isolated" ||
+          flag_of(step, "invert", false, "Split")) {
+        unsupported("a Split that is inverted or not \"Isolated\", unlike Llama 4's");
+      }
+    } else if (type == "ByteLevel" && (flag_of(step, "add_prefix_space", true, "ByteLevel") ||
+                                       flag_of(step, "use_regex", true, "ByteLevel"))) {
+      unsupported("a ByteLevel step with add_prefix_space or use_regex, unlike Llama 4's");
+    }
+  }
+  if (types != "Split, ByteLevel") {
+    unsupported("the pre-tokenizers ", types, "; Llama 4 has Split, ByteLevel");
+  }
+}
+
+// The model must be byte-level BPE without the options that change its merges.
+void check_model(const json& model) {
+  const auto type = model.find("type");
+  if (type != model.end() && *type != "BPE") {
+    unsupported("the model ", string_of(model, "type", "the model"), "; Llama 4 has BPE");
+  }
+  for (const char* option : {"dropout", "continuing_subword_prefix", "end_of_word_suffix"}) {
+    const auto found = model.find(option);
+    if (found != model.end() && !found->is_null() && *found != "") {
+      unsupported("the BPE option ", option, ", which Llama 4 has not");
+    }
+  }
+  if (flag_of(model, "byte_fallback", false, "model")) {
+    unsupported("the BPE option byte_fallback, which Llama 4 has not");
+  }
+}
+
+// added_tokens_decoder of tokenizer_config.json, or Llama 4's own special tokens after the ranks.
+std::vector<Tokenizer::AddedToken> added_of_config(std::string_view text, size_t ranks) {
+  std::vector<Tokenizer::AddedToken> added;
+  const json config = text.empty() ? json::object() : parse(text, "tokenizer_config.json");
+  if (!config.is_object()) bad("tokenizer_config.json is no object");
+  const auto decoder = config.find("added_tokens_decoder");
+  if (decoder == config.end()) {
+    for (const std::string& name : llama4_special_tokens()) {
+      added.push_back({name, static_cast<int32_t>(ranks + added.size()), true});
+    }
+    return added;
+  }
+  if (!decoder->is_object()) bad("tokenizer_config.json: added_tokens_decoder is no object");
+  for (const auto& [key, entry] : decoder->items()) {
+    const std::string where = "tokenizer_config.json: token \"" + key.substr(0, 40) + "\"";
+    uint32_t id = 0;
+    const auto [end, problem] = std::from_chars(key.data(), key.data() + key.size(), id);
+    if (problem != std::errc() || end != key.data() + key.size() || id >= kMaxTokens) {
+      bad(where, " has a name that is no id below ", kMaxTokens);
+    }
+    added.push_back({string_of(entry, "content", where), static_cast<int32_t>(id),
+                     flag_of(entry, "special", true, where)});
+  }
+  return added;
+}
+
+// The list added_tokens of tokenizer.json.
+std::vector<Tokenizer::AddedToken> added_of_json(const json& list) {
+  if (!list.is_array()) bad("tokenizer.json: added_tokens is no list");
+  std::vector<Tokenizer::AddedToken> added;
+  for (const json& entry : list) {
+    const std::string name = string_of(entry, "content", "an added token of tokenizer.json");
+    const std::string where = "tokenizer.json: the added token " + name.substr(0, 40);
+    if (!entry.contains("id")) bad(where, " has no id");
+    for (const char* option : {"lstrip", "rstrip", "single_word"}) {
+      if (flag_of(entry, option, false, where)) {
+        unsupported("an added token ", name, " with ", option, ", which is not read");
+      }
+    }
+    added.push_back({name, id_of(entry["id"], where), flag_of(entry, "special", true, where)});
+  }
+  return added;
+}
+
+}  // namespace
+
+Tokenizer Tokenizer::from_ranks(std::string_view ranks, std::string_view config) {
+  std::vector<std::string> tokens;
+  std::string token;
+  size_t line_number = 0;
+  for (size_t at = 0; at < ranks.size();) {
+    size_t end = ranks.find('\n', at);
+    if (end == std::string_view::npos) end = ranks.size();
+    std::string_view line = ranks.substr(at, end - at);
+    at = end + 1;
+    ++line_number;
+    if (line.ends_with('\r')) line.remove_suffix(1);
+    if (line.empty()) continue;
+    const size_t space = line.find(' ');
+    const std::string_view digits = space == std::string_view::npos ? "" : line.substr(space + 1);
+    if (digits.empty() || !decode_base64(line.substr(0, space), token)) {
+      bad("line ", line_number, " of the ranks is no \"base64 rank\"");
+    }
+    if (digits != std::to_string(tokens.size())) {
+      bad("line ", line_number, " has the rank ", digits.substr(0, 20), "; ", tokens.size(),
+          " was expected");
+    }
+    if (tokens.size() >= kMaxTokens) bad("there are more than ", kMaxTokens, " ranks");
+    if (token.size() > kMaxTokenBytes) {
+      bad("line ", line_number, " has a token of ", token.size(), " bytes; ", kMaxTokenBytes,
+          " are the limit");
+    }
+    tokens.push_back(token);
+  }
+  const size_t count = tokens.size();
+  Tokenizer tokenizer;
+  tokenizer.whole_.reserve(count);
+  for (size_t id = 0; id < count; ++id) {
+    if (!tokenizer.whole_.emplace(tokens[id], static_cast<int32_t>(id)).second) {
+      bad("rank ", id, " is the same token as rank ", tokenizer.whole_.at(tokens[id]));
+    }
+  }
+  // Two tokens merge if their joint bytes are a token; its rank is the merge's.
+  tokenizer.merges_.reserve(count * 2);
+  for (size_t id = 0; id < count; ++id) {
+    const std::string_view whole = tokens[id];
+    for (size_t cut = 1; cut < whole.size(); ++cut) {
+      const auto left = tokenizer.whole_.find(whole.substr(0, cut));
+      if (left == tokenizer.whole_.end()) continue;
+      const auto right = tokenizer.whole_.find(whole.substr(cut));
+      if (right == tokenizer.whole_.end()) continue;
+      tokenizer.merges_.add(left->second, right->second,
+                            {static_cast<uint32_t>(id), static_cast<int32_t>(id)});
+    }
+  }
+  tokenizer.set_tokens(std::move(tokens), added_of_config(config, count));
+  return tokenizer;
+}
+
+Tokenizer Tokenizer::from_json(std::string_view text) {
+  const json document = parse(text, "tokenizer.json");
+  if (!document.is_object() || !document.contains("model") || !document["model"].is_object()) {
+    bad("tokenizer.json has no model");
+  }
+  const json& model = document["model"];
+  check_model(model);
+  check_steps(document);
+  if (!model.contains("vocab") || !model["vocab"].is_object() || !model.contains("merges") ||
+      !model["merges"].is_array()) {
+    bad("tokenizer.json needs model.vocab and model.merges");
+  }
+  std::vector<AddedToken> added;
+  if (document.contains("added_tokens")) added = added_of_json(document["added_tokens"]);
+  std::set<std::string_view> added_names;
+  for (const AddedToken& token : added) added_names.insert(token.name);
+
+  Tokenizer tokenizer;
+  std::vector<std::string> tokens;
+  std::unordered_map<std::string, int32_t> ids;  // in the file's alphabet
+  std::string bytes;
+  const bool ignore_merges = flag_of(model, "ignore_merges", false, "model");
+  for (const auto& [name, value] : model["vocab"].items()) {
+    if (added_names.contains(name)) continue;
+    const int32_t id = id_of(value, "token " + name.substr(0, 40));
+    if (!decode_byte_level(name, bytes)) {
+      bad("token ", id, " is not written in the byte-level alphabet");
+    }
+    if (bytes.size() > kMaxTokenBytes) {
+      bad("token ", id, " has ", bytes.size(), " bytes; ", kMaxTokenBytes, " are the limit");
+    }
+    if (static_cast<size_t>(id) >= tokens.size()) tokens.resize(static_cast<size_t>(id) + 1);
+    if (!tokens[id].empty()) bad("two tokens have the id ", id);
+    tokens[id] = bytes;
+    ids.emplace(name, id);
+    if (ignore_merges) tokenizer.whole_.emplace(bytes, id);
+  }
+  tokenizer.merges_.reserve(model["merges"].size());
+  uint32_t rank = 0;
+  for (const json& entry : model["merges"]) {
+    // "left right", or since tokenizers 0.20 ["left", "right"].
+    std::string left, right;
+    if (entry.is_string()) {
+      const auto& pair = entry.get_ref<const std::string&>();
+      const size_t space = std::min(pair.find(' '), pair.size());
+      left = pair.substr(0, space);
+      right = pair.substr(std::min(space + 1, pair.size()));
+    } else if (entry.is_array() && entry.size() == 2 && entry[0].is_string() &&
+               entry[1].is_string()) {
+      left = entry[0].get<std::string>();
+      right = entry[1].get<std::string>();
+    }
+    const auto l = ids.find(left), r = ids.find(right), merged = ids.find(left + right);
+    if (l == ids.end() || r == ids.end() || merged == ids.end()) {
+      bad("merge ", rank, " of tokenizer.json, \"", left.substr(0, 40), " ", right.substr(0, 40),
+          "\", names a token that the vocabulary lacks");
+    }
+    tokenizer.merges_.add(l->second, r->second, {rank++, merged->second});
+  }
+  tokenizer.set_tokens(std::move(tokens), std::move(added));
+  return tokenizer;
+}
+
+Tokenizer Tokenizer::from_file(const std::string& path) {
+  namespace fs = std::filesystem;
+  std::error_code ignored;
+  if (fs::is_directory(path, ignored)) {
+    std::optional<Tokenizer> found = find_tokenizer(path);
+    if (!found) {
+      fail(ErrorCode::kModelNotFound, "[tokenizer] ", path,
+           " has neither tokenizer.json nor tokenizer.model");
+    }
+    return std::move(*found);
+  }
+  const MappedFile file(path);
+  const std::string_view text(reinterpret_cast<const char*>(file.data()), file.size());
+  const size_t first = text.find_first_not_of(" \t\r\n");
+  if (first != std::string_view::npos && text[first] == '{') return from_json(text);
+  const fs::path config = fs::path(path).parent_path() / "tokenizer_config.json";
+  if (!fs::exists(config, ignored)) return from_ranks(text);
+  const MappedFile beside(config.string());
+  return from_ranks(text, {reinterpret_cast<const char*>(beside.data()), beside.size()});
+}
+
+std::optional<Tokenizer> find_tokenizer(const std::string& directory) {
+  namespace fs = std::filesystem;
+  for (const char* name : {"tokenizer.json", "tokenizer.model"}) {
+    const fs::path path = fs::path(directory) / name;
+    std::error_code ignored;
+    if (fs::exists(path, ignored)) return Tokenizer::from_file(path.string());
+  }
+  return std::nullopt;
+}
+
+}  // namespace puna

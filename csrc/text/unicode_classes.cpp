@@ -1,0 +1,66 @@
+#include "text/unicode_classes.h"
+
+namespace puna {
+
+namespace {
+
+#include "text/unicode_tables.inc"
+
+constexpr std::string_view kReplacement = "\xef\xbf\xbd";
+
+}  // namespace
+
+CharClass class_of(uint32_t code_point) {
+  const uint8_t pair = kClassesOfBlock[kBlockOfCodePoint[code_point >> 7]][(code_point & 127) >> 1];
+  return static_cast<CharClass>(code_point & 1 ? pair >> 4 : pair & 15);
+}
+
+Utf8Unit utf8_unit(std::string_view text, size_t at) {
+  const auto first = static_cast<uint8_t>(text[at]);
+  if (first < 0x80) return {Utf8Unit::kValid, 1};
+  int length = 0;
+  uint8_t low = 0x80, high = 0xbf;  // bounds of the second byte: no overlong forms, no surrogates
+  if (first >= 0xc2 && first <= 0xdf) {
+    length = 2;
+  } else if (first >= 0xe0 && first <= 0xef) {
+    length = 3;
+    if (first == 0xe0) low = 0xa0;
+    if (first == 0xed) high = 0x9f;
+  } else if (first >= 0xf0 && first <= 0xf4) {
+    length = 4;
+    if (first == 0xf0) low = 0x90;
+    if (first == 0xf4) high = 0x8f;
+  } else {
+    return {Utf8Unit::kInvalid, 1};
+  }
+  for (int i = 1; i < length; ++i) {
+    if (at + i >= text.size()) return {Utf8Unit::kIncomplete, i};
+    const auto byte = static_cast<uint8_t>(text[at + i]);
+    if (byte < low || byte > high) return {Utf8Unit::kInvalid, i};
+    low = 0x80;
+    high = 0xbf;
+  }
+  return {Utf8Unit::kValid, length};
+}
+
+std::string to_valid_utf8(std::string_view bytes) {
+  std::string text;
+  text.reserve(bytes.size());
+  for (size_t at = 0; at < bytes.size();) {
+    const Utf8Unit unit = utf8_unit(bytes, at);
+    text += unit.kind == Utf8Unit::kValid ? bytes.substr(at, unit.length) : kReplacement;
+    at += unit.length;
+  }
+  return text;
+}
+
+bool is_valid_utf8(std::string_view bytes) {
+  for (size_t at = 0; at < bytes.size();) {
+    const Utf8Unit unit = utf8_unit(bytes, at);
+    if (unit.kind != Utf8Unit::kValid) return false;
+    at += unit.length;
+  }
+  return true;
+}
+
+}  // namespace puna

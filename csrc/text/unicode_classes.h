@@ -1,0 +1,58 @@
+// Classes of characters that the pre-tokeniser tells apart, and UTF-8 decoding.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+namespace puna {
+
+// General categories of Unicode 16 (why: tools/make_unicode_tables.py), and White_Space.
+enum class CharClass : uint8_t {
+  kOther,    // punctuation, symbols, controls, unassigned
+  kUpper,    // Lu, Lt
+  kLower,    // Ll
+  kLetter,   // Lm, Lo: letters without case
+  kMark,     // Mn, Mc, Me
+  kNumber,   // Nd, Nl, No
+  kSpace,    // White_Space but carriage return and line feed
+  kNewline,  // carriage return, line feed
+};
+
+CharClass class_of(uint32_t code_point);
+
+// The code point at text[at], which must be valid UTF-8; *length receives its bytes.
+inline uint32_t decode_utf8(std::string_view text, size_t at, int* length) {
+  const auto byte = [&](size_t i) { return static_cast<uint8_t>(text[at + i]); };
+  const uint8_t first = byte(0);
+  if (first < 0x80) {
+    *length = 1;
+    return first;
+  }
+  if (first < 0xe0) {
+    *length = 2;
+    return (first & 0x1fu) << 6 | (byte(1) & 0x3fu);
+  }
+  if (first < 0xf0) {
+    *length = 3;
+    return (first & 0x0fu) << 12 | (byte(1) & 0x3fu) << 6 | (byte(2) & 0x3fu);
+  }
+  *length = 4;
+  return (first & 0x07u) << 18 | (byte(1) & 0x3fu) << 12 | (byte(2) & 0x3fu) << 6 |
+         (byte(3) & 0x3fu);
+}
+
+// What lies at text[at]: a whole valid character of `length` bytes, or the longest start of one
+// (`length` bytes that can be followed by more), or neither (`length` 1).
+struct Utf8Unit {
+  enum Kind { kValid, kIncomplete, kInvalid } kind;
+  int length;
+};
+Utf8Unit utf8_unit(std::string_view text, size_t at);
+
+// Valid UTF-8 of any bytes, one U+FFFD for each maximal part of an invalid sequence, as in Python's
+// bytes.decode("utf-8", "replace").
+std::string to_valid_utf8(std::string_view bytes);
+bool is_valid_utf8(std::string_view bytes);
+
+}  // namespace puna

@@ -1,0 +1,430 @@
+// The tokenizer on a small vocabulary: pieces, merges, special tokens, both file formats. Agreement
+// with other implementations on Llama 4's own ranks: tests/test_tokenizer.py.
+#include "text/tokenizer.h"
+
+#include <algorithm>
+#include <chrono>
+#include <filesystem>
+#include <fstream>
+#include <random>
+
+#include "check.h"
+#include "text/pretokenizer.h"
+#include "text/special_tokens.h"
+#include "text/unicode_classes.h"
+#include "tokenizer_fixture.h"
+
+using puna::AllowedSpecial;
+using puna::ErrorCode;
+using puna::Tokenizer;
+namespace fixture = tokenizer_fixture;
+
+namespace {
+
+// What a failed check prints, and compares.
+std::string shown(const std::vector<std::string>& pieces) {
+  std::string text;
+  for (const std::string& piece : pieces) text += "[" + piece + "]";
+  return text;
+}
+
+std::string shown(const std::vector<int32_t>& ids) {
+  std::string text;
+  for (const int32_t id : ids) text += std::to_string(id) + " ";
+  return text;
+}
+
+std::vector<std::string> pieces_of(std::string_view text) {
+  std::vector<std::string> pieces;
+  for (size_t at = 0; at < text.size();) {
+    const size_t end = puna::next_piece(text, at);
+    pieces.emplace_back(text.substr(at, end - at));
+    at = end;
+  }
+  return pieces;
+}
+
+Tokenizer small() { return Tokenizer::from_ranks(fixture::ranks(), fixture::config()); }
+
+// Byte-pair encoding as it is defined: again and again join the pair that makes the token of the
+// lowest rank, the leftmost of equals.
+void merge_plainly(std::string_view piece, std::vector<int32_t>& out) {
+  static const std::vector<std::string> kTokens = fixture::tokens();
+  static const auto kRanks = [] {
+    std::map<std::string, int32_t> ranks;
+    for (const std::string& token : kTokens)
+      ranks.emplace(token, static_cast<int32_t>(ranks.size()));
+    return ranks;
+  }();
+  std::vector<std::string> parts;
+  for (const char c : piece) parts.push_back(std::string(1, c));
+  for (;;) {
+    int32_t best = INT32_MAX;
+    size_t at = 0;
+    for (size_t i = 0; i + 1 < parts.size(); ++i) {
+      const auto found = kRanks.find(parts[i] + parts[i + 1]);
+      if (found != kRanks.end() && found->second < best) {
+        best = found->second;
+        at = i;
+      }
+    }
+    if (best == INT32_MAX) break;
+    parts[at] += parts[at + 1];
+    parts.erase(parts.begin() + static_cast<int64_t>(at) + 1);
+  }
+  for (const std::string& part : parts) out.push_back(kRanks.at(part));
+}
+
+std::vector<int32_t> encode_plainly(std::string_view text) {
+  static const std::vector<std::string> kTokens = fixture::tokens();
+  std::vector<int32_t> ids;
+  for (const std::string& piece : pieces_of(text)) {
+    const auto whole = std::find(kTokens.begin(), kTokens.end(), piece);
+    if (whole != kTokens.end()) {
+      ids.push_back(static_cast<int32_t>(whole - kTokens.begin()));
+    } else {
+      merge_plainly(piece, ids);
+    }
+  }
+  return ids;
+}
+
+struct Case {
+  const char* text;
+  std::vector<std::string> pieces;
+};
+
+// A folder that is removed at the end of a test.
+struct Folder {
+  std::filesystem::path path;
+  explicit Folder(const std::string& name)
+      : path(std::filesystem::temp_directory_path() / ("puna_" + name)) {
+    std::filesystem::remove_all(path);
+    std::filesystem::create_directories(path);
+  }
+  ~Folder() { std::filesystem::remove_all(path); }
+  void write(const std::string& name, const std::string& text) const {
+    std::ofstream(path / name, std::ios::binary) << text;
+  }
+};
+
+}  // namespace
+
+TEST(pieces_are_those_of_the_regular_expression) {
+  // Right-hand sides come from Python's `regex` module with the pattern.
+  const std::vector<Case> cases = {
+      {"", {}},
+      {"Hello world", {"Hello", " world"}},
+      {"Hello  world", {"Hello", " ", " world"}},
+      {"HelloWorld", {"Hello", "World"}},
+      {"HELLOWorld", {"HELLOWorld"}},
+      // U* backs up to the last letter without case, from which L+ can begin.
+      {"日A b", {"日", "A", " b"}},
+      {"日Ab", {"日Ab"}},
+      {"A日B", {"A日", "B"}},
+      // Combining marks are letters to both classes, and punctuation too.
+      {"\u0301AB", {"\u0301", "AB"}},
+      {"AB\u0301", {"AB\u0301"}},
+      {"x\u0301y", {"x\u0301y"}},
+      {" \u0301", {" \u0301"}},
+      {"❤\ufe0f", {"❤\ufe0f"}},
+      {"😀❤\ufe0f", {"😀❤\ufe0f"}},
+      // Contractions, in which U+017F is an s.
+      {"don't DON'T", {"don't", " DON'T"}},
+      {"it'\u017f x", {"it'\u017f", " x"}},
+      {"we'LLama", {"we'LL", "ama"}},
+      {"x'vey", {"x've", "y"}},
+      {"''s", {"''", "s"}},
+      {"'s", {"'s"}},
+      {"12345", {"123", "45"}},
+      {"a1b", {"a", "1", "b"}},
+      {"½²Ⅷ٣", {"½²Ⅷ", "٣"}},
+      {" !x", {" !", "x"}},
+      {"  !x", {" ", " !", "x"}},
+      {"a.b", {"a", ".b"}},
+      {"!!\r\n\r\n/", {"!!\r\n\r\n/"}},
+      {"//\n/!", {"//\n/", "!"}},
+      {"x \n y", {"x", " \n", " y"}},
+      {"x  ", {"x", "  "}},
+      {"  x", {" ", " x"}},
+      {"\n   x", {"\n", "  ", " x"}},
+      {"\n   \n", {"\n   \n"}},
+      {"\r\n x", {"\r\n", " x"}},
+      {"a\r\nb", {"a", "\r\n", "b"}},
+      {"\t\tx", {"\t", "\tx"}},
+      {"\u3000x", {"\u3000x"}},
+      {"\u00a0!", {"\u00a0", "!"}},
+      // Not White_Space, whatever Python's str.isspace says of U+001C.
+      {"\u200bx", {"\u200bx"}},
+      {"\x1cx", {"\x1cx"}},
+      {"ǅab", {"ǅab"}},
+      {"ʰA", {"ʰ", "A"}},
+  };
+  for (const Case& c : cases) CHECK_EQ(shown(pieces_of(c.text)), shown(c.pieces));
+}
+
+TEST(classes_of_characters) {
+  using puna::CharClass;
+  CHECK(puna::class_of('A') == CharClass::kUpper);
+  CHECK(puna::class_of(0x01c5) == CharClass::kUpper);  // titlecase
+  CHECK(puna::class_of(0x017f) == CharClass::kLower);
+  CHECK(puna::class_of(0x02b0) == CharClass::kLetter);
+  CHECK(puna::class_of(0x0301) == CharClass::kMark);
+  CHECK(puna::class_of(0x2167) == CharClass::kNumber);
+  CHECK(puna::class_of('\n') == CharClass::kNewline);
+  CHECK(puna::class_of(0x85) == CharClass::kSpace);
+  CHECK(puna::class_of(0x1c) == CharClass::kOther);
+  CHECK(puna::class_of(0x10ffff) == CharClass::kOther);
+  CHECK(puna::class_of(0x088f) == CharClass::kOther);  // a letter from Unicode 17 on
+}
+
+TEST(merges_are_those_of_the_definition) {
+  const Tokenizer tokenizer = small();
+  std::mt19937 random(1);
+  const std::vector<std::string> alphabets = {"abcd", "aht e", "inghelo wrd", "a", "12 \n/'s"};
+  for (int i = 0; i < 3000; ++i) {
+    const std::string& alphabet = alphabets[random() % alphabets.size()];
+    std::string text;
+    // Up to 200 bytes: beyond the length at which the heap takes over.
+    for (size_t left = random() % 200; left > 0; --left) {
+      text += alphabet[random() % alphabet.size()];
+    }
+    const std::vector<int32_t> ids = tokenizer.encode(text);
+    CHECK_EQ(shown(ids), shown(encode_plainly(text)));
+    CHECK_EQ(tokenizer.decode(ids), text);
+  }
+}
+
+TEST(one_long_piece_takes_no_quadratic_time) {
+  const Tokenizer tokenizer = small();
+  std::string text(1 << 20, 'a');
+  for (size_t i = 0; i < text.size(); i += 3) text[i] = "abcdhelo"[i * 2654435761u >> 7 & 7];
+  const auto begin = std::chrono::steady_clock::now();
+  const std::vector<int32_t> ids = tokenizer.encode(text);
+  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
+  CHECK(seconds.count() < 30);  // under a second; n^2 steps would take many minutes
+  CHECK_EQ(tokenizer.decode(ids), text);
+}
+
+TEST(special_tokens_are_read_only_where_allowed) {
+  const Tokenizer tokenizer = small();
+  const auto special = fixture::special();
+  const int32_t eot = special.at("<|eot|>"), e = special.at("<|e"), image = special.at("<|image|>");
+  const auto ids = [&](const char* text, const AllowedSpecial& allowed) {
+    return tokenizer.encode(text, allowed);
+  };
+  const std::string text = "hello<|eot|>";
+  CHECK_EQ(shown(tokenizer.encode(text)), shown(encode_plainly(text)));
+  CHECK_EQ(shown(ids("<|eot|><|image|>", AllowedSpecial::every())), shown({eot, image}));
+  // The longest of those that begin at the leftmost place, among the allowed.
+  CHECK_EQ(ids("<|eot|>", {false, {"<|e"}})[0], e);
+  CHECK_EQ(ids("<|eot", AllowedSpecial::every())[0], e);
+  CHECK_EQ(shown(ids("<|eot|>", {false, {"<|image|>"}})), shown(encode_plainly("<|eot|>")));
+  const std::vector<int32_t> nested = ids("<<|eot|>>", AllowedSpecial::every());
+  CHECK_EQ(shown(nested), shown({255 - '<', eot, 255 - '>'}));
+  // A special token ends the text before it: the blanks stay one piece.
+  CHECK_EQ(ids("ab  <|eot|>", AllowedSpecial::every()).size(), size_t{3});
+  CHECK_EQ(tokenizer.special_tokens().size(), special.size());
+}
+
+TEST(decoding) {
+  const Tokenizer tokenizer = small();
+  const int32_t eot = fixture::special().at("<|eot|>");
+  CHECK_EQ(tokenizer.decode({255 - 'h', eot, 255 - 'i'}), std::string("h<|eot|>i"));
+  CHECK_EQ(tokenizer.decode({255 - 'h', eot, 255 - 'i'}, /*skip_special=*/true), std::string("hi"));
+  CHECK(tokenizer.is_special(eot));
+  CHECK(!tokenizer.is_special(3) && !tokenizer.is_special(-1) && !tokenizer.is_special(1 << 30));
+  CHECK_EQ(tokenizer.vocab_size(), int64_t{fixture::special().at("<|image|>") + 1});
+  CHECK_EQ(tokenizer.bytes_of(eot + 3), std::string_view());  // in the gap
+  CHECK_THROWS(ErrorCode::kInvalidRequest, tokenizer.decode({-1}));
+  CHECK_THROWS(ErrorCode::kInvalidRequest,
+               tokenizer.decode({static_cast<int32_t>(tokenizer.vocab_size())}));
+}
+
+TEST(bytes_that_are_no_text_become_replacement_characters) {
+  const Tokenizer tokenizer = small();
+  const std::string one = "\ufffd";
+  // One for each maximal part, as Python's bytes.decode("utf-8", "replace").
+  const std::vector<std::pair<std::string, std::string>> cases = {
+      {"a\xff", "a" + one},
+      {"\xe2\x82", one},
+      {"\xe2\x82z", one + "z"},
+      {"\xc0\x80", one + one},
+      {"\xed\xa0\x80", one + one + one},  // a surrogate
+      {"\xf0\x9f\x98", one},
+      {"\xf4\x90\x80\x80", one + one + one + one},  // beyond U+10FFFF
+      {"\x80", one},
+  };
+  for (const auto& [bytes, text] : cases) {
+    CHECK_EQ(puna::to_valid_utf8(bytes), text);
+    CHECK_EQ(shown(tokenizer.encode(bytes)), shown(tokenizer.encode(text)));
+  }
+}
+
+TEST(llama4_names_its_special_tokens) {
+  const std::vector<std::string> names = puna::llama4_special_tokens();
+  CHECK_EQ(names.size(), size_t{2048});
+  const std::map<int, std::string> known = {{0, "<|begin_of_text|>"},
+                                            {1, "<|end_of_text|>"},
+                                            {4, "<|fim_suffix|>"},
+                                            {5, "<|header_start|>"},
+                                            {6, "<|header_end|>"},
+                                            {7, "<|eom|>"},
+                                            {8, "<|eot|>"},
+                                            {16, "<|python_start|>"},
+                                            {17, "<|python_end|>"},
+                                            {18, "<|finetune_right_pad|>"},
+                                            {80, "<|image_start|>"},
+                                            {81, "<|image_end|>"},
+                                            {84, "<|tile_x_separator|>"},
+                                            {85, "<|tile_y_separator|>"},
+                                            {90, "<|image|>"},
+                                            {92, "<|patch|>"},
+                                            {1142, "<|reasoning_thinking_start|>"},
+                                            {1144, "<|reserved_special_token_0|>"},
+                                            {2047, "<|reserved_special_token_903|>"}};
+  for (const auto& [place, name] : known) CHECK_EQ(names.at(static_cast<size_t>(place)), name);
+  // They follow the ranks where no tokenizer_config.json says otherwise.
+  const Tokenizer tokenizer = Tokenizer::from_ranks(fixture::ranks());
+  CHECK_EQ(tokenizer.special_tokens().at("<|eot|>"),
+           static_cast<int>(fixture::tokens().size()) + 8);
+}
+
+TEST(both_formats_give_the_same_ids) {
+  const Tokenizer ranks = small();
+  const Tokenizer json = Tokenizer::from_json(fixture::json(puna::kPretokenizerPattern));
+  const Tokenizer without_whole_pieces =
+      Tokenizer::from_json(fixture::json(puna::kPretokenizerPattern, fixture::tokens(), false));
+  CHECK_EQ(json.vocab_size(), ranks.vocab_size());
+  CHECK(json.special_tokens() == ranks.special_tokens());
+  std::mt19937 random(2);
+  for (int i = 0; i < 500; ++i) {
+    std::string text;
+    for (size_t left = random() % 60; left > 0; --left) {
+      text += "the andhelo world123\n'€s😀 aab/"[random() % 36];
+    }
+    CHECK_EQ(shown(json.encode(text)), shown(ranks.encode(text)));
+    std::vector<int32_t> merged;
+    const std::string valid = puna::to_valid_utf8(text);
+    for (const std::string& piece : pieces_of(valid)) merge_plainly(piece, merged);
+    CHECK_EQ(shown(without_whole_pieces.encode(text)), shown(merged));
+  }
+}
+
+TEST(added_tokens_that_are_not_special_stay_in_the_text) {
+  const std::string id = std::to_string(fixture::tokens().size());
+  const Tokenizer tokenizer = Tokenizer::from_ranks(
+      fixture::ranks(), "{\"added_tokens_decoder\": {\"" + id +
+                            "\": {\"content\": \"<tool>\", \"special\": false}}}");
+  const std::vector<int32_t> ids = tokenizer.encode("a<tool>", AllowedSpecial::every());
+  CHECK_EQ(ids.size(), size_t{2});
+  CHECK_EQ(tokenizer.decode(ids, /*skip_special=*/true), std::string("a<tool>"));
+}
+
+TEST(files_are_found_by_content_and_name) {
+  const Folder folder("tokenizer_test");
+  CHECK_THROWS(ErrorCode::kModelNotFound, Tokenizer::from_file(folder.path.string()));
+  CHECK(!puna::find_tokenizer(folder.path.string()));
+  folder.write("tokenizer.model", fixture::ranks());
+  const auto first = static_cast<int32_t>(fixture::tokens().size());
+  const auto vocabulary = [&](const char* name) {
+    return Tokenizer::from_file((folder.path / name).string()).vocab_size();
+  };
+  CHECK_EQ(vocabulary("tokenizer.model"), int64_t{first + 2048});
+  folder.write("tokenizer_config.json", fixture::config());
+  CHECK_EQ(vocabulary("tokenizer.model"), int64_t{first + 6});
+  CHECK_EQ(vocabulary(""), int64_t{first + 6});
+  folder.write("tokenizer.json", " \n" + fixture::json(puna::kPretokenizerPattern, [&] {
+                                   auto longer = fixture::tokens();
+                                   longer.resize(longer.size() - 1);
+                                   return longer;
+                                 }()));
+  CHECK_EQ(Tokenizer::from_file(folder.path.string()).bytes_of(first - 1), std::string_view());
+  CHECK_THROWS(ErrorCode::kModelNotFound, vocabulary("no.model"));
+}
+
+TEST(broken_ranks_are_refused) {
+  const auto bad = [](const std::string& ranks, const std::string& config = "{}") {
+    CHECK_THROWS(ErrorCode::kModelFormat, Tokenizer::from_ranks(ranks, config));
+  };
+  const std::string good = fixture::ranks();
+  const auto next = std::to_string(fixture::tokens().size());
+  bad("");
+  bad("YQ== 0\n");                        // 255 bytes are missing
+  bad(good.substr(good.find('\n') + 1));  // begins with 1
+  bad(good + "YQ== " + next + "\n");      // a again
+  bad(good + "YQ= " + next + "\n");       // no base64
+  bad(good + "Y*== " + next + "\n");
+  bad(good + "=QAA " + next + "\n");
+  bad(good + "YWFh\n");
+  bad(good + "YWFh 18446744073709551616\n");
+  bad(good + "YWFh -1\n");
+  bad(good + fixture::base64(std::string(1025, 'x')) + " " + next + "\n");
+  bad(good, "[");
+  bad(good, "[]");
+  bad(good, R"({"added_tokens_decoder": []})");
+  bad(good, R"({"added_tokens_decoder": {"1": {"content": "<|x|>"}}})");  // a rank
+  bad(good, R"({"added_tokens_decoder": {"4000000000": {"content": "<|x|>"}}})");
+  bad(good, R"({"added_tokens_decoder": {"-1": {"content": "<|x|>"}}})");
+  bad(good, R"({"added_tokens_decoder": {"900": {"content": ""}}})");
+  bad(good, R"({"added_tokens_decoder": {"900": {"content": 1}}})");
+  bad(good, R"({"added_tokens_decoder": {"900": {"content": "x"}, "901": {"content": "x"}}})");
+  bad(good, std::string(100000, '['));
+}
+
+TEST(broken_json_is_refused) {
+  const std::string good = fixture::json(puna::kPretokenizerPattern);
+  const auto with = [&](const std::string& from, const std::string& to) {
+    std::string changed = good;
+    const size_t at = changed.find(from);
+    CHECK(at != std::string::npos);
+    return changed.replace(at, from.size(), to);
+  };
+  const auto bad = [](const std::string& json) {
+    CHECK_THROWS(ErrorCode::kModelFormat, Tokenizer::from_json(json));
+  };
+  const auto unsupported = [](const std::string& json) {
+    CHECK_THROWS(ErrorCode::kUnsupported, Tokenizer::from_json(json));
+  };
+  bad("{");
+  bad("[]");
+  bad("{}");
+  bad(with("\"model\":{", "\"model\":3,\"other\":{"));
+  bad(with("[\"t\",\"h\"]", "[\"t\",\"nothing\"]"));
+  bad(with("[\"t\",\"h\"]", "[\"t\"]"));
+  bad(with("[\"t\",\"h\"]", "\"th\""));
+  bad(with("\"th\":256", "\"th\":1"));
+  bad(with("\"th\":256", "\"th\":-1"));
+  bad(with("\"th\":256", "\"th\":256.5"));
+  bad(with("\"th\":256", "\"th\":99999999999"));
+  bad(with("\"th\":256", "\"\xe6\x97\xa5\":256"));
+  bad(with("\"normalizer\":null", "\"normalizer\":" + std::string(100000, '[')));
+  bad(with("\"a\":", "\"unheard\":"));  // a byte is missing
+  unsupported(with("\"type\":\"BPE\"", "\"type\":\"Unigram\""));
+  unsupported(with("\"type\":\"BPE\"", "\"type\":\"BPE\",\"byte_fallback\":true"));
+  unsupported(with("\"type\":\"BPE\"", "\"type\":\"BPE\",\"end_of_word_suffix\":\"</w>\""));
+  unsupported(with("\"normalizer\":null", "\"normalizer\":{\"type\":\"NFC\"}"));
+  unsupported(with("{1,3}", "{1,2}"));
+  unsupported(with("\"Isolated\"", "\"Removed\""));
+  unsupported(with("\"use_regex\":false", "\"use_regex\":true"));
+  unsupported(with("\"type\":\"Split\"", "\"type\":\"Digits\""));
+  unsupported(with("\"special\":true", "\"special\":true,\"lstrip\":true"));
+}
+
+TEST(messages_are_text_whatever_the_file_holds) {
+  for (const std::string& file :
+       {std::string("YQ== \xff\xfe\n"), std::string("\xff\xff\xff 0\n")}) {
+    try {
+      Tokenizer::from_ranks(file);
+      CHECK(false);
+    } catch (const puna::Error& error) {
+      CHECK(puna::is_valid_utf8(error.what()));
+    }
+  }
+  try {
+    Tokenizer::from_json("{\"a\":\"\xff\"}");
+    CHECK(false);
+  } catch (const puna::Error& error) {
+    CHECK(puna::is_valid_utf8(error.what()));
+  }
+}
