@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -200,23 +200,7 @@ def render(
                 f"{template.origin} cannot render these messages: {error}", param="messages"
             ) from error
 
-    pattern, marks = _special_pattern(frozenset(special_tokens))
-    plain = run(conversation, schemas)
-    written = list(_strings([conversation, schemas]))
-    back: dict[int, str] = {}
-    if any(mark in text for text in written for mark in marks):
-        hidden = _private_characters(marks, [plain, *written])
-        masked = run(_translate(conversation, hidden), _translate(schemas, hidden))
-        back = {ord(private): chr(mark) for mark, private in hidden.items()}
-        if masked.translate(back) == plain:
-            plain = masked
-        else:
-            # The template reads or rewrites those characters. Its output stands as it is, and may
-            # only be trusted if nobody wrote a special token.
-            _refuse_special_tokens(conversation, written, pattern)
-            back = {}
-    parts = tuple(_split(plain, pattern, back))
-
+    parts = tuple(_render_parts(run, conversation, schemas, frozenset(special_tokens)))
     placed = sum(isinstance(part, ImagePlaceholder) for part in parts)
     if placed != len(sources):
         raise InvalidRequest(
@@ -423,6 +407,29 @@ def _special_pattern(special_tokens: frozenset[str]) -> tuple[re.Pattern[str], f
         marks |= symbols or {name[0]}
     pattern = re.compile("|".join(map(re.escape, names)) if names else "(?!)")
     return pattern, frozenset(marks)
+
+
+def _render_parts(
+    run: Callable[[Any, Any], str],
+    conversation: list[dict[str, Any]],
+    schemas: list[Any] | None,
+    special_tokens: frozenset[str],
+) -> Iterator[str | SpecialToken | ImagePlaceholder]:
+    """Runs a template, and tells its special tokens from text that looks like them."""
+    pattern, marks = _special_pattern(special_tokens)
+    plain = run(conversation, schemas)
+    written = list(_strings([conversation, schemas]))
+    if not any(mark in text for text in written for mark in marks):
+        return _split(plain, pattern, {})
+    hidden = _private_characters(marks, [plain, *written])
+    masked = run(_translate(conversation, hidden), _translate(schemas, hidden))
+    back = {ord(private): chr(mark) for mark, private in hidden.items()}
+    if masked.translate(back) == plain:
+        return _split(masked, pattern, back)
+    # The template itself reads or rewrites those characters. Its output can only be trusted if
+    # nobody wrote a special token.
+    _refuse_special_tokens(conversation, written, pattern)
+    return _split(plain, pattern, {})
 
 
 def _split(
