@@ -30,11 +30,11 @@ inline std::vector<std::string> tokens() {
   std::vector<std::string> all;
   for (int i = 0; i < 256; ++i) all.push_back(std::string(1, static_cast<char>(255 - i)));
   for (const char* merge :
-       {"th",   "he",       "in",           "er",       "an",       "the", " t",    " the",
-        "aa",   "aaaa",     "ing",          "ll",       "lo",       "hel", "hello", " w",
-        "or",   " wor",     "ld",           " world",   "\n\n",     "  ",  "    ",  "12",
-        "123",  "\xe2\x82", "\xe2\x82\xac", "\xf0\x9f", "\x98\x80", "'s",  "nd",    "and",
-        " and", "ab",       "bc",           "abc",      "cd",       "bcd", "//"}) {
+       {"th",       "he",       "in",   "er",  "an",   "the",   " t",  " the",     "aa",
+        "aaaa",     "ing",      "ll",   "lo",  "hel",  "hello", " w",  "or",       " wor",
+        "ld",       " world",   "\n\n", "  ",  "    ", "12",    "123", "\xe2\x82", "\xe2\x82\xac",
+        "\xf0\x9f", "\x98\x80", "'s",   "nd",  "and",  " and",  "ab",  "bc",       "da",
+        "cda",      "abc",      "cd",   "bcd", "dab",  "//"}) {
     all.push_back(merge);
   }
   return all;
