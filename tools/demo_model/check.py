@@ -22,7 +22,7 @@ from puna.demo.scene import random_scene
 from tools.demo_model.data import Stream, Writer
 from tools.demo_model.model import DemoModel, Shape
 from tools.demo_model.stories import random_story
-from tools.demo_model.tokenizer import PATTERN, RANKS, special_ids, train_tokenizer
+from tools.demo_model.tokenizer import PATTERN, RANKS, read_ranks, special_ids
 
 HELD_OUT_SEED = 999_000_001  # training draws from generators seeded near 0
 # Relative to the largest logit. transformers takes RoPE's angle from the position in fp32, not from
@@ -102,7 +102,7 @@ def main() -> int:
     parser.add_argument("--model", type=Path, required=True, help="what the export wrote")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    tokenizer = train_tokenizer()
+    tokenizer = read_ranks(options.run / "tokenizer.model")
     model = trained_model(options.run)
     passed = [
         check_logits(model, options.model, tokenizer),

@@ -17,7 +17,8 @@ from tools.demo_model.tokenizer import CAPTION_REQUEST, special_ids
 
 IMAGE_SIZE = 56
 TOKENS_PER_TILE = 16
-CAPTION_SHARE = 0.62  # of documents; a caption is about a third as long as a story
+# Of documents. Captions are short and soon learned; answers take longer.
+CAPTION_SHARE = 0.45
 _SPECIAL = special_ids()
 
 
@@ -88,7 +89,7 @@ class Writer:
             return document
         self.turn(document, "user", story_request(story.animal))
         self.turn(document, "assistant", story.text())
-        for question, answer in self._rng.sample(story.questions(), self._rng.randint(0, 3)):
+        for question, answer in self._rng.sample(story.questions(), self._rng.randint(2, 5)):
             self.turn(document, "user", question)
             self.turn(document, "assistant", answer)
         return document

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from puna.chat_template import DEFAULT_TEMPLATE
 from tools.demo_model.model import DemoModel, Shape
 from tools.demo_model.tokenizer import special_ids, tokenizer_config
 
@@ -153,7 +154,7 @@ def main() -> None:
     for name, content in contents.items():
         (options.out / name).write_text(json.dumps(content, indent=2) + "\n")
     shutil.copy(options.run / "tokenizer.model", options.out)
-    shutil.copy(Path(__file__).parent / "chat_template.jinja", options.out)
+    (options.out / "chat_template.jinja").write_text(DEFAULT_TEMPLATE)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ class Story:
                 f"What did {self.name} {verb}?",
                 f"{self.name} {'lost' if self.lost else 'found'} a {self.colour} {self.thing}.",
             ),
-            ("What did they eat?", f"They ate {self.food}."),
+            ("What did they eat?", f"Together they ate {self.food}."),
             (
                 f"Who was the friend of {self.name}?",
                 f"The friend was {self.friend} the {self.friend_animal}.",

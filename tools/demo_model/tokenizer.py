@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import random
 from pathlib import Path
 
@@ -55,7 +56,16 @@ def train_tokenizer() -> Tokenizer:
         story = random_story(rng)
         texts += [story_request(story.animal), story.text(), random_scene(rng).caption()]
         texts += [part for pair in story.questions() for part in pair]
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = _tokenizer(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=RANKS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _tokenizer(model: models.BPE) -> Tokenizer:
+    tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(PATTERN), "isolated"),
@@ -63,10 +73,6 @@ def train_tokenizer() -> Tokenizer:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=RANKS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
@@ -81,6 +87,27 @@ def write_ranks(tokenizer: Tokenizer, path: Path) -> None:
         for token, rank in ranks:
             raw = bytes(alphabet[character] for character in token)
             file.write(f"{base64.b64encode(raw).decode()} {rank}\n")
+
+
+def read_ranks(path: Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.model that `write_ranks` wrote."""
+    characters = _byte_characters()
+    ranks: dict[str, int] = {}
+    for line in path.read_text(encoding="ascii").splitlines():
+        token, rank = line.split()
+        ranks["".join(characters[byte] for byte in base64.b64decode(token))] = int(rank)
+    merges = [_merge(token, ranks) for token in ranks if len(token) > 1]
+    return _tokenizer(models.BPE(vocab=ranks, merges=merges))
+
+
+def _merge(token: str, ranks: dict[str, int]) -> tuple[str, str]:
+    """The two parts that `token` is merged from: what the merges of lower ranks make of it."""
+    parts = list(token)
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, RANKS) for a, b in itertools.pairwise(parts)]
+        first = pairs.index(min(pairs))
+        parts[first : first + 2] = [parts[first] + parts[first + 1]]
+    return parts[0], parts[1]
 
 
 def tokenizer_config() -> dict[str, object]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tools.demo_model.data import Stream, Writer
 from tools.demo_model.model import DemoModel, Shape
-from tools.demo_model.tokenizer import special_ids, train_tokenizer, write_ranks
+from tools.demo_model.tokenizer import read_ranks, special_ids, train_tokenizer, write_ranks
 
 
 class Muon(torch.optim.Optimizer):
@@ -87,8 +87,11 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
 
-    tokenizer = train_tokenizer()
-    write_ranks(tokenizer, options.out / "tokenizer.model")
+    # A run keeps the tokenizer that it began with.
+    ranks = options.out / "tokenizer.model"
+    if not ranks.exists():
+        write_ranks(train_tokenizer(), ranks)
+    tokenizer = read_ranks(ranks)
     model = DemoModel(Shape(), special_ids()["<|patch|>"]).to(options.device)
     steppers = optimizers(model)
     base_rates = [group["lr"] for o in steppers for group in o.param_groups]
