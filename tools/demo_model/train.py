@@ -1,4 +1,4 @@
-"""Trains the demo model: `python -m tools.demo_model.train --minutes 35 --out build/demo`.
+"""Trains the demo model: `python -m tools.demo_model.train --minutes 60 --out build/demo`.
 
 The schedule follows the clock, so that a run ends well on any machine. A checkpoint is written
 every two minutes; started again with the same --out, the run goes on from there, and a longer
@@ -76,7 +76,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=35)
+    parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=384)
     parser.add_argument("--seed", type=int, default=0)
