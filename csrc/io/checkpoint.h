@@ -25,6 +25,7 @@ class Checkpoint {
 
  private:
   void add(std::unique_ptr<SafetensorsFile> file);
+  void add_shards(const std::string& index_path);
 
   std::string directory_;
   std::vector<std::unique_ptr<SafetensorsFile>> shards_;

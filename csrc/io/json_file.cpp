@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "io/message.h"
 #include "platform/mmap.h"
 
 namespace puna {
@@ -16,7 +17,6 @@ constexpr int kMaxDepth = 64;  // a configuration nests three or four deep
 
 nlohmann::json parse_json(std::string_view text, const std::string& where) {
   std::vector<std::set<std::string>> keys;
-  std::string problem;
   // The callback sees every key and brace; nlohmann itself keeps the last of duplicate keys.
   const auto check = [&](int depth, nlohmann::json::parse_event_t event, nlohmann::json& parsed) {
     using Event = nlohmann::json::parse_event_t;
@@ -25,15 +25,17 @@ nlohmann::json parse_json(std::string_view text, const std::string& where) {
     if (event == Event::object_start) keys.emplace_back();
     if (event == Event::object_end) keys.pop_back();
     if (event == Event::key && !keys.back().insert(parsed.get<std::string>()).second) {
-      fail(ErrorCode::kModelFormat, "[json] ", where, " has the key \"", parsed.get<std::string>(),
-           "\" twice");
+      fail(ErrorCode::kModelFormat, "[json] ", where, " has the key \"",
+           printable(parsed.get<std::string>()), "\" twice");
     }
     return true;
   };
   try {
     return nlohmann::json::parse(text.begin(), text.end(), check);
   } catch (const nlohmann::json::exception& error) {
-    fail(ErrorCode::kModelFormat, "[json] ", where, " is not valid JSON: ", error.what());
+    // The message says line and column, and quotes the text.
+    fail(ErrorCode::kModelFormat, "[json] ", where,
+         " is not valid JSON: ", printable(error.what(), 300));
   }
 }
 

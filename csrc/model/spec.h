@@ -21,8 +21,7 @@ struct RopeSpec {
 };
 
 struct LayerSpec {
-  int64_t chunk =
-      0;  // length of the absolute attention chunks; 0 = attends to everything before it
+  int64_t chunk = 0;  // length of the absolute attention chunks; 0: everything before it
   bool rope = true;
   bool qk_norm = false;      // weightless RMS norm of q and k heads, after RoPE
   bool temperature = false;  // q grows with the logarithm of the position
@@ -60,8 +59,8 @@ struct ModelSpec {
   std::vector<LayerSpec> layers;
   std::optional<VisionSpec> vision;
 
-  bool multimodal = false;  // tensors carry the prefix "language_model."
-  DType dtype = DType::kBF16;
+  bool multimodal = false;     // of the form Llama4ForConditionalGeneration
+  DType dtype = DType::kBF16;  // as config.json says; each tensor has its own
   int32_t bos_token = -1, pad_token = -1, image_token = -1;  // -1: none
   std::vector<int32_t> eos_tokens;
   GenerationSpec generation;

@@ -1,48 +1,19 @@
 #include "model/weight_map.h"
 
 #include <algorithm>
-#include <map>
-#include <numeric>
+#include <set>
 
 #include "base/error.h"
+#include "io/message.h"
 
 namespace puna {
 
 namespace {
 
-// Levenshtein distance, given up (as `limit`) once it cannot be below `limit`.
-size_t edit_distance(const std::string& a, const std::string& b, size_t limit) {
-  if (std::max(a.size(), b.size()) - std::min(a.size(), b.size()) >= limit) return limit;
-  std::vector<size_t> row(b.size() + 1);
-  std::iota(row.begin(), row.end(), size_t{0});
-  for (size_t i = 1; i <= a.size(); ++i) {
-    size_t diagonal = row[0];
-    row[0] = i;
-    size_t least = row[0];
-    for (size_t j = 1; j <= b.size(); ++j) {
-      const size_t replaced = diagonal + (a[i - 1] != b[j - 1]);
-      diagonal = row[j];
-      row[j] = std::min({replaced, row[j] + 1, row[j - 1] + 1});
-      least = std::min(least, row[j]);
-    }
-    if (least >= limit) return limit;
-  }
-  return row.back();
-}
-
 // "; the nearest name is X", or nothing if none is near.
-template <class Names>
-std::string nearest(const std::string& name, const Names& names) {
-  size_t best = name.size() / 2 + 1;
-  std::string found;
-  for (const std::string& candidate : names) {
-    const size_t distance = edit_distance(name, candidate, best);
-    if (distance < best) {
-      best = distance;
-      found = candidate;
-    }
-  }
-  return found.empty() ? "" : "; the nearest name is " + found;
+std::string nearest(const std::string& name, const std::vector<std::string>& names) {
+  const std::string found = nearest_name(name, names);
+  return found.empty() ? "" : "; the nearest name is " + printable(found);
 }
 
 // Buffers that some exporters store although they are computed.
@@ -69,6 +40,10 @@ std::string shape_text(const std::vector<int64_t>& shape) {
   return text + ")";
 }
 
+std::vector<int64_t> shape_of(const TensorRef& tensor) {
+  return {tensor.shape.begin(), tensor.shape.begin() + tensor.rank};
+}
+
 class Expectation {
  public:
   explicit Expectation(std::vector<ExpectedTensor>& all) : all_(all) {}
@@ -80,19 +55,19 @@ class Expectation {
   std::vector<ExpectedTensor>& all_;
 };
 
-void expect_text(const ModelSpec& spec, TextWeights& text, Expectation& expect) {
-  const std::string prefix = spec.multimodal ? "language_model." : "";
+void expect_text(const ModelSpec& spec, const TensorPrefixes& prefixes, TextWeights& text,
+                 Expectation& expect) {
   const int64_t hidden = spec.hidden, q = spec.heads * spec.head_dim,
                 kv = spec.kv_heads * spec.head_dim;
-  expect(prefix + "model.embed_tokens.weight", {spec.vocab_size, hidden}, text.embed);
+  expect(prefixes.text + "embed_tokens.weight", {spec.vocab_size, hidden}, text.embed);
   if (!spec.tied_embeddings)
-    expect(prefix + "lm_head.weight", {spec.vocab_size, hidden}, text.lm_head);
-  expect(prefix + "model.norm.weight", {hidden}, text.norm);
+    expect(prefixes.lm_head + "lm_head.weight", {spec.vocab_size, hidden}, text.lm_head);
+  expect(prefixes.text + "norm.weight", {hidden}, text.norm);
   text.layers.resize(spec.layers.size());
   for (size_t l = 0; l < spec.layers.size(); ++l) {
     const LayerSpec& shape = spec.layers[l];
     LayerWeights& layer = text.layers[l];
-    const std::string name = prefix + "model.layers." + std::to_string(l) + ".";
+    const std::string name = prefixes.text + "layers." + std::to_string(l) + ".";
     expect(name + "input_layernorm.weight", {hidden}, layer.input_norm);
     expect(name + "post_attention_layernorm.weight", {hidden}, layer.post_norm);
     expect(name + "self_attn.q_proj.weight", {q, hidden}, layer.q);
@@ -112,24 +87,26 @@ void expect_text(const ModelSpec& spec, TextWeights& text, Expectation& expect) 
   }
 }
 
-void expect_vision(const ModelSpec& spec, VisionWeights& vision, Expectation& expect) {
+void expect_vision(const ModelSpec& spec, const std::string& prefix, VisionWeights& vision,
+                   Expectation& expect) {
   const VisionSpec& shape = *spec.vision;
   const int64_t hidden = shape.hidden;
-  expect("vision_model.class_embedding", {hidden}, vision.class_embedding);
-  expect("vision_model.positional_embedding_vlm", {shape.grid() * shape.grid() + 1, hidden},
+  const std::string tower = prefix + "vision_model.";
+  expect(tower + "class_embedding", {hidden}, vision.class_embedding);
+  expect(tower + "positional_embedding_vlm", {shape.grid() * shape.grid() + 1, hidden},
          vision.positions);
-  expect("vision_model.patch_embedding.linear.weight",
-         {hidden, 3 * shape.patch_size * shape.patch_size}, vision.patch_embedding);
+  expect(tower + "patch_embedding.linear.weight", {hidden, 3 * shape.patch_size * shape.patch_size},
+         vision.patch_embedding);
   const auto norm = [&](const std::string& name, TensorRef& weight, TensorRef& bias) {
     expect(name + ".weight", {hidden}, weight);
     expect(name + ".bias", {hidden}, bias);
   };
-  norm("vision_model.layernorm_pre", vision.pre_norm, vision.pre_norm_bias);
-  norm("vision_model.layernorm_post", vision.post_norm, vision.post_norm_bias);
+  norm(tower + "layernorm_pre", vision.pre_norm, vision.pre_norm_bias);
+  norm(tower + "layernorm_post", vision.post_norm, vision.post_norm_bias);
   vision.layers.resize(static_cast<size_t>(shape.layers));
   for (size_t l = 0; l < vision.layers.size(); ++l) {
     VisionLayerWeights& layer = vision.layers[l];
-    const std::string name = "vision_model.model.layers." + std::to_string(l) + ".";
+    const std::string name = tower + "model.layers." + std::to_string(l) + ".";
     const auto linear = [&](const std::string& part, int64_t out, int64_t in, TensorRef& weight,
                             TensorRef& bias) {
       expect(name + part + ".weight", {out, in}, weight);
@@ -145,16 +122,107 @@ void expect_vision(const ModelSpec& spec, VisionWeights& vision, Expectation& ex
     linear("mlp.fc2", hidden, shape.intermediate, layer.fc2, layer.fc2_bias);
   }
   const int64_t joined = hidden * shape.shuffle_factor * shape.shuffle_factor;
-  expect("vision_model.vision_adapter.mlp.fc1.weight", {shape.adapter_width, joined},
+  expect(tower + "vision_adapter.mlp.fc1.weight", {shape.adapter_width, joined},
          vision.adapter_fc1);
-  expect("vision_model.vision_adapter.mlp.fc2.weight", {shape.output_width, shape.adapter_width},
+  expect(tower + "vision_adapter.mlp.fc2.weight", {shape.output_width, shape.adapter_width},
          vision.adapter_fc2);
-  expect("multi_modal_projector.linear_1.weight", {spec.hidden, shape.output_width},
+  expect(prefix + "multi_modal_projector.linear_1.weight", {spec.hidden, shape.output_width},
          vision.projector);
 }
 
 bool is_float(DType dtype) {
   return dtype == DType::kBF16 || dtype == DType::kF32 || dtype == DType::kF16;
+}
+
+// The prefixes under which the checkpoint has its embedding: the usual ones of this or the other
+// form of model, or those of exporters that name a multimodal model as transformers names others.
+TensorPrefixes prefixes_of(const ModelSpec& spec, const Checkpoint& checkpoint) {
+  const TensorPrefixes usual = usual_prefixes(spec);
+  for (const TensorPrefixes& prefixes :
+       {usual, TensorPrefixes{"language_model.model.", "language_model.", ""},
+        TensorPrefixes{"model.", "", ""}, TensorPrefixes{"model.language_model.", "", "model."}}) {
+    if (checkpoint.tensors().contains(prefixes.text + "embed_tokens.weight")) return prefixes;
+  }
+  return usual;
+}
+
+void refuse_quantised(const Checkpoint& checkpoint) {
+  for (const auto& [name, tensor] : checkpoint.tensors()) {
+    if (const char* scheme = quantisation_of(name)) {
+      fail(ErrorCode::kUnsupported, "[weights] ", checkpoint.file_of(name), " holds ",
+           printable(name), ": the checkpoint is quantised as ", scheme,
+           ", which this version does not read; use the bf16 one");
+    }
+  }
+}
+
+// Every wanted tensor is there, and no other.
+void check_names(const ModelSpec& spec, const std::vector<ExpectedTensor>& wanted,
+                 const Checkpoint& checkpoint) {
+  std::vector<std::string> wanted_names, present, missing, unexpected;
+  for (const ExpectedTensor& tensor : wanted) {
+    wanted_names.push_back(tensor.name);
+    if (!checkpoint.tensors().contains(tensor.name)) missing.push_back(tensor.name);
+  }
+  const std::set<std::string> accounted(wanted_names.begin(), wanted_names.end());
+  for (const auto& [name, tensor] : checkpoint.tensors()) {
+    present.push_back(name);
+    // A tied head may be stored all the same; the embedding is used.
+    const bool tied_head = spec.tied_embeddings && name.ends_with("lm_head.weight");
+    if (!accounted.contains(name) && !harmless(name) && !tied_head) unexpected.push_back(name);
+  }
+  if (!missing.empty()) {
+    fail(ErrorCode::kModelFormat, "[weights] ", checkpoint.directory(), " lacks ", missing.size(),
+         " of ", wanted.size(), " tensors: ", listing(missing, 3),
+         nearest(missing.front(), unexpected.empty() ? present : unexpected));
+  }
+  if (!unexpected.empty()) {
+    fail(ErrorCode::kModelFormat, "[weights] ", checkpoint.file_of(unexpected.front()), " holds ",
+         printable(unexpected.front()), ", one of ", unexpected.size(),
+         " tensors that config.json does not account for",
+         nearest(unexpected.front(), wanted_names));
+  }
+}
+
+void check_shapes_and_types(const std::vector<ExpectedTensor>& wanted,
+                            const Checkpoint& checkpoint) {
+  const ExpectedTensor* first = nullptr;  // of those with a wrong shape
+  size_t wrong = 0;
+  for (const ExpectedTensor& expected : wanted) {
+    const TensorRef& found = checkpoint.tensors().at(expected.name);
+    if (!is_float(found.dtype)) {
+      const bool quantised = size_of(found.dtype) == 1;
+      fail(quantised ? ErrorCode::kUnsupported : ErrorCode::kModelFormat, "[weights] ",
+           checkpoint.file_of(expected.name), ": ", expected.name, " is ", name_of(found.dtype),
+           "; this version reads bfloat16, float16 and float32");
+    }
+    if (shape_of(found) == expected.shape) continue;
+    if (++wrong == 1) first = &expected;
+  }
+  if (!first) return;
+  const TensorRef& found = checkpoint.tensors().at(first->name);
+  std::vector<int64_t> sorted = shape_of(found), wanted_sorted = first->shape;
+  std::sort(sorted.begin(), sorted.end());
+  std::sort(wanted_sorted.begin(), wanted_sorted.end());
+  fail(ErrorCode::kModelFormat, "[weights] ", checkpoint.file_of(first->name), ": ", first->name,
+       " has the shape ", found.shape_string(), ", config.json wants ", shape_text(first->shape),
+       sorted == wanted_sorted ? ": its dimensions are in another order" : "", "; ", wrong, " of ",
+       wanted.size(), " tensors have a wrong shape");
+}
+
+// Tensors that are packed into one matrix must agree in type.
+void check_joint_types(const TextWeights& text, const Checkpoint& checkpoint) {
+  for (size_t l = 0; l < text.layers.size(); ++l) {
+    const LayerWeights& layer = text.layers[l];
+    if (layer.q.dtype == layer.k.dtype && layer.q.dtype == layer.v.dtype &&
+        layer.gate.dtype == layer.up.dtype) {
+      continue;
+    }
+    fail(ErrorCode::kModelFormat, "[weights] ", checkpoint.directory(), ": layer ", l,
+         " has q, k and v of ", name_of(layer.q.dtype), ", ", name_of(layer.k.dtype), " and ",
+         name_of(layer.v.dtype), ", gate and up of ", name_of(layer.gate.dtype), " and ",
+         name_of(layer.up.dtype), "; within either group they must be of one type");
+  }
 }
 
 int64_t packed(const TensorRef& tensor) {
@@ -163,78 +231,32 @@ int64_t packed(const TensorRef& tensor) {
 
 }  // namespace
 
-std::vector<ExpectedTensor> expected_tensors(const ModelSpec& spec, ModelWeights& weights) {
+TensorPrefixes usual_prefixes(const ModelSpec& spec) {
+  if (spec.multimodal) return {"language_model.model.", "language_model.", ""};
+  return {"model.", "", ""};
+}
+
+std::vector<ExpectedTensor> expected_tensors(const ModelSpec& spec, const TensorPrefixes& prefixes,
+                                             ModelWeights& weights) {
   std::vector<ExpectedTensor> all;
   Expectation expect(all);
-  expect_text(spec, weights.text, expect);
-  if (spec.vision) expect_vision(spec, weights.vision.emplace(), expect);
+  expect_text(spec, prefixes, weights.text, expect);
+  if (spec.vision) expect_vision(spec, prefixes.vision, weights.vision.emplace(), expect);
   return all;
 }
 
 ModelWeights resolve_weights(const ModelSpec& spec, const Checkpoint& checkpoint) {
-  for (const auto& [name, tensor] : checkpoint.tensors()) {
-    if (const char* scheme = quantisation_of(name)) {
-      fail(ErrorCode::kUnsupported, "[weights] ", checkpoint.file_of(name), " holds ", name,
-           ": the checkpoint is quantised as ", scheme,
-           ", which this version does not read; use the bf16 one");
-    }
-  }
+  refuse_quantised(checkpoint);
   ModelWeights weights;
-  const std::vector<ExpectedTensor> wanted = expected_tensors(spec, weights);
-  std::map<std::string, const ExpectedTensor*> by_name;
-  for (const ExpectedTensor& tensor : wanted) by_name[tensor.name] = &tensor;
-  std::vector<std::string> present, missing, unexpected;
-  for (const auto& [name, tensor] : checkpoint.tensors()) {
-    present.push_back(name);
-    // A tied head may be stored all the same; the embedding is used.
-    const bool tied_head = spec.tied_embeddings && name.ends_with("lm_head.weight");
-    if (!by_name.contains(name) && !harmless(name) && !tied_head) unexpected.push_back(name);
-  }
+  const std::vector<ExpectedTensor> wanted =
+      expected_tensors(spec, prefixes_of(spec, checkpoint), weights);
+  check_names(spec, wanted, checkpoint);
+  check_shapes_and_types(wanted, checkpoint);
   for (const ExpectedTensor& tensor : wanted) {
-    if (!checkpoint.tensors().contains(tensor.name)) missing.push_back(tensor.name);
-  }
-  if (!missing.empty()) {
-    fail(ErrorCode::kModelFormat, "[weights] ", checkpoint.directory(), " lacks ", missing.size(),
-         " of ", wanted.size(), " tensors, the first is ", missing.front(), " ",
-         shape_text(by_name.at(missing.front())->shape),
-         nearest(missing.front(), unexpected.empty() ? present : unexpected));
-  }
-  if (!unexpected.empty()) {
-    std::vector<std::string> names;
-    for (const ExpectedTensor& tensor : wanted) names.push_back(tensor.name);
-    fail(ErrorCode::kModelFormat, "[weights] ", checkpoint.file_of(unexpected.front()), " holds ",
-         unexpected.front(), ", one of ", unexpected.size(),
-         " tensors that config.json does not account for", nearest(unexpected.front(), names));
-  }
-  for (const ExpectedTensor& expected : wanted) {
-    const TensorRef& found = checkpoint.tensors().at(expected.name);
-    const std::vector<int64_t> shape(found.shape.begin(), found.shape.begin() + found.rank);
-    if (shape != expected.shape) {
-      fail(ErrorCode::kModelFormat, "[weights] ", checkpoint.file_of(expected.name), ": ",
-           expected.name, " has the shape ", found.shape_string(), ", config.json wants ",
-           shape_text(expected.shape));
-    }
-    if (!is_float(found.dtype)) {
-      fail(found.dtype == DType::kF8E4M3 || found.dtype == DType::kF8E5M2 ||
-                   found.dtype == DType::kI8
-               ? ErrorCode::kUnsupported
-               : ErrorCode::kModelFormat,
-           "[weights] ", checkpoint.file_of(expected.name), ": ", expected.name, " is ",
-           name_of(found.dtype), "; this version reads bfloat16, float16 and float32");
-    }
-    *expected.place = found;
+    *tensor.place = checkpoint.tensors().at(tensor.name);
   }
   if (spec.tied_embeddings) weights.text.lm_head = weights.text.embed;
-  // Tensors that are packed together must agree.
-  for (const LayerWeights& layer : weights.text.layers) {
-    if (layer.q.dtype != layer.k.dtype || layer.q.dtype != layer.v.dtype ||
-        layer.gate.dtype != layer.up.dtype) {
-      fail(ErrorCode::kModelFormat,
-           "[weights] q, k and v, or gate and up, of one layer have different dtypes (",
-           name_of(layer.q.dtype), ", ", name_of(layer.k.dtype), ", ", name_of(layer.v.dtype), "; ",
-           name_of(layer.gate.dtype), ", ", name_of(layer.up.dtype), ")");
-    }
-  }
+  check_joint_types(weights.text, checkpoint);
   return weights;
 }
 

@@ -47,23 +47,33 @@ struct ModelWeights {
   std::optional<VisionWeights> vision;
 };
 
+// What precedes the names of a checkpoint's tensors, by the program that wrote it.
+struct TensorPrefixes {
+  std::string text;     // of embed_tokens, layers and norm
+  std::string lm_head;  // of lm_head.weight
+  std::string vision;   // of vision_model and multi_modal_projector
+};
+
+// The prefixes that transformers 4.51 to 5.23 writes for a model of this form.
+TensorPrefixes usual_prefixes(const ModelSpec& spec);
+
 struct ExpectedTensor {
   std::string name;
   std::vector<int64_t> shape;
   TensorRef* place = nullptr;  // where resolve_weights() puts it
 };
 
-// Every tensor that `spec` wants, in the names of transformers 4.51 to 5.x; places point into
-// `weights`.
-std::vector<ExpectedTensor> expected_tensors(const ModelSpec& spec, ModelWeights& weights);
+// Every tensor that `spec` wants; places point into `weights`.
+std::vector<ExpectedTensor> expected_tensors(const ModelSpec& spec, const TensorPrefixes& prefixes,
+                                             ModelWeights& weights);
 
 // Finds and checks every tensor: present, of the right shape and of a float type, and no others.
 // Views live as long as the checkpoint. Throws ModelFormat naming file, tensor, expected, found and
 // the nearest name, or Unsupported naming a quantisation scheme that is recognised by its tensors.
 ModelWeights resolve_weights(const ModelSpec& spec, const Checkpoint& checkpoint);
 
-// Bytes that the tensors occupy in the checkpoint, and bytes of memory they take once packed (fp16
-// becomes fp32; the token embedding stays in the file).
+// Bytes of the matrices that a backend packs, in the checkpoint and once packed (fp16 becomes
+// fp32). The token embedding stays in the file; norms and biases are too small to count.
 struct WeightBytes {
   int64_t text_source = 0, vision_source = 0;
   int64_t text_packed = 0, vision_packed = 0;
