@@ -124,9 +124,8 @@ py::array_t<float> logits(Engine& engine, std::vector<int32_t> tokens,
     const py::gil_scoped_release release;
     *values = engine.logits(prompt, cuts, signal_poll());
   }
-  return {{static_cast<int64_t>(prompt.tokens.size()), engine.info().vocab_size},
-          values->data(),
-          owner};
+  return py::array_t<float>(
+      {static_cast<int64_t>(prompt.tokens.size()), engine.info().vocab_size}, values->data(), owner);
 }
 
 void begin(Session& session, double temperature, double top_p, int64_t top_k, double min_p,

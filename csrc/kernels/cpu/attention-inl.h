@@ -13,38 +13,37 @@ namespace {
 // all groups of channels take their share, so that memory is read in order.
 constexpr int64_t kValueBlock = 64;
 
-// scores[r][t] = q[r] . k[t] for t < tokens, a multiple of kKeyBlock.
+// scores[r][t] = q[r] . k[t] for t < tokens, a multiple of kKeyBlock. Block by block, so that the
+// keys are read strictly in order.
 template <class Product, int Rows>
 void score_rows(float* scores, int64_t scores_stride, const float* q, int64_t q_stride,
                 const typename Product::W* k, int64_t tokens, int64_t head_dim) {
+  constexpr int64_t kBlockVectors = kKeyBlock / kLanes;
+  constexpr int kVectors = kBlockVectors < Product::kVectors ? kBlockVectors : Product::kVectors;
   for (int r = 0; r < Rows; ++r) {
     for (int64_t t = 0; t < tokens; ++t) scores[r * scores_stride + t] = 0.0f;
   }
-  // A tile covers several blocks of keys where a block fills one vector, and else a part of one.
-  constexpr bool kBlockIsVector = kLanes == kKeyBlock;
-  constexpr int64_t kSpan = Product::kVectors * kLanes;
-  static_assert(kBlockIsVector || kKeyBlock % kSpan == 0);
-  const WeightStrides strides = {kKeyBlock, kBlockIsVector ? kKeyBlock * head_dim : kLanes};
-  int64_t t = 0;
-  for (; t + kSpan <= tokens; t += kSpan) {
-    const typename Product::W* block = k + t / kKeyBlock * kKeyBlock * head_dim + t % kKeyBlock;
-    multiply_tile<Product, Rows, Product::kVectors>(scores + t, scores_stride, q, q_stride, block,
-                                                    strides, head_dim);
-  }
-  for (; t < tokens; t += kLanes) {  // only where a block is a vector
-    multiply_tile<Product, Rows, 1>(scores + t, scores_stride, q, q_stride, k + t * head_dim,
-                                    strides, head_dim);
+  for (int64_t t = 0; t < tokens; t += kVectors * kLanes) {
+    const int64_t in_block = t % kKeyBlock;
+    multiply_tile<Product, Rows, kVectors>(scores + t, scores_stride, q, q_stride,
+                                           k + (t - in_block) * head_dim + in_block,
+                                           {kKeyBlock, kLanes}, head_dim);
   }
 }
 
-// out[r] += sum over t of weights[r][t] * v[t]
+// out[r] += sum over t of weights[r][t] * v[t], for a few rows. The tiles are flat and wide: with
+// 128 channels in AVX-512 one tile takes the whole width, and the values are read strictly in order.
 template <class Product, int Rows>
 void add_values(float* out, const float* weights, int64_t weights_stride,
                 const typename Product::W* v, int64_t tokens, int64_t head_dim) {
-  constexpr int64_t kSpan = Product::kVectors * kLanes;
+  constexpr int kWide = 2 * Product::kVectors;
   const WeightStrides strides = {head_dim, kLanes};
   int64_t c = 0;
-  for (; c + kSpan <= head_dim; c += kSpan) {
+  for (; c + kWide * kLanes <= head_dim; c += kWide * kLanes) {
+    multiply_tile<Product, Rows, kWide>(out + c, head_dim, weights, weights_stride, v + c, strides,
+                                        tokens);
+  }
+  for (; c + Product::kVectors * kLanes <= head_dim; c += Product::kVectors * kLanes) {
     multiply_tile<Product, Rows, Product::kVectors>(out + c, head_dim, weights, weights_stride,
                                                     v + c, strides, tokens);
   }
@@ -117,7 +116,13 @@ void attend_rows(const AttendPage& page, int64_t row) {
     // for the sign of a zero.
     const int64_t end = t + kValueBlock;
     const int64_t common = least < t ? t : (least < end ? least : end);
-    add_values<Product, Rows>(out, scores + t, padded, v + t * head_dim, common - t, head_dim);
+    const typename Product::W* block = v + t * head_dim;
+    constexpr int kHalf = (Rows + 1) / 2;
+    add_values<Product, kHalf>(out, scores + t, padded, block, common - t, head_dim);
+    if constexpr (Rows > 1) {
+      add_values<Product, Rows - kHalf>(out + kHalf * head_dim, scores + kHalf * padded + t, padded,
+                                        block, common - t, head_dim);
+    }
     for (int r = 0; r < Rows; ++r) {
       const int64_t last = visible[r] < end ? visible[r] : end;
       if (last <= common) continue;

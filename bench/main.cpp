@@ -1,0 +1,45 @@
+// puna-bench: speed of the engine's parts, each beside what the machine could do at best.
+#include <cstring>
+#include <exception>
+#include <iostream>
+
+#include "bench.h"
+
+namespace {
+
+struct Command {
+  const char* name;
+  const char* summary;
+  int (*run)(int argc, char** argv);
+};
+
+constexpr Command kCommands[] = {
+    {"ops", "kernels at the shapes of Llama 4 Scout", puna::bench::run_ops},
+};
+
+void print_usage(std::ostream& out) {
+  out << "usage: puna-bench COMMAND [options]; puna-bench COMMAND --help\n";
+  for (const Command& command : kCommands) {
+    out << "  " << command.name << "\t" << command.summary << "\n";
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc == 2 && !std::strcmp(argv[1], "--help")) {
+    print_usage(std::cout);
+    return 0;
+  }
+  for (const Command& command : kCommands) {
+    if (argc < 2 || std::strcmp(argv[1], command.name) != 0) continue;
+    try {
+      return command.run(argc - 2, argv + 2);
+    } catch (const std::exception& error) {
+      std::cerr << "puna-bench: " << error.what() << "\n";
+      return 1;
+    }
+  }
+  print_usage(std::cerr);
+  return 2;
+}

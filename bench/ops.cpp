@@ -1,0 +1,202 @@
+// puna-bench ops: every heavy kernel at the shapes of Llama 4 Scout, beside the machine's ceilings.
+#include <algorithm>
+#include <iostream>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "backend/kv_layout.h"
+#include "bench.h"
+#include "kernels/cpu/dispatch.h"
+#include "platform/system.h"
+
+namespace puna::bench {
+namespace {
+
+// Llama 4 Scout: 40 heads over 8 KV heads of 128 channels.
+constexpr int64_t kKvHeads = 8, kGroup = 5, kHeadDim = 128;
+constexpr int64_t kPromptRows = 512;
+
+enum class Bound { kRead, kBf16, kF32 };
+
+struct KernelCase {
+  Case timing;
+  std::string shape;
+  Bound bound;
+};
+
+struct Machine {
+  const KernelTable& kernels;
+  ThreadPool& pool;
+  const std::byte* memory;  // Ceilings::kBytes
+};
+
+// How a product is called, by element type.
+struct Bf16 {
+  using Element = uint16_t;
+  static constexpr const char* kName = "gemm_bf16";
+  static constexpr Bound kBound = Bound::kBf16;
+  static constexpr Element kOne = 0x3f80;
+  static auto gemm(const KernelTable& kernels) { return kernels.gemm_bf16; }
+};
+struct F32 {
+  using Element = float;
+  static constexpr const char* kName = "gemm_f32";
+  static constexpr Bound kBound = Bound::kF32;
+  static constexpr Element kOne = 1.0f;
+  static auto gemm(const KernelTable& kernels) { return kernels.gemm_f32; }
+};
+
+// out = x W^T with W [outputs][cols]. One row is bound by reading W: then as many matrices as fill
+// the memory are read one after the other, as the layers of a model would be.
+template <class Type>
+KernelCase product(const Machine& machine, int64_t rows, int64_t outputs, int64_t cols) {
+  using Element = typename Type::Element;
+  const int64_t panels = outputs / kPanelRows, panel_elements = cols * kPanelRows;
+  const int64_t bytes = panels * panel_elements * static_cast<int64_t>(sizeof(Element));
+  const bool one = rows == 1;
+  const int64_t matrices = one ? Ceilings::kBytes / bytes : 1;
+  const auto* weights = reinterpret_cast<const Element*>(machine.memory);
+
+  auto run = [machine, rows, outputs, cols, panels, panel_elements, matrices, weights,
+              x = std::vector<Element>(rows * cols, Type::kOne),
+              out = std::vector<float>(rows * outputs)]() mutable {
+    machine.pool.run([&](Lane& lane) {
+      const Part part = lane.part(panels);
+      for (int64_t matrix = 0; matrix < matrices; ++matrix) {
+        for (int64_t panel = part.begin; panel < part.end; ++panel) {
+          Type::gemm(machine.kernels)(out.data() + panel * kPanelRows, outputs, x.data(), cols,
+                                      weights + (matrix * panels + panel) * panel_elements, nullptr,
+                                      rows, cols, kPanelRows);
+        }
+        lane.barrier();
+      }
+    });
+  };
+  const double work = one ? static_cast<double>(bytes) * matrices : 2.0 * rows * outputs * cols;
+  return {{Type::kName, work, run, {}},
+          std::to_string(rows) + " x " + std::to_string(cols) + " -> " + std::to_string(outputs),
+          one ? Bound::kRead : Type::kBound};
+}
+
+// Attention of `positions` new tokens, the last of `context`, in one layer. The lanes share the KV
+// heads; `layers` of pages lie one after the other in memory.
+KernelCase attention(const Machine& machine, DType dtype, int64_t positions, int64_t context) {
+  const KvPageLayout layout{.dtype = dtype, .kv_heads = kKvHeads, .head_dim = kHeadDim};
+  const int64_t pages = context / kPageTokens, rows = positions * kGroup;
+  const int64_t layer_bytes = pages * static_cast<int64_t>(layout.page_bytes());
+  const bool decode = positions == 1;
+  const int64_t layers = decode ? Ceilings::kBytes / layer_bytes : 1;
+  const auto attend =
+      dtype == DType::kF32 ? machine.kernels.attend_page_f32 : machine.kernels.attend_page_bf16;
+
+  auto run = [machine, layout, positions, context, pages, rows, layer_bytes, layers, attend,
+              q = std::vector<float>(rows * kHeadDim, 0.1f)] {
+    machine.pool.run([&](Lane& lane) {
+      const Part heads = lane.part(kKvHeads);
+      std::vector<float> m(rows), l(rows), o(rows * kHeadDim), scores(rows * kPageTokens);
+      std::vector<int32_t> visible(rows);
+      for (int64_t layer = 0; layer < layers; ++layer) {
+        for (int64_t head = heads.begin; head < heads.end; ++head) {
+          std::fill(m.begin(), m.end(), -std::numeric_limits<float>::infinity());
+          std::fill(l.begin(), l.end(), 0.0f);
+          std::fill(o.begin(), o.end(), 0.0f);
+          for (int64_t page = 0; page < pages; ++page) {
+            for (int64_t row = 0; row < rows; ++row) {
+              const int64_t seen = context - positions + row / kGroup + 1 - page * kPageTokens;
+              visible[row] = static_cast<int32_t>(std::clamp<int64_t>(seen, 0, kPageTokens));
+            }
+            const std::byte* start = machine.memory + layer * layer_bytes +
+                                     page * static_cast<int64_t>(layout.page_bytes());
+            attend({.q = q.data(),
+                    .q_stride = kHeadDim,
+                    .visible = visible.data(),
+                    .k = start + layout.key_offset(head),
+                    .v = start + layout.value_offset(head),
+                    .rows = static_cast<int32_t>(rows),
+                    .head_dim = kHeadDim,
+                    .tokens = kPageTokens,
+                    .m = m.data(),
+                    .l = l.data(),
+                    .o = o.data(),
+                    .scores = scores.data()});
+          }
+        }
+      }
+    });
+  };
+  // Each row and visible token: head_dim multiplies and adds for the score, as many for the value.
+  const double seen = positions * (context - (positions - 1) / 2.0);
+  const double work = decode ? static_cast<double>(layer_bytes) * layers
+                             : 4.0 * kHeadDim * kGroup * kKvHeads * seen;
+  return {{std::string("attend_page_") + (dtype == DType::kF32 ? "f32" : "bf16"), work, run, {}},
+          std::to_string(positions) + " of " + std::to_string(context) + " tokens",
+          decode ? Bound::kRead : Bound::kF32};
+}
+
+}  // namespace
+
+int run_ops(int argc, char** argv) {
+  const Arguments arguments("ops",
+                            {{"threads", "N", "compute threads (default: the usable cores)"},
+                             {"isa", "NAME", "instruction set (default: the best)"},
+                             {"only", "TEXT", "only kernels whose name and shape contain this"},
+                             {"rounds", "N", "rounds of which the medians are taken (default 7)"},
+                             {"json", nullptr, "print JSON"}},
+                            argc, argv);
+  if (arguments.wants_help()) {
+    std::cout << arguments.help();
+    return 0;
+  }
+  const KernelTable kernels = resolve_isa(arguments.text("isa", ""));
+  ThreadPool pool(static_cast<int>(arguments.integer("threads", 0, 1, ThreadPool::kMaxLanes)));
+  const int64_t rounds = arguments.integer("rounds", 7, 1, 1000);
+  Ceilings ceilings(kernels, pool);
+  const Machine machine{kernels, pool, static_cast<const std::byte*>(ceilings.memory())};
+
+  std::vector<KernelCase> cases;
+  for (int64_t rows : {int64_t{1}, kPromptRows}) {
+    cases.push_back(product<Bf16>(machine, rows, 5120, 5120));
+    cases.push_back(product<Bf16>(machine, rows, 16384, 5120));
+    cases.push_back(product<Bf16>(machine, rows, 5120, 8192));
+    cases.push_back(product<F32>(machine, rows, 5120, 5120));
+  }
+  for (DType dtype : {DType::kBF16, DType::kF32}) {
+    cases.push_back(attention(machine, dtype, 1, 8192));
+    cases.push_back(attention(machine, dtype, kPromptRows, 4096));
+  }
+
+  const std::string only = arguments.text("only", "");
+  std::erase_if(cases, [&](const KernelCase& kernel) {
+    return (kernel.timing.name + " " + kernel.shape).find(only) == std::string::npos;
+  });
+
+  for (int64_t round = 0; round < rounds; ++round) {
+    ceilings.sample();
+    for (KernelCase& kernel : cases) kernel.timing.sample();
+  }
+
+  Report report;
+  report.fact("processor", processor_name());
+  report.fact("isa", std::string(kernels.isa));
+  report.fact("threads", static_cast<int64_t>(pool.lanes()));
+  report.fact("rounds", rounds);
+  report.fact("read GB/s", ceilings.read() / 1e9);
+  report.fact("bf16 peak GFLOP/s", ceilings.bf16() / 1e9);
+  report.fact("f32 peak GFLOP/s", ceilings.f32() / 1e9);
+  for (const KernelCase& kernel : cases) {
+    const double ceiling = kernel.bound == Bound::kRead   ? ceilings.read()
+                           : kernel.bound == Bound::kBf16 ? ceilings.bf16()
+                                                          : ceilings.f32();
+    report.row({{"kernel", kernel.timing.name},
+                {"shape", kernel.shape},
+                {"median", kernel.timing.median_rate() / 1e9},
+                {"best", kernel.timing.best_rate() / 1e9},
+                {"unit", std::string(kernel.bound == Bound::kRead ? "GB/s" : "GFLOP/s")},
+                {"% of ceiling", 100 * kernel.timing.median_rate() / ceiling}});
+  }
+  report.print(std::cout, arguments.has("json"));
+  return 0;
+}
+
+}  // namespace puna::bench
