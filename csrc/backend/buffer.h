@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "base/dtype.h"
+#include "quant/format.h"
 
 namespace puna {
 
@@ -52,15 +53,13 @@ using ConstRows = RowsOf<const float>;
 
 // A matrix as it lies in a checkpoint: element (r, c) is at data + r * row_stride + c * col_stride
 // (strides in elements), so a transposed or sliced tensor needs no copy. float32, float16 or
-// bfloat16.
+// bfloat16; or one of GGUF's blocked types, whose col_stride is 1.
 struct MatrixSource {
   DType dtype = DType::kF32;
   const void* data = nullptr;
   int64_t rows = 0, cols = 0;
   int64_t row_stride = 0, col_stride = 1;
 };
-
-enum class WeightFormat : uint8_t { kF32, kBF16 };
 
 // Packed weights of y = W x, W being rows x cols; opaque outside the backend that packed them.
 // Copies share the data, which lives as long as any of them.

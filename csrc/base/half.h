@@ -43,5 +43,20 @@ namespace {
   return sign ? -subnormal : subnormal;
 }
 
+// Beyond 65,504 it gives infinity, as IEEE 754 says.
+[[maybe_unused]] inline uint16_t f16_of_float(float value) {
+  const uint32_t bits = bits_of_float(value), magnitude = bits & 0x7fffffffu;
+  const auto sign = static_cast<uint16_t>(bits >> 16 & 0x8000u);
+  if (magnitude > 0x7f800000u) return sign | 0x7e00u;   // NaN
+  if (magnitude >= 0x47800000u) return sign | 0x7c00u;  // 65,536 and more
+  if (magnitude < 0x38800000u) {
+    // Below 2^-14: adding 0.5 leaves the multiples of 2^-24, rounded, in the low bits.
+    const uint32_t rounded = bits_of_float(float_of_bits(magnitude) + 0.5f) - 0x3f000000u;
+    return sign | static_cast<uint16_t>(rounded);
+  }
+  const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
+  return sign | static_cast<uint16_t>((rounded >> 13) - (112u << 10));
+}
+
 }  // namespace
 }  // namespace puna

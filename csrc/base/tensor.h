@@ -23,7 +23,7 @@ struct TensorRef {
     for (int i = 0; i < rank; ++i) count *= shape[i];
     return count;
   }
-  size_t bytes() const { return static_cast<size_t>(elements()) * size_of(dtype); }
+  size_t bytes() const { return bytes_of(dtype, elements()); }
   std::string shape_string() const {
     std::string text = "(";
     for (int i = 0; i < rank; ++i) text += (i ? ", " : "") + std::to_string(shape[i]);

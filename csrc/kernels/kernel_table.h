@@ -14,15 +14,15 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "quant/traits.h"
+
 namespace puna {
 
-// Weights are packed once, at load, into panels of kPanelRows output rows (the last one padded with
-// zeros), so that products need no horizontal sums and memory is read strictly in order:
-//   float32  panel[cols][kPanelRows]                       float
-//   bfloat16 panel[ceil(cols / 2)][kPanelRows][2]           uint16_t, pairs (k, k + 1) of one row;
-//   an
-//                                                          odd last column is paired with zero
-constexpr int64_t kPanelRows = 64;
+// Weights are packed once, at load, into panels of kPanelRows output rows (quant/panel.h):
+//   float32   panel[cols][kPanelRows]                 float
+//   bfloat16  panel[ceil(cols / 2)][kPanelRows][2]    uint16_t, pairs (k, k + 1) of one row; an odd
+//                                                     last column is paired with zero
+//   the quantised formats of quant/formats.inc
 
 // Keys of one attention page and head are stored in blocks of kKeyBlock tokens,
 // [head_dim][kKeyBlock], values as [token][head_dim]; see backend/kv_layout.h.
@@ -48,6 +48,21 @@ struct AttendPage {
   float* scores;  // scratch, [rows][round_up(tokens, kKeyBlock)]
 };
 
+// Activations for a product with quantised weights: codes -127 .. 127 and one scale per row and
+// group of columns, the group being that of the weights' format.
+struct QuantizedRows {
+  const int8_t* codes;   // [rows][cols], cols rounded up to whole blocks of the format
+  const float* scales;   // [rows][groups]
+  const int32_t* sums;   // [rows][groups]: of the group's codes
+  int64_t cols, groups;  // strides of the above
+};
+
+constexpr int kQuantizedKernels = 0
+#define PUNA_FORMAT(Traits, name) +1
+#include "quant/formats.inc"
+#undef PUNA_FORMAT
+    ;
+
 struct KernelTable {
   const char* isa;      // "scalar", "avx2", ...
   bool (*supported)();  // may run here and now: the processor has it and the system saves its state
@@ -63,6 +78,21 @@ struct KernelTable {
   void (*gemm_bf16)(float* out, int64_t out_stride, const uint16_t* x, int64_t x_stride,
                     const uint16_t* panel, const float* bias, int64_t rows, int64_t cols,
                     int64_t width);
+
+  // The same for quantised weights, by place in quant/formats.inc. With the groups g in ascending
+  // order, and all rounding as in fp32:
+  //   dot  = sum over the group of code_x * (value(code_w) - kZero)          exact, in int32
+  //   acc  = fma(dot, scale_w * scale_x, acc)
+  //   acc  = fma(offset_w, scale_x * sum_x, acc)                             if kOffset
+  // so that every instruction set gives the same bits.
+  using GemmQuantized = void (*)(float* out, int64_t out_stride, const QuantizedRows& x,
+                                 const void* panel, const float* bias, int64_t rows, int64_t width);
+  GemmQuantized gemm_quantized[kQuantizedKernels];
+  // Quantises one row: each group's scale is its largest magnitude / 127, codes are rounded to
+  // nearest, ties to even; a group of zeros has scale 0. `padded` is `cols` rounded up to whole
+  // blocks; codes past `cols` are 0.
+  void (*quantize_row)(int8_t* codes, float* scales, int32_t* sums, const float* x, int64_t cols,
+                       int64_t padded, int64_t group);
 
   void (*attend_page_f32)(const AttendPage&);
   void (*attend_page_bf16)(const AttendPage&);

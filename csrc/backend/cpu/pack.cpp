@@ -125,11 +125,6 @@ void pack_all(ThreadPool& pool, std::span<const MatrixSource> parts, const Matri
 
 }  // namespace
 
-size_t panel_bytes(WeightFormat format, int64_t cols) {
-  return static_cast<size_t>(format == WeightFormat::kF32 ? cols * 4 : (cols + 1) / 2 * 4) *
-         kPanelRows;
-}
-
 void pack_panels(ThreadPool& pool, std::span<const MatrixSource> parts, const MatrixShape& shape,
                  WeightFormat format, void* packed) {
   if (format == WeightFormat::kBF16)

@@ -9,9 +9,6 @@
 
 namespace puna {
 
-// Bytes of one panel of kPanelRows rows.
-size_t panel_bytes(WeightFormat format, int64_t cols);
-
 // `shape` is that of the parts stacked by rows. `packed` is zeroed memory for all panels.
 void pack_panels(ThreadPool& pool, std::span<const MatrixSource> parts, const MatrixShape& shape,
                  WeightFormat format, void* packed);

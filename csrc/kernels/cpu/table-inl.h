@@ -7,6 +7,7 @@
 #include "kernels/cpu/cpu_features.h"
 #include "kernels/cpu/elementwise-inl.h"
 #include "kernels/cpu/gemm-inl.h"
+#include "kernels/cpu/quantized-inl.h"
 #include "kernels/kernel_table.h"
 
 namespace puna {
@@ -19,6 +20,13 @@ constexpr KernelTable kernels_as(const char* isa, bool (*supported)()) {
           .supported = supported,
           .gemm_f32 = gemm_f32,
           .gemm_bf16 = gemm_bf16,
+          .gemm_quantized =
+              {
+#define PUNA_FORMAT(Traits, name) gemm_quantized_plain<Traits>,
+#include "quant/formats.inc"
+#undef PUNA_FORMAT
+              },
+          .quantize_row = quantize_row_plain,
           .attend_page_f32 = attend_page_f32,
           .attend_page_bf16 = attend_page_bf16,
           .rms_norm = rms_norm,

@@ -1,0 +1,25 @@
+// GGUF's quantised blocks: which weight format holds each without loss, and how one is taken apart.
+// Sources: the GGUF specification and the layout of llama.cpp's files.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+
+#include "base/dtype.h"
+#include "quant/format.h"
+
+namespace puna {
+
+// The format that holds `dtype` exactly: every block type has one, and bfloat16 and float32.
+std::optional<WeightFormat> exact_format(DType dtype);
+
+// One block of a blocked type (info_of(dtype).block_elements columns of one row), as the RowBlock
+// of its exact format. Any bytes are a valid block.
+void unpack_block(DType dtype, const void* block, RowBlock* to);
+
+// Elements [first, first + count) of an array of a float type or a blocked type, in fp32. Exact for
+// the plain types; for blocked ones the scalar truth of their format. `first` and `count` are whole
+// blocks.
+void decode_elements(DType dtype, const void* data, int64_t first, int64_t count, float* out);
+
+}  // namespace puna

@@ -1,0 +1,20 @@
+// Quantising: fp32 weights to the codes and scales of a format.
+#pragma once
+
+#include <cstdint>
+
+#include "quant/format.h"
+
+namespace puna {
+
+// Formats that weights can be quantised to: those whose groups have fp16 scales of their own. The
+// K-quants and tables are read from GGUF files only.
+bool can_encode(WeightFormat format);
+
+// Quantises one block of a row: x [count], count <= kBlock; the columns past it become kZero.
+// Minimises sum over c of importance[c] * (weight - x)^2 over the scale (and offset) of each group;
+// importance null: 1. Not-a-number becomes 0, infinities the largest fp32.
+void encode_block(WeightFormat format, const float* x, const float* importance, int64_t count,
+                  RowBlock* to);
+
+}  // namespace puna

@@ -1,0 +1,179 @@
+// How a quantised format lies in memory: its panels of 64 rows, block by block of columns.
+//
+// A panel is [blocks][block]; a block of kBlock columns is
+//   scale       fp16 [64]
+//   offset      fp16 [64]                            if kOffset
+//   sub_scale   int8 [kBlock / kGroup][64]           if kSubScales
+//   sub_offset  uint8 [kBlock / kGroup][64]          if kSubScales and kOffset
+//   codes       [kBlock / 32][4][64 * kBits bytes]   slabs of 32 columns by 16 rows
+// so that every part starts at a multiple of 64 bytes. A slab holds 8 vectors of 64 codes; vector s
+// is columns 4 s .. 4 s + 3 of 16 rows, [16][4], which is what the integer dot-product instructions
+// take (in halves or quarters on narrower machines). Its bits lie in planes:
+//   8 bits  8 x 64 bytes, one a vector
+//   4       4 x 64: vector s in the lower (s < 4) or upper half of the bytes of plane s % 4
+//   2       2 x 64: vector s in bits 2 (s % 4) .. of plane s / 4
+//   1       1 x 64: vector s in bit s
+// and 3, 5 and 6 bits are a plane of 2, 4, 4 low bits followed by one of 1, 1, 2 high bits.
+// Columns past the matrix have code kZero (0 with kTable and with kOffset), so they add nothing to
+// a product with activations that are zero there. Freestanding.
+#pragma once
+
+#include <stdint.h>
+
+#include "base/half.h"
+#include "quant/formats/int4.h"
+#include "quant/formats/int5.h"
+#include "quant/formats/int8.h"
+#include "quant/formats/k_quants.h"
+#include "quant/formats/table4.h"
+
+namespace puna {
+
+constexpr int64_t kSlabRows = 16, kSlabCols = 32;
+constexpr int kSlabVectors = 8;  // of 64 codes
+constexpr int64_t kMaxBlock = 256, kMaxGroups = 16;
+
+// Where the parts of a block start, in bytes.
+template <class Format>
+struct PanelLayout {
+  static constexpr int64_t kGroups = Format::kBlock / Format::kGroup;
+  static constexpr int64_t kScale = 0;
+  static constexpr int64_t kOffsets = kScale + 2 * kPanelRows;
+  static constexpr int64_t kSubScale = kOffsets + (Format::kOffset ? 2 * kPanelRows : 0);
+  static constexpr int64_t kSubOffset = kSubScale + (Format::kSubScales ? kGroups * kPanelRows : 0);
+  static constexpr int64_t kCodes =
+      kSubOffset + (Format::kSubScales && Format::kOffset ? kGroups * kPanelRows : 0);
+  static constexpr int64_t kSlab = 64 * Format::kBits;
+  static constexpr int64_t kBytes =
+      kCodes + Format::kBlock / kSlabCols * (kPanelRows / kSlabRows) * kSlab;
+  static_assert(Format::kBlock <= kMaxBlock && kGroups <= kMaxGroups);
+  static_assert(Format::kBlock % kSlabCols == 0 && Format::kGroup % kSlabRows == 0);
+};
+
+// One row's share of a block, taken apart.
+struct RowBlock {
+  uint16_t scale, offset;  // fp16
+  int8_t sub_scale[kMaxGroups];
+  uint8_t sub_offset[kMaxGroups];
+  uint8_t codes[kMaxBlock];
+};
+
+namespace {
+
+[[maybe_unused]] inline void put_bits(uint8_t* byte, int shift, int bits, unsigned value) {
+  const unsigned mask = ((1u << bits) - 1) << shift;
+  *byte = static_cast<uint8_t>((*byte & ~mask) | (value << shift & mask));
+}
+
+// The bits [low, low + bits) of code `value` in the plane that starts at `plane`; `byte` is the
+// place within a vector. read: returns them; write: stores them.
+template <int Bits>
+inline uint8_t* plane_byte(uint8_t* plane, int vector, int64_t byte, int* shift) {
+  static_assert(Bits == 8 || Bits == 4 || Bits == 2 || Bits == 1);
+  constexpr int kPerByte = 8 / Bits;
+  constexpr int kPlanes = kSlabVectors / kPerByte;
+  // 4 bits go by halves (s, s + 4 share a byte); 2 and 1 bits by neighbours.
+  const int in_plane = Bits == 4 ? vector % kPlanes : vector / kPerByte;
+  *shift = Bits * (Bits == 4 ? vector / kPlanes : vector % kPerByte);
+  return plane + in_plane * 64 + byte;
+}
+
+template <int Bits>
+inline unsigned read_code(const uint8_t* slab, int vector, int64_t byte) {
+  int shift = 0;
+  auto* at = const_cast<uint8_t*>(slab);
+  if constexpr (Bits == 3 || Bits == 5 || Bits == 6) {
+    constexpr int kLow = Bits == 3 ? 2 : 4, kHigh = Bits - kLow;
+    const unsigned low = read_code<kLow>(slab, vector, byte);
+    return low | read_code<kHigh>(slab + 64 * kLow, vector, byte) << kLow;
+  } else {
+    const unsigned bits = *plane_byte<Bits>(at, vector, byte, &shift);
+    return bits >> shift & ((1u << Bits) - 1);
+  }
+}
+
+template <int Bits>
+inline void write_code(uint8_t* slab, int vector, int64_t byte, unsigned code) {
+  int shift = 0;
+  if constexpr (Bits == 3 || Bits == 5 || Bits == 6) {
+    constexpr int kLow = Bits == 3 ? 2 : 4, kHigh = Bits - kLow;
+    write_code<kLow>(slab, vector, byte, code & ((1u << kLow) - 1));
+    write_code<kHigh>(slab + 64 * kLow, vector, byte, code >> kLow);
+  } else {
+    uint8_t* at = plane_byte<Bits>(slab, vector, byte, &shift);
+    put_bits(at, shift, Bits, code);
+  }
+}
+
+// Slab and places of (row, column) of a block.
+template <class Format>
+inline int64_t slab_of(int64_t row, int64_t column) {
+  using Layout = PanelLayout<Format>;
+  return Layout::kCodes +
+         (column / kSlabCols * (kPanelRows / kSlabRows) + row / kSlabRows) * Layout::kSlab;
+}
+
+// Row `row` of 64 into the block at `block`.
+template <class Format>
+void put_row_block(uint8_t* block, int64_t row, const RowBlock& from) {
+  using Layout = PanelLayout<Format>;
+  __builtin_memcpy(block + Layout::kScale + 2 * row, &from.scale, 2);
+  if constexpr (Format::kOffset)
+    __builtin_memcpy(block + Layout::kOffsets + 2 * row, &from.offset, 2);
+  if constexpr (Format::kSubScales) {
+    for (int64_t g = 0; g < Layout::kGroups; ++g) {
+      block[Layout::kSubScale + g * kPanelRows + row] = static_cast<uint8_t>(from.sub_scale[g]);
+      if constexpr (Format::kOffset)
+        block[Layout::kSubOffset + g * kPanelRows + row] = from.sub_offset[g];
+    }
+  }
+  for (int64_t c = 0; c < Format::kBlock; ++c)
+    write_code<Format::kBits>(block + slab_of<Format>(row, c), static_cast<int>(c % kSlabCols / 4),
+                              row % kSlabRows * 4 + c % 4, from.codes[c]);
+}
+
+template <class Format>
+void get_row_block(const uint8_t* block, int64_t row, RowBlock* to) {
+  using Layout = PanelLayout<Format>;
+  __builtin_memcpy(&to->scale, block + Layout::kScale + 2 * row, 2);
+  if constexpr (Format::kOffset)
+    __builtin_memcpy(&to->offset, block + Layout::kOffsets + 2 * row, 2);
+  if constexpr (Format::kSubScales) {
+    for (int64_t g = 0; g < Layout::kGroups; ++g) {
+      to->sub_scale[g] = static_cast<int8_t>(block[Layout::kSubScale + g * kPanelRows + row]);
+      if constexpr (Format::kOffset)
+        to->sub_offset[g] = block[Layout::kSubOffset + g * kPanelRows + row];
+    }
+  }
+  for (int64_t c = 0; c < Format::kBlock; ++c)
+    to->codes[c] = static_cast<uint8_t>(
+        read_code<Format::kBits>(block + slab_of<Format>(row, c),
+                                 static_cast<int>(c % kSlabCols / 4), row % kSlabRows * 4 + c % 4));
+}
+
+// The scalar truth: scale and offset of group g, and the weight of column c, in fp32. All products
+// and sums in them are exact but the last one of a weight.
+template <class Format>
+inline float group_scale(const RowBlock& block, int64_t g) {
+  const float scale = float_of_f16(block.scale);
+  return Format::kSubScales ? scale * static_cast<float>(block.sub_scale[g]) : scale;
+}
+template <class Format>
+inline float group_offset(const RowBlock& block, int64_t g) {
+  if constexpr (!Format::kOffset) return 0.0f;
+  const float offset = float_of_f16(block.offset);
+  return Format::kSubScales ? offset * static_cast<float>(block.sub_offset[g]) : offset;
+}
+template <class Format>
+inline int code_value(unsigned code) {  // value(code) - kZero
+  return static_cast<int>(Format::kTable ? kTable16[code] : code) - Format::kZero;
+}
+template <class Format>
+inline float weight_of(const RowBlock& block, int64_t c) {
+  const int64_t g = c / Format::kGroup;
+  return group_scale<Format>(block, g) * static_cast<float>(code_value<Format>(block.codes[c])) +
+         group_offset<Format>(block, g);
+}
+
+}  // namespace
+}  // namespace puna

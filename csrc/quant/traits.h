@@ -1,0 +1,30 @@
+// What distinguishes one quantised format from another. A format is a struct derived from
+// FormatTraits (formats/<name>.h) and a line in formats.inc.
+//
+// A weight of column c is   scale(g) * (value(code) - kZero) + offset(g),   g = c / kGroup, where
+//   value(code)   the code itself, or kTable16[code] if kTable
+//   scale(g)      an fp16 per group; with kSubScales an fp16 per block times an int8 per group
+//   offset(g)     0 unless kOffset; an fp16 per group; with kSubScales an fp16 per block times a
+//                 uint8 per group
+// Freestanding: also compiled by the kernels' translation units.
+#pragma once
+
+#include <stdint.h>
+
+namespace puna {
+
+struct FormatTraits {
+  static constexpr int kZero = 0;
+  static constexpr bool kOffset = false, kSubScales = false, kTable = false;
+};
+
+// Weights are packed into panels of kPanelRows output rows (the last one padded), so that products
+// need no horizontal sums and memory is read strictly in order.
+constexpr int64_t kPanelRows = 64;
+
+// The values of 4-bit codes with kTable, as kZero + v for llama.cpp's v in -127, -104, ..., 113
+// (ggml's kvalues_iq4nl).
+constexpr uint8_t kTable16[16] = {1,   24,  45,  63,  79,  93,  106, 118,
+                                  129, 141, 153, 166, 181, 197, 217, 241};
+
+}  // namespace puna
