@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -56,6 +57,14 @@ struct MoeWeights {
   int64_t top_k = 1;
 };
 
+struct MatrixOptions {
+  // What the matrix is packed as; none: as stored (GGUF's blocked types as the format that holds
+  // them exactly, float16 as float32).
+  std::optional<WeightFormat> format;
+  // How much an error in each column weighs when it is quantised, [cols]; null: all the same.
+  const float* importance = nullptr;
+};
+
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -65,9 +74,12 @@ class Backend {
 
   // --- memory and weights ------------------------------------------------------------------------
   virtual Buffer allocate(size_t bytes) = 0;  // zeroed; OutOfMemory with the numbers
-  // Packs the parts stacked by rows (all with the same cols and dtype) into one matrix. bfloat16
-  // stays bfloat16 unless keep_f32; everything else becomes fp32.
-  virtual WeightRef load_matrix(std::span<const MatrixSource> parts, bool keep_f32 = false) = 0;
+  // Packs the parts stacked by rows (all with the same cols and dtype) into one matrix.
+  virtual WeightRef load_matrix(std::span<const MatrixSource> parts, const MatrixOptions& = {}) = 0;
+  // A matrix that lies packed in memory already, as load_matrix() left it in a file. `data` holds
+  // packed_bytes(format, rows, cols) and keeps the memory alive.
+  virtual WeightRef adopt_matrix(WeightFormat format, int64_t rows, int64_t cols,
+                                 std::shared_ptr<const void> data) = 0;
   // The parts joined end to end, as fp32.
   virtual VectorRef load_vector(std::span<const TensorRef> parts) = 0;
   virtual void to_host(float* out, ConstRows x) = 0;  // contiguous [rows][cols]
@@ -85,7 +97,8 @@ class Backend {
                           float eps) = 0;
 
   // --- products ----------------------------------------------------------------------------------
-  // out = x W^T. With bfloat16 weights, x is rounded to bfloat16; sums are fp32.
+  // out = x W^T. With bfloat16 weights, x is rounded to bfloat16; with quantised ones to 8 bits per
+  // group; sums are fp32.
   virtual void matmul(Rows out, ConstRows x, const WeightRef& weight,
                       const MatmulOptions& = {}) = 0;
   // residual += down(silu(gate(x)) * up(x)); gate_up holds the rows of gate, then those of up.

@@ -4,6 +4,8 @@
 #include <string>
 
 #include "base/error.h"
+#include "quant/blocks.h"
+#include "quant/encode.h"
 
 namespace puna {
 namespace {
@@ -61,7 +63,8 @@ void check_feed_forward(const char* where, const char* name, const WeightRef& ga
 MatrixShape check_matrix_parts(std::span<const MatrixSource> parts) {
   if (parts.empty()) fail(ErrorCode::kInternal, "[load_matrix] no parts");
   MatrixShape whole{0, parts[0].cols, parts[0].dtype};
-  check_float("load_matrix", whole.dtype);
+  const int64_t block = info_of(whole.dtype).block_elements;
+  if (block == 1) check_float("load_matrix", whole.dtype);
   for (const MatrixSource& part : parts) {
     if (part.cols != whole.cols || part.dtype != whole.dtype)
       fail(ErrorCode::kInternal, "[load_matrix] a part is ", name_of(part.dtype), " ",
@@ -70,9 +73,37 @@ MatrixShape check_matrix_parts(std::span<const MatrixSource> parts) {
     if (part.rows < 1 || part.cols < 1 || part.data == nullptr)
       fail(ErrorCode::kInternal, "[load_matrix] a part ", shape(part.rows, part.cols),
            " is empty or has no memory");
+    if (block > 1 &&
+        (part.col_stride != 1 || part.cols % block != 0 || part.row_stride % block != 0))
+      fail(ErrorCode::kInternal, "[load_matrix] rows of ", part.cols, " columns are not whole ",
+           "blocks of ", block, " ", name_of(part.dtype));
     whole.rows += part.rows;
   }
   return whole;
+}
+
+WeightFormat target_format(const MatrixShape& shape, const MatrixOptions& options) {
+  const std::optional<WeightFormat> exact = exact_format(shape.dtype);
+  const WeightFormat format = options.format.value_or(exact.value_or(WeightFormat::kF32));
+  const bool possible = !is_quantized(format) || format == exact || can_encode(format);
+  if (!possible)
+    fail(ErrorCode::kUnsupported, "[load_matrix] ", name_of(shape.dtype),
+         " weights cannot be quantised to ", name_of(format));
+  if (format == WeightFormat::kF32 && is_blocked(shape.dtype))
+    fail(ErrorCode::kUnsupported, "[load_matrix] ", name_of(shape.dtype),
+         " weights are not unpacked to fp32; leave the format out to keep them as stored");
+  if (format == WeightFormat::kBF16 && shape.dtype != DType::kBF16)
+    fail(ErrorCode::kUnsupported, "[load_matrix] ", name_of(shape.dtype),
+         " weights are not packed as bf16; leave the format out to keep them as stored");
+  return format;
+}
+
+void check_adopted(WeightFormat format, int64_t rows, int64_t cols, const void* data) {
+  constexpr uintptr_t kAlignment = 64;
+  if (rows < 1 || cols < 1 || data == nullptr ||
+      reinterpret_cast<uintptr_t>(data) % kAlignment != 0)
+    fail(ErrorCode::kInternal, "[adopt_matrix] ", name_of(format), " ", shape(rows, cols),
+         " is empty or not aligned to ", kAlignment, " bytes");
 }
 
 int64_t check_vector_parts(std::span<const TensorRef> parts) {
@@ -88,7 +119,7 @@ int64_t check_vector_parts(std::span<const TensorRef> parts) {
 }
 
 void check_embed(ConstRows out, const TensorRef& table, std::span<const int32_t> ids) {
-  check_float("embed", table.dtype);
+  if (!is_blocked(table.dtype)) check_float("embed", table.dtype);
   if (table.rank != 2 || table.data == nullptr)
     fail(ErrorCode::kInternal, "[embed] the table is ", table.shape_string(),
          ", expected (vocabulary, hidden)");

@@ -33,11 +33,8 @@ void check_vision_attention(ConstRows out, ConstRows qkv, int64_t tiles, int64_t
 void check_unfold(ConstRows out, const float* pixels, int64_t tiles, int64_t size, int64_t patch);
 void check_pixel_shuffle(ConstRows out, ConstRows x, int64_t tiles, int64_t grid, int64_t factor);
 
-// Element `index` of an array of float32, float16 or bfloat16: exact.
-inline float float_at(DType dtype, const void* data, int64_t index) {
-  if (dtype == DType::kF32) return static_cast<const float*>(data)[index];
-  const uint16_t bits = static_cast<const uint16_t*>(data)[index];
-  return dtype == DType::kBF16 ? float_of_bf16(bits) : float_of_f16(bits);
-}
+// What load_matrix() packs a matrix as. Throws Unsupported for formats that cannot be made from it.
+WeightFormat target_format(const MatrixShape& shape, const MatrixOptions& options);
+void check_adopted(WeightFormat format, int64_t rows, int64_t cols, const void* data);
 
 }  // namespace puna

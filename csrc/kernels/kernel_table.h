@@ -89,8 +89,9 @@ struct KernelTable {
                                  const void* panel, const float* bias, int64_t rows, int64_t width);
   GemmQuantized gemm_quantized[kQuantizedKernels];
   // Quantises one row: each group's scale is its largest magnitude / 127, codes are rounded to
-  // nearest, ties to even; a group of zeros has scale 0. `padded` is `cols` rounded up to whole
-  // blocks; codes past `cols` are 0.
+  // nearest, ties to even. A group whose largest magnitude is below 2^-100 counts as zeros: scale
+  // and codes 0. A group with a value that is not finite has a scale of NaN and any codes. `padded`
+  // is `cols` rounded up to whole blocks; codes past `cols` are 0.
   void (*quantize_row)(int8_t* codes, float* scales, int32_t* sums, const float* x, int64_t cols,
                        int64_t padded, int64_t group);
 

@@ -61,7 +61,9 @@ TextModel::TextModel(const ModelSpec& spec, const TextWeights& weights, Backend&
 
 WeightRef TextModel::pack(std::initializer_list<MatrixSource> parts, const PackProgress& progress,
                           bool keep_f32) {
-  WeightRef weight = backend_.load_matrix({parts.begin(), parts.size()}, keep_f32);
+  WeightRef weight =
+      backend_.load_matrix({parts.begin(), parts.size()},
+                           keep_f32 ? MatrixOptions{WeightFormat::kF32} : MatrixOptions{});
   weight_bytes_ += static_cast<int64_t>(weight.bytes);
   for (const MatrixSource& part : parts) {
     packed_bytes_ += part.rows * part.cols * static_cast<int64_t>(size_of(part.dtype));

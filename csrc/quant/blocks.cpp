@@ -226,4 +226,29 @@ void decode_elements(DType dtype, const void* data, int64_t first, int64_t count
   });
 }
 
+void unpack_row(WeightFormat format, const void* packed, int64_t row, int64_t cols, float* out) {
+  const int64_t place = row % kPanelRows;
+  const auto* panel = static_cast<const uint8_t*>(packed) +
+                      static_cast<size_t>(row / kPanelRows) * panel_bytes(format, cols);
+  if (format == WeightFormat::kF32) {
+    const auto* values = reinterpret_cast<const float*>(panel);
+    for (int64_t c = 0; c < cols; ++c) out[c] = values[c * kPanelRows + place];
+  } else if (format == WeightFormat::kBF16) {
+    const auto* values = reinterpret_cast<const uint16_t*>(panel);
+    for (int64_t c = 0; c < cols; ++c)
+      out[c] = float_of_bf16(values[(c / 2 * kPanelRows + place) * 2 + c % 2]);
+  } else {
+    with_traits(format, [&](auto traits) {
+      using Format = decltype(traits);
+      RowBlock block;
+      for (int64_t c = 0; c < cols; ++c) {
+        if (c % Format::kBlock == 0)
+          get_row_block<Format>(panel + c / Format::kBlock * PanelLayout<Format>::kBytes, place,
+                                &block);
+        out[c] = weight_of<Format>(block, c % Format::kBlock);
+      }
+    });
+  }
+}
+
 }  // namespace puna

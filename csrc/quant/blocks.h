@@ -22,4 +22,7 @@ void unpack_block(DType dtype, const void* block, RowBlock* to);
 // blocks.
 void decode_elements(DType dtype, const void* data, int64_t first, int64_t count, float* out);
 
+// Row `row` of a packed matrix (any format) in fp32: out [cols].
+void unpack_row(WeightFormat format, const void* packed, int64_t row, int64_t cols, float* out);
+
 }  // namespace puna

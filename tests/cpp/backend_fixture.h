@@ -31,6 +31,8 @@ inline std::vector<float> randoms(std::mt19937& random, int64_t count, float sig
   return values;
 }
 
+inline const MatrixOptions kKeepF32{WeightFormat::kF32};
+
 // A matrix as a checkpoint would hold it, and its exact values.
 struct Matrix {
   int64_t rows = 0, cols = 0;
@@ -44,7 +46,7 @@ struct Matrix {
   }
   WeightRef load(Backend& backend, bool keep_f32 = false) const {
     const MatrixSource part = source();
-    return backend.load_matrix({&part, 1}, keep_f32);
+    return backend.load_matrix({&part, 1}, keep_f32 ? kKeepF32 : MatrixOptions{});
   }
   bool bf16() const { return dtype == DType::kBF16; }
 };

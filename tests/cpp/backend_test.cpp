@@ -454,7 +454,7 @@ TEST(load_matrix_reads_any_strides) {
       std::vector<float> unit(cols * cols);
       for (int64_t c = 0; c < cols; ++c) unit[c * cols + c] = 1;
       const auto columns = [&](Backend& backend) {
-        const WeightRef weight = backend.load_matrix(parts, keep_f32);
+        const WeightRef weight = backend.load_matrix(parts, keep_f32 ? kKeepF32 : MatrixOptions{});
         CHECK(weight.format ==
               (dtype == DType::kBF16 && !keep_f32 ? WeightFormat::kBF16 : WeightFormat::kF32));
         std::vector<float> out(cols * total);
@@ -494,8 +494,8 @@ TEST(wrong_shapes_are_refused_before_work) {
     CHECK_THROWS(ErrorCode::kInternal, backend->gather({y.data(), 2, 5}, {x.data(), 10, 5}, bad));
     MatrixSource part = weight.source();
     part.dtype = DType::kI8;
-    CHECK_THROWS(ErrorCode::kUnsupported, backend->load_matrix({&part, 1}, false));
-    CHECK_THROWS(ErrorCode::kInternal, backend->load_matrix({}, false));
+    CHECK_THROWS(ErrorCode::kUnsupported, backend->load_matrix({&part, 1}));
+    CHECK_THROWS(ErrorCode::kInternal, backend->load_matrix({}));
     const Buffer buffer = backend->allocate(1000);
     CHECK(std::all_of(buffer.floats(), buffer.floats() + 250, [](float v) { return v == 0; }));
   }

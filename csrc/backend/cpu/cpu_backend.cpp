@@ -9,6 +9,7 @@
 #include "backend/cpu/pack.h"
 #include "base/error.h"
 #include "kernels/cpu/dispatch.h"
+#include "quant/blocks.h"
 
 namespace puna {
 
@@ -46,27 +47,34 @@ Buffer CpuBackend::allocate(size_t bytes) {
   return Buffer(memory->data(), bytes, [memory](void*) {});
 }
 
-WeightRef CpuBackend::load_matrix(std::span<const MatrixSource> parts, bool keep_f32) {
+WeightRef CpuBackend::load_matrix(std::span<const MatrixSource> parts,
+                                  const MatrixOptions& options) {
   const MatrixShape shape = check_matrix_parts(parts);
-  WeightRef weight;
-  weight.format =
-      shape.dtype == DType::kBF16 && !keep_f32 ? WeightFormat::kBF16 : WeightFormat::kF32;
-  weight.rows = shape.rows;
-  weight.cols = shape.cols;
-  const int64_t panels = (shape.rows + kPanelRows - 1) / kPanelRows;
-  weight.bytes = static_cast<size_t>(panels) * panel_bytes(weight.format, shape.cols);
-  auto memory = std::make_shared<Memory>(weight.bytes);
-  pack_panels(pool_, parts, shape, weight.format, memory->data());
-  weight.data = std::shared_ptr<const void>(memory, memory->data());
-  return weight;
+  const WeightFormat format = target_format(shape, options);
+  const size_t bytes = packed_bytes(format, shape.rows, shape.cols);
+  auto memory = std::make_shared<Memory>(bytes);
+  if (is_quantized(format))
+    pack_quantized(pool_, parts, shape, format, options.importance, memory->data());
+  else
+    pack_panels(pool_, parts, shape, format, memory->data());
+  return {format, shape.rows, shape.cols, bytes,
+          std::shared_ptr<const void>(memory, memory->data())};
+}
+
+WeightRef CpuBackend::adopt_matrix(WeightFormat format, int64_t rows, int64_t cols,
+                                   std::shared_ptr<const void> data) {
+  check_adopted(format, rows, cols, data.get());
+  return {format, rows, cols, packed_bytes(format, rows, cols), std::move(data)};
 }
 
 VectorRef CpuBackend::load_vector(std::span<const TensorRef> parts) {
   const int64_t size = check_vector_parts(parts);
   auto memory = std::make_shared<Memory>(static_cast<size_t>(size) * sizeof(float));
   auto* out = static_cast<float*>(memory->data());
-  for (const TensorRef& part : parts)
-    for (int64_t i = 0; i < part.elements(); ++i) *out++ = float_at(part.dtype, part.data, i);
+  for (const TensorRef& part : parts) {
+    decode_elements(part.dtype, part.data, 0, part.elements(), out);
+    out += part.elements();
+  }
   return {size, std::shared_ptr<const float>(memory, static_cast<const float*>(memory->data()))};
 }
 
@@ -91,13 +99,10 @@ void CpuBackend::embed(Rows out, const TensorRef& table, std::span<const int32_t
   for_rows(out.rows, n, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const int64_t first = ids[r] * n;
-      if (table.dtype == DType::kF32)
-        std::copy_n(static_cast<const float*>(table.data) + first, n, out.row(r));
-      else if (table.dtype == DType::kBF16)
+      if (table.dtype == DType::kBF16)
         kernels_.f32_from_bf16(out.row(r), static_cast<const uint16_t*>(table.data) + first, n);
       else
-        for (int64_t c = 0; c < n; ++c)
-          out.row(r)[c] = float_of_f16(static_cast<const uint16_t*>(table.data)[first + c]);
+        decode_elements(table.dtype, table.data, first, n, out.row(r));
     }
   });
 }

@@ -24,7 +24,9 @@ class CpuBackend final : public Backend {
   std::string description() const override;
 
   Buffer allocate(size_t bytes) override;
-  WeightRef load_matrix(std::span<const MatrixSource> parts, bool keep_f32) override;
+  WeightRef load_matrix(std::span<const MatrixSource> parts, const MatrixOptions& options) override;
+  WeightRef adopt_matrix(WeightFormat format, int64_t rows, int64_t cols,
+                         std::shared_ptr<const void> data) override;
   VectorRef load_vector(std::span<const TensorRef> parts) override;
   void to_host(float* out, ConstRows x) override;
   void from_host(Rows out, const float* x) override;
@@ -49,6 +51,10 @@ class CpuBackend final : public Backend {
   void pixel_shuffle(Rows out, ConstRows x, int64_t tiles, int64_t grid, int64_t factor) override;
 
  private:
+  // Columns handled at once by elementwise steps, so that one row still occupies several lanes. A
+  // multiple of every format's block.
+  static constexpr int64_t kPieceColumns = 1024;
+
   class Scratch {
    public:
     template <class T>
@@ -61,10 +67,15 @@ class CpuBackend final : public Backend {
     Memory memory_;
   };
 
-  // Rows in the type of the weights they are multiplied with; stride in elements.
+  // Rows as the weights they are multiplied with want them: fp32, bfloat16, or quantised by the
+  // groups of the weights' format.
   struct Operand {
-    const void* data = nullptr;
-    int64_t stride = 0;
+    WeightFormat format = WeightFormat::kF32;
+    void* data = nullptr;  // float, uint16_t or int8_t [rows][stride]
+    int64_t cols = 0, stride = 0;
+    float* scales = nullptr;  // [rows][groups]
+    int32_t* sums = nullptr;  // [rows][groups]
+    int64_t groups = 0;
   };
   // The gate_up and down products of some rows with one pair of weights.
   struct FeedForward {
@@ -72,7 +83,6 @@ class CpuBackend final : public Backend {
     float* hidden = nullptr;  // [rows][2 * width]; the gate half becomes the activation
     Operand activated;        // [rows][width], the input of down
     int64_t width = 0;
-    bool bf16 = false;  // the type of `activated`
   };
   // Some query rows of one segment, and the query heads that share one KV head.
   struct AttentionTask {
@@ -110,6 +120,12 @@ class CpuBackend final : public Backend {
   }
 
   // products.cpp
+  // Room for `rows` rows that will be multiplied with weights of `format` and `cols` columns.
+  static Operand reserve_operand(WeightFormat format, int64_t rows, int64_t cols, Scratch& scratch);
+  // Columns [column, column + count) of a row; both ends at multiples of kPieceColumns, or at the
+  // last column. `values` may be where an fp32 operand keeps them.
+  void write_operand(const Operand& operand, int64_t row, int64_t column, const float* values,
+                     int64_t count) const;
   Operand prepare(ConstRows x, const WeightRef& weight, Scratch& scratch);
   // Columns [panel * kPanelRows, + kPanelRows) of x W^T for rows [first, first + rows) of x; `out`
   // is the tile's corner.
@@ -130,10 +146,11 @@ class CpuBackend final : public Backend {
   // Operations follow one another closely; between passes workers fall asleep all the same.
   ThreadPool::SpinScope spin_{pool_};
 
-  Scratch rounded_, hidden_, activated_;                             // products
-  Scratch logits_, routed_rows_, routed_hidden_, routed_activated_;  // mixture of experts
-  Scratch lanes_;                                                    // a share for each lane
-  Scratch leaves_;                                                   // attention
+  Scratch rounded_, hidden_, activated_;  // products
+  Scratch logits_, router_rows_, routed_rows_, routed_hidden_,
+      routed_activated_;  // mixture of experts
+  Scratch lanes_;         // a share for each lane
+  Scratch leaves_;        // attention
   Routing routing_;
   std::vector<AttentionTask> tasks_;
 };

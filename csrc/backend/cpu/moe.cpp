@@ -7,10 +7,7 @@
 namespace puna {
 namespace {
 
-constexpr int64_t kColumns = 1024;  // of a row, scaled and rounded at once
-
 int64_t panels_of(int64_t rows) { return (rows + kPanelRows - 1) / kPanelRows; }
-int64_t even(int64_t n) { return n + n % 2; }
 
 }  // namespace
 
@@ -19,19 +16,16 @@ void CpuBackend::moe(Rows residual, ConstRows x, const MoeWeights& weights) {
   if (x.rows == 0) return;
   const auto experts = static_cast<int64_t>(weights.gate_up.size());
   const int64_t hidden = x.cols, slots = x.rows * weights.top_k;
-  const bool routed_bf16 = weights.gate_up[0].format == WeightFormat::kBF16;
 
   const FeedForward shared =
       plan_feed_forward(prepare(x, weights.shared_gate_up, rounded_), x.rows,
                         weights.shared_gate_up, weights.shared_down, hidden_, activated_);
-  const Operand routed_x =
-      routed_bf16 ? Operand{routed_rows_.reserve<uint16_t>(slots * even(hidden)), even(hidden)}
-                  : Operand{routed_rows_.reserve<float>(slots * hidden), hidden};
+  const Operand routed_x = reserve_operand(weights.gate_up[0].format, slots, hidden, routed_rows_);
   const FeedForward routed = plan_feed_forward(routed_x, slots, weights.gate_up[0], weights.down[0],
                                                routed_hidden_, routed_activated_);
   routing_.reserve(x.rows, experts, weights.top_k);
   auto* logits = logits_.reserve<float>(x.rows * experts);
-  const Operand router_x{x.data, x.stride};
+  const Operand router_x = prepare(x, weights.router, router_rows_);
 
   const int64_t router_panels = panels_of(experts);
   const int64_t shared_panels = panels_of(weights.shared_gate_up.rows);
@@ -62,23 +56,14 @@ void CpuBackend::moe(Rows residual, ConstRows x, const MoeWeights& weights) {
     activate(lane, shared_activation, shared, x.rows);
     lane.barrier();
 
-    // The routed experts' inputs: the row times its score, in the type of the weights.
-    const int64_t pieces = (hidden + kColumns - 1) / kColumns;
+    // The routed experts' inputs: the row times its score, as the weights want it.
+    const int64_t pieces = (hidden + kPieceColumns - 1) / kPieceColumns;
     for_tiles(lane, inputs, slots * pieces, x.rows, [&](int64_t tile) {
-      const int64_t slot = tile / pieces, column = tile % pieces * kColumns;
-      const int64_t count = std::min(kColumns, hidden - column);
-      const float* from = x.row(routing_.row[slot]) + column;
-      void* data = const_cast<void*>(routed_x.data);
-      if (!routed_bf16) {
-        kernels_.scale(static_cast<float*>(data) + slot * routed_x.stride + column, from,
-                       routing_.score[slot], count);
-        return;
-      }
-      float scaled[kColumns];
-      auto* to = static_cast<uint16_t*>(data) + slot * routed_x.stride;
-      kernels_.scale(scaled, from, routing_.score[slot], count);
-      kernels_.bf16_from_f32(to + column, scaled, count);
-      if (column + count == hidden && routed_x.stride > hidden) to[hidden] = 0;
+      const int64_t slot = tile / pieces, column = tile % pieces * kPieceColumns;
+      const int64_t count = std::min(kPieceColumns, hidden - column);
+      float scaled[kPieceColumns];
+      kernels_.scale(scaled, x.row(routing_.row[slot]) + column, routing_.score[slot], count);
+      write_operand(routed_x, slot, column, scaled, count);
     });
     lane.barrier();
     const auto occupied = static_cast<int64_t>(routing_.occupied.size());

@@ -9,7 +9,13 @@
 
 namespace puna {
 
-// `shape` is that of the parts stacked by rows. `packed` is zeroed memory for all panels.
+// To a quantised format: rows of the same format are taken apart and laid out anew, others are
+// decoded and quantised. `importance` [cols] or null.
+void pack_quantized(ThreadPool& pool, std::span<const MatrixSource> parts, const MatrixShape& shape,
+                    WeightFormat format, const float* importance, void* packed);
+
+// To fp32 or bfloat16. `shape` is that of the parts stacked by rows. `packed` is zeroed memory for
+// all panels.
 void pack_panels(ThreadPool& pool, std::span<const MatrixSource> parts, const MatrixShape& shape,
                  WeightFormat format, void* packed);
 

@@ -9,26 +9,57 @@ namespace puna {
 namespace {
 
 int64_t panels_of(const WeightRef& weight) { return (weight.rows + kPanelRows - 1) / kPanelRows; }
-int64_t even(int64_t n) { return n + n % 2; }
-
 // Rows of one tile: its sums, 128 KiB of fp32, stay in L2 until they are added.
 constexpr int64_t kTileRows = 512;
-// Columns handled at once by elementwise steps, so that one row still occupies several lanes.
-constexpr int64_t kActivationColumns = 1024;
 
 }  // namespace
 
+CpuBackend::Operand CpuBackend::reserve_operand(WeightFormat format, int64_t rows, int64_t cols,
+                                                Scratch& scratch) {
+  Operand operand{format, nullptr, cols, padded_cols(format, cols)};
+  if (format == WeightFormat::kF32) {
+    operand.data = scratch.reserve<float>(rows * operand.stride);
+  } else if (format == WeightFormat::kBF16) {
+    operand.data = scratch.reserve<uint16_t>(rows * operand.stride);
+  } else {
+    operand.groups = operand.stride / group_of(format);
+    const int64_t tables = rows * operand.groups;
+    auto* scales = scratch.reserve<float>(2 * tables + (rows * operand.stride + 3) / 4);
+    operand.scales = scales;
+    operand.sums = reinterpret_cast<int32_t*>(scales + tables);
+    operand.data = scales + 2 * tables;
+  }
+  return operand;
+}
+
+void CpuBackend::write_operand(const Operand& operand, int64_t row, int64_t column,
+                               const float* values, int64_t count) const {
+  const int64_t place = row * operand.stride + column;
+  // The last piece fills what the format's blocks need past the last column.
+  const int64_t padded = column + count == operand.cols ? operand.stride - column : count;
+  if (operand.format == WeightFormat::kF32) {
+    float* to = static_cast<float*>(operand.data) + place;
+    if (to != values) std::copy_n(values, count, to);
+  } else if (operand.format == WeightFormat::kBF16) {
+    uint16_t* to = static_cast<uint16_t*>(operand.data) + place;
+    kernels_.bf16_from_f32(to, values, count);
+    std::fill(to + count, to + padded, uint16_t{0});
+  } else {
+    const int64_t group = group_of(operand.format);
+    const int64_t table = row * operand.groups + column / group;
+    kernels_.quantize_row(static_cast<int8_t*>(operand.data) + place, operand.scales + table,
+                          operand.sums + table, values, count, padded, group);
+  }
+}
+
 CpuBackend::Operand CpuBackend::prepare(ConstRows x, const WeightRef& weight, Scratch& scratch) {
-  if (weight.format == WeightFormat::kF32) return {x.data, x.stride};
-  const int64_t stride = even(x.cols);
-  auto* rounded = scratch.reserve<uint16_t>(x.rows * stride);
+  if (weight.format == WeightFormat::kF32)
+    return {weight.format, const_cast<float*>(x.data), x.cols, x.stride};
+  const Operand operand = reserve_operand(weight.format, x.rows, x.cols, scratch);
   for_rows(x.rows, x.cols, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      kernels_.bf16_from_f32(rounded + r * stride, x.row(r), x.cols);
-      if (stride > x.cols) rounded[r * stride + x.cols] = 0;
-    }
+    for (int64_t r = begin; r < end; ++r) write_operand(operand, r, 0, x.row(r), x.cols);
   });
-  return {rounded, stride};
+  return operand;
 }
 
 void CpuBackend::multiply(float* out, int64_t out_stride, const Operand& x, const WeightRef& weight,
@@ -37,14 +68,19 @@ void CpuBackend::multiply(float* out, int64_t out_stride, const Operand& x, cons
   const auto* packed = static_cast<const char*>(weight.data.get()) +
                        static_cast<size_t>(panel) * panel_bytes(weight.format, weight.cols);
   if (bias != nullptr) bias += panel * kPanelRows;
+  const int64_t place = first * x.stride;
   if (weight.format == WeightFormat::kF32)
-    kernels_.gemm_f32(out, out_stride, static_cast<const float*>(x.data) + first * x.stride,
-                      x.stride, reinterpret_cast<const float*>(packed), bias, rows, weight.cols,
-                      width);
+    kernels_.gemm_f32(out, out_stride, static_cast<const float*>(x.data) + place, x.stride,
+                      reinterpret_cast<const float*>(packed), bias, rows, weight.cols, width);
+  else if (weight.format == WeightFormat::kBF16)
+    kernels_.gemm_bf16(out, out_stride, static_cast<const uint16_t*>(x.data) + place, x.stride,
+                       reinterpret_cast<const uint16_t*>(packed), bias, rows, weight.cols, width);
   else
-    kernels_.gemm_bf16(out, out_stride, static_cast<const uint16_t*>(x.data) + first * x.stride,
-                       x.stride, reinterpret_cast<const uint16_t*>(packed), bias, rows, weight.cols,
-                       width);
+    kernels_.gemm_quantized[quantized_index(weight.format)](
+        out, out_stride,
+        {static_cast<const int8_t*>(x.data) + place, x.scales + first * x.groups,
+         x.sums + first * x.groups, x.stride, x.groups},
+        packed, bias, rows, width);
 }
 
 // Whole panels by many rows, unless there are too few panels to occupy the lanes.
@@ -91,27 +127,23 @@ CpuBackend::FeedForward CpuBackend::plan_feed_forward(const Operand& x, int64_t 
   plan.x = x;
   plan.width = down.cols;
   plan.hidden = hidden.reserve<float>(rows * gate_up.rows);
-  plan.bf16 = down.format == WeightFormat::kBF16;
-  plan.activated =
-      plan.bf16 ? Operand{activated.reserve<uint16_t>(rows * even(down.cols)), even(down.cols)}
-                : Operand{plan.hidden, gate_up.rows};
+  // An fp32 activation stays where the gate was.
+  plan.activated = down.format == WeightFormat::kF32
+                       ? Operand{down.format, plan.hidden, down.cols, gate_up.rows}
+                       : reserve_operand(down.format, rows, down.cols, activated);
   return plan;
 }
 
-// silu(gate) * up of `rows` rows, in the type that down wants.
+// silu(gate) * up of `rows` rows, as down wants it.
 void CpuBackend::activate(Lane& lane, TileCounter& counter, const FeedForward& plan,
                           int64_t rows) const {
-  const int64_t pieces = (plan.width + kActivationColumns - 1) / kActivationColumns;
+  const int64_t pieces = (plan.width + kPieceColumns - 1) / kPieceColumns;
   for_tiles(lane, counter, rows * pieces, rows, [&](int64_t tile) {
-    const int64_t row = tile / pieces, column = tile % pieces * kActivationColumns;
-    const int64_t count = std::min(kActivationColumns, plan.width - column);
+    const int64_t row = tile / pieces, column = tile % pieces * kPieceColumns;
+    const int64_t count = std::min(kPieceColumns, plan.width - column);
     float* gate = plan.hidden + row * 2 * plan.width + column;
     kernels_.silu_mul(gate, gate, gate + plan.width, count);
-    if (!plan.bf16) return;
-    auto* to = static_cast<uint16_t*>(const_cast<void*>(plan.activated.data)) +
-               row * plan.activated.stride;
-    kernels_.bf16_from_f32(to + column, gate, count);
-    if (column + count == plan.width && plan.activated.stride > plan.width) to[plan.width] = 0;
+    write_operand(plan.activated, row, column, gate, count);
   });
 }
 

@@ -8,6 +8,9 @@
 
 #include "backend/checks.h"
 #include "base/error.h"
+#include "base/half.h"
+#include "quant/blocks.h"
+#include "quant/encode.h"
 
 namespace puna {
 namespace {
@@ -67,13 +70,31 @@ void softmax(Doubles& scores) {
   for (double& score : scores) score /= sum;
 }
 
-// The page part (keys or values) at `data`, element `index`.
+// Element `index` of the page part (keys or values) at `data`, fp32 or bfloat16.
+float float_at(DType dtype, const void* data, int64_t index) {
+  return dtype == DType::kF32 ? static_cast<const float*>(data)[index]
+                              : float_of_bf16(static_cast<const uint16_t*>(data)[index]);
+}
+
 void store(DType dtype, void* data, int64_t index, double value) {
   const auto rounded = static_cast<float>(value);
   if (dtype == DType::kF32)
     static_cast<float*>(data)[index] = rounded;
   else
     static_cast<uint16_t*>(data)[index] = bf16_of_float(rounded);
+}
+
+// Replaces a row by what a format makes of it.
+void quantize_values(WeightFormat format, const float* importance, float* row, int64_t cols) {
+  with_traits(format, [&](auto traits) {
+    using Format = decltype(traits);
+    RowBlock block{};
+    for (int64_t first = 0; first < cols; first += Format::kBlock) {
+      const int64_t count = std::min(Format::kBlock, cols - first);
+      encode_block(format, row + first, importance ? importance + first : nullptr, count, &block);
+      for (int64_t c = 0; c < count; ++c) row[first + c] = weight_of<Format>(block, c);
+    }
+  });
 }
 
 class RefBackend final : public Backend {
@@ -89,18 +110,31 @@ class RefBackend final : public Backend {
     return Buffer(data, bytes, std::free);
   }
 
-  WeightRef load_matrix(std::span<const MatrixSource> parts, bool keep_f32) override {
+  // Quantised weights are kept as the values that they stand for; the reference does not round
+  // activations.
+  WeightRef load_matrix(std::span<const MatrixSource> parts,
+                        const MatrixOptions& options) override {
     const MatrixShape shape = check_matrix_parts(parts);
+    WeightRef weight;
+    weight.format = target_format(shape, options);
     auto values = std::make_shared<std::vector<float>>();
     values->reserve(static_cast<size_t>(shape.rows * shape.cols));
-    for (const MatrixSource& part : parts)
-      for (int64_t r = 0; r < part.rows; ++r)
-        for (int64_t c = 0; c < part.cols; ++c)
-          values->push_back(
-              float_at(part.dtype, part.data, r * part.row_stride + c * part.col_stride));
-    WeightRef weight;
-    weight.format =
-        shape.dtype == DType::kBF16 && !keep_f32 ? WeightFormat::kBF16 : WeightFormat::kF32;
+    for (const MatrixSource& part : parts) {
+      for (int64_t r = 0; r < part.rows; ++r) {
+        const size_t row = values->size();
+        values->resize(row + static_cast<size_t>(part.cols));
+        float* to = values->data() + row;
+        if (part.col_stride == 1) {
+          decode_elements(part.dtype, part.data, r * part.row_stride, part.cols, to);
+        } else {
+          for (int64_t c = 0; c < part.cols; ++c)
+            decode_elements(part.dtype, part.data, r * part.row_stride + c * part.col_stride, 1,
+                            to + c);
+        }
+        if (is_quantized(weight.format) && weight.format != exact_format(part.dtype))
+          quantize_values(weight.format, options.importance, to, part.cols);
+      }
+    }
     weight.rows = shape.rows;
     weight.cols = shape.cols;
     weight.bytes = values->size() * sizeof(float);
@@ -108,12 +142,26 @@ class RefBackend final : public Backend {
     return weight;
   }
 
+  WeightRef adopt_matrix(WeightFormat format, int64_t rows, int64_t cols,
+                         std::shared_ptr<const void> data) override {
+    check_adopted(format, rows, cols, data.get());
+    auto values = std::make_shared<std::vector<float>>(static_cast<size_t>(rows * cols));
+    for (int64_t r = 0; r < rows; ++r)
+      unpack_row(format, data.get(), r, cols, values->data() + r * cols);
+    WeightRef weight{format, rows, cols, values->size() * sizeof(float), {}};
+    weight.data = std::shared_ptr<const void>(values, values->data());
+    return weight;
+  }
+
   VectorRef load_vector(std::span<const TensorRef> parts) override {
     const int64_t size = check_vector_parts(parts);
     auto values = std::make_shared<std::vector<float>>();
-    for (const TensorRef& part : parts)
-      for (int64_t i = 0; i < part.elements(); ++i)
-        values->push_back(float_at(part.dtype, part.data, i));
+    values->resize(static_cast<size_t>(size));
+    float* to = values->data();
+    for (const TensorRef& part : parts) {
+      decode_elements(part.dtype, part.data, 0, part.elements(), to);
+      to += part.elements();
+    }
     return {size, std::shared_ptr<const float>(values, values->data())};
   }
 
@@ -128,8 +176,7 @@ class RefBackend final : public Backend {
   void embed(Rows out, const TensorRef& table, std::span<const int32_t> ids) override {
     check_embed(out, table, ids);
     for (int64_t r = 0; r < out.rows; ++r)
-      for (int64_t c = 0; c < out.cols; ++c)
-        out.row(r)[c] = float_at(table.dtype, table.data, ids[r] * out.cols + c);
+      decode_elements(table.dtype, table.data, ids[r] * out.cols, out.cols, out.row(r));
   }
 
   void gather(Rows out, ConstRows x, std::span<const int32_t> index) override {

@@ -47,16 +47,18 @@ void gemm_quantized_plain(float* out, int64_t out_stride, const QuantizedRows& x
                                          const float* x, int64_t cols, int64_t padded,
                                          int64_t group) {
   for (int64_t first = 0; first < padded; first += group) {
-    float largest = 0;
+    float largest = 0, poison = 0;
     for (int64_t c = first; c < first + group && c < cols; ++c) {
       const float magnitude = __builtin_fabsf(x[c]);
       largest = magnitude > largest ? magnitude : largest;
+      poison += x[c] * 0.0f;  // NaN if x[c] is not finite
     }
-    const float scale = largest / 127.0f;
-    const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+    const bool zeros = largest < 0x1p-100f;
+    const float scale = (zeros ? 0.0f : largest / 127.0f) + poison;
+    const float inverse = zeros || !(poison == 0) ? 0.0f : 127.0f / largest;
     int32_t sum = 0;
     for (int64_t c = first; c < first + group; ++c) {
-      codes[c] = c < cols ? static_cast<int8_t>(__builtin_rintf(x[c] * inverse)) : 0;
+      codes[c] = c < cols && inverse > 0 ? static_cast<int8_t>(__builtin_rintf(x[c] * inverse)) : 0;
       sum += codes[c];
     }
     scales[first / group] = scale;
