@@ -139,4 +139,10 @@ struct BackendStatus {
   std::string why;  // what was found, or what is missing
 };
 
+// An instruction set of this build, and whether this processor can run it.
+struct IsaStatus {
+  std::string name;
+  bool available = false;
+};
+
 }  // namespace puna

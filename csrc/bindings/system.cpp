@@ -4,10 +4,9 @@
 
 #include <algorithm>
 
-#include "backend/backend.h"
 #include "bindings/module.h"
+#include "engine/factory.h"
 #include "engine/inspect.h"
-#include "kernels/cpu/dispatch.h"
 #include "platform/system.h"
 #include "puna/engine.h"
 
@@ -30,8 +29,8 @@ py::list backends() {
 
 py::list isas() {
   py::list all;
-  for (const KernelTable* table : compiled_isas()) {
-    all.append(py::make_tuple(table->isa, table->supported()));
+  for (const IsaStatus& isa : available_isas()) {
+    all.append(py::make_tuple(isa.name, isa.available));
   }
   return all;
 }

@@ -30,6 +30,8 @@ std::vector<BackendStatus> available_backends() {
   return all;
 }
 
+std::vector<IsaStatus> available_isas() { return cpu_isas(); }
+
 std::unique_ptr<Backend> make_backend(const std::string& device, const BackendOptions& options) {
   std::string names;
   for (const Entry& entry : kBackends) {

@@ -14,6 +14,9 @@ namespace puna {
 // exist, and DeviceError, with the reason, for one that cannot run here.
 std::unique_ptr<Backend> make_backend(const std::string& device, const BackendOptions& options);
 
+// Every instruction set of the backend that has them, best first.
+std::vector<IsaStatus> available_isas();
+
 // Pages in memory; `budget` bytes at most (0 = no bound but the system's).
 std::unique_ptr<KvTier> make_memory_tier(size_t page_bytes, int64_t budget);
 

@@ -9,6 +9,12 @@
 
 namespace puna {
 
+namespace {
+
+constexpr int64_t kFirstContext = 8192;  // then 16 times as much, up to the model's limit
+
+}  // namespace
+
 Inspection inspect(const std::string& directory) {
   Inspection report;
   report.spec = read_model_spec(directory);
@@ -37,7 +43,10 @@ Inspection inspect(const std::string& directory) {
       report.kv_fixed_bytes += pages(std::min(layer.chunk, report.spec.max_position)) * page;
     }
   }
-  for (int64_t context = 8192; context <= report.spec.max_position; context *= 16) {
+  std::vector<int64_t> contexts;
+  for (int64_t c = kFirstContext; c < report.spec.max_position; c *= 16) contexts.push_back(c);
+  contexts.push_back(report.spec.max_position);
+  for (const int64_t context : contexts) {
     report.memory.emplace_back(context,
                                report.weight_bytes + report.kv_fixed_bytes +
                                    report.kv_bytes_per_token * pages(context) * kPageTokens);

@@ -8,6 +8,10 @@ namespace puna {
 
 namespace {
 
+// Names come out of hostile files: within these bounds a search takes a fraction of a second.
+constexpr size_t kLongestName = 256;
+constexpr size_t kMostNames = 20'000;
+
 // The bytes of the UTF-8 character that `text` begins with, or 0 if that is no printable character.
 size_t character_length(std::string_view text) {
   const auto byte = [&](size_t i) -> uint32_t { return static_cast<unsigned char>(text[i]); };
@@ -78,9 +82,11 @@ std::string listing(const std::vector<std::string>& names, size_t most) {
 }
 
 std::string nearest_name(const std::string& name, const std::vector<std::string>& names) {
+  if (name.size() > kLongestName) return "";
   size_t best = name.size() / 2 + 1;
   std::string found;
-  for (const std::string& candidate : names) {
+  for (size_t i = 0; i < std::min(names.size(), kMostNames); ++i) {
+    const std::string& candidate = names[i];
     const size_t distance = edit_distance(name, candidate, best);
     if (distance < best) {
       best = distance;

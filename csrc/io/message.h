@@ -15,7 +15,8 @@ std::string printable(std::string_view text, size_t most = 160);
 // "a, b, c and 7 more"
 std::string listing(const std::vector<std::string>& names, size_t most = 5);
 
-// The one of `names` that is nearest to `name` by edit distance, or "" if none is near.
+// The one of `names` that is nearest to `name` by edit distance, or "" if none is near. Looks at
+// the first few thousand only, and at none that is too long to be meant.
 std::string nearest_name(const std::string& name, const std::vector<std::string>& names);
 
 }  // namespace puna

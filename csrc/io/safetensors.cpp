@@ -114,12 +114,13 @@ class Header {
       bad(title, " has ", shape.size(), " dimensions, at most ", TensorRef::kMaxRank,
           " are supported");
     }
-    uint64_t bytes = size_of(tensor.dtype);
+    // Signed, as TensorRef counts; a zero does not excuse the dimensions before it.
+    auto bytes = static_cast<int64_t>(size_of(tensor.dtype));
     for (const json& extent : shape) {
       if (!extent.is_number_unsigned()) bad(title, " has a dimension that is no whole number");
       const auto length = extent.get<uint64_t>();
       if (length > static_cast<uint64_t>(std::numeric_limits<int64_t>::max()) ||
-          __builtin_mul_overflow(bytes, length, &bytes)) {
+          __builtin_mul_overflow(bytes, static_cast<int64_t>(length), &bytes)) {
         bad(title, " has the shape ", shape.dump(), ", which overflows");
       }
       tensor.shape[tensor.rank++] = static_cast<int64_t>(length);
@@ -132,7 +133,7 @@ class Header {
       bad(title, " lies at bytes ", begin, " to ", end, ", the file has ", data_bytes_,
           " bytes of data; it is truncated or damaged");
     }
-    if (end - begin != bytes) {
+    if (end - begin != static_cast<uint64_t>(bytes)) {
       bad(title, " of ", name_of(tensor.dtype), " ", tensor.shape_string(), " needs ", bytes,
           " bytes, its data_offsets give ", end - begin);
     }

@@ -411,9 +411,12 @@ void refuse_quantisation(const Fields& fields) {
   for (const char* name : {"quantization_config", "compression_config"}) {
     const std::optional<Fields> quantisation = fields.object(name);
     if (!quantisation) continue;
+    const std::string method = quantisation->text("quant_method", "?");
+    const std::string format = quantisation->text("format", "");  // of compressed-tensors
     fields.refuse(ErrorCode::kUnsupported, "the checkpoint is quantised (quant_method \"",
-                  printable(quantisation->text("quant_method", "?"), 60),
-                  "\"), which this version does not read; use the bf16 one");
+                  printable(method, 60), format.empty() ? "\"" : "\", format \"",
+                  printable(format, 60), format.empty() ? "" : "\"",
+                  "), which this version does not read; use the bf16 one");
   }
 }
 

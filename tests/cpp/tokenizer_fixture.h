@@ -55,10 +55,14 @@ inline std::map<std::string, int> special() {
 inline std::string config() {
   std::string entries;
   for (const auto& [name, id] : special()) {
-    entries += (entries.empty() ? "" : ", ") + ("\"" + std::to_string(id)) +
-               "\": {\"content\": \"" + name + "\", \"special\": true}";
+    if (!entries.empty()) entries += ", ";
+    entries += '"';
+    entries += std::to_string(id);
+    entries += R"(": {"content": ")";
+    entries += name;
+    entries += R"(", "special": true})";
   }
-  return "{\"added_tokens_decoder\": {" + entries + "}}";
+  return R"({"added_tokens_decoder": {)" + entries + "}}";
 }
 
 // A byte as tokenizer.json writes it: printable bytes as themselves, the others from U+0100 on.
@@ -77,9 +81,10 @@ inline std::string character(unsigned char byte) {
 }
 
 inline std::string json_string(std::string_view token) {
-  std::string text;
+  std::string text(1, '"');
   for (const char byte : token) text += character(static_cast<unsigned char>(byte));
-  return "\"" + text + "\"";
+  text += '"';
+  return text;
 }
 
 // JSON text of a pattern.
@@ -99,7 +104,10 @@ inline std::string json(std::string_view pattern, const std::vector<std::string>
   for (size_t i = 0; i < all.size(); ++i) ids[all[i]] = i;
   std::string vocab, merges, added;
   for (size_t i = 0; i < all.size(); ++i) {
-    vocab += (i ? "," : "") + json_string(all[i]) + ":" + std::to_string(i);
+    if (i) vocab += ',';
+    vocab += json_string(all[i]);
+    vocab += ':';
+    vocab += std::to_string(i);
     for (size_t cut = 1; cut < all[i].size(); ++cut) {
       const std::string left = all[i].substr(0, cut), right = all[i].substr(cut);
       if (!ids.contains(left) || !ids.contains(right)) continue;
@@ -107,8 +115,12 @@ inline std::string json(std::string_view pattern, const std::vector<std::string>
     }
   }
   for (const auto& [name, id] : special()) {
-    added += (added.empty() ? "" : ",") + ("{\"id\":" + std::to_string(id)) + ",\"content\":\"" +
-             name + "\",\"special\":true}";
+    if (!added.empty()) added += ',';
+    added += R"({"id":)";
+    added += std::to_string(id);
+    added += R"(,"content":")";
+    added += name;
+    added += R"(","special":true})";
   }
   return "{\"added_tokens\":[" + added +
          "],\"normalizer\":null,\"pre_tokenizer\":{\"type\":\"Sequence\",\"pretokenizers\":["

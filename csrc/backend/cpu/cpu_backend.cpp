@@ -23,6 +23,14 @@ BackendStatus cpu_status() {
   return {"cpu", true, std::string("instruction set ") + resolve_isa("").isa};
 }
 
+std::vector<IsaStatus> cpu_isas() {
+  std::vector<IsaStatus> all;
+  for (const KernelTable* table : compiled_isas()) {
+    all.push_back({table->isa, table->supported()});
+  }
+  return all;
+}
+
 CpuBackend::CpuBackend(const BackendOptions& options)
     : kernels_(resolve_isa(options.isa)), pool_(options.threads) {}
 

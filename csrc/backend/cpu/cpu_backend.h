@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <vector>
 
 #include "backend/backend.h"
 
@@ -11,5 +12,6 @@ namespace puna {
 // processor cannot run.
 std::unique_ptr<Backend> make_cpu_backend(const BackendOptions& options);
 BackendStatus cpu_status();
+std::vector<IsaStatus> cpu_isas();  // best first
 
 }  // namespace puna
