@@ -75,7 +75,8 @@ std::shared_ptr<Engine> Engine::load(const LoadOptions& options) {
 
   // What will be needed, before a weight is read.
   const bool vision = options.vision && spec.vision.has_value();
-  const WeightBytes sizes = weight_bytes(weights);
+  const QuantRecipe recipe(options.quant, options.quant_overrides);
+  const PackedBytes sizes = packed_bytes_of(spec, weights, recipe);
   const int64_t needed = sizes.text_packed + (vision ? sizes.vision_packed : 0);
   const int64_t budget = options.memory > 0 ? options.memory : available_memory_bytes();
   if (needed > budget) {
@@ -103,19 +104,15 @@ std::shared_ptr<Engine> Engine::load(const LoadOptions& options) {
   }
 
   const int64_t source_bytes = sizes.text_source + (vision ? sizes.vision_source : 0);
-  const auto progress = [&](int64_t base) -> PackProgress {
-    if (!options.progress) return {};
-    return [&options, base, source_bytes](int64_t done) {
-      options.progress(base + done, source_bytes);
-    };
+  const auto progress = [&options, source_bytes](int64_t done) {
+    if (options.progress) options.progress(done, source_bytes);
   };
-  impl->text = std::make_unique<TextModel>(spec, weights.text, *impl->backend, progress(0));
-  int64_t packed = impl->text->weight_bytes();
-  if (vision) {
-    impl->vision = std::make_unique<VisionModel>(spec, *weights.vision, *impl->backend,
-                                                 progress(sizes.text_source));
-    packed += impl->vision->weight_bytes();
-  }
+  PackingLoader loader(*impl->backend, recipe, progress);
+  impl->text = std::make_unique<TextModel>(spec, weights.text.embed,
+                                           load_text(spec, weights.text, loader), *impl->backend);
+  if (vision)
+    impl->vision =
+        std::make_unique<VisionModel>(spec, load_vision(*weights.vision, loader), *impl->backend);
 
   ModelInfo& info = impl->info;
   const ParameterCount parameters = count_parameters(spec);
@@ -125,7 +122,7 @@ std::shared_ptr<Engine> Engine::load(const LoadOptions& options) {
   info.kv_dtype = name_of(dtype);
   info.parameters = parameters.total;
   info.active_parameters = parameters.active;
-  info.weight_bytes = packed;
+  info.weight_bytes = loader.bytes();
   info.memory_bytes = budget - needed;
   info.context = options.context > 0 ? options.context : fits;
   info.max_context = spec.max_position;

@@ -5,6 +5,7 @@
 
 #include "backend/kv_layout.h"
 #include "io/checkpoint.h"
+#include "model/parameters.h"
 #include "model/weight_map.h"
 
 namespace puna {
@@ -19,7 +20,8 @@ Inspection inspect(const std::string& directory) {
   Inspection report;
   report.spec = read_model_spec(directory);
   const Checkpoint checkpoint(directory);
-  const WeightBytes bytes = weight_bytes(resolve_weights(report.spec, checkpoint));
+  const PackedBytes bytes =
+      packed_bytes_of(report.spec, resolve_weights(report.spec, checkpoint), QuantRecipe());
   report.parameters = count_parameters(report.spec);
   report.weight_bytes = bytes.text_packed + bytes.vision_packed;
   for (const auto& [name, tensor] : checkpoint.tensors()) {

@@ -7,72 +7,13 @@
 
 namespace puna {
 
-namespace {
-
-// W [rows][cols] as torch.nn.Linear stores it.
-MatrixSource linear(const TensorRef& tensor) {
-  return {tensor.dtype, tensor.data, tensor.shape[0], tensor.shape[1], tensor.shape[1], 1};
-}
-
-// Columns [first, first + rows) of expert e of a fused [experts][in][out] tensor, as the [out][in]
-// matrix that computes them.
-MatrixSource expert_columns(const TensorRef& tensor, int64_t e, int64_t first, int64_t rows) {
-  const int64_t in = tensor.shape[1], out = tensor.shape[2];
-  const auto* data = static_cast<const std::byte*>(tensor.data) +
-                     static_cast<size_t>(e * in * out + first) * size_of(tensor.dtype);
-  return {tensor.dtype, data, rows, in, 1, out};
-}
-
-}  // namespace
-
-TextModel::TextModel(const ModelSpec& spec, const TextWeights& weights, Backend& backend,
-                     const PackProgress& progress)
-    : spec_(spec), backend_(backend), embedding_(weights.embed) {
-  for (size_t l = 0; l < spec.layers.size(); ++l) {
-    const LayerSpec& shape = spec.layers[l];
-    const LayerWeights& source = weights.layers[l];
-    Layer layer;
-    layer.input_norm = vector(source.input_norm);
-    layer.post_norm = vector(source.post_norm);
-    layer.qkv = pack({linear(source.q), linear(source.k), linear(source.v)}, progress);
-    layer.output = pack({linear(source.o)}, progress);
-    if (shape.moe) {
-      const int64_t width = shape.intermediate;
-      layer.moe.top_k = shape.top_k;
-      layer.moe.router = pack({linear(source.router)}, progress, /*keep_f32=*/true);
-      layer.moe.shared_gate_up = pack({linear(source.gate), linear(source.up)}, progress);
-      layer.moe.shared_down = pack({linear(source.down)}, progress);
-      for (int64_t e = 0; e < shape.experts; ++e) {
-        layer.moe.gate_up.push_back(
-            pack({expert_columns(source.experts_gate_up, e, 0, 2 * width)}, progress));
-        layer.moe.down.push_back(
-            pack({expert_columns(source.experts_down, e, 0, spec.hidden)}, progress));
-      }
-    } else {
-      layer.gate_up = pack({linear(source.gate), linear(source.up)}, progress);
-      layer.down = pack({linear(source.down)}, progress);
-    }
-    layers_.push_back(std::move(layer));
-  }
-  norm_ = vector(weights.norm);
-  head_ = pack({linear(weights.lm_head)}, progress);
-  inverse_frequencies_ = inverse_frequencies(spec.rope, spec.head_dim);
-}
-
-WeightRef TextModel::pack(std::initializer_list<MatrixSource> parts, const PackProgress& progress,
-                          bool keep_f32) {
-  WeightRef weight =
-      backend_.load_matrix({parts.begin(), parts.size()},
-                           keep_f32 ? MatrixOptions{WeightFormat::kF32} : MatrixOptions{});
-  weight_bytes_ += static_cast<int64_t>(weight.bytes);
-  for (const MatrixSource& part : parts) {
-    packed_bytes_ += part.rows * part.cols * static_cast<int64_t>(size_of(part.dtype));
-  }
-  if (progress) progress(packed_bytes_);
-  return weight;
-}
-
-VectorRef TextModel::vector(const TensorRef& tensor) { return backend_.load_vector({&tensor, 1}); }
+TextModel::TextModel(const ModelSpec& spec, const TensorRef& embedding, TextParameters parameters,
+                     Backend& backend)
+    : spec_(spec),
+      backend_(backend),
+      embedding_(embedding),
+      parameters_(std::move(parameters)),
+      inverse_frequencies_(inverse_frequencies(spec.rope, spec.head_dim)) {}
 
 void TextModel::reserve(int64_t rows) {
   if (rows <= capacity_) return;
@@ -104,8 +45,8 @@ void TextModel::rotate_for(int64_t chunk) {
   }
 }
 
-void TextModel::attend(const Layer& layer, int64_t index, const TextBatch& batch, const KvStore& kv,
-                       ConstRows normed, Rows residual) {
+void TextModel::attend(const TextParameters::Layer& layer, int64_t index, const TextBatch& batch,
+                       const KvStore& kv, ConstRows normed, Rows residual) {
   const LayerSpec& shape = spec_.layers[index];
   const int64_t rows = normed.rows;
   AttentionInput input;
@@ -136,7 +77,11 @@ void TextModel::attend(const Layer& layer, int64_t index, const TextBatch& batch
     first_row += segment.rows;
   }
   input.segments = segments_;
-  backend_.matmul(input.qkv, normed, layer.qkv);
+  int64_t column = 0;
+  for (const WeightRef& piece : layer.qkv) {
+    backend_.matmul({input.qkv.data + column, rows, piece.rows, input.qkv.stride}, normed, piece);
+    column += piece.rows;
+  }
   const Rows attended(attended_.floats(), rows, spec_.heads * spec_.head_dim);
   backend_.attention(attended, input);
   backend_.matmul(residual, attended, layer.output, {.accumulate = true});
@@ -159,9 +104,9 @@ void TextModel::forward(const TextBatch& batch, const KvStore& kv, Rows out,
   for (const TextBatch::Features& part : batch.features) {
     backend_.scatter(hidden, part.features, part.rows);
   }
-  for (size_t l = 0; l < layers_.size(); ++l) {
+  for (size_t l = 0; l < parameters_.layers.size(); ++l) {
     if (poll) poll();
-    const Layer& layer = layers_[l];
+    const TextParameters::Layer& layer = parameters_.layers[l];
     backend_.rms_norm(normed, hidden, layer.input_norm, eps);
     attend(layer, static_cast<int64_t>(l), batch, kv, normed, hidden);
     backend_.rms_norm(normed, hidden, layer.post_norm, eps);
@@ -175,8 +120,8 @@ void TextModel::forward(const TextBatch& batch, const KvStore& kv, Rows out,
   if (wanted == 0) return;
   const Rows last = normed.slice(0, wanted);
   backend_.gather(last, hidden, batch.logit_rows);
-  backend_.rms_norm(last, last, norm_, eps);
-  backend_.matmul(out, last, head_);
+  backend_.rms_norm(last, last, parameters_.norm, eps);
+  backend_.matmul(out, last, parameters_.head);
 }
 
 }  // namespace puna

@@ -3,22 +3,19 @@
 
 #include <cstdint>
 #include <functional>
-#include <initializer_list>
 #include <memory>
 #include <span>
 #include <vector>
 
 #include "backend/backend.h"
 #include "kv/kv_store.h"
+#include "model/parameters.h"
 #include "model/spec.h"
-#include "model/weight_map.h"
 
 namespace puna {
 
 // Called between layers; what it throws ends the forward pass.
 using LayerPoll = std::function<void()>;
-// Called as weights are packed, with the bytes of the checkpoint that were done.
-using PackProgress = std::function<void(int64_t)>;
 
 // One forward pass over rows of one or more sequences. Rows of a sequence are consecutive, and a
 // segment does not cross a multiple of its attention chunk (KvStore::room()).
@@ -41,41 +38,27 @@ struct TextBatch {
 
 class TextModel {
  public:
-  // Packs the weights. `spec` and `backend` must outlive the model; so must what keeps the token
-  // embedding mapped, which is read where it lies.
-  TextModel(const ModelSpec& spec, const TextWeights& weights, Backend& backend,
-            const PackProgress& progress);
+  // `spec` and `backend` must outlive the model; so must what keeps the token embedding mapped,
+  // which is read where it lies.
+  TextModel(const ModelSpec& spec, const TensorRef& embedding, TextParameters parameters,
+            Backend& backend);
 
   // out [logit_rows][vocab]. Reads and writes the pages of `kv`, for which apply() made room.
   void forward(const TextBatch& batch, const KvStore& kv, Rows out, const LayerPoll& poll);
 
-  int64_t weight_bytes() const { return weight_bytes_; }
-
  private:
-  struct Layer {
-    VectorRef input_norm, post_norm;
-    WeightRef qkv, output;
-    WeightRef gate_up, down;  // dense layers
-    MoeWeights moe;           // MoE layers
-  };
-
   // residual += attention of the normed rows, which also appends their keys and values.
-  void attend(const Layer& layer, int64_t index, const TextBatch& batch, const KvStore& kv,
-              ConstRows normed, Rows residual);
+  void attend(const TextParameters::Layer& layer, int64_t index, const TextBatch& batch,
+              const KvStore& kv, ConstRows normed, Rows residual);
   // Fills cos_ and sin_ for the batch's positions modulo `chunk` (0 = the positions themselves).
   void rotate_for(int64_t chunk);
   void reserve(int64_t rows);
-  WeightRef pack(std::initializer_list<MatrixSource> parts, const PackProgress& progress,
-                 bool keep_f32 = false);
-  VectorRef vector(const TensorRef& tensor);
 
   const ModelSpec& spec_;
   Backend& backend_;
   TensorRef embedding_;
-  std::vector<Layer> layers_;
-  VectorRef norm_;
-  WeightRef head_;
-  int64_t weight_bytes_ = 0, packed_bytes_ = 0;
+  TextParameters parameters_;
+  std::vector<double> inverse_frequencies_;
 
   // Work space for `capacity_` rows.
   int64_t capacity_ = 0;
@@ -84,7 +67,6 @@ class TextModel {
   std::vector<int64_t> positions_;
   int64_t rotation_chunk_ = -1;
   std::vector<float> cos_, sin_, temperature_;
-  std::vector<double> inverse_frequencies_;
   std::vector<AttentionSegment> segments_;
 };
 

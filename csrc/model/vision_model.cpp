@@ -14,37 +14,14 @@ constexpr int64_t kTilesAtOnce = 4;
 
 }  // namespace
 
-VisionModel::VisionModel(const ModelSpec& spec, const VisionWeights& weights, Backend& backend,
-                         const PackProgress& progress)
-    : spec_(*spec.vision), backend_(backend), grid_(spec_.image_size / spec_.patch_size) {
+VisionModel::VisionModel(const ModelSpec& spec, VisionParameters parameters, Backend& backend)
+    : spec_(*spec.vision),
+      backend_(backend),
+      grid_(spec_.image_size / spec_.patch_size),
+      parameters_(std::move(parameters)) {
   const int64_t shuffled = grid_ / spec_.shuffle_factor;
   tokens_per_tile_ = shuffled * shuffled;
-  patch_embedding_ = matrix({weights.patch_embedding}, progress);
-  start_ = start_rows(weights);
-  pre_norm_ = vector({weights.pre_norm});
-  pre_norm_bias_ = vector({weights.pre_norm_bias});
-  post_norm_ = vector({weights.post_norm});
-  post_norm_bias_ = vector({weights.post_norm_bias});
-  for (const VisionLayerWeights& source : weights.layers) {
-    Layer layer;
-    layer.input_norm = vector({source.input_norm});
-    layer.input_norm_bias = vector({source.input_norm_bias});
-    layer.post_norm = vector({source.post_norm});
-    layer.post_norm_bias = vector({source.post_norm_bias});
-    layer.qkv = matrix({source.q, source.k, source.v}, progress);
-    layer.qkv_bias = vector({source.q_bias, source.k_bias, source.v_bias});
-    layer.output = matrix({source.o}, progress);
-    layer.output_bias = vector({source.o_bias});
-    layer.fc1 = matrix({source.fc1}, progress);
-    layer.fc1_bias = vector({source.fc1_bias});
-    layer.fc2 = matrix({source.fc2}, progress);
-    layer.fc2_bias = vector({source.fc2_bias});
-    layers_.push_back(std::move(layer));
-  }
-  adapter1_ = matrix({weights.adapter_fc1}, progress);
-  adapter2_ = matrix({weights.adapter_fc2}, progress);
-  projector_ = matrix({weights.projector}, progress);
-
+  start_ = start_rows();
   // 2-D RoPE: of the head's pairs, the first half turn by the patch's column + 1, the others by its
   // row + 1; the class token, last, does not turn.
   const int64_t pairs = spec_.hidden / spec_.heads / 2, half = pairs / 2;
@@ -62,32 +39,14 @@ VisionModel::VisionModel(const ModelSpec& spec, const VisionWeights& weights, Ba
   }
 }
 
-VectorRef VisionModel::start_rows(const VisionWeights& weights) {
+VectorRef VisionModel::start_rows() {
   const int64_t tokens = grid_ * grid_ + 1, dim = spec_.hidden;
-  const VectorRef positions = vector({weights.positions});
-  const VectorRef class_embedding = vector({weights.class_embedding});
   std::vector<float> rows(static_cast<size_t>(tokens * dim)), last(static_cast<size_t>(dim));
-  backend_.to_host(rows.data(), {positions.get(), tokens, dim});
-  backend_.to_host(last.data(), {class_embedding.get(), 1, dim});
+  backend_.to_host(rows.data(), {parameters_.positions.get(), tokens, dim});
+  backend_.to_host(last.data(), {parameters_.class_embedding.get(), 1, dim});
   for (int64_t i = 0; i < dim; ++i) rows[(tokens - 1) * dim + i] += last[i];
-  return vector({TensorRef{DType::kF32, 2, {tokens, dim}, rows.data()}});
-}
-
-VectorRef VisionModel::vector(std::initializer_list<TensorRef> parts) {
-  return backend_.load_vector({parts.begin(), parts.size()});
-}
-
-WeightRef VisionModel::matrix(std::initializer_list<TensorRef> parts,
-                              const PackProgress& progress) {
-  std::vector<MatrixSource> sources;
-  for (const TensorRef& part : parts) {
-    sources.push_back({part.dtype, part.data, part.shape[0], part.shape[1], part.shape[1], 1});
-    packed_bytes_ += static_cast<int64_t>(part.bytes());
-  }
-  WeightRef weight = backend_.load_matrix(sources);
-  weight_bytes_ += static_cast<int64_t>(weight.bytes);
-  if (progress) progress(packed_bytes_);
-  return weight;
+  const TensorRef sum{DType::kF32, 2, {tokens, dim}, rows.data()};
+  return backend_.load_vector({&sum, 1});
 }
 
 void VisionModel::encode(Rows out, std::span<const float> pixels, int64_t tiles,
@@ -121,14 +80,14 @@ void VisionModel::encode_group(Rows out, const float* pixels, int64_t tiles,
   for (int64_t t = 0; t < tiles; ++t) {
     const Rows tile = hidden.slice(t * tokens, tokens);
     backend_.gather(tile, {start_.get(), tokens, dim}, every);
-    backend_.matmul(tile.slice(0, patches), unfolded.slice(t * patches, patches), patch_embedding_,
-                    {.accumulate = true});
+    backend_.matmul(tile.slice(0, patches), unfolded.slice(t * patches, patches),
+                    parameters_.patch_embedding, {.accumulate = true});
   }
-  backend_.layer_norm(hidden, hidden, pre_norm_, pre_norm_bias_, eps);
+  backend_.layer_norm(hidden, hidden, parameters_.pre_norm, parameters_.pre_norm_bias, eps);
 
   const Rows qkv = scratch(rows, 3 * dim), attended = scratch(rows, dim);
   const Rows inner = scratch(rows, spec_.intermediate);
-  for (const Layer& layer : layers_) {
+  for (const VisionParameters::Layer& layer : parameters_.layers) {
     if (poll) poll();
     backend_.layer_norm(normed, hidden, layer.input_norm, layer.input_norm_bias, eps);
     backend_.matmul(qkv, normed, layer.qkv, {.bias = &layer.qkv_bias});
@@ -139,7 +98,7 @@ void VisionModel::encode_group(Rows out, const float* pixels, int64_t tiles,
     backend_.matmul(inner, normed, layer.fc1, {.bias = &layer.fc1_bias, .gelu = true});
     backend_.matmul(hidden, inner, layer.fc2, {.bias = &layer.fc2_bias, .accumulate = true});
   }
-  backend_.layer_norm(hidden, hidden, post_norm_, post_norm_bias_, eps);
+  backend_.layer_norm(hidden, hidden, parameters_.post_norm, parameters_.post_norm_bias, eps);
 
   // The class token is dropped, neighbouring patches are joined, and the adapter applies GELU after
   // both of its products.
@@ -152,11 +111,11 @@ void VisionModel::encode_group(Rows out, const float* pixels, int64_t tiles,
   const int64_t factor = spec_.shuffle_factor, joined_rows = tiles * tokens_per_tile_;
   const Rows joined = scratch(joined_rows, factor * factor * dim);
   backend_.pixel_shuffle(joined, kept, tiles, grid_, factor);
-  const Rows adapted1 = scratch(joined_rows, adapter1_.rows);
-  const Rows adapted2 = scratch(joined_rows, adapter2_.rows);
-  backend_.matmul(adapted1, joined, adapter1_, {.gelu = true});
-  backend_.matmul(adapted2, adapted1, adapter2_, {.gelu = true});
-  backend_.matmul(out, adapted2, projector_);
+  const Rows adapted1 = scratch(joined_rows, parameters_.adapter1.rows);
+  const Rows adapted2 = scratch(joined_rows, parameters_.adapter2.rows);
+  backend_.matmul(adapted1, joined, parameters_.adapter1, {.gelu = true});
+  backend_.matmul(adapted2, adapted1, parameters_.adapter2, {.gelu = true});
+  backend_.matmul(out, adapted2, parameters_.projector);
 }
 
 }  // namespace puna

@@ -225,10 +225,6 @@ void check_joint_types(const TextWeights& text, const Checkpoint& checkpoint) {
   }
 }
 
-int64_t packed(const TensorRef& tensor) {
-  return tensor.elements() * (tensor.dtype == DType::kBF16 ? 2 : 4);
-}
-
 }  // namespace
 
 TensorPrefixes usual_prefixes(const ModelSpec& spec) {
@@ -258,39 +254,6 @@ ModelWeights resolve_weights(const ModelSpec& spec, const Checkpoint& checkpoint
   if (spec.tied_embeddings) weights.text.lm_head = weights.text.embed;
   check_joint_types(weights.text, checkpoint);
   return weights;
-}
-
-WeightBytes weight_bytes(const ModelWeights& weights) {
-  WeightBytes bytes;
-  const auto text = [&](const TensorRef& tensor) {
-    if (!tensor.data) return;
-    bytes.text_source += static_cast<int64_t>(tensor.bytes());
-    bytes.text_packed += packed(tensor);
-  };
-  const auto vision = [&](const TensorRef& tensor) {
-    bytes.vision_source += static_cast<int64_t>(tensor.bytes());
-    bytes.vision_packed += packed(tensor);
-  };
-  text(weights.text.lm_head);
-  for (const LayerWeights& layer : weights.text.layers) {
-    for (const TensorRef* tensor :
-         {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down,
-          &layer.router, &layer.experts_gate_up, &layer.experts_down}) {
-      text(*tensor);
-    }
-  }
-  if (!weights.vision) return bytes;
-  for (const VisionLayerWeights& layer : weights.vision->layers) {
-    for (const TensorRef* tensor :
-         {&layer.q, &layer.k, &layer.v, &layer.o, &layer.fc1, &layer.fc2}) {
-      vision(*tensor);
-    }
-  }
-  for (const TensorRef* tensor : {&weights.vision->patch_embedding, &weights.vision->adapter_fc1,
-                                  &weights.vision->adapter_fc2, &weights.vision->projector}) {
-    vision(*tensor);
-  }
-  return bytes;
 }
 
 }  // namespace puna

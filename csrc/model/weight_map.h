@@ -72,12 +72,4 @@ std::vector<ExpectedTensor> expected_tensors(const ModelSpec& spec, const Tensor
 // the nearest name, or Unsupported naming a quantisation scheme that is recognised by its tensors.
 ModelWeights resolve_weights(const ModelSpec& spec, const Checkpoint& checkpoint);
 
-// Bytes of the matrices that a backend packs, in the checkpoint and once packed (fp16 becomes
-// fp32). The token embedding stays in the file; norms and biases are too small to count.
-struct WeightBytes {
-  int64_t text_source = 0, vision_source = 0;
-  int64_t text_packed = 0, vision_packed = 0;
-};
-WeightBytes weight_bytes(const ModelWeights& weights);
-
 }  // namespace puna

@@ -1,0 +1,110 @@
+#include "model/parameters.h"
+
+namespace puna {
+
+namespace {
+
+// Columns [first, first + rows) of expert e of a fused [experts][in][out] tensor, as the [out][in]
+// matrix that computes them.
+MatrixSource expert_columns(const TensorRef& tensor, int64_t e, int64_t first, int64_t rows) {
+  const int64_t in = tensor.shape[1], out = tensor.shape[2];
+  const auto* data = static_cast<const std::byte*>(tensor.data) +
+                     static_cast<size_t>(e * in * out + first) * size_of(tensor.dtype);
+  return {tensor.dtype, data, rows, in, 1, out};
+}
+
+}  // namespace
+
+TextParameters load_text(const ModelSpec& spec, const TextWeights& weights, WeightLoader& loader) {
+  TextParameters parameters;
+  const auto matrix = [&](const std::string& name, std::vector<MatrixSource> parts) {
+    return loader.matrix(name, parts);
+  };
+  const auto vector = [&](const std::string& name, const TensorRef& tensor) {
+    return loader.vector(name, {&tensor, 1});
+  };
+  for (size_t l = 0; l < spec.layers.size(); ++l) {
+    const LayerSpec& shape = spec.layers[l];
+    const LayerWeights& source = weights.layers[l];
+    const std::string prefix = "layers." + std::to_string(l) + ".";
+    TextParameters::Layer layer;
+    layer.input_norm = vector(prefix + "input_norm", source.input_norm);
+    layer.post_norm = vector(prefix + "post_norm", source.post_norm);
+    const MatrixSource qkv[] = {linear(source.q), linear(source.k), linear(source.v)};
+    layer.qkv = loader.matrices(prefix + "attention.qkv", qkv, /*split=*/true);
+    layer.output = matrix(prefix + "attention.output", {linear(source.o)});
+    if (shape.moe) {
+      const int64_t width = shape.intermediate;
+      layer.moe.top_k = shape.top_k;
+      layer.moe.router = matrix(prefix + "router", {linear(source.router)});
+      layer.moe.shared_gate_up =
+          matrix(prefix + "shared_expert.gate_up", {linear(source.gate), linear(source.up)});
+      layer.moe.shared_down = matrix(prefix + "shared_expert.down", {linear(source.down)});
+      for (int64_t e = 0; e < shape.experts; ++e) {
+        const std::string expert = prefix + "experts." + std::to_string(e) + ".";
+        layer.moe.gate_up.push_back(
+            matrix(expert + "gate_up", {expert_columns(source.experts_gate_up, e, 0, 2 * width)}));
+        layer.moe.down.push_back(
+            matrix(expert + "down", {expert_columns(source.experts_down, e, 0, spec.hidden)}));
+      }
+    } else {
+      layer.gate_up = matrix(prefix + "mlp.gate_up", {linear(source.gate), linear(source.up)});
+      layer.down = matrix(prefix + "mlp.down", {linear(source.down)});
+    }
+    parameters.layers.push_back(std::move(layer));
+  }
+  parameters.norm = vector("norm", weights.norm);
+  parameters.head = matrix("lm_head", {linear(weights.lm_head)});
+  return parameters;
+}
+
+VisionParameters load_vision(const VisionWeights& weights, WeightLoader& loader) {
+  VisionParameters parameters;
+  const auto vector = [&](const std::string& name, std::initializer_list<TensorRef> parts) {
+    return loader.vector("vision." + name, {parts.begin(), parts.size()});
+  };
+  const auto matrix = [&](const std::string& name, std::initializer_list<TensorRef> parts) {
+    std::vector<MatrixSource> sources;
+    for (const TensorRef& part : parts) sources.push_back(linear(part));
+    return loader.matrix("vision." + name, sources);
+  };
+  parameters.patch_embedding = matrix("patch_embedding", {weights.patch_embedding});
+  parameters.positions = vector("positions", {weights.positions});
+  parameters.class_embedding = vector("class_embedding", {weights.class_embedding});
+  parameters.pre_norm = vector("pre_norm", {weights.pre_norm});
+  parameters.pre_norm_bias = vector("pre_norm_bias", {weights.pre_norm_bias});
+  parameters.post_norm = vector("post_norm", {weights.post_norm});
+  parameters.post_norm_bias = vector("post_norm_bias", {weights.post_norm_bias});
+  for (const VisionLayerWeights& source : weights.layers) {
+    const std::string prefix = "layers." + std::to_string(parameters.layers.size()) + ".";
+    VisionParameters::Layer layer;
+    layer.input_norm = vector(prefix + "input_norm", {source.input_norm});
+    layer.input_norm_bias = vector(prefix + "input_norm_bias", {source.input_norm_bias});
+    layer.post_norm = vector(prefix + "post_norm", {source.post_norm});
+    layer.post_norm_bias = vector(prefix + "post_norm_bias", {source.post_norm_bias});
+    layer.qkv = matrix(prefix + "attention.qkv", {source.q, source.k, source.v});
+    layer.qkv_bias =
+        vector(prefix + "attention.qkv_bias", {source.q_bias, source.k_bias, source.v_bias});
+    layer.output = matrix(prefix + "attention.output", {source.o});
+    layer.output_bias = vector(prefix + "attention.output_bias", {source.o_bias});
+    layer.fc1 = matrix(prefix + "mlp.fc1", {source.fc1});
+    layer.fc1_bias = vector(prefix + "mlp.fc1_bias", {source.fc1_bias});
+    layer.fc2 = matrix(prefix + "mlp.fc2", {source.fc2});
+    layer.fc2_bias = vector(prefix + "mlp.fc2_bias", {source.fc2_bias});
+    parameters.layers.push_back(std::move(layer));
+  }
+  parameters.adapter1 = matrix("adapter.fc1", {weights.adapter_fc1});
+  parameters.adapter2 = matrix("adapter.fc2", {weights.adapter_fc2});
+  parameters.projector = matrix("projector", {weights.projector});
+  return parameters;
+}
+
+PackedBytes packed_bytes_of(const ModelSpec& spec, const ModelWeights& weights,
+                            const QuantRecipe& recipe) {
+  MeasuringLoader text(recipe), vision(recipe);
+  load_text(spec, weights.text, text);
+  if (weights.vision) load_vision(*weights.vision, vision);
+  return {text.source_bytes(), text.bytes(), vision.source_bytes(), vision.bytes()};
+}
+
+}  // namespace puna

@@ -1,0 +1,74 @@
+#include "model/weight_loader.h"
+
+#include "backend/checks.h"
+
+
+namespace puna {
+namespace {
+
+// Some consecutive parts, and how they are packed.
+struct Piece {
+  std::span<const MatrixSource> parts;
+  MatrixOptions options;
+
+  int64_t source_bytes() const {
+    int64_t bytes = 0;
+    for (const MatrixSource& part : parts)
+      bytes += static_cast<int64_t>(bytes_of(part.dtype, part.rows * part.cols));
+    return bytes;
+  }
+};
+
+std::vector<Piece> pieces_of(const QuantRecipe& recipe, const std::string& name,
+                             std::span<const MatrixSource> parts, bool split) {
+  const std::optional<WeightFormat> format = recipe.format_of(name);
+  if (format) return {{parts, {format}}};
+  std::vector<Piece> pieces;
+  for (size_t begin = 0; begin < parts.size();) {
+    size_t end = begin + 1;
+    while (end < parts.size() && parts[end].dtype == parts[begin].dtype) ++end;
+    pieces.push_back({parts.subspan(begin, end - begin), {}});
+    begin = end;
+  }
+  if (pieces.size() == 1 || split) return pieces;
+  // Types that no format holds together go to the one that loses least.
+  return {{parts, {WeightFormat::kInt8G32}}};
+}
+
+}  // namespace
+
+std::vector<WeightRef> MeasuringLoader::matrices(const std::string& name,
+                                                 std::span<const MatrixSource> parts, bool split) {
+  std::vector<WeightRef> weights;
+  for (const Piece& piece : pieces_of(recipe_, name, parts, split)) {
+    const MatrixShape shape = check_matrix_parts(piece.parts);
+    const WeightFormat format = target_format(shape, piece.options);
+    weights.push_back(
+        {format, shape.rows, shape.cols, packed_bytes(format, shape.rows, shape.cols), nullptr});
+    bytes_ += static_cast<int64_t>(weights.back().bytes);
+    source_bytes_ += piece.source_bytes();
+  }
+  return weights;
+}
+
+std::vector<WeightRef> PackingLoader::matrices(const std::string& name,
+                                               std::span<const MatrixSource> parts, bool split) {
+  std::vector<WeightRef> weights;
+  for (const Piece& piece : pieces_of(recipe_, name, parts, split)) {
+    weights.push_back(backend_.load_matrix(piece.parts, piece.options));
+    bytes_ += static_cast<int64_t>(weights.back().bytes);
+    done_ += piece.source_bytes();
+    if (progress_) progress_(done_);
+  }
+  return weights;
+}
+
+VectorRef PackingLoader::vector(const std::string&, std::span<const TensorRef> parts) {
+  return backend_.load_vector(parts);
+}
+
+MatrixSource linear(const TensorRef& tensor) {
+  return {tensor.dtype, tensor.data, tensor.shape[0], tensor.shape[1], tensor.shape[1], 1};
+}
+
+}  // namespace puna

@@ -1,0 +1,74 @@
+// How a model gets its weights: by name, in the order in which it is put together.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "backend/backend.h"
+#include "base/tensor.h"
+#include "model/recipe.h"
+
+namespace puna {
+
+class WeightLoader {
+ public:
+  virtual ~WeightLoader() = default;
+
+  // The matrix of this name (recipe.h) made of `parts`, stacked by rows. One that is made of parts
+  // in formats that cannot be joined comes in several pieces, in the order of rows, if `split`.
+  virtual std::vector<WeightRef> matrices(const std::string& name,
+                                          std::span<const MatrixSource> parts, bool split) = 0;
+  // The vectors joined end to end.
+  virtual VectorRef vector(const std::string& name, std::span<const TensorRef> parts) = 0;
+
+  WeightRef matrix(const std::string& name, std::span<const MatrixSource> parts) {
+    return std::move(matrices(name, parts, /*split=*/false).front());
+  }
+  int64_t bytes() const { return bytes_; }  // of the matrices so far, packed
+
+ protected:
+  int64_t bytes_ = 0;
+};
+
+// Packs nothing: adds up what PackingLoader would.
+class MeasuringLoader : public WeightLoader {
+ public:
+  explicit MeasuringLoader(const QuantRecipe& recipe) : recipe_(recipe) {}
+  std::vector<WeightRef> matrices(const std::string& name, std::span<const MatrixSource> parts,
+                                  bool split) override;
+  VectorRef vector(const std::string&, std::span<const TensorRef>) override { return {}; }
+  int64_t source_bytes() const { return source_bytes_; }
+
+ private:
+  const QuantRecipe& recipe_;
+  int64_t source_bytes_ = 0;
+};
+
+// Called as weights are packed, with the bytes of the checkpoint that were done; what it throws
+// ends the load.
+using PackProgress = std::function<void(int64_t)>;
+
+// Packs the weights of a checkpoint as a recipe says. What is passed must outlive it.
+class PackingLoader : public WeightLoader {
+ public:
+  PackingLoader(Backend& backend, const QuantRecipe& recipe, PackProgress progress)
+      : backend_(backend), recipe_(recipe), progress_(std::move(progress)) {}
+
+  std::vector<WeightRef> matrices(const std::string& name, std::span<const MatrixSource> parts,
+                                  bool split) override;
+  VectorRef vector(const std::string& name, std::span<const TensorRef> parts) override;
+
+ private:
+  Backend& backend_;
+  const QuantRecipe& recipe_;
+  PackProgress progress_;
+  int64_t done_ = 0;
+};
+
+// W [rows][columns] as torch.nn.Linear stores it.
+MatrixSource linear(const TensorRef& tensor);
+
+}  // namespace puna
