@@ -15,6 +15,8 @@ struct Command {
 
 constexpr Command kCommands[] = {
     {"ops", "kernels at the shapes of Llama 4 Scout", puna::bench::run_ops},
+    {"model", "prefill and decode of a few layers with random weights", puna::bench::run_model},
+    {"vision", "the vision tower with random weights", puna::bench::run_vision},
 };
 
 void print_usage(std::ostream& out) {

@@ -1,0 +1,288 @@
+// puna-bench model: prefill and decode of a text model of the true layer shapes with random
+// weights, through the whole path of the engine: TextModel, Backend and KvStore.
+#include <algorithm>
+#include <iostream>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "base/error.h"
+#include "bench.h"
+#include "engine/factory.h"
+#include "kernels/cpu/dispatch.h"
+#include "kv/kv_store.h"
+#include "model/parameters.h"
+#include "model/text_model.h"
+#include "platform/system.h"
+#include "routing_probe.h"
+#include "synthetic.h"
+
+namespace puna::bench {
+namespace {
+
+// Of the 202,048 tokens: enough for prompts without repetition, while embedding and head stay small
+// beside the few layers made.
+constexpr int64_t kVocabulary = 2048;
+// Rows of one forward pass, as in the engine.
+constexpr int64_t kBatchRows = 512;
+
+std::string gib(int64_t bytes) {
+  const int64_t tenths = (bytes * 10 + (int64_t{1} << 29)) >> 30;
+  return std::to_string(tenths / 10) + "." + std::to_string(tenths % 10) + " GiB";
+}
+
+// Multiplies and adds of one forward pass over `rows` tokens from `position` on, with logits of the
+// last one; and the bytes of the cache that it reads.
+struct Work {
+  double operations = 0, cache_bytes = 0;
+};
+Work forward_work(const ModelSpec& spec, int64_t position, int64_t rows) {
+  const int64_t queries = spec.heads * spec.head_dim, keys = spec.kv_heads * spec.head_dim;
+  Work work;
+  double weights = 0;  // that each row is multiplied with
+  for (const LayerSpec& layer : spec.layers) {
+    const int64_t feed_forward = 3 * spec.hidden * layer.intermediate;
+    weights += static_cast<double>(spec.hidden * (2 * queries + 2 * keys + layer.experts) +
+                                   feed_forward * (1 + layer.top_k));
+    double seen = 0;  // tokens, by all rows together
+    for (int64_t p = position; p < position + rows; ++p) {
+      seen += static_cast<double>(layer.chunk > 0 ? p % layer.chunk + 1 : p + 1);
+    }
+    work.operations += 4.0 * static_cast<double>(queries) * seen;
+    const int64_t first = layer.chunk > 0 ? position / layer.chunk * layer.chunk : 0;
+    work.cache_bytes += 2.0 * 2.0 * static_cast<double>(keys * (position + rows - first));
+  }
+  work.operations += 2.0 * weights * static_cast<double>(rows);
+  work.operations += 2.0 * static_cast<double>(spec.vocab_size * spec.hidden);
+  return work;
+}
+
+KvGeometry geometry_of(const ModelSpec& spec) {
+  KvGeometry geometry{{DType::kBF16, spec.kv_heads, spec.head_dim}, {}};
+  for (const LayerSpec& layer : spec.layers) geometry.chunk.push_back(layer.chunk);
+  return geometry;
+}
+
+int64_t experts_of(const ModelSpec& spec) {
+  int64_t experts = 0;
+  for (const LayerSpec& layer : spec.layers) experts = std::max(experts, layer.experts);
+  return experts;
+}
+
+int64_t packed_bytes(const ModelSpec& spec, const QuantRecipe& recipe) {
+  ModelWeights weights;
+  for (const ExpectedTensor& tensor : expected_tensors(spec, usual_prefixes(spec), weights)) {
+    tensor.place->dtype = DType::kBF16;
+    tensor.place->data = &weights;  // anything: nothing is read
+    tensor.place->rank = static_cast<int>(tensor.shape.size());
+    std::copy(tensor.shape.begin(), tensor.shape.end(), tensor.place->shape.begin());
+  }
+  return packed_bytes_of(spec, weights, recipe).text_packed;
+}
+
+// With `experts` experts, or if that is 0 with all, halved until they fit into `budget` bytes.
+ModelSpec fitting_spec(const std::string& shape, int64_t layers, int64_t experts,
+                       const QuantRecipe& recipe, int64_t budget) {
+  const auto spec_with = [&](int64_t made) {
+    return published_spec(shape, {.layers = layers, .experts = made, .vocab = kVocabulary});
+  };
+  const int64_t published = experts_of(spec_with(0));
+  if (experts > published) {
+    fail(ErrorCode::kInvalidRequest, "[model] --experts is ", experts, ", and these layers of ",
+         shape, " have ", published);
+  }
+  ModelSpec spec = spec_with(experts);
+  while (experts == 0 && packed_bytes(spec, recipe) > budget && experts_of(spec) > 1) {
+    spec = spec_with(experts_of(spec) / 2);
+  }
+  if (packed_bytes(spec, recipe) > budget) {
+    fail(ErrorCode::kOutOfMemory, "[model] ", layers, " layers of ", shape,
+         published > 0 ? " with " + std::to_string(experts_of(spec)) + " experts" : "", " need ",
+         gib(packed_bytes(spec, recipe)), ", and ", gib(budget),
+         " is free for weights; ask for fewer --layers or --experts");
+  }
+  return spec;
+}
+
+// Sequences of a model, computed with random tokens.
+class Runner {
+ public:
+  Runner(const ModelSpec& spec, Backend& backend, TextModel& model, int64_t depth)
+      : spec_(spec), model_(model), kv_(geometry_of(spec), make_tier(spec)) {
+    logits_ = backend.allocate(static_cast<size_t>(spec.vocab_size) * sizeof(float));
+    start_ = kv_.create();
+    // Zero keys and values: attention takes the same time over any.
+    for (int64_t left = depth; left > 0;) {
+      const KvStore::Append append{start_, std::min({left, kv_.room(start_), kBatchRows})};
+      const KvStore::Plan plan = kv_.plan({&append, 1});
+      kv_.apply(plan);
+      kv_.commit(plan);
+      left -= append.tokens;
+    }
+  }
+
+  // `tokens` more of a copy of the start, `rows` in a pass.
+  void run(int64_t tokens, int64_t rows) {
+    const KvStore::Sequence sequence = kv_.fork(start_);
+    std::mt19937 random(1);
+    std::uniform_int_distribution<int32_t> draw(0, static_cast<int32_t>(spec_.vocab_size) - 1);
+    for (int64_t done = 0; done < tokens;) {
+      const KvStore::Append append{sequence, std::min({tokens - done, kv_.room(sequence), rows})};
+      std::vector<int32_t> ids(static_cast<size_t>(append.tokens));
+      for (int32_t& id : ids) id = draw(random);
+      const TextBatch::Segment segment{sequence, kv_.length(sequence), append.tokens};
+      const auto last = static_cast<int32_t>(append.tokens - 1);
+      const KvStore::Plan plan = kv_.plan({&append, 1});
+      kv_.apply(plan);
+      model_.forward({ids, {&segment, 1}, {}, {&last, 1}}, kv_,
+                     {logits_.floats(), 1, spec_.vocab_size}, {});
+      kv_.commit(plan);
+      done += append.tokens;
+    }
+    kv_.release(sequence);
+  }
+
+ private:
+  static std::unique_ptr<KvTier> make_tier(const ModelSpec& spec) {
+    return make_memory_tier(geometry_of(spec).layout.page_bytes(), 0);
+  }
+
+  const ModelSpec& spec_;
+  TextModel& model_;
+  KvStore kv_;
+  KvStore::Sequence start_ = 0;
+  Buffer logits_;
+};
+
+struct Phase {
+  std::string name;
+  int64_t tokens, rows;  // in all, and in one pass
+  std::vector<double> seconds;
+};
+
+}  // namespace
+
+int run_model(int argc, char** argv) {
+  const Arguments arguments(
+      "model",
+      {{"shape", "NAME", "scout, maverick or guard (default scout)"},
+       {"layers", "N", "layers made (default 4)"},
+       {"experts", "N", "experts made (default: all, halved until they fit)"},
+       {"dtype", "NAME", "bf16, or what weights are quantised to (default bf16)"},
+       {"prompt", "N", "tokens of the prompt (default 512)"},
+       {"tokens", "N", "tokens decoded (default 64)"},
+       {"depth", "N", "tokens already in the cache before either (default 0)"},
+       {"threads", "N", "compute threads (default: the usable cores)"},
+       {"isa", "NAME", "instruction set (default: the best)"},
+       {"rounds", "N", "rounds of which the medians are taken (default 3)"},
+       {"json", nullptr, "print JSON"}},
+      argc, argv);
+  if (arguments.wants_help()) {
+    std::cout << arguments.help();
+    return 0;
+  }
+  const std::string shape = arguments.text("shape", "scout");
+  const std::string dtype = arguments.text("dtype", "bf16");
+  const QuantRecipe recipe(dtype == "bf16" ? "" : dtype, {});
+  const int64_t layers = arguments.integer("layers", 4, 1, 48);
+  const int64_t prompt = arguments.integer("prompt", 512, 1, 1 << 20);
+  const int64_t tokens = arguments.integer("tokens", 64, 1, 1 << 20);
+  const int64_t depth = arguments.integer("depth", 0, 0, (1 << 20) - 1);
+  const int64_t rounds = arguments.integer("rounds", 3, 1, 1000);
+  const auto threads = static_cast<int>(arguments.integer("threads", 0, 1, ThreadPool::kMaxLanes));
+  const std::string isa = arguments.text("isa", "");
+
+  // Beside the weights: what the ceilings read, the block of random numbers, activations and cache.
+  const int64_t beside = Ceilings::kBytes + (int64_t{1} << 30);
+  const ModelSpec spec = fitting_spec(shape, layers, arguments.integer("experts", 0, 1, 128),
+                                      recipe, available_memory_bytes() - beside);
+  const std::unique_ptr<Backend> cpu = make_backend("cpu", {isa, threads});
+  RoutingProbe backend(*cpu);
+  auto source = std::make_unique<SyntheticWeights>(spec);
+  // Read where it lies, so copied from the block, which goes.
+  const TensorRef& table = source->weights().text.embed;
+  const std::vector<uint16_t> embedding(
+      static_cast<const uint16_t*>(table.data),
+      static_cast<const uint16_t*>(table.data) + table.elements());
+  TensorRef embedding_view = table;
+  embedding_view.data = embedding.data();
+  SyntheticLoader loader(backend, recipe, *source);
+  std::unique_ptr<TextModel> model;
+  const double load_seconds = seconds_of([&] {
+    model = std::make_unique<TextModel>(spec, embedding_view,
+                                        load_text(spec, source->weights().text, loader), backend);
+  });
+  source.reset();
+  const KernelTable kernels = resolve_isa(isa);
+  ThreadPool pool(threads);
+  Ceilings ceilings(kernels, pool);
+  Runner runner(spec, backend, *model, depth);
+
+  backend.watch(true);
+  runner.run(prompt, kBatchRows);
+  backend.watch(false);
+  const int64_t seen = backend.experts_seen();
+  const int64_t moe_layers = std::count_if(spec.layers.begin(), spec.layers.end(),
+                                           [](const LayerSpec& layer) { return layer.moe; });
+  const int64_t made = moe_layers * experts_of(spec);
+  Phase phases[] = {{"prefill", prompt, kBatchRows, {}}, {"decode", tokens, 1, {}}};
+  for (int64_t round = 0; round < rounds; ++round) {
+    for (Phase& phase : phases) {
+      ceilings.sample();
+      phase.seconds.push_back(seconds_of([&] { runner.run(phase.tokens, phase.rows); }));
+    }
+  }
+
+  Report report;
+  report.fact("processor", processor_name());
+  report.fact("isa", std::string(kernels.isa));
+  report.fact("threads", static_cast<int64_t>(pool.lanes()));
+  report.fact("memory GiB", static_cast<double>(total_memory_bytes()) / (1 << 30));
+  report.fact("rounds", rounds);
+  report.fact("shape", shape + ", random weights, " + dtype);
+  report.fact("layers made", layers);
+  report.fact("vocabulary made", std::to_string(kVocabulary) + " of 202048");
+  if (moe_layers > 0) {
+    const int64_t published =
+        experts_of(published_spec(shape, {.layers = layers, .vocab = kVocabulary}));
+    report.fact("experts made", std::to_string(experts_of(spec)) + " of " +
+                                    std::to_string(published) + " in " +
+                                    std::to_string(moe_layers) + " layers");
+    report.fact("experts the prompt used", std::to_string(seen) + " of " + std::to_string(made));
+  }
+  report.fact("weights GiB", static_cast<double>(loader.bytes()) / (1 << 30));
+  report.fact("packing seconds", load_seconds);
+  report.fact("peak resident GiB, ceilings' 1 GiB included",
+              static_cast<double>(peak_resident_bytes()) / (1 << 30));
+  report.fact("read GB/s", ceilings.read() / 1e9);
+  report.fact("bf16 peak GFLOP/s", ceilings.bf16() / 1e9);
+  for (const Phase& phase : phases) {
+    double operations = 0, bytes = 0;
+    for (int64_t done = 0; done < phase.tokens; done += phase.rows) {
+      const int64_t rows = std::min(phase.rows, phase.tokens - done);
+      const Work work = forward_work(spec, depth + done, rows);
+      operations += work.operations;
+      // A prompt reads every expert that it uses once, a token its top_k (one) in each layer.
+      const double routed = static_cast<double>(loader.routed_bytes()) /
+                            static_cast<double>(std::max<int64_t>(1, made));
+      bytes += work.cache_bytes + static_cast<double>(loader.bytes() - loader.routed_bytes()) +
+               routed * static_cast<double>(rows == 1 ? moe_layers : seen);
+    }
+    const double seconds = median(phase.seconds);
+    report.row({{"phase", phase.name},
+                {"tokens", phase.tokens},
+                {"depth", depth},
+                {"tokens/s", static_cast<double>(phase.tokens) / seconds},
+                {"best", static_cast<double>(phase.tokens) /
+                             *std::min_element(phase.seconds.begin(), phase.seconds.end())},
+                {"GB/s", bytes / seconds / 1e9},
+                {"% of read", 100 * bytes / seconds / ceilings.read()},
+                {"GFLOP/s", operations / seconds / 1e9},
+                {"% of bf16 peak", 100 * operations / seconds / ceilings.bf16()}});
+  }
+  report.print(std::cout, arguments.has("json"));
+  return 0;
+}
+
+}  // namespace puna::bench

@@ -1,0 +1,110 @@
+// puna-bench vision: the vision tower of Llama 4, in its true size, with random weights.
+#include <algorithm>
+#include <iostream>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "bench.h"
+#include "engine/factory.h"
+#include "kernels/cpu/dispatch.h"
+#include "model/parameters.h"
+#include "model/vision_model.h"
+#include "platform/system.h"
+#include "synthetic.h"
+
+namespace puna::bench {
+namespace {
+
+// Multiplies and adds of products and attention for one tile.
+double tile_operations(const VisionSpec& vision, int64_t text_hidden) {
+  const int64_t patches = vision.grid() * vision.grid(), tokens = patches + 1;
+  const int64_t hidden = vision.hidden, joined = vision.shuffle_factor * vision.shuffle_factor;
+  const int64_t layer =
+      2 * tokens * hidden * (4 * hidden + 2 * vision.intermediate) + 4 * tokens * tokens * hidden;
+  const int64_t adapter =
+      2 * vision.tokens_per_tile() *
+      (joined * hidden * vision.adapter_width + vision.adapter_width * vision.output_width +
+       vision.output_width * text_hidden);
+  const int64_t patch_embedding = 2 * patches * hidden * 3 * vision.patch_size * vision.patch_size;
+  return static_cast<double>(patch_embedding + vision.layers * layer + adapter);
+}
+
+}  // namespace
+
+int run_vision(int argc, char** argv) {
+  const Arguments arguments("vision",
+                            {{"tiles", "N", "tiles encoded together (default: 1, then 5)"},
+                             {"threads", "N", "compute threads (default: the usable cores)"},
+                             {"isa", "NAME", "instruction set (default: the best)"},
+                             {"rounds", "N", "rounds of which the medians are taken (default 3)"},
+                             {"json", nullptr, "print JSON"}},
+                            argc, argv);
+  if (arguments.wants_help()) {
+    std::cout << arguments.help();
+    return 0;
+  }
+  const auto threads = static_cast<int>(arguments.integer("threads", 0, 1, ThreadPool::kMaxLanes));
+  const std::string isa = arguments.text("isa", "");
+  const int64_t rounds = arguments.integer("rounds", 3, 1, 1000);
+
+  // The text model is of no account: one layer, none of it loaded.
+  const ModelSpec spec = published_spec("guard", {.layers = 1, .vocab = 1});
+  const VisionSpec& vision = *spec.vision;
+  const std::unique_ptr<Backend> backend = make_backend("cpu", {isa, threads});
+  auto source = std::make_unique<SyntheticWeights>(spec);
+  const QuantRecipe recipe;
+  SyntheticLoader loader(*backend, recipe, *source);
+  const auto model =
+      std::make_unique<VisionModel>(spec, load_vision(*source->weights().vision, loader), *backend);
+  source.reset();
+  const KernelTable kernels = resolve_isa(isa);
+  ThreadPool pool(threads);
+  Ceilings ceilings(kernels, pool);
+
+  std::vector<Case> cases;
+  std::vector<int64_t> tile_counts = {1, 5};
+  if (arguments.has("tiles")) tile_counts = {arguments.integer("tiles", 1, 1, 1000)};
+  for (const int64_t tiles : tile_counts) {
+    const int64_t rows = tiles * model->tokens_per_tile();
+    const auto out = std::make_shared<Buffer>(
+        backend->allocate(static_cast<size_t>(rows * spec.hidden) * sizeof(float)));
+    const auto pixels = std::make_shared<std::vector<float>>(
+        tiles * 3 * vision.image_size * vision.image_size, 0.25f);
+    cases.push_back({std::to_string(tiles),
+                     tile_operations(vision, spec.hidden) * static_cast<double>(tiles),
+                     [&model, &spec, tiles, rows, out, pixels] {
+                       model->encode({out->floats(), rows, spec.hidden}, *pixels, tiles, {});
+                     },
+                     {}});
+  }
+  for (int64_t round = 0; round < rounds; ++round) {
+    for (Case& encode : cases) {
+      ceilings.sample();
+      encode.sample();
+    }
+  }
+
+  Report report;
+  report.fact("processor", processor_name());
+  report.fact("isa", std::string(kernels.isa));
+  report.fact("threads", static_cast<int64_t>(pool.lanes()));
+  report.fact("memory GiB", static_cast<double>(total_memory_bytes()) / (1 << 30));
+  report.fact("rounds", rounds);
+  report.fact("tower",
+              std::string("34 layers of 1408, tiles of 336 pixels, random bfloat16 weights"));
+  report.fact("weights GiB", static_cast<double>(loader.bytes()) / (1 << 30));
+  report.fact("peak resident GiB, ceilings' 1 GiB included",
+              static_cast<double>(peak_resident_bytes()) / (1 << 30));
+  report.fact("bf16 peak GFLOP/s", ceilings.bf16() / 1e9);
+  for (size_t i = 0; i < cases.size(); ++i) {
+    report.row({{"tiles", tile_counts[i]},
+                {"seconds", median(cases[i].seconds)},
+                {"GFLOP/s", cases[i].median_rate() / 1e9},
+                {"% of bf16 peak", 100 * cases[i].median_rate() / ceilings.bf16()}});
+  }
+  report.print(std::cout, arguments.has("json"));
+  return 0;
+}
+
+}  // namespace puna::bench
