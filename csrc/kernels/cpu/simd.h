@@ -15,6 +15,7 @@
 #endif
 
 #define PUNA_INLINE [[maybe_unused]] static inline __attribute__((always_inline))
+#define PUNA_INLINE_MEMBER inline __attribute__((always_inline))
 
 namespace puna {
 namespace {

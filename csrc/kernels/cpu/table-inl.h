@@ -22,11 +22,11 @@ constexpr KernelTable kernels_as(const char* isa, bool (*supported)()) {
           .gemm_bf16 = gemm_bf16,
           .gemm_quantized =
               {
-#define PUNA_FORMAT(Traits, name) gemm_quantized_plain<Traits>,
+#define PUNA_FORMAT(Traits, name) gemm_quantized<Traits>,
 #include "quant/formats.inc"
 #undef PUNA_FORMAT
               },
-          .quantize_row = quantize_row_plain,
+          .quantize_row = quantize_row,
           .attend_page_f32 = attend_page_f32,
           .attend_page_bf16 = attend_page_bf16,
           .rms_norm = rms_norm,

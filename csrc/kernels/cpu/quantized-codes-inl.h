@@ -1,0 +1,144 @@
+// How a format's block becomes vectors of values, scales and offsets (the layout: quant/panel.h).
+// Nothing here multiplies.
+#pragma once
+
+#include "kernels/cpu/quantized-dot-inl.h"
+#include "quant/panel.h"
+
+#if defined(PUNA_DOT)
+
+namespace puna {
+namespace {
+
+constexpr int kPanelVectors = static_cast<int>(kPanelRows / kCodeRows);
+
+// body(Index<0>{}), ..., body(Index<Count - 1>{}).
+template <int I>
+struct Index {
+  static constexpr int value = I;
+};
+template <int Count, int First = 0, class Body>
+PUNA_INLINE void unrolled(const Body& body) {
+  if constexpr (First < Count) {
+    body(Index<First>{});
+    unrolled<Count, First + 1>(body);
+  }
+}
+
+// The codes of vector S of a slab, times 2^To. `part` is where the rows at hand start, in bytes.
+template <int Bits, int S, int To = 0>
+PUNA_INLINE Codes codes_of(const uint8_t* slab, int64_t part) {
+  if constexpr (Bits == 3 || Bits == 5 || Bits == 6) {
+    constexpr int kLow = Bits == 3 ? 2 : 4;
+    return both(codes_of<kLow, S, To>(slab, part),
+                codes_of<Bits - kLow, S, To + kLow>(slab + 64 * kLow, part));
+  } else if constexpr (Bits == 4) {
+    return bits_of<S / 4 * 4, 4, To>(load_codes(slab + S % 4 * 64 + part));
+  } else if constexpr (Bits == 8) {
+    return load_codes(slab + S * 64 + part);
+  } else {
+    constexpr int kPerByte = 8 / Bits;
+    return bits_of<S % kPerByte * Bits, Bits, To>(load_codes(slab + S / kPerByte * 64 + part));
+  }
+}
+
+// What goes into multiply_codes.
+template <class Format, int S>
+PUNA_INLINE Codes values_of(const uint8_t* slab, int64_t part) {
+  static_assert(!kIsSigned<Format> || Format::kZero == 128);
+  Codes values = codes_of<Format::kBits, S>(slab, part);
+  if constexpr (Format::kTable) values = look_up(kTable16, values);
+  if constexpr (kIsSigned<Format>) values = flip_top_bit(values);  // value - 128
+  return values;
+}
+
+// A block as it lies in a panel. Vector v is rows [v kCodeRows, + kCodeRows).
+template <class Traits>
+struct PackedBlock {
+  using Format = Traits;
+  using Layout = PanelLayout<Format>;
+  // The order in which the vectors of a slab are best taken: those that share bytes are neighbours.
+  static constexpr bool kHalves = Format::kBits == 4 || Format::kBits == 5 || Format::kBits == 6;
+
+  const uint8_t* block;
+
+  template <int S>
+  PUNA_INLINE_MEMBER Codes values(int64_t slab, int v) const {
+    const int64_t row = v * kCodeRows;
+    return values_of<Format, S>(
+        block + Layout::kCodes +
+            (slab * (kPanelRows / kSlabRows) + row / kSlabRows) * Layout::kSlab,
+        row % kSlabRows * 4);
+  }
+  PUNA_INLINE_MEMBER VF scale(int64_t g, int v) const {
+    const VF scale = load_f16(block + Layout::kScale + 2 * v * kCodeRows);
+    if constexpr (!Format::kSubScales) return scale;
+    return scale * load_i8(block + Layout::kSubScale + g * kPanelRows + v * kCodeRows);
+  }
+  PUNA_INLINE_MEMBER VF offset(int64_t g, int v) const {
+    const VF offset = load_f16(block + Layout::kOffsets + 2 * v * kCodeRows);
+    if constexpr (!Format::kSubScales) return offset;
+    return offset * load_u8(block + Layout::kSubOffset + g * kPanelRows + v * kCodeRows);
+  }
+};
+
+// Blocks of kChunkCols columns taken apart once, for products with many rows: 16 KiB of values and
+// up to 8 KiB of scales and offsets, so that they stay in the first cache.
+constexpr int64_t kChunkCols = kMaxBlock;
+constexpr int64_t kUnpackedSlab = 64 * kSlabVectors;
+
+template <class Traits>
+struct Chunk {
+  using Format = Traits;
+  static constexpr int64_t kGroups = kChunkCols / Format::kGroup;
+  static constexpr bool kHalves = false;
+
+  alignas(64) uint8_t codes[kChunkCols * kPanelRows];  // [slab][4][kSlabVectors][64]
+  alignas(64) float scales[kGroups * kPanelRows];      // [kGroups][kPanelRows]
+  alignas(64) float offsets[Format::kOffset ? kGroups * kPanelRows : 1];
+
+  // Takes the block at columns [block kBlock, + kBlock) of the chunk from `packed`.
+  void unpack(int64_t block, const PackedBlock<Format>& packed) {
+    constexpr int64_t kSlabs = Format::kBlock / kSlabCols;
+    for (int64_t slab = 0; slab < kSlabs; ++slab) {
+      for (int v = 0; v < kPanelVectors; ++v) {
+        uint8_t* to = codes + place(block * kSlabs + slab, v);
+        unrolled<kSlabVectors>([&](auto s) __attribute__((always_inline)) {
+          constexpr int kS = decltype(s)::value;
+          store_codes(to + kS * 64, packed.template values<kS>(slab, v));
+        });
+      }
+    }
+    constexpr int64_t kBlockGroups = PanelLayout<Format>::kGroups;
+    for (int64_t g = 0; g < kBlockGroups; ++g) {
+      for (int v = 0; v < kPanelVectors; ++v) {
+        const int64_t at = (block * kBlockGroups + g) * kPanelRows + v * kCodeRows;
+        store(scales + at, packed.scale(g, v));
+        if constexpr (Format::kOffset) store(offsets + at, packed.offset(g, v));
+      }
+    }
+  }
+
+  template <int S>
+  PUNA_INLINE_MEMBER Codes values(int64_t slab, int v) const {
+    return load_codes(codes + place(slab, v) + S * 64);
+  }
+  PUNA_INLINE_MEMBER VF scale(int64_t g, int v) const {
+    return load(scales + g * kPanelRows + v * kCodeRows);
+  }
+  PUNA_INLINE_MEMBER VF offset(int64_t g, int v) const {
+    return load(offsets + g * kPanelRows + v * kCodeRows);
+  }
+
+ private:
+  PUNA_INLINE int64_t place(int64_t slab, int v) {
+    const int64_t row = v * kCodeRows;
+    return (slab * (kPanelRows / kSlabRows) + row / kSlabRows) * kUnpackedSlab +
+           row % kSlabRows * 4;
+  }
+};
+
+}  // namespace
+}  // namespace puna
+
+#endif  // PUNA_DOT
