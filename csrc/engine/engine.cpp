@@ -71,7 +71,8 @@ std::shared_ptr<Engine> Engine::load(const LoadOptions& options) {
   impl->checkpoint = std::make_unique<Checkpoint>(options.path);
   const ModelSpec& spec = impl->spec;
   const ModelWeights weights = resolve_weights(spec, *impl->checkpoint);
-  const DType dtype = kv_dtype(options.kv, spec.dtype);
+  const DType weight_type = stored_type(weights.text);
+  const DType kv_type = kv_dtype(options.kv, weight_type);
 
   // What will be needed, before a weight is read.
   const bool vision = options.vision && spec.vision.has_value();
@@ -90,7 +91,7 @@ std::shared_ptr<Engine> Engine::load(const LoadOptions& options) {
   }
   impl->tokenizer = find_tokenizer(options.path);
   impl->backend = make_backend(options.device, {options.isa, options.threads});
-  const KvGeometry geometry = geometry_of(spec, dtype);
+  const KvGeometry geometry = geometry_of(spec, kv_type);
   impl->kv = std::make_unique<KvStore>(
       geometry, make_memory_tier(geometry.layout.page_bytes(),
                                  options.memory > 0 ? options.memory - needed : 0));
@@ -118,8 +119,8 @@ std::shared_ptr<Engine> Engine::load(const LoadOptions& options) {
   const ParameterCount parameters = count_parameters(spec);
   info.path = options.path;
   info.device = impl->backend->description();
-  info.dtype = name_of(spec.dtype);
-  info.kv_dtype = name_of(dtype);
+  info.dtype = name_of(weight_type);
+  info.kv_dtype = name_of(kv_type);
   info.parameters = parameters.total;
   info.active_parameters = parameters.active;
   info.weight_bytes = loader.bytes();

@@ -20,8 +20,9 @@ Inspection inspect(const std::string& directory) {
   Inspection report;
   report.spec = read_model_spec(directory);
   const Checkpoint checkpoint(directory);
-  const PackedBytes bytes =
-      packed_bytes_of(report.spec, resolve_weights(report.spec, checkpoint), QuantRecipe());
+  const ModelWeights weights = resolve_weights(report.spec, checkpoint);
+  const PackedBytes bytes = packed_bytes_of(report.spec, weights, QuantRecipe());
+  report.dtype = stored_type(weights.text);
   report.parameters = count_parameters(report.spec);
   report.weight_bytes = bytes.text_packed + bytes.vision_packed;
   for (const auto& [name, tensor] : checkpoint.tensors()) {

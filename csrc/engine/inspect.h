@@ -14,6 +14,7 @@ namespace puna {
 
 struct Inspection {
   ModelSpec spec;
+  DType dtype = DType::kBF16;  // of the text model's weights, as stored
   ParameterCount parameters;
   int64_t weight_bytes = 0;        // packed in memory, vision included
   int64_t kv_bytes_per_token = 0;  // layers that keep everything, bf16

@@ -9,8 +9,6 @@
 #include <string>
 #include <vector>
 
-#include "base/dtype.h"
-
 namespace puna {
 
 struct RopeSpec {
@@ -59,8 +57,7 @@ struct ModelSpec {
   std::vector<LayerSpec> layers;
   std::optional<VisionSpec> vision;
 
-  bool multimodal = false;     // of the form Llama4ForConditionalGeneration
-  DType dtype = DType::kBF16;  // as config.json says; each tensor has its own
+  bool multimodal = false;  // of the form Llama4ForConditionalGeneration
   int32_t bos_token = -1, pad_token = -1, image_token = -1;  // -1: none
   std::vector<int32_t> eos_tokens;
   GenerationSpec generation;

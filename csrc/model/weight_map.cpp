@@ -256,4 +256,11 @@ ModelWeights resolve_weights(const ModelSpec& spec, const Checkpoint& checkpoint
   return weights;
 }
 
+DType stored_type(const TextWeights& text) {
+  const DType first = text.layers.front().k.dtype;
+  const bool same = std::all_of(text.layers.begin(), text.layers.end(),
+                                [&](const LayerWeights& layer) { return layer.k.dtype == first; });
+  return same ? first : DType::kF32;
+}
+
 }  // namespace puna

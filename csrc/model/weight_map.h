@@ -72,4 +72,8 @@ std::vector<ExpectedTensor> expected_tensors(const ModelSpec& spec, const Tensor
 // the nearest name, or Unsupported naming a quantisation scheme that is recognised by its tensors.
 ModelWeights resolve_weights(const ModelSpec& spec, const Checkpoint& checkpoint);
 
+// The type that the layers' key projections (so, by resolve_weights, those of values too) are
+// stored in, float32 if several are: what config.json calls it does not matter.
+DType stored_type(const TextWeights& text);
+
 }  // namespace puna
