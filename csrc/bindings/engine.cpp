@@ -98,7 +98,15 @@ std::shared_ptr<Engine> load(const std::string& path, const std::string& device,
                              const std::string& isa, int threads, const std::string& kv,
                              int64_t context, int64_t memory, bool vision,
                              const py::object& progress) {
-  LoadOptions options{path, device, isa, threads, kv, context, memory, vision, {}};
+  LoadOptions options;
+  options.path = path;
+  options.device = device;
+  options.isa = isa;
+  options.threads = threads;
+  options.kv = kv;
+  options.context = context;
+  options.memory = memory;
+  options.vision = vision;
   const Poll signals = signal_poll();
   options.progress = [&](int64_t done, int64_t total) {
     signals();
