@@ -51,7 +51,9 @@ def test_program(programs: Path, name: str) -> None:
 @pytest.fixture(scope="session")
 def sanitized() -> Path:
     return build(
-        ROOT / "build" / "sanitized", "-DPUNA_SANITIZE=address,undefined", "-DCMAKE_BUILD_TYPE=Debug",
+        ROOT / "build" / "sanitized",
+        "-DPUNA_SANITIZE=address,undefined",
+        "-DCMAKE_BUILD_TYPE=Debug",
         "-DCMAKE_CXX_FLAGS_DEBUG=-O1 -g1",
     )
 
@@ -66,7 +68,9 @@ def test_sanitized_program(sanitized: Path, name: str) -> None:
 @pytest.mark.slow
 def test_pool_under_thread_sanitizer() -> None:
     folder = build(
-        ROOT / "build" / "threads", "-DPUNA_SANITIZE=thread", "-DCMAKE_BUILD_TYPE=Debug",
+        ROOT / "build" / "threads",
+        "-DPUNA_SANITIZE=thread",
+        "-DCMAKE_BUILD_TYPE=Debug",
         "-DCMAKE_CXX_FLAGS_DEBUG=-O1 -g1",
     )
     # The fork test of the pool is left out: the sanitizer does not follow a fork of threads.

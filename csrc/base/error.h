@@ -3,6 +3,8 @@
 // (bindings/errors.cpp).
 #pragma once
 
+#include <cstdint>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -23,13 +25,23 @@ enum class ErrorCode {
   kEngineClosed,     // puna.EngineClosed(RuntimeError)
 };
 
+// What a program may want to read out of an error, besides its message.
+struct ErrorFacts {
+  const char* param = nullptr;  // the argument at fault (kInvalidRequest)
+  // What was asked for and what there is: bytes (kOutOfMemory), tokens (kContextOverflow).
+  std::optional<int64_t> asked = {}, limit = {};
+};
+
 class Error : public std::runtime_error {
  public:
-  Error(ErrorCode code, const std::string& message) : std::runtime_error(message), code_(code) {}
+  Error(ErrorCode code, const std::string& message, ErrorFacts facts = {})
+      : std::runtime_error(message), code_(code), facts_(facts) {}
   ErrorCode code() const { return code_; }
+  const ErrorFacts& facts() const { return facts_; }
 
  private:
   ErrorCode code_;
+  ErrorFacts facts_;
 };
 
 // fail(ErrorCode::kModelFormat, "[safetensors] ", path, ": header is ", n, " bytes")
@@ -38,6 +50,13 @@ template <class... Parts>
   std::ostringstream message;
   (message << ... << parts);
   throw Error(code, message.str());
+}
+
+template <class... Parts>
+[[noreturn]] void fail(ErrorCode code, const ErrorFacts& facts, const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw Error(code, message.str(), facts);
 }
 
 }  // namespace puna

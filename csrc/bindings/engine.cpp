@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include <chrono>
+#include <limits>
 
 #include "bindings/module.h"
 #include "puna/engine.h"
@@ -118,9 +119,21 @@ std::shared_ptr<Engine> load(const std::string& path, const std::string& device,
   return Engine::load(options);
 }
 
-std::vector<StepResult> step(Engine& engine, const std::vector<Session*>& sessions) {
+// One token each; sessions that are not done after `seconds` are cancelled within a layer.
+std::vector<StepResult> step(Engine& engine, const std::vector<Session*>& sessions,
+                             double seconds) {
+  const auto start = std::chrono::steady_clock::now();
+  const auto cancel_if_late = [&] {
+    const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - start;
+    if (spent.count() < seconds) return;
+    for (Session* session : sessions) session->cancel();
+  };
   const py::gil_scoped_release release;
-  return engine.step(sessions, signal_poll());
+  cancel_if_late();
+  return engine.step(sessions, [&, signals = signal_poll()] {
+    cancel_if_late();
+    signals();
+  });
 }
 
 py::array_t<float> logits(Engine& engine, std::vector<int32_t> tokens,
@@ -132,19 +145,33 @@ py::array_t<float> logits(Engine& engine, std::vector<int32_t> tokens,
     const py::gil_scoped_release release;
     *values = engine.logits(prompt, cuts, signal_poll());
   }
-  return py::array_t<float>(
-      {static_cast<int64_t>(prompt.tokens.size()), engine.info().vocab_size}, values->data(), owner);
+  return py::array_t<float>({static_cast<int64_t>(prompt.tokens.size()), engine.info().vocab_size},
+                            values->data(), owner);
 }
 
-void begin(Session& session, double temperature, double top_p, int64_t top_k, double min_p,
-           double repetition_penalty, double presence_penalty, double frequency_penalty,
-           std::vector<std::pair<int32_t, double>> logit_bias, uint64_t seed, int64_t max_tokens,
-           int64_t min_tokens, std::vector<int32_t> stop_ids, std::vector<std::string> stop,
-           bool ignore_eos, int logprobs, bool want_logprobs) {
-  const py::gil_scoped_release release;
-  session.begin({temperature, top_p, top_k, min_p, repetition_penalty, presence_penalty,
-                 frequency_penalty, std::move(logit_bias), seed, max_tokens, min_tokens,
-                 std::move(stop_ids), std::move(stop), ignore_eos, logprobs, want_logprobs});
+SamplingOptions sampling(double temperature, double top_p, int64_t top_k, double min_p,
+                         double repetition_penalty, double presence_penalty,
+                         double frequency_penalty,
+                         std::vector<std::pair<int32_t, double>> logit_bias, uint64_t seed,
+                         int64_t max_tokens, int64_t min_tokens, std::vector<int32_t> stop_ids,
+                         std::vector<std::string> stop, bool ignore_eos, int logprobs,
+                         bool want_logprobs) {
+  return {temperature,
+          top_p,
+          top_k,
+          min_p,
+          repetition_penalty,
+          presence_penalty,
+          frequency_penalty,
+          std::move(logit_bias),
+          seed,
+          max_tokens,
+          min_tokens,
+          std::move(stop_ids),
+          std::move(stop),
+          ignore_eos,
+          logprobs,
+          want_logprobs};
 }
 
 }  // namespace
@@ -170,6 +197,12 @@ void bind_engine(py::module_& module) {
           "finish", [](const StepResult& step) { return finish_name(step.finish); },
           "Why the turn ended: None, 'stop', 'length' or 'cancelled'.");
 
+  py::class_<SamplingOptions>(module, "Sampling", "How the tokens of a turn are chosen.")
+      .def(py::init(&sampling), py::kw_only(), "temperature"_a, "top_p"_a, "top_k"_a, "min_p"_a,
+           "repetition_penalty"_a, "presence_penalty"_a, "frequency_penalty"_a, "logit_bias"_a,
+           "seed"_a, "max_tokens"_a, "min_tokens"_a, "stop_ids"_a, "stop"_a, "ignore_eos"_a,
+           "logprobs"_a, "want_logprobs"_a);
+
   py::class_<Session, std::shared_ptr<Session>>(module, "Session", "One sequence of tokens.")
       .def(
           "prompt",
@@ -180,17 +213,8 @@ void bind_engine(py::module_& module) {
           },
           "tokens"_a, "images"_a,
           "Makes (tokens, tiles per image) the session's text, keeping what it shares with it.")
-      .def("begin", &begin, py::kw_only(), "temperature"_a, "top_p"_a, "top_k"_a, "min_p"_a,
-           "repetition_penalty"_a, "presence_penalty"_a, "frequency_penalty"_a, "logit_bias"_a,
-           "seed"_a, "max_tokens"_a, "min_tokens"_a, "stop_ids"_a, "stop"_a, "ignore_eos"_a,
-           "logprobs"_a, "want_logprobs"_a, "Starts a turn with these sampling options.")
-      .def(
-          "step",
-          [](Session& session) {
-            const py::gil_scoped_release release;
-            return session.step(signal_poll());
-          },
-          "Computes one token.")
+      .def("begin", &Session::begin, "options"_a, py::call_guard<py::gil_scoped_release>(),
+           "Starts a turn with these sampling options.")
       .def("cancel", &Session::cancel, "Ends the turn at the next step; from any thread.")
       .def("fork", &Session::fork, py::call_guard<py::gil_scoped_release>(),
            "A session that shares everything computed so far.")
@@ -205,7 +229,11 @@ void bind_engine(py::module_& module) {
           py::return_value_policy::reference_internal, "The tokenizer, or None.")
       .def("session", &Engine::session, py::call_guard<py::gil_scoped_release>(),
            "Opens a session.")
-      .def("step", &step, "sessions"_a, "One token for each session, computed as one batch.")
+      .def("check", &Engine::check, "options"_a,
+           "Raises InvalidRequest if a sampling option is out of range for this model.")
+      .def("step", &step, "sessions"_a, "seconds"_a = std::numeric_limits<double>::infinity(),
+           "One token for each session, computed as one batch. Sessions that have none after so "
+           "many seconds are cancelled.")
       .def("logits", &logits, "tokens"_a, "images"_a, "cuts"_a, "float32 [tokens, vocab].")
       .def(
           "score",

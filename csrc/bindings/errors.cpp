@@ -1,5 +1,7 @@
 #include "bindings/errors.h"
 
+#include <pybind11/stl.h>
+
 #include "puna/error.h"
 
 namespace py = pybind11;
@@ -44,7 +46,18 @@ void register_errors(py::module_&) {
       if (pending) std::rethrow_exception(pending);
     } catch (const Error& error) {
       const py::object type = py::module_::import("puna.errors").attr(class_of(error.code()));
-      py::set_error(type, error.what());
+      const py::object raised = type(error.what());
+      const ErrorFacts& facts = error.facts();
+      if (error.code() == ErrorCode::kInvalidRequest) {
+        if (facts.param) raised.attr("param") = facts.param;
+      } else if (error.code() == ErrorCode::kOutOfMemory) {
+        raised.attr("needed") = facts.asked;
+        raised.attr("available") = facts.limit;
+      } else if (error.code() == ErrorCode::kContextOverflow) {
+        raised.attr("prompt_tokens") = facts.asked;
+        raised.attr("limit") = facts.limit;
+      }
+      py::set_error(type, raised);
     }
   });
 }

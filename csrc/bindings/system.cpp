@@ -30,7 +30,7 @@ py::list backends() {
 py::list isas() {
   py::list all;
   for (const IsaStatus& isa : available_isas()) {
-    all.append(py::make_tuple(isa.name, isa.available));
+    all.append(py::dict("name"_a = isa.name, "available"_a = isa.available));
   }
   return all;
 }
@@ -62,20 +62,19 @@ py::dict inspect_directory(const std::string& directory) {
         name, name_of(tensor.dtype),
         std::vector<int64_t>(tensor.shape.begin(), tensor.shape.begin() + tensor.rank)));
   }
-  return py::dict("path"_a = directory, "parameters"_a = report.parameters.total,
-                  "active_parameters"_a = report.parameters.active,
-                  "weight_bytes"_a = report.weight_bytes, "dtype"_a = name_of(report.dtype),
-                  "layers"_a = spec.layers.size(), "moe_layers"_a = moe_layers,
-                  "experts"_a = experts, "top_k"_a = top_k, "chunked_layers"_a = chunked_layers,
-                  "chunk"_a = chunk, "hidden_size"_a = spec.hidden, "heads"_a = spec.heads,
-                  "kv_heads"_a = spec.kv_heads, "head_dim"_a = spec.head_dim,
-                  "vocab_size"_a = spec.vocab_size, "max_context"_a = spec.max_position,
-                  "kv_bytes_per_token"_a = report.kv_bytes_per_token,
-                  "kv_fixed_bytes"_a = report.kv_fixed_bytes,
-                  "image_size"_a = spec.vision ? spec.vision->image_size : 0,
-                  "tokens_per_tile"_a = spec.vision ? spec.vision->tokens_per_tile() : 0,
-                  "tokenizer"_a = report.tokenizer, "memory"_a = report.memory,
-                  "warnings"_a = spec.warnings, "tensors"_a = tensors);
+  return py::dict(
+      "path"_a = directory, "parameters"_a = report.parameters.total,
+      "active_parameters"_a = report.parameters.active, "weight_bytes"_a = report.weight_bytes,
+      "dtype"_a = name_of(report.dtype), "layers"_a = spec.layers.size(), "moe_layers"_a = moe_layers,
+      "experts"_a = experts, "top_k"_a = top_k, "chunked_layers"_a = chunked_layers,
+      "chunk"_a = chunk, "hidden_size"_a = spec.hidden, "heads"_a = spec.heads,
+      "kv_heads"_a = spec.kv_heads, "head_dim"_a = spec.head_dim, "vocab_size"_a = spec.vocab_size,
+      "max_context"_a = spec.max_position, "kv_bytes_per_token"_a = report.kv_bytes_per_token,
+      "kv_fixed_bytes"_a = report.kv_fixed_bytes,
+      "image_size"_a = spec.vision ? spec.vision->image_size : 0,
+      "tokens_per_tile"_a = spec.vision ? spec.vision->tokens_per_tile() : 0,
+      "tokenizer"_a = report.tokenizer, "memory"_a = report.memory, "warnings"_a = spec.warnings,
+      "tensors"_a = tensors);
 }
 
 }  // namespace
@@ -83,7 +82,7 @@ py::dict inspect_directory(const std::string& directory) {
 void bind_system(py::module_& module) {
   module.def("backends", &backends, "[{name, available, why}] of every backend of this build.");
   module.def("isas", &isas,
-             "[(name, runs here)] of every instruction set of this build, best first.");
+             "[{name, available}] of every instruction set of this build, best first.");
   module.def("system", &system, "Processor, compute threads and memory of this machine.");
   module.def("inspect", &inspect_directory, "directory"_a,
              "Configuration, sizes and tensors of a checkpoint; weights are not read.");

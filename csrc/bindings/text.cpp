@@ -42,7 +42,15 @@ std::vector<int32_t> encode(const Tokenizer& tokenizer, const py::object& text,
     throw py::type_error("encode() takes str or bytes, not " +
                          py::str(py::type::of(text).attr("__name__")).cast<std::string>());
   }
-  const auto bytes = text.cast<std::string>();
+  std::string bytes;
+  if (py::isinstance<py::bytes>(text)) {
+    bytes = text.cast<std::string>();
+  } else {
+    Py_ssize_t size = 0;
+    const char* data = PyUnicode_AsUTF8AndSize(text.ptr(), &size);
+    if (!data) throw py::error_already_set();  // UnicodeEncodeError: half of a surrogate pair
+    bytes.assign(data, static_cast<size_t>(size));
+  }
   const py::gil_scoped_release release;
   return tokenizer.encode(bytes, allowed);
 }

@@ -2,6 +2,7 @@
 #include "puna/engine.h"
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cmath>
 #include <numeric>
@@ -17,15 +18,20 @@ namespace {
 // Memory left to everything else when the context is sized by what is free.
 constexpr double kShareOfFreeMemory = 0.9;
 
-std::string gib(int64_t bytes) {
+std::string in_words(int64_t bytes) {
+  constexpr std::array<const char*, 5> kUnits{"bytes", "KiB", "MiB", "GiB", "TiB"};
+  double amount = static_cast<double>(bytes);
+  size_t unit = 0;
+  for (; amount >= 1024 && unit + 1 < kUnits.size(); ++unit) amount /= 1024;
   std::ostringstream text;
-  text.precision(3);
-  text << static_cast<double>(bytes) / (1 << 30) << " GiB";
+  text.precision(amount < 1000 ? 3 : 4);
+  text << amount << ' ' << kUnits[unit];
   return text.str();
 }
 
 DType kv_dtype(const std::string& wanted, DType weights) {
-  if (wanted == "bf16" || (wanted == "auto" && weights == DType::kBF16)) return DType::kBF16;
+  const bool wide = weights == DType::kF32 || weights == DType::kF16;
+  if (wanted == "bf16" || (wanted == "auto" && !wide)) return DType::kBF16;
   if (wanted == "fp32" || wanted == "auto") return DType::kF32;
   if (wanted == "int8" || wanted == "int4") {
     fail(ErrorCode::kUnsupported, "kv='", wanted,
@@ -81,13 +87,19 @@ std::shared_ptr<Engine> Engine::load(const LoadOptions& options) {
   const int64_t needed = sizes.text_packed + (vision ? sizes.vision_packed : 0);
   const int64_t budget = options.memory > 0 ? options.memory : available_memory_bytes();
   if (needed > budget) {
-    fail(ErrorCode::kOutOfMemory, "[load] the weights need ", gib(needed), " of memory, ",
+    const bool can_leave_vision = vision && sizes.text_packed <= budget;
+    fail(ErrorCode::kOutOfMemory, {.asked = needed, .limit = budget}, "[load] the weights need ",
+         in_words(needed), " of memory, ",
          options.memory > 0 ? "the budget given by memory= is " : "the system has free ",
-         gib(budget), "; use a machine with more, or a smaller checkpoint");
+         in_words(budget),
+         can_leave_vision ? "; vision=False leaves the vision tower on disk and needs "
+                          : "; use a machine with more, or a smaller checkpoint",
+         can_leave_vision ? in_words(sizes.text_packed) : "");
   }
   if (options.context > spec.max_position) {
-    fail(ErrorCode::kContextOverflow, "[load] context=", options.context,
-         " was asked for, the model allows ", spec.max_position);
+    fail(ErrorCode::kContextOverflow, {.asked = options.context, .limit = spec.max_position},
+         "[load] context=", options.context, " was asked for, the model allows ",
+         spec.max_position);
   }
   impl->tokenizer = find_tokenizer(options.path);
   impl->backend = make_backend(options.device, {options.isa, options.threads});
@@ -99,9 +111,12 @@ std::shared_ptr<Engine> Engine::load(const LoadOptions& options) {
   const int64_t fits = context_within(*impl->kv, spec.max_position, room);
   if (options.context > fits || fits < 1) {
     const int64_t asked = std::max<int64_t>(options.context, 1);
-    fail(ErrorCode::kOutOfMemory, "[load] a context of ", asked, " tokens needs ",
-         gib(static_cast<int64_t>(impl->kv->bytes_for(asked))), " of KV cache beside ", gib(needed),
-         " of weights, and ", gib(room), " is left; the largest context that fits is ", fits);
+    const auto cache = static_cast<int64_t>(impl->kv->bytes_for(asked));
+    fail(ErrorCode::kOutOfMemory, {.asked = needed + cache, .limit = needed + room},
+         "[load] a context of ", asked, " tokens needs ", in_words(cache), " of KV cache beside ",
+         in_words(needed), " of weights, and ", in_words(room),
+         " is left; the largest context that fits is ", fits,
+         fits > 0 ? ": use context=" : ": give more memory", fits > 0 ? std::to_string(fits) : "");
   }
 
   const int64_t source_bytes = sizes.text_source + (vision ? sizes.vision_source : 0);
@@ -151,6 +166,16 @@ const ModelInfo& Engine::info() const { return impl_->info; }
 
 const Tokenizer* Engine::tokenizer() const {
   return impl_->tokenizer ? &*impl_->tokenizer : nullptr;
+}
+
+void Engine::check(const SamplingOptions& options) const {
+  impl_->require_open();
+  check_sampling(options, impl_->info.vocab_size);
+  if (!options.stop.empty() && !impl_->tokenizer) {
+    fail(ErrorCode::kInvalidRequest, {.param = "stop"},
+         "[sampling] stop strings need a tokenizer, which this checkpoint lacks; use stop token "
+         "ids");
+  }
 }
 
 std::shared_ptr<Session> Engine::session() {
@@ -224,9 +249,9 @@ std::vector<float> Engine::logits(const Prompt& prompt, std::span<const int64_t>
   const auto vocab = static_cast<size_t>(impl_->info.vocab_size);
   const int64_t bytes = static_cast<int64_t>(prompt.tokens.size() * vocab * sizeof(float));
   if (bytes > available_memory_bytes()) {
-    fail(ErrorCode::kOutOfMemory, "[logits] ", prompt.tokens.size(), " rows of ", vocab,
-         " logits need ", gib(bytes), ", ", gib(available_memory_bytes()),
-         " is free; use score() or a shorter prompt");
+    fail(ErrorCode::kOutOfMemory, {.asked = bytes, .limit = available_memory_bytes()}, "[logits] ",
+         prompt.tokens.size(), " rows of ", vocab, " logits need ", in_words(bytes), ", ",
+         in_words(available_memory_bytes()), " is free; use score() or a shorter prompt");
   }
   std::vector<float> all(prompt.tokens.size() * vocab);
   impl_->evaluate(prompt, cuts, poll, [&](int64_t first, ConstRows rows) {

@@ -29,9 +29,18 @@ double log_sum_exp(std::span<const float> logits) {
   return top + std::log(sum);
 }
 
-void require(bool ok, const char* name, double value, const char* range) {
-  if (!ok)
-    fail(ErrorCode::kInvalidRequest, "[sampling] ", name, " is ", value, "; it must be ", range);
+template <class Number>
+void require(bool ok, const char* name, Number value, const char* range) {
+  if (ok) return;
+  fail(ErrorCode::kInvalidRequest, {.param = name}, "[sampling] ", name, " is ", value,
+       "; it must be ", range);
+}
+
+// An id that an option holds.
+void require_token(int32_t token, int64_t vocab_size, const char* name) {
+  if (token >= 0 && token < vocab_size) return;
+  fail(ErrorCode::kInvalidRequest, {.param = name}, "[sampling] ", name, " holds the token id ",
+       token, "; the vocabulary has the ids 0 to ", vocab_size - 1);
 }
 
 }  // namespace
@@ -45,7 +54,7 @@ void check_sampling(const SamplingOptions& o, int64_t vocab_size) {
   require(o.temperature >= 0 && o.temperature <= 100, "temperature", o.temperature,
           "from 0 to 100");
   require(o.top_p > 0 && o.top_p <= 1, "top_p", o.top_p, "above 0 and at most 1");
-  require(o.top_k >= 0, "top_k", static_cast<double>(o.top_k), "0 (off) or more");
+  require(o.top_k >= 0, "top_k", o.top_k, "0 (off) or more");
   require(o.min_p >= 0 && o.min_p < 1, "min_p", o.min_p, "from 0 (off) to below 1");
   require(o.repetition_penalty > 0 && o.repetition_penalty <= 100, "repetition_penalty",
           o.repetition_penalty, "above 0 and at most 100");
@@ -53,24 +62,27 @@ void check_sampling(const SamplingOptions& o, int64_t vocab_size) {
           "from -100 to 100");
   require(std::abs(o.frequency_penalty) <= 100, "frequency_penalty", o.frequency_penalty,
           "from -100 to 100");
-  require(o.max_tokens >= 0, "max_tokens", static_cast<double>(o.max_tokens), "1 or more");
-  require(o.min_tokens >= 0, "min_tokens", static_cast<double>(o.min_tokens), "0 or more");
-  require(o.max_tokens == 0 || o.min_tokens <= o.max_tokens, "min_tokens",
-          static_cast<double>(o.min_tokens), "at most max_tokens");
+  require(o.max_tokens >= 0, "max_tokens", o.max_tokens, "1 or more");
+  require(o.min_tokens >= 0, "min_tokens", o.min_tokens, "0 or more");
+  if (o.max_tokens > 0 && o.min_tokens > o.max_tokens) {
+    fail(ErrorCode::kInvalidRequest, {.param = "min_tokens"}, "[sampling] min_tokens is ",
+         o.min_tokens, ", more than max_tokens, which is ", o.max_tokens);
+  }
   require(o.logprobs >= 0 && o.logprobs <= vocab_size, "logprobs", o.logprobs,
           "from 0 to the vocabulary's size");
   for (const auto& [token, bias] : o.logit_bias) {
-    require(token >= 0 && token < vocab_size, "a token id of logit_bias", token,
-            "inside the vocabulary");
-    require(bias >= -1e9 && bias <= 1e9, "a value of logit_bias", bias,
-            "finite (use -1e9 to ban a token)");
+    require_token(token, vocab_size, "logit_bias");
+    if (!(bias >= -1e9 && bias <= 1e9)) {
+      fail(ErrorCode::kInvalidRequest, {.param = "logit_bias"}, "[sampling] logit_bias of token ",
+           token, " is ", bias, "; it must be from -1e9 (bans the token) to 1e9");
+    }
   }
-  for (const int32_t token : o.stop_ids) {
-    require(token >= 0 && token < vocab_size, "a token id of stop", token, "inside the vocabulary");
-  }
+  for (const int32_t token : o.stop_ids) require_token(token, vocab_size, "stop");
   for (const std::string& stop : o.stop) {
-    if (stop.empty())
-      fail(ErrorCode::kInvalidRequest, "[sampling] a stop string is empty; leave it out");
+    if (stop.empty()) {
+      fail(ErrorCode::kInvalidRequest, {.param = "stop"},
+           "[sampling] a stop string is empty; leave it out");
+    }
   }
 }
 

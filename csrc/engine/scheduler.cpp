@@ -53,11 +53,18 @@ TokenSequence Engine::Impl::place(const Prompt& prompt) const {
   TokenSequence text;
   text.tokens = prompt.tokens;
   if (text.tokens.empty()) {
-    fail(ErrorCode::kInvalidRequest, "[prompt] the prompt has no tokens; give at least one");
+    fail(ErrorCode::kInvalidRequest, {.param = "prompt"},
+         "[prompt] the prompt has no tokens; give at least one");
   }
   const int64_t length = static_cast<int64_t>(text.tokens.size());
   if (length > info.context) {
-    fail(ErrorCode::kContextOverflow, "[prompt] the prompt has ", length,
+    const ErrorFacts facts{.asked = length, .limit = info.context};
+    if (length > info.max_context) {
+      fail(ErrorCode::kContextOverflow, facts, "[prompt] the prompt has ", length,
+           " tokens, the context holds ", info.context, " and the model allows ", info.max_context,
+           "; shorten it");
+    }
+    fail(ErrorCode::kContextOverflow, facts, "[prompt] the prompt has ", length,
          " tokens, the context holds ", info.context, " (the model allows ", info.max_context,
          "); shorten it or load with context=", length, " or more");
   }
@@ -176,7 +183,8 @@ StepResult Engine::Impl::emit(Session::State& session, std::span<float> row) {
   if (std::find(session.stop_ids.begin(), session.stop_ids.end(), token) !=
       session.stop_ids.end()) {
     session.finish = FinishReason::kStop;
-  } else if (session.decoder) {
+  } else if (session.decoder && token < tokenizer->vocab_size()) {
+    // An id that only pads the vocabulary has no text.
     result.text = session.decoder->push(token);
     if (session.decoder->stopped()) {
       session.finish = FinishReason::kStop;

@@ -67,13 +67,7 @@ void Session::prompt(const Prompt& prompt) {
 
 void Session::begin(const SamplingOptions& options) {
   Engine::Impl& impl = *engine_->impl_;
-  impl.require_open();
-  check_sampling(options, impl.info.vocab_size);
-  if (!options.stop.empty() && !impl.tokenizer) {
-    fail(ErrorCode::kInvalidRequest,
-         "[sampling] stop strings need a tokenizer, which this checkpoint lacks; use stop token "
-         "ids");
-  }
+  engine_->check(options);
   State& state = *state_;
   state.options = options;
   state.sampler = Sampler(options);

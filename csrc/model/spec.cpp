@@ -359,22 +359,6 @@ void read_eos(const Fields& fields, std::vector<int32_t>& eos) {
   for (const int64_t id : *ids) eos.push_back(static_cast<int32_t>(id));
 }
 
-// Each tensor says its own type; this only refuses what no tensor of a readable checkpoint has.
-void check_dtype(const Fields& root, const Fields& text) {
-  // transformers 4 writes torch_dtype, 5 dtype.
-  for (const Fields* fields : {&root, &text}) {
-    for (const char* key : {"torch_dtype", "dtype"}) {
-      std::string name = fields->text(key, "");
-      if (name.starts_with("torch.")) name = name.substr(6);
-      if (name.empty() || name == "auto" || name == "bfloat16" || name == "float16" ||
-          name == "float32") {
-        continue;
-      }
-      fields->bad(key, name, "\"bfloat16\", \"float16\" or \"float32\"", ErrorCode::kUnsupported);
-    }
-  }
-}
-
 void read_generation(const Fields& fields, ModelSpec& spec) {
   spec.bos_token = token(fields, "bos_token_id", spec.bos_token);
   spec.pad_token = token(fields, "pad_token_id", spec.pad_token);
@@ -525,7 +509,6 @@ ModelSpec parse(const std::string& config, const std::string& config_name,
   }
   check_magnitude(spec, root);
 
-  check_dtype(root, text);
   spec.bos_token = token(text, "bos_token_id", -1);
   spec.pad_token = token(text, "pad_token_id", -1);
   read_eos(text, spec.eos_tokens);

@@ -211,6 +211,29 @@ def render(
     return RenderedPrompt(parts, tuple(to_rgb(source) for source in sources))
 
 
+def with_pictures(
+    messages: str | Sequence[Mapping[str, Any]], images: Sequence[Any] | None = None
+) -> list[dict[str, Any]]:
+    """Messages whose image parts hold their decoded pictures, so that they can be kept.
+
+    Args:
+        messages: As for `render`.
+        images: As for `render`.
+
+    Raises:
+        InvalidRequest, ImageError: As for `render`.
+    """
+    conversation, sources = _parse_messages(messages, images)
+    pictures = (to_rgb(source) for source in sources)
+    for message in conversation:
+        if not isinstance(message["content"], str):
+            message["content"] = [
+                {"type": "image", "image": next(pictures)} if part["type"] == "image" else part
+                for part in message["content"]
+            ]
+    return conversation
+
+
 # --- messages ------------------------------------------------------------------------------------
 
 
@@ -308,12 +331,21 @@ def _image_source(part: Mapping[str, Any], name: str) -> Any:
     return source
 
 
+def image_list(images: Sequence[Any] | None) -> list[Any]:
+    """The argument `images` as a list.
+
+    Raises:
+        InvalidRequest: It is not a list; a single picture must stand in one too.
+    """
+    if isinstance(images, str | bytes) or not isinstance(images, Sequence | None):
+        raise InvalidRequest(f"images is {_kind(images)}; it must be a list", param="images")
+    return list(images or ())
+
+
 def _place_images(
     conversation: list[dict[str, Any]], sources: list[Any], images: Sequence[Any] | None
 ) -> list[Any]:
-    if isinstance(images, str | bytes) or not isinstance(images, Sequence | None):
-        raise InvalidRequest(f"images is {_kind(images)}; it must be a list", param="images")
-    images = list(images or ())
+    images = image_list(images)
     open_places = sum(source is _MISSING for source in sources)
     if open_places:
         if open_places != len(images):

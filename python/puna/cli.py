@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,13 @@ _INTERRUPTED = 130  # the shell's convention: 128 + SIGINT
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line; returns the exit status: 0, 1 (failed), 2 (usage) or 130 (Ctrl-C)."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(arguments[:1] if arguments[:1] == ["bench"] else arguments)
+    options.rest = arguments[1:]
     try:
-        return options.run(options)
+        status = options.run(options)
+        sys.stdout.flush()  # here, where a reader that went away can still be told from a fault
+        return status
     except KeyboardInterrupt:
         print("puna: interrupted", file=sys.stderr)
         return _INTERRUPTED
@@ -33,7 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader went away (| head): leave without a traceback when stdout is flushed at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (puna.Error, TypeError, OSError) as error:
+    except UnicodeError as error:
+        print(f"puna: the text is not valid Unicode: {error}", file=sys.stderr)
+        return 1
+    except (puna.Error, TypeError, OSError, MemoryError) as error:
         print(f"puna: {error}", file=sys.stderr)
         return 1
 
@@ -53,9 +59,13 @@ def _parser() -> argparse.ArgumentParser:
         "--image", action="append", metavar="FILE", help="a picture; may be repeated"
     )
     generate.add_argument("--json", action="store_true", help="print the whole result as JSON")
+    generate.add_argument("--n", type=int, help="completions, with --json")
+    generate.add_argument(
+        "--logprobs", type=int, metavar="K", help="of each token and the K likeliest, with --json"
+    )
     _add_sampling(generate)
     _add_loading(generate)
-    generate.set_defaults(run=_generate)
+    generate.set_defaults(run=_generate, parser=generate)
 
     chat = commands.add_parser("chat", help="talk to a model; without one, to the demo")
     chat.add_argument("model", nargs="?", default="demo", help='a checkpoint directory, or "demo"')
@@ -78,10 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     tokenize.add_argument("--json", action="store_true", help="print JSON")
     tokenize.set_defaults(run=_tokenize)
 
-    bench = commands.add_parser(
-        "bench", help="measure speed (passes its arguments to puna-bench)", add_help=False
-    )
-    bench.add_argument("rest", nargs=argparse.REMAINDER)
+    # Its arguments are all puna-bench's, --help too: main() keeps them from this parser.
+    bench = commands.add_parser("bench", help="measure speed (passes its arguments to puna-bench)")
     bench.set_defaults(run=_bench)
 
     demo = commands.add_parser("demo", help="show what the bundled model can do, offline")
@@ -174,49 +182,66 @@ def _text(given: str | None) -> str:
 
 
 def _generate(options: argparse.Namespace) -> int:
+    if not options.json and (options.n is not None or options.logprobs is not None):
+        options.parser.error("--n and --logprobs need --json")
+    # The line break that ends piped input is no part of the prompt.
     prompt = _text(options.prompt)
+    if options.prompt is None:
+        prompt = prompt.removesuffix("\n")
     with _load(options) as llm:
         if options.json:
             call = llm.chat if options.chat else llm.generate
-            result = call(prompt, images=options.image, **_sampling(options))
-            print(json.dumps(asdict(result), default=_jsonable))  # type: ignore[call-overload]
+            result = call(
+                prompt,
+                images=options.image,
+                n=options.n,
+                logprobs=options.logprobs,
+                **_sampling(options),
+            )
+            plain = [asdict(r) for r in result] if isinstance(result, list) else asdict(result)
+            # Bytes as numbers, as in OpenAI's answers: a token may hold half of a character.
+            print(json.dumps(plain, default=list))
             return 0
         stream = llm.stream(
             prompt, images=options.image, raw=not options.chat, **_sampling(options)
         )
-        _print_stream(stream, _remark)
+        last = _print_stream(stream)
+        _remark(last, llm.plan.context)
     return 0
 
 
-def _jsonable(value: Any) -> Any:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
-
-
-def _print_stream(stream: Any, remark: Any = None) -> str:
-    text = ""
+def _print_stream(stream: Iterator[puna.Chunk]) -> puna.Chunk:
+    """Prints the text as it comes; returns the last chunk."""
     for chunk in stream:
         print(chunk.text, end="", flush=True)
-        text += chunk.text
-    print()
-    if remark:
-        remark(chunk)
-    return text
+    print(flush=True)
+    return chunk
 
 
-def _remark(chunk: puna.Chunk) -> None:
+def _remark(last: puna.Chunk, context: int) -> None:
     """Speeds, and why the text ended if it did not end by itself, on stderr."""
-    usage, timings = chunk.usage, chunk.timings
+    usage, timings = last.usage, last.timings
     assert usage and timings
     print(
         f"puna: {usage.prompt} prompt tokens at {timings.prefill_tps:.1f}/s, "
-        f"{usage.completion} generated at {timings.decode_tps:.1f}/s, seed {chunk.seed}",
+        f"{usage.completion} generated at {timings.decode_tps:.1f}/s, seed {last.seed}",
         file=sys.stderr,
     )
-    if chunk.finish_reason == "length":
-        print(
-            f"puna: cut after {usage.completion} tokens (max_tokens or the context)",
-            file=sys.stderr,
+    _say_if_cut(last, context)
+
+
+def _say_if_cut(last: puna.Chunk, context: int) -> None:
+    usage = last.usage
+    assert usage
+    if last.finish_reason == "length":
+        limit = (
+            f"the context holds {context:,}"
+            if usage.total >= context
+            else "--max-tokens allows no more"
         )
+        print(f"puna: cut after {usage.completion:,} tokens: {limit}", file=sys.stderr)
+    elif last.finish_reason == "timeout":
+        print(f"puna: cut after {usage.completion:,} tokens: --timeout is over", file=sys.stderr)
 
 
 _CHAT_HELP = """Commands: /image FILE (adds a picture to your next message), /reset, /exit.
@@ -233,17 +258,16 @@ def _chat(options: argparse.Namespace) -> int:
         print(f"puna: {llm.info.path}\n{_CHAT_HELP}", file=sys.stderr)
         session = _new_conversation(llm, options.system)
         images: list[str] = []
+        interactive = sys.stdin.isatty()
+        status = 0  # a script that pipes its questions wants to know that one failed
         while True:
             try:
-                line = input("> " if sys.stdin.isatty() else "")
+                line = input("> " if interactive else "")
             except EOFError:
-                return 0
-            except KeyboardInterrupt:
-                print(file=sys.stderr)
-                return _INTERRUPTED
+                return status
             command, _, argument = line.strip().partition(" ")
             if command == "/exit":
-                return 0
+                return status
             if command == "/reset":
                 session, images = _new_conversation(llm, options.system), []
             elif command == "/image":
@@ -252,15 +276,20 @@ def _chat(options: argparse.Namespace) -> int:
                     images.append(str(path))
                 else:
                     print(f"puna: there is no file {path}", file=sys.stderr)
+                    status = 0 if interactive else 1
             elif command.startswith("/"):
                 print(_CHAT_HELP, file=sys.stderr)
             elif line.strip():
                 try:
-                    _print_stream(session.stream(line, images=images, **_sampling(options)))
+                    last = _print_stream(session.stream(line, images=images, **_sampling(options)))
+                    _say_if_cut(last, llm.plan.context)
                 except KeyboardInterrupt:
+                    if not interactive:
+                        raise
                     print(file=sys.stderr)
                 except puna.Error as error:
                     print(f"puna: {error}", file=sys.stderr)
+                    status = 0 if interactive else 1
                 images = []
 
 
@@ -296,15 +325,18 @@ def _describe(report: dict[str, Any]) -> list[str]:
         f"parameters   {report['parameters']:,} ({report['active_parameters']:,} active per token)",
         f"layers       {report['layers']}: {moe}, {report['chunked_layers']} chunked"
         + (f" by {report['chunk']}" if report["chunked_layers"] else ""),
-        f"hidden       {report['hidden_size']}, {report['heads']} heads, {report['kv_heads']} KV heads"
-        f" of {report['head_dim']}, vocabulary {report['vocab_size']:,}",
-        f"context      {report['max_context']:,} tokens, {report['kv_bytes_per_token']:,} bytes of KV"
-        f" per token and {size(report['kv_fixed_bytes'])} for the current chunk",
-        f"weights      {size(report['weight_bytes'])} in {report['dtype']}, {len(report['tensors'])} tensors",
+        f"hidden       {report['hidden_size']}, {report['heads']} heads,"
+        f" {report['kv_heads']} KV heads of {report['head_dim']},"
+        f" vocabulary {report['vocab_size']:,}",
+        f"context      {report['max_context']:,} tokens, {report['kv_bytes_per_token']:,} bytes of"
+        f" KV per token and {size(report['kv_fixed_bytes'])} for the current chunk",
+        f"weights      {size(report['weight_bytes'])} in {report['dtype']},"
+        f" {len(report['tensors'])} tensors",
     ]
     if report["image_size"]:
         lines.append(
-            f"vision       tiles of {report['image_size']} pixels, {report['tokens_per_tile']} tokens each"
+            f"vision       tiles of {report['image_size']} pixels,"
+            f" {report['tokens_per_tile']} tokens each"
         )
     lines.append(f"tokenizer    {report['tokenizer'] or 'none'}")
     for context, needed in report["memory"]:

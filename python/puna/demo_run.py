@@ -28,8 +28,8 @@ def run_demo(seed: int | None = None, image_out: str | None = None) -> int:
         parameters = llm.info.parameters / 1e6
         print(
             f"This is puna {puna.__version__} with its demo model: a real Llama 4 in miniature "
-            f"({parameters:.1f}M parameters,\nmixture of experts, chunked attention, vision), trained on a "
-            "small invented world. It knows nothing else.\n"
+            f"({parameters:.1f}M parameters,\nmixture of experts, chunked attention, vision), "
+            "trained on a small invented world. It knows nothing else.\n"
         )
         chunk = _tell(llm, seed)
         _describe(llm, seed, image_out)
@@ -37,8 +37,9 @@ def run_demo(seed: int | None = None, image_out: str | None = None) -> int:
         timings = chunk.timings
         assert timings
         print(
-            f"\nSpeed: {timings.prefill_tps:,.0f} prompt tokens/s, {timings.decode_tps:,.0f} generated "
-            f"tokens/s on {llm.plan.device}; peak memory {timings.peak_bytes / 2**20:.0f} MiB; "
+            f"\nSpeed: {timings.prefill_tps:,.0f} prompt tokens/s, {timings.decode_tps:,.0f} "
+            f"generated tokens/s on {llm.plan.device}; "
+            f"peak memory {timings.peak_bytes / 2**20:.0f} MiB; "
             f"{time.monotonic() - started:.1f} s in all (seed {seed})"
         )
     return 0 if same else 1

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import platform
 import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import puna
@@ -23,7 +25,8 @@ def examine() -> dict[str, Any]:
         "threads": system["threads"],
         "memory_total": system["memory_total"],
         "memory_available": system["memory_available"],
-        "isas": [{"name": name, "runs": runs} for name, runs in puna.isas()],
+        "isas": puna.isas(),
+        "gpu": _gpu(),
         "backends": puna.backends(),
     }
 
@@ -33,9 +36,9 @@ def explain(report: dict[str, Any]) -> str:
     from puna.cli import size
 
     packages = ", ".join(f"{name} {version}" for name, version in report["packages"].items())
-    chosen = next(isa["name"] for isa in report["isas"] if isa["runs"])
+    chosen = next(isa["name"] for isa in report["isas"] if isa["available"])
     others = ", ".join(
-        isa["name"] + ("" if isa["runs"] else " (not here)")
+        isa["name"] + ("" if isa["available"] else " (not here)")
         for isa in report["isas"]
         if isa["name"] != chosen
     )
@@ -45,11 +48,42 @@ def explain(report: dict[str, Any]) -> str:
         f"processor   {report['processor']}, {report['threads']} compute threads",
         f"isa         {chosen} (also built: {others})",
         f"memory      {size(report['memory_available'])} free of {size(report['memory_total'])}",
+        f"gpu         {_gpu_in_words(report['gpu'])}",
     ]
     for backend in report["backends"]:
         state = "yes" if backend["available"] else "no"
         lines.append(f"{'backend':<11} {backend['name']}: {state}, {backend['why']}")
     return "\n".join(lines)
+
+
+def _gpu() -> dict[str, Any]:
+    """Whether the NVIDIA driver and its devices are there; nothing of it is loaded or started."""
+    proc = Path("/proc/driver/nvidia")
+    version = proc / "version"
+    driver = version.read_text(errors="replace").splitlines()[0] if version.is_file() else None
+    names = []
+    for information in sorted(proc.glob("gpus/*/information")):
+        fields = dict(
+            line.split(":", 1) for line in information.read_text().splitlines() if ":" in line
+        )
+        names.append(fields.get("Model", "unknown").strip())
+    return {
+        "driver": driver,
+        "libcuda": ctypes.util.find_library("cuda"),
+        "devices": names,
+        "used": False,  # this version computes on the CPU
+    }
+
+
+def _gpu_in_words(gpu: dict[str, Any]) -> str:
+    devices, driver = ", ".join(gpu["devices"]), gpu["driver"]
+    if devices:
+        seen = f"NVIDIA {devices} ({driver or 'driver of unknown version'})"
+    elif driver or gpu["libcuda"]:
+        seen = f"an NVIDIA driver ({driver or gpu['libcuda']}), but no device"
+    else:
+        seen = "no NVIDIA driver or device"
+    return f"{seen}; this version computes on the CPU"
 
 
 def _installed(name: str) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
-import re
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,16 +17,19 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from puna import _core
+from puna.arguments import amount, ids_of, is_batch, is_ids, tiles_array, token_ids, truth, whole
 from puna.chat_template import (
     ImagePlaceholder,
     RenderedPrompt,
     SpecialToken,
     find_template,
+    image_list,
     render,
+    with_pictures,
 )
 from puna.errors import EngineClosed, InvalidRequest, UnsupportedError
 from puna.images import to_rgb
-from puna.options import Request, parse_request, unknown_keyword
+from puna.options import LOAD_NAMES, Request, parse_request, unknown_keyword
 from puna.types import (
     Chunk,
     Completion,
@@ -40,9 +43,8 @@ from puna.types import (
     Usage,
 )
 
-# A turn that meets no end-of-turn token stops here unless max_tokens says otherwise.
-_DEFAULT_MAX_TOKENS = 4096
 _DEMO_NAME = "demo"
+_LOGGER = logging.getLogger("puna")
 
 Prompt = str | Sequence[int]
 Messages = str | Sequence[Mapping[str, Any]]
@@ -91,14 +93,17 @@ def load(
         DeviceError: The device or instruction set is not available here.
     """
     if unknown:
-        raise unknown_keyword("load", next(iter(unknown)), _LOAD_NAMES)
+        raise unknown_keyword("load", next(iter(unknown)), LOAD_NAMES)
     if quant is not None:
         raise UnsupportedError(
-            f"quant={quant!r} is not available yet; leave it out to compute with the weights as stored"
+            f"quant={quant!r} is not available yet; leave it out: weights stay as they are stored"
         )
+    for name, value in (("kv", kv), ("device", device), ("isa", "" if isa is None else isa)):
+        if not isinstance(value, str):
+            raise InvalidRequest(f"{name} is {value!r:.80}; it must be a string", param=name)
     if kv_offload not in ("auto", "none"):
         raise UnsupportedError(
-            f"kv_offload={kv_offload!r} is not available yet; the KV cache lives in memory: use 'auto'"
+            f"kv_offload={kv_offload!r} is not available yet; use 'auto': the KV cache is in memory"
         )
     if experts not in ("auto", "cpu"):
         raise UnsupportedError(f"experts={experts!r} is not available yet; use 'auto'")
@@ -109,32 +114,17 @@ def load(
             path=os.fspath(path),
             device=device,
             isa=isa or "",
-            threads=_whole("threads", threads),
+            threads=whole("threads", threads, most=(1 << 31) - 1),
             kv=kv,
-            context=_amount("context", context),
-            memory=_amount("memory", memory),
-            vision=vision,
+            context=amount("context", context),
+            memory=amount("memory", memory),
+            vision=truth("vision", vision),
             progress=bar.update if bar else None,
         )
     finally:
         if bar:
             bar.close()
     return Engine(core, path)
-
-
-_LOAD_NAMES = (
-    "quant",
-    "context",
-    "kv",
-    "kv_offload",
-    "device",
-    "experts",
-    "memory",
-    "threads",
-    "vision",
-    "isa",
-    "progress",
-)
 
 
 def demo_directory() -> Path:
@@ -153,6 +143,7 @@ class Engine:
         """Wraps a loaded core engine; use `puna.load`."""
         self._core = core
         self._template = find_template(path)
+        self._warned_of_markup = False
         raw = core.info()
         self._raw_info = raw
         defaults = {
@@ -202,9 +193,23 @@ class Engine:
             images: Pictures for a single prompt, put in front of its text (paths, PIL images,
                 arrays, encoded bytes, base64).
             allow_special: Read special tokens written in the text, such as "<|eot|>", as such.
-            **options: max_tokens, temperature, top_p, top_k, min_p, seed, stop, logprobs, n,
-                repetition_penalty, presence_penalty, frequency_penalty, logit_bias, min_tokens,
-                ignore_eos, timeout (seconds).
+            **options: What is left out or None has its default.
+                max_tokens: Most tokens to generate; by default 4096, which an answer rarely needs.
+                min_tokens: No token that ends the turn before so many; stop strings end it anyway.
+                temperature: 0 takes the most likely token; default of the checkpoint, else 0.6.
+                top_p: Draw from the likeliest tokens that hold this share; the checkpoint's or 0.9.
+                top_k: Draw from the likeliest k; 0 (the default) is off.
+                min_p: Drop tokens below this fraction of the likeliest one's probability.
+                seed: The same seed gives the same text, whatever the number of threads.
+                stop: Strings or token ids (or one of them) that end the turn; not part of the text.
+                logprobs: True for those of the generated tokens, k for the k likeliest as well.
+                n: Completions per prompt, with the seeds seed, seed + 1, ...
+                repetition_penalty: Divides the logits of tokens seen in prompt or answer; 1 is off.
+                presence_penalty: Subtracted from the logits of tokens in the answer.
+                frequency_penalty: The same, times how often they occur.
+                logit_bias: Token id to a number added to its logit; -1e9 bans it.
+                ignore_eos: Go on after tokens that end the turn.
+                timeout: Seconds after which the completion ends as it is.
 
         Returns:
             A Completion per prompt; with n > 1 a list of n per prompt, in order.
@@ -216,8 +221,8 @@ class Engine:
             EngineClosed: close() was called.
         """
         request = self._request("generate", options, ("images", "allow_special"))
-        if _is_batch(prompt):
-            if images:
+        if is_batch(prompt):
+            if images is not None and image_list(images):
                 raise InvalidRequest(
                     "images go with a single prompt, not with a list", param="images"
                 )
@@ -279,12 +284,14 @@ class Engine:
             raise InvalidRequest(
                 f"n is {request.n}; a stream has one answer: use generate", param="n"
             )
-        if raw or _is_ids(prompt):
+        if raw or is_ids(prompt):
             built = self._raw_prompt(prompt, allow_special, images)  # type: ignore[arg-type]
         else:
             built = self._chat_prompt(prompt, images, tools)  # type: ignore[arg-type]
         session = self._core_engine().session()
-        session.prompt(built.tokens, built.pixels)
+        session.prompt(
+            built.tokens, built.pixels
+        )  # refuses what is wrong now, not at the first step
         return self._chunks(session, built, request)
 
     def session(self, path: str | os.PathLike[str] | None = None) -> Session:
@@ -319,20 +326,25 @@ class Engine:
             float32 [T, vocab].
 
         Raises:
-            InvalidRequest: Ids outside the vocabulary, cuts that do not add up, or more or fewer image
-                places than rows.
+            InvalidRequest: Ids outside the vocabulary, cuts that do not add up, or more or fewer
+                image places than rows.
         """
-        ids = np.asarray(tokens)
-        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-            raise InvalidRequest(
-                f"tokens is an array of {ids.dtype} {ids.shape}; it must be one-dimensional and of integers",
-                param="tokens",
-            )
-        pixels = [] if pixel_values is None else [_pixel_values(pixel_values)]
-        return self._core_engine().logits(ids.tolist(), pixels, list(cuts or ()))
+        ids = token_ids(np.asarray(tokens), self.info.vocab_size, "tokens")
+        pixels = [] if pixel_values is None else [tiles_array(pixel_values)]
+        pieces = [whole("cuts", cut) for cut in (() if cuts is None else cuts)]
+        return self._core_engine().logits(ids, pixels, pieces)
 
     def score(self, text: Prompt) -> Score:
-        """Log-probability of a text (with the begin-of-text token in front) or of token ids."""
+        """Log-probability of a text (with the begin-of-text token in front) or of token ids.
+
+        Args:
+            text: Text, or token ids, which are taken as they are.
+
+        Raises:
+            InvalidRequest: There are no tokens, or ids outside the vocabulary.
+            ContextOverflow: The text is longer than the context.
+            EngineClosed: close() was called.
+        """
         tokens = self._raw_prompt(text, False, None).tokens
         logprobs = self._core_engine().score(tokens)
         total = math.fsum(logprobs)
@@ -388,28 +400,46 @@ class Engine:
         return self._core
 
     def _request(self, function: str, options: Mapping[str, Any], other: Sequence[str]) -> Request:
-        self._core_engine()
-        return parse_request(function, options, self.info.defaults, other)
+        core = self._core_engine()
+        request = parse_request(function, options, self.info.defaults, self.info.vocab_size, other)
+        core.check(_core.Sampling(**request.core))
+        return request
 
     def _raw_prompt(
         self, prompt: Prompt, allow_special: bool, images: Sequence[Any] | None
     ) -> _BuiltPrompt:
+        images = image_list(images)
         if not isinstance(prompt, str):
             if images:
                 raise InvalidRequest(
                     "images go with text; with token ids use logits() and pixel_values",
                     param="images",
                 )
-            return _BuiltPrompt([int(token) for token in _ids(prompt)], [])
+            return _BuiltPrompt(token_ids(ids_of(prompt), self.info.vocab_size, "prompt"), [])
         tokenizer = self.tokenizer
+        if not allow_special:
+            self._warn_of_markup(prompt, tokenizer)
         tokens = [] if self.info.bos_token is None else [self.info.bos_token]
         pixels: list[NDArray[np.float32]] = []
-        for image in images or ():
+        for image in images:
             self._place_image(to_rgb(image), tokens, pixels)
         ids = tokenizer.encode(prompt, allowed_special="all" if allow_special else "none")
         if tokens and len(ids) and ids[0] == tokens[0]:
             ids = ids[1:]  # the text brought its own begin-of-text
         return _BuiltPrompt(tokens + list(ids), pixels)
+
+    def _warn_of_markup(self, text: str, tokenizer: _core.Tokenizer) -> None:
+        """Says once that special tokens typed into a raw prompt are plain text."""
+        if self._warned_of_markup or "<|" not in text:
+            return
+        name = next((name for name in tokenizer.special_tokens if name in text), None)
+        if name is not None:
+            self._warned_of_markup = True
+            _LOGGER.warning(
+                "the prompt holds %s, which is read as plain text: use chat(), which applies the "
+                "model's template, or allow_special=True",
+                name,
+            )
 
     def _chat_prompt(
         self,
@@ -441,7 +471,7 @@ class Engine:
     ) -> None:
         if not self.info.image_size:
             raise InvalidRequest(
-                "an image was given, but this model has no vision tower or was loaded with vision=False",
+                "an image was given, but this model has no vision tower or was loaded without",
                 param="images",
             )
         tiles, rows, columns = _core.prepare_image(rgb, self.info.image_size)
@@ -467,32 +497,26 @@ class Engine:
                 jobs.append(job)
         for job in jobs:
             job.begin()
-        deadline = None if request.timeout is None else time.monotonic() + request.timeout
+        deadline = _Deadline(request.timeout)
         running = list(jobs)
         while running:
-            for job, step in zip(
-                running, engine.step([job.session for job in running]), strict=True
-            ):
-                job.take(self._chunk(step), step.finish)
+            steps = engine.step([job.session for job in running], deadline.left())
+            for job, step in zip(running, steps, strict=True):
+                job.take(self._chunk(step), deadline.reason(step.finish))
             running = [job for job in running if job.finish is None]
-            if deadline is not None and time.monotonic() > deadline:
-                for job in running:
-                    job.finish = "timeout"
-                break
         return [self._completion(job) for job in jobs]
 
     def _chunks(
         self, session: _core.Session, prompt: _BuiltPrompt, request: Request
     ) -> Iterator[Chunk]:
+        engine = self._core_engine()
         job = _Job(session, prompt, request, request.seed)
         job.begin()
-        deadline = None if request.timeout is None else time.monotonic() + request.timeout
+        deadline = _Deadline(request.timeout)
         while job.finish is None:
-            step = session.step()
+            step = engine.step([session], deadline.left())[0]
             chunk = self._chunk(step)
-            job.take(chunk, step.finish)
-            if job.finish is None and deadline is not None and time.monotonic() > deadline:
-                job.finish = "timeout"
+            job.take(chunk, deadline.reason(step.finish))
             if job.finish is None:
                 yield chunk
         yield Chunk(
@@ -516,7 +540,9 @@ class Engine:
 
     def _token_logprob(self, token: int, logprob: float) -> TokenLogprob:
         tokenizer = self._core.tokenizer()
-        raw = b"" if tokenizer is None else tokenizer.decode_bytes([token])
+        # Ids that only pad the vocabulary have no text.
+        has_text = tokenizer is not None and token < tokenizer.vocab_size
+        raw = tokenizer.decode_bytes([token]) if tokenizer is not None and has_text else b""
         return TokenLogprob(token, logprob, raw.decode("utf-8", "replace"), raw)
 
     def _completion(self, job: _Job) -> Completion:
@@ -536,8 +562,8 @@ class Engine:
 class Session:
     """A conversation with one model. Made by `Engine.session`.
 
-    The KV cache of everything said so far is kept, so a turn computes only its own tokens. One thread
-    at a time may use a session.
+    The KV cache of everything said so far is kept, so a turn computes only its own tokens.
+    A session gives one answer at a time; fork() makes a second one that continues from here.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -557,7 +583,7 @@ class Session:
             images: Pictures that go with it.
             **options: As for `Engine.generate`, without n.
         """
-        chunks = list(self.stream(message, images=images, **options))
+        chunks = list(self._turn("chat", message, images, options))
         last = chunks[-1]
         assert last.finish_reason and last.usage and last.timings and last.seed is not None
         return Completion(
@@ -574,28 +600,50 @@ class Session:
     def stream(
         self, message: Messages, *, images: Sequence[Any] | None = None, **options: Any
     ) -> Iterator[Chunk]:
-        """As `chat`, piece by piece. If the loop is left early, what was said so far stays."""
-        engine = self._engine
-        request = engine._request("stream", options, ("images",))
+        """As `chat`, piece by piece.
+
+        If the loop is left early, what was said so far stays; if the turn fails before the first
+        word, the conversation is as it was.
+        """
+        return self._turn("stream", message, images, options)
+
+    def _turn(
+        self,
+        function: str,
+        message: Messages,
+        images: Sequence[Any] | None,
+        options: Mapping[str, Any],
+    ) -> Iterator[Chunk]:
+        request = self._engine._request(function, options, ("images",))
         if request.n != 1:
             raise InvalidRequest(f"n is {request.n}; a session has one answer", param="n")
-        added = _user_messages(message, images)
-        prompt = engine._chat_prompt([*self.messages, *added], None, None)
-        return self._run(added, prompt, request)
+        # Decoded once: the conversation is rendered again at every turn.
+        added = with_pictures(message, images)
+        prompt = self._engine._chat_prompt([*self.messages, *added], None, None)
+        return self._run(added, prompt, len(self.messages), request)
 
     def _run(
-        self, added: list[dict[str, Any]], prompt: _BuiltPrompt, request: Request
+        self, added: list[dict[str, Any]], prompt: _BuiltPrompt, before: int, request: Request
     ) -> Iterator[Chunk]:
-        with self._lock:
+        if not self._lock.acquire(blocking=False):
+            raise InvalidRequest(
+                "this session is in the middle of an answer: finish or close() that stream first, "
+                "or fork() before it"
+            )
+        said: list[str] = []
+        try:
+            if (
+                len(self.messages) != before
+            ):  # another turn came between the call and its first step
+                prompt = self._engine._chat_prompt([*self.messages, *added], None, None)
             self._session.prompt(prompt.tokens, prompt.pixels)
-            said: list[str] = []
-            try:
-                for chunk in self._engine._chunks(self._session, prompt, request):
-                    said.append(chunk.text)
-                    yield chunk
-            finally:
-                answer = {"role": "assistant", "content": "".join(said)}
-                self.messages += [*added, answer]
+            for chunk in self._engine._chunks(self._session, prompt, request):
+                said.append(chunk.text)
+                yield chunk
+        finally:
+            if said:
+                self.messages += [*added, {"role": "assistant", "content": "".join(said)}]
+            self._lock.release()
 
     def fork(self) -> Session:
         """A second conversation that continues from here; what was computed is shared."""
@@ -646,15 +694,27 @@ class _Job:
         self.seed = seed
         self.chunks: list[Chunk] = []
         self.finish: FinishReason | None = None
-        self._options = dict(request.core, seed=seed)
-        self._options["max_tokens"] = request.core["max_tokens"] or _DEFAULT_MAX_TOKENS
+        self._options = _core.Sampling(**dict(request.core, seed=seed))
 
     def begin(self) -> None:
-        self.session.begin(**self._options)
+        self.session.begin(self._options)
 
     def take(self, chunk: Chunk, finish: FinishReason | None) -> None:
         self.chunks.append(chunk)
         self.finish = finish
+
+
+class _Deadline:
+    """When a request must end. The core ends it within a layer, as if it were cancelled."""
+
+    def __init__(self, timeout: float | None) -> None:
+        self._end = math.inf if timeout is None else time.monotonic() + timeout
+
+    def left(self) -> float:
+        return self._end - time.monotonic()
+
+    def reason(self, finish: FinishReason | None) -> FinishReason | None:
+        return "timeout" if finish == "cancelled" and self.left() <= 0 else finish
 
 
 class _LoadBar:
@@ -705,90 +765,5 @@ def _timings(raw: Mapping[str, Any]) -> Timings:
     )
 
 
-def _user_messages(message: Messages, images: Sequence[Any] | None) -> list[dict[str, Any]]:
-    """Messages to add to a conversation, with the pictures in the last one."""
-    added = (
-        [{"role": "user", "content": message}]
-        if isinstance(message, str)
-        else [dict(item) for item in message]
-    )
-    if images:
-        content = added[-1]["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
-        # Decoded once: the conversation is rendered again at every turn.
-        pictures = [{"type": "image", "image": to_rgb(image)} for image in images]
-        added[-1]["content"] = [*pictures, *parts]
-    return added
-
-
-def _is_ids(prompt: Any) -> bool:
-    """Whether `prompt` is a sequence of token ids."""
-    if isinstance(prompt, np.ndarray):
-        return prompt.ndim == 1
-    return (
-        isinstance(prompt, Sequence)
-        and not isinstance(prompt, str | bytes)
-        and len(prompt) > 0
-        and hasattr(prompt[0], "__index__")
-    )
-
-
-def _is_batch(prompt: Any) -> bool:
-    if isinstance(prompt, str) or _is_ids(prompt):
-        return False
-    if isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
-        return True
-    raise InvalidRequest(
-        f"the prompt is {type(prompt).__name__}; it must be text, token ids, or a list of either",
-        param="prompt",
-    )
-
-
-def _ids(prompt: Any) -> Sequence[int]:
-    if not _is_ids(prompt):
-        raise InvalidRequest(
-            f"the prompt is {prompt!r:.80}; it must be text or a non-empty list of token ids",
-            param="prompt",
-        )
-    return prompt
-
-
-def _pixel_values(pixel_values: ArrayLike) -> NDArray[np.float32]:
-    pixels = np.ascontiguousarray(pixel_values, dtype=np.float32)
-    if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.shape[2] != pixels.shape[3]:
-        raise InvalidRequest(
-            f"pixel_values has shape {pixels.shape}; it must be (tiles, 3, size, size)",
-            param="pixel_values",
-        )
-    return pixels
-
-
 def _token(raw: int) -> int | None:
     return None if raw < 0 else raw
-
-
-_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
-
-
-def _amount(name: str, value: int | str | None) -> int:
-    """A count given as a number or like "128k", "24GiB"; 0 if not given."""
-    if value is None:
-        return 0
-    if isinstance(value, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", value.lower())
-        if match is None:
-            raise InvalidRequest(
-                f'{name} is {value!r}; write a number, or one like "128k" or "24G"', param=name
-            )
-        value = int(float(match[1]) * _UNITS[match[2]])
-    return _whole(name, value)
-
-
-def _whole(name: str, value: Any) -> int:
-    if value is None:
-        return 0
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < 1:
-        raise InvalidRequest(
-            f"{name} is {value!r}; it must be a whole number of 1 or more", param=name
-        )
-    return value.__index__()

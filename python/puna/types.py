@@ -97,7 +97,7 @@ class Completion:
 class Chunk:
     """A piece of a streamed completion: usually the text of one token. `str(chunk)` is its text.
 
-    The last chunk of a stream has `finish_reason`, `usage` and `timings`; the others have None there.
+    The last chunk of a stream has `finish_reason`, `usage`, `seed` and `timings`; the others None.
     """
 
     text: str

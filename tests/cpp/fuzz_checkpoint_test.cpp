@@ -7,6 +7,7 @@
 #include "checkpoint_fixture.h"
 #include "io/safetensors.h"
 #include "json_mutation.h"
+#include "model/parameters.h"
 #include "puna/engine.h"
 #include "text/pretokenizer.h"
 #include "text/tokenizer.h"
@@ -136,7 +137,7 @@ TEST(mutated_safetensors_files) {
     const puna::Checkpoint checkpoint(directory.path());
     touch(checkpoint.tensors());
     const puna::ModelWeights weights = puna::resolve_weights(spec, checkpoint);
-    CHECK(puna::weight_bytes(weights).text_source > 0);
+    CHECK(puna::packed_bytes_of(spec, weights, puna::QuantRecipe()).text_source > 0);
   });
 }
 

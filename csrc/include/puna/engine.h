@@ -46,6 +46,9 @@ class Engine : public std::enable_shared_from_this<Engine> {
 
   std::shared_ptr<Session> session();
 
+  // Throws InvalidRequest if an option is out of range for this model; Session::begin checks too.
+  void check(const SamplingOptions& options) const;
+
   // One token for each of the sessions, computed as one batch; results in their order. Sessions
   // that have prompt left are prefilled first.
   std::vector<StepResult> step(std::span<Session* const> sessions, const Poll& poll = {});

@@ -1,0 +1,204 @@
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal, TypedDict, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+class _Backend(TypedDict):
+    name: str
+    available: bool
+    why: str
+
+class _Isa(TypedDict):
+    name: str
+    available: bool
+
+class _System(TypedDict):
+    processor: str
+    threads: int
+    memory_total: int
+    memory_available: int
+
+class _Info(TypedDict):
+    path: str
+    device: str
+    dtype: str
+    kv_dtype: str
+    parameters: int
+    active_parameters: int
+    weight_bytes: int
+    memory_bytes: int
+    context: int
+    max_context: int
+    kv_bytes_per_token: int
+    vocab_size: int
+    hidden_size: int
+    layers: int
+    image_size: int
+    tokens_per_tile: int
+    bos_token: int
+    image_token: int
+    eos_tokens: list[int]
+    load_seconds: float
+    warnings: list[str]
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+
+class _Timings(TypedDict):
+    load_seconds: float
+    first_token_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
+    prefill_tokens: int
+    decode_tokens: int
+    cached_tokens: int
+    image_tokens: int
+    kv_bytes: int
+    peak_bytes: int
+
+class _Inspection(TypedDict, total=False):
+    path: str
+    parameters: int
+    active_parameters: int
+    weight_bytes: int
+    dtype: str
+    layers: int
+    moe_layers: int
+    experts: int
+    top_k: int
+    chunked_layers: int
+    chunk: int
+    hidden_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_context: int
+    kv_bytes_per_token: int
+    kv_fixed_bytes: int
+    image_size: int
+    tokens_per_tile: int
+    tokenizer: str
+    memory: list[tuple[int, int]]
+    warnings: list[str]
+    tensors: list[tuple[str, str, tuple[int, ...]]]
+
+@final
+class Tokenizer:
+    @staticmethod
+    def from_file(path: str) -> Tokenizer: ...
+    def encode(
+        self, text: str | bytes, *, allowed_special: str | Iterable[str] = "none"
+    ) -> list[int]: ...
+    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str: ...
+    def decode_bytes(self, ids: Sequence[int], *, skip_special: bool = False) -> bytes: ...
+    def stream_decoder(
+        self, *, stop: Sequence[str] = [], skip_special: bool = True
+    ) -> StreamDecoder: ...
+    def is_special(self, id: int) -> bool: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def special_tokens(self) -> dict[str, int]: ...
+
+@final
+class StreamDecoder:
+    def push(self, id: int) -> str: ...
+    def finish(self) -> str: ...
+    def copy(self) -> StreamDecoder: ...
+    @property
+    def stopped(self) -> bool: ...
+    @property
+    def stop(self) -> str: ...
+
+@final
+class Step:
+    @property
+    def token(self) -> int: ...
+    @property
+    def text(self) -> str: ...
+    @property
+    def logprob(self) -> float | None: ...
+    @property
+    def top(self) -> list[tuple[int, float]]: ...
+    @property
+    def finish(self) -> Literal["stop", "length", "cancelled"] | None: ...
+    @property
+    def stop(self) -> str: ...
+
+@final
+class Sampling:
+    def __init__(
+        self,
+        *,
+        temperature: float,
+        top_p: float,
+        top_k: int,
+        min_p: float,
+        repetition_penalty: float,
+        presence_penalty: float,
+        frequency_penalty: float,
+        logit_bias: Sequence[tuple[int, float]],
+        seed: int,
+        max_tokens: int,
+        min_tokens: int,
+        stop_ids: Sequence[int],
+        stop: Sequence[str],
+        ignore_eos: bool,
+        logprobs: int,
+        want_logprobs: bool,
+    ) -> None: ...
+
+@final
+class Session:
+    def prompt(self, tokens: Sequence[int], images: Sequence[NDArray[np.float32]]) -> None: ...
+    def begin(self, options: Sampling) -> None: ...
+    def cancel(self) -> None: ...
+    def fork(self) -> Session: ...
+    def tokens(self) -> list[int]: ...
+    @property
+    def length(self) -> int: ...
+    def timings(self) -> _Timings: ...
+
+@final
+class Engine:
+    def info(self) -> _Info: ...
+    def tokenizer(self) -> Tokenizer | None: ...
+    def session(self) -> Session: ...
+    def check(self, options: Sampling) -> None: ...
+    def step(self, sessions: Sequence[Session], seconds: float = ...) -> list[Step]: ...
+    def logits(
+        self, tokens: Sequence[int], images: Sequence[NDArray[np.float32]], cuts: Sequence[int]
+    ) -> NDArray[np.float32]: ...
+    def score(self, tokens: Sequence[int]) -> list[float]: ...
+    def close(self) -> None: ...
+    @property
+    def closed(self) -> bool: ...
+
+def load(
+    *,
+    path: str,
+    device: str,
+    isa: str,
+    threads: int,
+    kv: str,
+    context: int,
+    memory: int,
+    vision: bool,
+    progress: Callable[[int, int], object] | None,
+) -> Engine: ...
+def inspect(directory: str) -> _Inspection: ...
+def backends() -> list[_Backend]: ...
+def isas() -> list[_Isa]: ...
+def system() -> _System: ...
+def version() -> str: ...
+def plan_tiles(
+    height: int, width: int, tile: int, max_tiles: int = 16
+) -> tuple[int, int, int, int]: ...
+def prepare_image(
+    rgb: NDArray[np.uint8], tile: int, max_tiles: int = 16
+) -> tuple[NDArray[np.float32], int, int]: ...
+def image_token_layout(
+    rows: int, columns: int, tokens_per_tile: int, ids: Mapping[str, int]
+) -> list[int]: ...

@@ -1,0 +1,202 @@
+"""Threads, interruptions and closing: everything stops within a token, and nothing is mixed up."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+import puna
+
+# Long enough to be in the middle of when something happens, whatever the machine.
+LONG = [5] * 120_000
+ENDLESS: dict[str, Any] = {"ignore_eos": True, "max_tokens": 120_000}
+
+
+def load() -> puna.Engine:
+    return puna.load("demo", progress=False, threads=2)
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[puna.Engine]:
+    with load() as llm:
+        yield llm
+
+
+def interrupt_after(seconds: float) -> threading.Timer:
+    timer = threading.Timer(seconds, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    return timer
+
+
+def test_threads_share_an_engine(llm: puna.Engine) -> None:
+    def work(i: int) -> list[Any]:
+        story = llm.generate("Once upon a time", seed=i, max_tokens=40 + i)
+        answer = llm.chat(
+            f"Tell me a story about a {('fox', 'cat')[i % 2]}.", seed=i, max_tokens=40
+        )
+        session = llm.session()
+        turns = [session.chat(q, seed=i, max_tokens=20).text for q in ("Hello.", "What is it?")]
+        stream = "".join(str(c) for c in llm.stream("Hello.", seed=i, max_tokens=20))
+        assert isinstance(story, puna.Completion)
+        assert isinstance(answer, puna.Completion)
+        logits = llm.logits(list(range(i, 50 + i))).tobytes()
+        score = llm.score("Once upon a time").logprobs
+        return [story.text, answer.text, turns, stream, logits, score]
+
+    expected = [work(i) for i in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(work, range(6))) == expected
+
+
+def test_threads_take_turns(llm: puna.Engine) -> None:
+    done: list[float] = []
+
+    def work() -> None:
+        llm.generate("Once", **ENDLESS | {"max_tokens": 300})
+        done.append(time.monotonic())
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    start = time.monotonic()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    # One after the other would end at 1/3, 2/3 and 3/3 of the time.
+    assert min(done) - start > 0.6 * (max(done) - start)
+
+
+def test_two_threads_do_not_share_a_session(llm: puna.Engine) -> None:
+    session = llm.session()
+    stream = session.stream("Hello.", **ENDLESS)
+    next(stream)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(session.chat, "Hello.")
+        with pytest.raises(puna.InvalidRequest, match="in the middle of an answer"):
+            other.result(timeout=20)
+
+
+def test_computing_lets_other_python_threads_run(llm: puna.Engine) -> None:
+    ticks = 0
+    stop = threading.Event()
+
+    def tick() -> None:
+        nonlocal ticks
+        while not stop.wait(0.001):
+            ticks += 1
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    llm.generate(LONG, timeout=0.5)
+    stop.set()
+    thread.join()
+    assert ticks > 50
+
+
+@pytest.mark.parametrize("call", ["generate", "stream", "logits", "score", "session"])
+def test_ctrl_c_stops_a_long_prompt(llm: puna.Engine, call: str) -> None:
+    session = llm.session()
+    calls = {
+        "generate": lambda: llm.generate(LONG, **ENDLESS | {"max_tokens": 1}),
+        "stream": lambda: list(llm.stream(LONG, **ENDLESS)),
+        "logits": lambda: llm.logits(LONG[:30_000]),
+        "score": lambda: llm.score(LONG),
+        "session": lambda: session.chat("fox " * 50_000),
+    }
+    timer = interrupt_after(0.3)
+    with pytest.raises(KeyboardInterrupt):
+        calls[call]()
+    stopped = time.monotonic()
+    timer.join()
+    assert time.monotonic() - stopped < 1
+    # The engine goes on as if nothing had been asked.
+    assert session.messages == []
+    assert str(session.chat("Tell me a story about a fox.", temperature=0, max_tokens=20)) == str(
+        llm.chat("Tell me a story about a fox.", temperature=0, max_tokens=20)
+    )
+
+
+def test_ctrl_c_keeps_what_a_session_said(llm: puna.Engine) -> None:
+    session = llm.session()
+    said: list[str] = []
+    timer = interrupt_after(0.3)
+    with pytest.raises(KeyboardInterrupt):
+        for chunk in session.stream("Tell me a story about a fox.", **ENDLESS):
+            said.append(chunk.text)
+    timer.join()
+    gc.collect()
+    assert len(said) > 3
+    assert session.messages[-1]["content"].startswith("".join(said))
+    assert session.chat("Hello.", max_tokens=3).usage.completion == 3
+
+
+@pytest.mark.parametrize("call", ["generate", "batch", "stream", "logits", "score"])
+def test_close_from_another_thread(call: str) -> None:
+    llm = load()
+    calls = {
+        "generate": lambda: llm.generate(LONG, **ENDLESS | {"max_tokens": 1}),
+        "batch": lambda: llm.generate(["a", "b"], **ENDLESS),
+        "stream": lambda: list(llm.stream("Hello.", **ENDLESS)),
+        "logits": lambda: llm.logits(LONG[:30_000]),
+        "score": lambda: llm.score(LONG),
+    }
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(calls[call])
+        time.sleep(0.3)
+        assert not running.done()
+        start = time.monotonic()
+        llm.close()
+        assert time.monotonic() - start < 1
+        with pytest.raises(puna.EngineClosed):
+            running.result(timeout=20)
+
+
+def test_breaking_out_frees_what_was_held(llm: puna.Engine) -> None:
+    def held() -> int:
+        result = llm.generate("x", max_tokens=1)
+        assert isinstance(result, puna.Completion)
+        return result.timings.kv_bytes
+
+    before = held()
+    for _ in range(10):
+        for _chunk in llm.stream([5] * 600, **ENDLESS):
+            break
+    assert held() == before
+
+
+def test_engines_are_independent() -> None:
+    with load() as one, load() as two:
+        expected = str(one.generate("Once upon a time", seed=1, max_tokens=20))
+        with ThreadPoolExecutor(2) as pool:
+            results = pool.map(
+                lambda llm: str(llm.generate("Once upon a time", seed=1, max_tokens=20)),
+                [one, two] * 5,
+            )
+            assert set(results) == {expected}
+        one.close()
+        assert str(two.generate("Once upon a time", seed=1, max_tokens=20)) == expected
+
+
+def test_a_forked_process_computes(llm: puna.Engine) -> None:
+    expected = str(llm.generate("Once upon a time", temperature=0, max_tokens=20))
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:  # no assertion may leave this block
+        status = 1
+        try:
+            text = str(llm.generate("Once upon a time", temperature=0, max_tokens=20))
+            os.write(writer, text.encode())
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        assert pipe.read().decode() == expected
+    assert os.waitpid(child, 0)[1] == 0

@@ -1,0 +1,197 @@
+"""Conversations: what a session remembers, and that it computes only what is new."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import puna
+from puna.demo.scene import draw, random_scene
+
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 60}
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[puna.Engine]:
+    with puna.load("demo", progress=False, threads=2) as llm:
+        yield llm
+
+
+def picture(llm: puna.Engine, seed: int) -> Any:
+    return draw(random_scene(random.Random(seed)), llm.info.image_size)
+
+
+def alone(llm: puna.Engine, messages: list[dict[str, Any]], **options: Any) -> puna.Completion:
+    result = llm.chat(messages, **options)
+    assert isinstance(result, puna.Completion)
+    return result
+
+
+def test_turns_are_those_of_the_whole_conversation(llm: puna.Engine) -> None:
+    session = llm.session()
+    held = 0
+    for question in ("Tell me a story about a fox.", "What is it?", "Tell me a story about a cat."):
+        before = list(session.messages)
+        answer = session.chat(question, **GREEDY)
+        whole = alone(llm, [*before, {"role": "user", "content": question}], **GREEDY)
+        assert answer.tokens == whole.tokens
+        assert answer.text == whole.text
+        assert answer.usage.prompt == whole.usage.prompt
+        assert whole.usage.cached == 0
+        # Everything is kept but the token whose logits choose the next one.
+        assert answer.usage.cached >= held - 1
+        held = len(session)
+        assert held == answer.usage.total
+        assert session.messages[-2:] == [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer.text},
+        ]
+
+
+def test_a_long_conversation_passes_chunk_boundaries(llm: puna.Engine) -> None:
+    session = llm.session()
+    while len(session) < 3 * 256:
+        before = list(session.messages)
+        question = f"Tell me a story about a {('fox', 'bear', 'cat')[len(before) % 3]}."
+        answer = session.chat(question, seed=len(before), max_tokens=80)
+        whole = alone(
+            llm,
+            [*before, {"role": "user", "content": question}],
+            seed=len(before),
+            max_tokens=80,
+        )
+        assert answer.tokens == whole.tokens
+
+
+def test_images_stay_in_the_conversation(llm: puna.Engine, tmp_path: Path) -> None:
+    path = tmp_path / "scene.png"
+    picture(llm, 1).save(path)
+    session = llm.session()
+    first = session.chat("What is in this picture?", images=[str(path)], **GREEDY)
+    assert first.usage.image == llm.info.tokens_per_tile
+    path.unlink()  # it was read when it was given
+    second = session.chat("Tell me a story about a fox.", **GREEDY)
+    assert second.usage.image == llm.info.tokens_per_tile
+    assert second.usage.cached >= first.usage.total - 1
+    third = session.chat("And in this one?", images=[picture(llm, 2)], **GREEDY)
+    assert third.usage.image == 2 * llm.info.tokens_per_tile
+    assert third.text == alone(llm, session.messages[:-1], **GREEDY).text
+
+
+def test_another_picture_is_not_the_cached_one(llm: puna.Engine) -> None:
+    question = "What is in this picture?"
+    expected = [
+        alone(llm, [{"role": "user", "content": question}], images=[picture(llm, i)], **GREEDY)
+        for i in (3, 4)
+    ]
+    session = llm.session()
+    for i, wanted in zip((3, 4), expected, strict=True):
+        session.messages.clear()  # the same words again, around another picture
+        answer = session.chat(question, images=[picture(llm, i)], **GREEDY)
+        assert answer.text == wanted.text
+    assert expected[0].text != expected[1].text
+
+
+def test_a_system_message_and_given_history(llm: puna.Engine) -> None:
+    session = llm.session()
+    history = [
+        {"role": "system", "content": "You tell stories."},
+        {"role": "user", "content": "Hello."},
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "Tell me a story about a dog."},
+    ]
+    answer = session.chat(history, **GREEDY)
+    assert answer.text == alone(llm, history, **GREEDY).text
+    assert session.messages == [*history, {"role": "assistant", "content": answer.text}]
+
+
+def test_image_parts_in_messages(llm: puna.Engine) -> None:
+    array = np.asarray(picture(llm, 5))
+    parts = [{"type": "image"}, {"type": "text", "text": "What is in this picture?"}]
+    named = [{"type": "image", "image": array}, parts[1]]
+    answers = {
+        llm.session().chat([{"role": "user", "content": content}], images=images, **GREEDY).text
+        for content, images in ((parts, [array]), (named, None), (parts[1]["text"], [array]))
+    }
+    assert len(answers) == 1
+
+
+def test_forks_go_their_own_ways(llm: puna.Engine) -> None:
+    session = llm.session()
+    session.chat("Tell me a story about a fox.", **GREEDY)
+    fork = session.fork()
+    held = len(session)
+    mine = session.chat("Tell me a story about a cat.", **GREEDY)
+    theirs = fork.chat("Tell me a story about a dog.", **GREEDY)
+    assert theirs.usage.cached >= held - 1
+    assert mine.text == alone(llm, session.messages[:-1], **GREEDY).text
+    assert theirs.text == alone(llm, fork.messages[:-1], **GREEDY).text
+    assert session.messages[:2] == fork.messages[:2]
+    assert len(session.messages) == len(fork.messages) == 4
+
+
+def test_leaving_a_stream_keeps_what_was_said(llm: puna.Engine) -> None:
+    session = llm.session()
+    said = ""
+    for chunk in session.stream("Tell me a story about a fox.", **GREEDY):
+        said += chunk.text
+        if len(said) > 20:
+            break
+    assert session.messages[-1] == {"role": "assistant", "content": said}
+    answer = session.chat("Tell me a story about a cat.", **GREEDY)
+    assert answer.text == alone(llm, session.messages[:-1], **GREEDY).text
+    assert answer.usage.cached > 0
+
+
+def test_a_turn_that_fails_leaves_the_conversation_alone(llm: puna.Engine) -> None:
+    session = llm.session()
+    first = session.chat("Tell me a story about a fox.", **GREEDY)
+    messages = list(session.messages)
+    with pytest.raises(puna.InvalidRequest):
+        session.chat("And then?", top_p=7)
+    with pytest.raises(puna.ImageError):
+        session.chat("And this?", images=["/nowhere.png"])
+    with pytest.raises(puna.InvalidRequest):
+        session.chat([])
+    with pytest.raises(puna.ContextOverflow) as overflow:
+        session.chat("fox " * llm.plan.context)
+    assert overflow.value.limit == llm.plan.context
+    assert session.messages == messages
+    again = session.chat("Tell me a story about a cat.", **GREEDY)
+    assert again.usage.cached >= first.usage.total - 1
+
+
+def test_one_answer_at_a_time(llm: puna.Engine) -> None:
+    session = llm.session()
+    stream = session.stream("Tell me a story about a fox.", **GREEDY)
+    next(stream)
+    with pytest.raises(puna.InvalidRequest, match="in the middle of an answer"):
+        session.chat("Tell me a story about a cat.", **GREEDY)
+    assert session.messages == []
+    stream.close()  # type: ignore[attr-defined]
+    assert len(session.messages) == 2
+    session.chat("Tell me a story about a cat.", **GREEDY)
+    assert len(session.messages) == 4
+
+
+def test_streams_run_in_the_order_they_are_read(llm: puna.Engine) -> None:
+    session = llm.session()
+    first = session.stream("Tell me a story about a fox.", **GREEDY)
+    second = session.stream("Tell me a story about a cat.", **GREEDY)
+    list(first)
+    text = "".join(str(chunk) for chunk in second)
+    assert text == alone(llm, session.messages[:-1], **GREEDY).text
+    assert len(session.messages) == 4
+
+
+def test_saving_is_refused_plainly(llm: puna.Engine, tmp_path: Path) -> None:
+    with pytest.raises(puna.UnsupportedError, match="sessions cannot be saved yet"):
+        llm.session().save(tmp_path / "a.puna")
+    with pytest.raises(puna.UnsupportedError, match="saved or opened"):
+        llm.session(tmp_path / "a.puna")
+    assert list(tmp_path.iterdir()) == []
