@@ -9,6 +9,7 @@
 
 #include "engine/factory.h"
 #include "engine/state.h"
+#include "model/packed.h"
 #include "platform/system.h"
 
 namespace puna {
@@ -76,14 +77,22 @@ std::shared_ptr<Engine> Engine::load(const LoadOptions& options) {
   impl->spec = read_model_spec(options.path);
   impl->checkpoint = std::make_unique<Checkpoint>(options.path);
   const ModelSpec& spec = impl->spec;
-  const ModelWeights weights = resolve_weights(spec, *impl->checkpoint);
+  // Where the matrices come from: the packed form as it lies, or packed as the recipe says.
+  std::optional<AdoptingLoader> packed;
+  if (is_packed(*impl->checkpoint)) packed.emplace(*impl->checkpoint);
+  const QuantRecipe recipe(options.quant, options.quant_overrides);
+  if (packed && !recipe.as_stored()) {
+    fail(ErrorCode::kInvalidRequest, "[load] ", options.path,
+         " is quantised already; leave quant out, or load the original checkpoint");
+  }
+  const ModelWeights weights =
+      packed ? packed->weights(spec) : resolve_weights(spec, *impl->checkpoint);
   const DType weight_type = stored_type(weights.text);
   const DType kv_type = kv_dtype(options.kv, weight_type);
 
   // What will be needed, before a weight is read.
   const bool vision = options.vision && spec.vision.has_value();
-  const QuantRecipe recipe(options.quant, options.quant_overrides);
-  const PackedBytes sizes = packed_bytes_of(spec, weights, recipe);
+  const PackedBytes sizes = packed ? packed->sizes() : packed_bytes_of(spec, weights, recipe);
   const int64_t needed = sizes.text_packed + (vision ? sizes.vision_packed : 0);
   const int64_t budget = options.memory > 0 ? options.memory : available_memory_bytes();
   if (needed > budget) {
@@ -123,7 +132,9 @@ std::shared_ptr<Engine> Engine::load(const LoadOptions& options) {
   const auto progress = [&options, source_bytes](int64_t done) {
     if (options.progress) options.progress(done, source_bytes);
   };
-  PackingLoader loader(*impl->backend, recipe, progress);
+  PackingLoader packing(*impl->backend, recipe, progress);
+  if (packed) packed->use(*impl->backend);
+  WeightLoader& loader = packed ? static_cast<WeightLoader&>(*packed) : packing;
   impl->text = std::make_unique<TextModel>(spec, weights.text.embed,
                                            load_text(spec, weights.text, loader), *impl->backend);
   if (vision)

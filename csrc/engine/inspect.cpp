@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <optional>
 
 #include "backend/kv_layout.h"
 #include "io/checkpoint.h"
+#include "model/packed.h"
 #include "model/parameters.h"
 #include "model/weight_map.h"
 
@@ -20,8 +22,12 @@ Inspection inspect(const std::string& directory) {
   Inspection report;
   report.spec = read_model_spec(directory);
   const Checkpoint checkpoint(directory);
-  const ModelWeights weights = resolve_weights(report.spec, checkpoint);
-  const PackedBytes bytes = packed_bytes_of(report.spec, weights, QuantRecipe());
+  std::optional<AdoptingLoader> packed;
+  if (is_packed(checkpoint)) packed.emplace(checkpoint);
+  const ModelWeights weights =
+      packed ? packed->weights(report.spec) : resolve_weights(report.spec, checkpoint);
+  const PackedBytes bytes =
+      packed ? packed->sizes() : packed_bytes_of(report.spec, weights, QuantRecipe());
   report.dtype = stored_type(weights.text);
   report.parameters = count_parameters(report.spec);
   report.weight_bytes = bytes.text_packed + bytes.vision_packed;

@@ -179,6 +179,7 @@ void Checkpoint::add(std::unique_ptr<SafetensorsFile> file) {
     }
     tensors_.emplace(name, tensor);
   }
+  metadata_.insert(file->metadata().begin(), file->metadata().end());
   shards_.push_back(std::move(file));
 }
 

@@ -20,6 +20,8 @@ class Checkpoint {
   const std::string& directory() const { return directory_; }
   // Views are valid as long as this object.
   const std::map<std::string, TensorRef>& tensors() const { return tensors_; }
+  // What the files say of themselves; of a key that several have, the first file's value.
+  const std::map<std::string, std::string>& metadata() const { return metadata_; }
   // The file that holds a tensor.
   const std::string& file_of(const std::string& tensor) const { return files_.at(tensor); }
 
@@ -30,7 +32,7 @@ class Checkpoint {
   std::string directory_;
   std::vector<std::unique_ptr<SafetensorsFile>> shards_;
   std::map<std::string, TensorRef> tensors_;
-  std::map<std::string, std::string> files_;
+  std::map<std::string, std::string> files_, metadata_;
 };
 
 // Throws ModelNotFound (or Unsupported, for formats we know but cannot read) unless `directory`

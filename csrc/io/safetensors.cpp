@@ -53,6 +53,13 @@ class Header {
     if (!json_.is_object()) bad("the header is no JSON object");
   }
 
+  std::map<std::string, std::string> metadata() const {
+    const auto found = json_.find("__metadata__");
+    if (found == json_.end()) return {};
+    check_metadata(*found);
+    return found->get<std::map<std::string, std::string>>();
+  }
+
   std::map<std::string, TensorRef> tensors() const {
     std::map<std::string, TensorRef> all;
     std::vector<Extent> extents;
@@ -177,7 +184,10 @@ class Header {
 
 }  // namespace
 
-SafetensorsFile::SafetensorsFile(const std::string& path)
-    : file_(path), tensors_(Header(file_).tensors()) {}
+SafetensorsFile::SafetensorsFile(const std::string& path) : file_(path) {
+  const Header header(file_);
+  tensors_ = header.tensors();
+  metadata_ = header.metadata();
+}
 
 }  // namespace puna

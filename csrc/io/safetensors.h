@@ -19,10 +19,13 @@ class SafetensorsFile {
   const std::string& path() const { return file_.path(); }
   // Views are valid as long as this object.
   const std::map<std::string, TensorRef>& tensors() const { return tensors_; }
+  // The header's __metadata__.
+  const std::map<std::string, std::string>& metadata() const { return metadata_; }
 
  private:
   MappedFile file_;
   std::map<std::string, TensorRef> tensors_;
+  std::map<std::string, std::string> metadata_;
 };
 
 }  // namespace puna

@@ -1,0 +1,24 @@
+// `puna quantize`: a checkpoint directory to puna's packed form.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace puna {
+
+struct QuantizeOptions {
+  std::string path, out;  // the checkpoint, and a directory that is made if it is not there
+  std::string quant;      // recipe or format, see model/recipe.h
+  std::vector<std::pair<std::string, std::string>> quant_overrides;
+  int threads = 0;
+  std::function<void(int64_t, int64_t)> progress;  // as in LoadOptions
+};
+
+// Throws what load() throws for the checkpoint, and InvalidRequest if `out` holds a model already
+// or has no room. Nothing that looks like a model is left behind by a failure.
+void quantize(const QuantizeOptions& options);
+
+}  // namespace puna

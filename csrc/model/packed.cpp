@@ -1,0 +1,244 @@
+#include "model/packed.h"
+
+#include <algorithm>
+
+#include "base/error.h"
+#include "io/json_file.h"
+#include "io/message.h"
+#include "io/safetensors_writer.h"
+
+namespace puna {
+namespace {
+
+// The key of the file's metadata whose value is {"version": 1, "matrices": {name: {"format",
+// "rows", "cols"}}, "vectors": {name: size}}.
+constexpr const char* kMetadataKey = "puna";
+constexpr int64_t kVersion = 1;
+constexpr const char* kEmbedding = "embed_tokens";
+// Every matrix and vector begins at a page, so that an expert can be read or dropped on its own.
+constexpr int64_t kPage = 4096;
+
+int64_t whole_pages(int64_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
+
+// A matrix in several pieces: the second is NAME.1, and so on.
+std::string piece_name(const std::string& name, size_t piece) {
+  return piece == 0 ? name : name + "." + std::to_string(piece);
+}
+
+template <class... Parts>
+[[noreturn]] void bad(const Checkpoint& checkpoint, const Parts&... parts) {
+  fail(ErrorCode::kModelFormat, "[packed] ", checkpoint.directory(), ": ", parts...);
+}
+
+int64_t whole_number(const Checkpoint& checkpoint, const std::string& name,
+                     const nlohmann::json& value) {
+  // Far above any matrix, and small enough that bytes cannot overflow.
+  constexpr int64_t kMost = int64_t{1} << 30;
+  if (!value.is_number_unsigned() || value.get<uint64_t>() < 1 ||
+      value.get<uint64_t>() > static_cast<uint64_t>(kMost))
+    bad(checkpoint, "the size of ", printable(name), " is ", printable(value.dump()),
+        ", expected a whole number from 1 to ", kMost);
+  return value.get<int64_t>();
+}
+
+// What a model is made of, in order, without its data.
+class PlanningLoader : public MeasuringLoader {
+ public:
+  explicit PlanningLoader(const QuantRecipe& recipe) : MeasuringLoader(recipe) {}
+
+  std::vector<WeightRef> matrices(const std::string& name, std::span<const MatrixSource> parts,
+                                  bool split) override {
+    std::vector<WeightRef> weights = MeasuringLoader::matrices(name, parts, split);
+    for (size_t i = 0; i < weights.size(); ++i) {
+      const WeightRef& weight = weights[i];
+      const std::string piece = piece_name(name, i);
+      matrices_[piece] = {
+          {"format", name_of(weight.format)}, {"rows", weight.rows}, {"cols", weight.cols}};
+      entries_.push_back({piece, DType::kU8, {whole_pages(static_cast<int64_t>(weight.bytes))}});
+    }
+    return weights;
+  }
+
+  VectorRef vector(const std::string& name, std::span<const TensorRef> parts) override {
+    int64_t size = 0;
+    for (const TensorRef& part : parts) size += part.elements();
+    vectors_[name] = size;
+    entries_.push_back(
+        {name, DType::kF32, {whole_pages(size * 4) / static_cast<int64_t>(sizeof(float))}});
+    return {};
+  }
+
+  std::vector<SafetensorsWriter::Entry> entries_;
+  nlohmann::json matrices_ = nlohmann::json::object(), vectors_ = nlohmann::json::object();
+};
+
+// Packs as PackingLoader does, and writes instead of keeping.
+class WritingLoader : public PackingLoader {
+ public:
+  WritingLoader(Backend& backend, const QuantRecipe& recipe, PackProgress progress,
+                SafetensorsWriter& writer)
+      : PackingLoader(backend, recipe, std::move(progress)), writer_(writer) {}
+
+  std::vector<WeightRef> matrices(const std::string& name, std::span<const MatrixSource> parts,
+                                  bool split) override {
+    std::vector<WeightRef> weights = PackingLoader::matrices(name, parts, split);
+    for (size_t i = 0; i < weights.size(); ++i) {
+      writer_.write(piece_name(name, i), weights[i].data.get(), weights[i].bytes);
+      weights[i].data = nullptr;
+    }
+    return weights;
+  }
+
+  VectorRef vector(const std::string& name, std::span<const TensorRef> parts) override {
+    const VectorRef vector = PackingLoader::vector(name, parts);
+    writer_.write(name, vector.get(), static_cast<size_t>(vector.size) * sizeof(float));
+    return {};
+  }
+
+ private:
+  SafetensorsWriter& writer_;
+};
+
+void load_all(const ModelSpec& spec, const ModelWeights& weights, WeightLoader& loader) {
+  load_text(spec, weights.text, loader);
+  if (weights.vision) load_vision(*weights.vision, loader);
+}
+
+}  // namespace
+
+bool is_packed(const Checkpoint& checkpoint) {
+  return checkpoint.metadata().contains(kMetadataKey);
+}
+
+AdoptingLoader::AdoptingLoader(const Checkpoint& checkpoint) : checkpoint_(checkpoint) {
+  const nlohmann::json form = parse_json(checkpoint.metadata().at(kMetadataKey),
+                                         checkpoint.directory() + " (metadata of the packed form)");
+  const auto part = [&](const char* key) -> const nlohmann::json& {
+    if (!form.is_object() || !form.contains(key)) bad(checkpoint, "the metadata have no ", key);
+    return form[key];
+  };
+  if (!part("version").is_number_integer() || part("version") != kVersion)
+    fail(ErrorCode::kUnsupported, "[packed] ", checkpoint.directory(), ": the packed form is of ",
+         "version ", printable(part("version").dump()), ", this puna reads version ", kVersion,
+         "; quantise the checkpoint again");
+  const auto place = [&](const std::string& name, DType dtype, int64_t bytes) -> const void* {
+    const auto found = checkpoint.tensors().find(name);
+    if (found == checkpoint.tensors().end())
+      bad(checkpoint, "there is no tensor ", printable(name));
+    const TensorRef& tensor = found->second;
+    if (tensor.dtype != dtype || static_cast<int64_t>(tensor.bytes()) < bytes ||
+        reinterpret_cast<uintptr_t>(tensor.data) % kPage != 0)
+      bad(checkpoint, printable(name), " is ", name_of(tensor.dtype), " ", tensor.shape_string(),
+          ", expected ", bytes, " bytes of ", name_of(dtype), " at a multiple of ", kPage);
+    return tensor.data;
+  };
+  if (!part("matrices").is_object() || !part("vectors").is_object())
+    bad(checkpoint, "the metadata list no matrices or vectors");
+  for (const auto& [name, entry] : part("matrices").items()) {
+    if (!entry.is_object() || !entry.contains("format") || !entry["format"].is_string() ||
+        !entry.contains("rows") || !entry.contains("cols"))
+      bad(checkpoint, "the entry of ", printable(name), " needs a format, rows and cols");
+    const auto text = entry["format"].get<std::string>();
+    const std::optional<WeightFormat> format = format_of(text);
+    if (!format)
+      fail(ErrorCode::kUnsupported, "[packed] ", checkpoint.directory(), ": ", printable(name),
+           " has the weight format ", printable(text), ", which this version does not know");
+    Entry found{*format, whole_number(checkpoint, name, entry["rows"]),
+                whole_number(checkpoint, name, entry["cols"]), nullptr};
+    const auto bytes = static_cast<int64_t>(packed_bytes(found.format, found.rows, found.cols));
+    found.data = place(name, DType::kU8, bytes);
+    (name.starts_with("vision.") ? vision_bytes_ : text_bytes_) += bytes;
+    entries_.emplace(name, found);
+  }
+  for (const auto& [name, size] : part("vectors").items()) {
+    Entry found{WeightFormat::kF32, whole_number(checkpoint, name, size), 1, nullptr};
+    found.data = place(name, DType::kF32, found.rows * static_cast<int64_t>(sizeof(float)));
+    entries_.emplace(name, found);
+  }
+}
+
+ModelWeights AdoptingLoader::weights(const ModelSpec& spec) const {
+  ModelWeights weights;
+  for (const ExpectedTensor& tensor : expected_tensors(spec, usual_prefixes(spec), weights)) {
+    tensor.place->dtype = DType::kBF16;
+    tensor.place->rank = static_cast<int>(tensor.shape.size());
+    std::copy(tensor.shape.begin(), tensor.shape.end(), tensor.place->shape.begin());
+  }
+  const auto embedding = checkpoint_.tensors().find(kEmbedding);
+  if (embedding == checkpoint_.tensors().end()) bad(checkpoint_, "there is no ", kEmbedding);
+  const TensorRef& table = embedding->second;
+  if (table.rank != 2 || table.shape[0] != spec.vocab_size || table.shape[1] != spec.hidden ||
+      (table.dtype != DType::kF32 && table.dtype != DType::kF16 && table.dtype != DType::kBF16))
+    bad(checkpoint_, kEmbedding, " is ", name_of(table.dtype), " ", table.shape_string(),
+        ", expected floats (", spec.vocab_size, ", ", spec.hidden, ")");
+  if (spec.tied_embeddings) weights.text.lm_head = weights.text.embed;
+  weights.text.embed = table;
+  return weights;
+}
+
+const AdoptingLoader::Entry& AdoptingLoader::find(const std::string& name) const {
+  const auto found = entries_.find(name);
+  if (found == entries_.end())
+    bad(checkpoint_, "there is no ", printable(name), "; config.json is of another model");
+  return found->second;
+}
+
+std::vector<WeightRef> AdoptingLoader::matrices(const std::string& name,
+                                                std::span<const MatrixSource> parts, bool split) {
+  int64_t rows = 0, found_rows = 0;
+  for (const MatrixSource& part : parts) rows += part.rows;
+  std::vector<WeightRef> weights;
+  while (weights.empty() || (split && found_rows < rows)) {
+    const Entry& entry = find(piece_name(name, weights.size()));
+    if (entry.cols != parts[0].cols) {
+      found_rows = -1;
+      break;
+    }
+    weights.push_back(backend_->adopt_matrix(entry.format, entry.rows, entry.cols,
+                                             {std::shared_ptr<const void>(), entry.data}));
+    bytes_ += static_cast<int64_t>(weights.back().bytes);
+    found_rows += entry.rows;
+  }
+  if (found_rows != rows)
+    bad(checkpoint_, printable(name), " is not the matrix of ", rows, " rows and ", parts[0].cols,
+        " columns that config.json asks for");
+  return weights;
+}
+
+VectorRef AdoptingLoader::vector(const std::string& name, std::span<const TensorRef> parts) {
+  int64_t size = 0;
+  for (const TensorRef& part : parts) size += part.elements();
+  const Entry& entry = find(name);
+  if (entry.rows != size || entry.cols != 1)
+    bad(checkpoint_, printable(name), " has ", entry.rows, " elements, config.json asks for ",
+        size);
+  const TensorRef part{DType::kF32, 1, {size}, entry.data};
+  return backend_->load_vector({&part, 1});
+}
+
+void write_packed(const ModelSpec& spec, const ModelWeights& weights, const QuantRecipe& recipe,
+                  Backend& backend, const std::string& path,
+                  const std::function<void(int64_t, int64_t)>& progress) {
+  PlanningLoader plan(recipe);
+  load_all(spec, weights, plan);
+  const TensorRef& table = weights.text.embed;
+  if (is_blocked(table.dtype))
+    fail(ErrorCode::kUnsupported, "[quantize] the token embedding is ", name_of(table.dtype),
+         "; quantise from a checkpoint in float32, float16 or bfloat16");
+  plan.entries_.push_back({kEmbedding, table.dtype, {table.shape[0], table.shape[1]}});
+  const nlohmann::json form = {
+      {"version", kVersion}, {"matrices", plan.matrices_}, {"vectors", plan.vectors_}};
+  SafetensorsWriter writer(path, plan.entries_, {{kMetadataKey, form.dump()}}, kPage);
+  const int64_t total = plan.source_bytes();
+  WritingLoader loader(
+      backend, recipe,
+      [&](int64_t done) {
+        if (progress) progress(done, total);
+      },
+      writer);
+  load_all(spec, weights, loader);
+  writer.write(kEmbedding, table.data, table.bytes());
+  writer.finish();
+}
+
+}  // namespace puna

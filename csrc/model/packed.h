@@ -1,0 +1,56 @@
+// puna's packed form: a checkpoint directory whose model.safetensors holds the matrices as the CPU
+// backend reads them, so that loading it is mapping it. docs/formats.md describes the file.
+#pragma once
+
+#include <functional>
+#include <map>
+#include <string>
+
+#include "io/checkpoint.h"
+#include "model/parameters.h"
+
+namespace puna {
+
+// Whether a checkpoint is in the packed form.
+bool is_packed(const Checkpoint& checkpoint);
+
+// Validates the packed form and hands out its weights where they lie. `checkpoint` and `backend`
+// must outlive it and everything it handed out.
+class AdoptingLoader : public WeightLoader {
+ public:
+  // Throws ModelFormat if a matrix does not have the size that its metadata claim, Unsupported for
+  // a newer version of the form or an unknown weight format.
+  explicit AdoptingLoader(const Checkpoint& checkpoint);
+
+  void use(Backend& backend) { backend_ = &backend; }
+  // The shapes that the checkpoint's configuration asks for, and the token embedding.
+  ModelWeights weights(const ModelSpec& spec) const;
+  // Nothing is packed: source and packed bytes are the same.
+  PackedBytes sizes() const { return {text_bytes_, text_bytes_, vision_bytes_, vision_bytes_}; }
+
+  // The parts give the shape that is expected; their data are not read.
+  std::vector<WeightRef> matrices(const std::string& name, std::span<const MatrixSource> parts,
+                                  bool split) override;
+  VectorRef vector(const std::string& name, std::span<const TensorRef> parts) override;
+
+ private:
+  struct Entry {
+    WeightFormat format = WeightFormat::kF32;
+    int64_t rows = 0, cols = 0;
+    const void* data = nullptr;
+  };
+  const Entry& find(const std::string& name) const;
+
+  const Checkpoint& checkpoint_;
+  Backend* backend_ = nullptr;
+  std::map<std::string, Entry> entries_;
+  int64_t text_bytes_ = 0, vision_bytes_ = 0;
+};
+
+// Quantises a checkpoint to `path` (a model.safetensors that does not exist yet), one matrix after
+// the other. progress(done, total) in bytes of the checkpoint; what it throws ends the work.
+void write_packed(const ModelSpec& spec, const ModelWeights& weights, const QuantRecipe& recipe,
+                  Backend& backend, const std::string& path,
+                  const std::function<void(int64_t, int64_t)>& progress);
+
+}  // namespace puna
