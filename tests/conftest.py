@@ -33,7 +33,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "isa" in metafunc.fixturenames:
         import puna
 
-        names = [name for name, runs_here in puna.isas() if runs_here]
+        names = [isa["name"] for isa in puna.isas() if isa["available"]]
         assert "scalar" in names
         metafunc.parametrize("isa", names, scope="session")
 

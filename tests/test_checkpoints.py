@@ -6,9 +6,7 @@ the file, the place and the numbers, before a weight is read.
 
 from __future__ import annotations
 
-import base64
 import copy
-import itertools
 import json
 import shutil
 import struct
@@ -28,7 +26,6 @@ from oracle.make_checkpoint import (
     safetensors_bytes,
     write_checkpoint,
     write_safetensors,
-    write_tokenizer,
 )
 from puna import _core
 
@@ -74,7 +71,10 @@ def write_config(directory: Path, config: Config) -> None:
 def refusal(directory: Path, kind: type[puna.Error]) -> str:
     """What load() and inspect() say, in one line."""
     messages = []
-    for read in (lambda: puna.load(directory, progress=False), lambda: _core.inspect(str(directory))):
+    for read in (
+        lambda: puna.load(directory, progress=False),
+        lambda: _core.inspect(str(directory)),
+    ):
         with pytest.raises(kind) as caught:
             read()
         assert type(caught.value) is kind
@@ -126,7 +126,9 @@ SAME = {
 
 
 @pytest.mark.parametrize("text", SAME.values(), ids=SAME.keys())
-def test_forms_of_config_that_mean_the_same(directory: Path, plain: np.ndarray, text: Config) -> None:
+def test_forms_of_config_that_mean_the_same(
+    directory: Path, plain: np.ndarray, text: Config
+) -> None:
     write_config(directory, changed(text=text))
     np.testing.assert_array_equal(logits(directory), plain)
 
@@ -213,8 +215,10 @@ def test_tied_embeddings(directory: Path) -> None:
     file = directory / "model.safetensors"
     write_safetensors(file, stored | {head: stored[embedding]})
     untied = logits(directory)
-    for config in (changed(text={"tie_word_embeddings": True}),
-                   changed(text={"tie_word_embeddings": ...}, tie_word_embeddings=True)):
+    for config in (
+        changed(text={"tie_word_embeddings": True}),
+        changed(text={"tie_word_embeddings": ...}, tie_word_embeddings=True),
+    ):
         write_config(directory, config)
         write_safetensors(file, stored)
         np.testing.assert_array_equal(logits(directory), untied)
@@ -539,7 +543,9 @@ def test_refused_tensors(
     tensors = stored()
     change(tensors)
     # The largest elements first, so that all lie at multiples of their size.
-    order = sorted(tensors.items(), key=lambda item: -len(item[1].data) / max(1, np.prod(item[1].shape)))
+    order = sorted(
+        tensors.items(), key=lambda item: -len(item[1].data) / max(1, np.prod(item[1].shape))
+    )
     write_safetensors(directory / "model.safetensors", dict(order))
     message = refusal(directory, kind)
     assert all(part in message for part in named), message
@@ -643,7 +649,16 @@ def test_a_missing_shard(sharded: Path) -> None:
 
 @pytest.mark.parametrize(
     "place",
-    ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "x\\y.safetensors", "model.bin", "", "..", "\0.safetensors"],
+    [
+        "../model.safetensors",
+        "/etc/passwd",
+        "a/b.safetensors",
+        "x\\y.safetensors",
+        "model.bin",
+        "",
+        "..",
+        "\0.safetensors",
+    ],
 )
 def test_an_index_that_leads_elsewhere(sharded: Path, place: str) -> None:
     shutil.copy(sharded / SHARDS[0], sharded.parent / "model.safetensors")
@@ -673,7 +688,9 @@ def test_an_index_that_names_too_much_or_too_little(sharded: Path) -> None:
     assert NORM in message and INDEX in message
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 4}}', "{"])
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 4}}', "{"]
+)
 def test_an_index_that_is_none(sharded: Path, text: str) -> None:
     (sharded / INDEX).write_text(text)
     assert INDEX in refusal(sharded, FORMAT)
@@ -733,82 +750,6 @@ def test_a_config_without_weights(directory: Path) -> None:
 def test_a_trailing_slash_is_no_matter(checkpoint: MakeCheckpoint) -> None:
     path = str(checkpoint(VARIANT).path)
     assert _core.inspect(path + "/")["parameters"] == _core.inspect(path)["parameters"]
-
-
-# --- tokenizers ------------------------------------------------------------------------------------
-
-
-def write_ranks(directory: Path) -> None:
-    """tokenizer.model with the tokens of tokenizer.json, its special tokens beside it."""
-    document = json.loads((directory / "tokenizer.json").read_text())
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = itertools.count(0x100)
-    byte_of = {chr(b if b in printable else next(others)): b for b in range(256)}
-    ranks = "".join(
-        f"{base64.b64encode(bytes(byte_of[c] for c in token)).decode()} {rank}\n"
-        for token, rank in document["model"]["vocab"].items()
-    )
-    (directory / "tokenizer.model").write_text(ranks)
-    added = {t["id"]: {"content": t["content"]} for t in document["added_tokens"]}
-    config = {"added_tokens_decoder": {str(i): entry for i, entry in added.items()}}
-    (directory / "tokenizer_config.json").write_text(json.dumps(config))
-
-
-TEXT = "the end of things, and in the rain\n\n123 €"
-
-
-def test_tokenizer_json_or_model_or_both(directory: Path) -> None:
-    write_tokenizer(directory)
-    write_ranks(directory)
-    both = puna.Tokenizer.from_file(str(directory))
-    ids = list(both.encode(TEXT))
-    assert _core.inspect(str(directory))["tokenizer"] == "tokenizer.json"
-    json_file = directory / "tokenizer.json"
-    json_text = json_file.read_text()
-    json_file.unlink()
-    assert _core.inspect(str(directory))["tokenizer"] == "tokenizer.model"
-    with puna.load(directory, threads=1, progress=False, memory="256M") as llm:
-        assert list(llm.tokenizer.encode(TEXT)) == ids
-        assert list(llm.tokenizer.encode("<|eot|>", allowed_special="all")) == [tiny.SPECIAL["<|eot|>"]]
-    (directory / "tokenizer.model").unlink()
-    json_file.write_text(json_text)
-    with puna.load(directory, threads=1, progress=False, memory="256M") as llm:
-        assert list(llm.tokenizer.encode(TEXT)) == ids
-        assert len(llm.generate("the", max_tokens=2, temperature=0).tokens) == 2
-
-
-def test_a_checkpoint_without_a_tokenizer(directory: Path, plain: np.ndarray) -> None:
-    """Ids still work; text is refused, saying which files were looked for."""
-    assert _core.inspect(str(directory))["tokenizer"] == ""
-    np.testing.assert_array_equal(logits(directory), plain)
-    with puna.load(directory, threads=1, progress=False, memory="256M") as llm:
-        with pytest.raises(puna.Error, match=r"tokenizer\.json"):
-            llm.generate("text")
-        assert len(llm.generate([1, 2, 3], max_tokens=2, temperature=0).tokens) == 2
-    with pytest.raises(puna.ModelNotFound, match=r"tokenizer\.json nor tokenizer\.model"):
-        puna.Tokenizer.from_file(str(directory))
-
-
-BAD_TOKENIZERS: dict[str, tuple[str, str, type[puna.Error], tuple[str, ...]]] = {
-    "json cut": ("tokenizer.json", '{"model": {', FORMAT, ("tokenizer.json", "JSON")),
-    "json without a model": ("tokenizer.json", "{}", FORMAT, ("tokenizer.json", "model")),
-    "json of another kind": ("tokenizer.json", '{"model": {"type": "Unigram"}}', UNSUPPORTED, ("Unigram", "BPE")),
-    "ranks that are none": ("tokenizer.model", "not base64\n", FORMAT, ("line 1",)),
-    "ranks out of order": ("tokenizer.model", "YQ== 0\nYg== 2\n", FORMAT, ("line 2", "2", "1")),
-    "a rank twice": ("tokenizer.model", "YQ== 0\nYQ== 1\n", FORMAT, ("rank 1", "rank 0")),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "kind", "named"), BAD_TOKENIZERS.values(), ids=BAD_TOKENIZERS.keys()
-)
-def test_refused_tokenizers(
-    directory: Path, name: str, text: str, kind: type[puna.Error], named: tuple[str, ...]
-) -> None:
-    (directory / name).write_text(text)
-    with pytest.raises(kind) as caught:
-        puna.load(directory, progress=False, memory="256M")
-    assert all(part in str(caught.value) for part in named), str(caught.value)
 
 
 def test_writing_a_checkpoint_is_deterministic(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import puna
 from conftest import MakeEngine
 from oracle import golden, tiny
 from oracle.make_checkpoint import write_checkpoint
+from puna import _core
 
 DTYPES = ("float32", "bfloat16")
 # Each with what the others lack: images and experts everywhere; no QK norm; no chunks; ragged
@@ -212,7 +213,7 @@ class Distributions:
 
     def begin(self, session: Any, prompt: Input) -> Any:
         session.prompt(prompt.tokens, list(prompt.images))
-        session.begin(
+        options = _core.Sampling(
             temperature=0.0,
             top_p=1.0,
             top_k=0,
@@ -230,6 +231,7 @@ class Distributions:
             logprobs=self.vocabulary,
             want_logprobs=True,
         )
+        session.begin(options)
         return session
 
     @staticmethod
@@ -238,7 +240,7 @@ class Distributions:
 
     def run(self, session: Any, prompt: Input, steps: int) -> list[Any]:
         self.begin(session, prompt)
-        return [self.of(session.step()) for _ in range(steps)]
+        return [self.of(self.core.step([session])[0]) for _ in range(steps)]
 
     def fresh(self, prompt: Input, steps: int) -> list[Any]:
         return self.run(self.core.session(), prompt, steps)

@@ -79,7 +79,8 @@ def folder_of(path: str) -> str:
 def code_of(text: str) -> str:
     """C++ without comments and string contents; lines stay lines."""
     token = re.compile(
-        r'//[^\n]*|/\*.*?\*/|R"(\w*)\(.*?\)\1"|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])+\'', re.DOTALL
+        r'//[^\n]*|/\*.*?\*/|R"(\w*)\(.*?\)\1"|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])+\'',
+        re.DOTALL,
     )
 
     def blank(match: re.Match[str]) -> str:

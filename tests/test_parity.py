@@ -34,7 +34,9 @@ def device_options(device: str) -> dict[str, Any]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test with an argument `device` runs with each instruction set of this machine and `ref`."""
     if "device" in metafunc.fixturenames:
-        metafunc.parametrize("device", [*(name for name, here in puna.isas() if here), "ref"])
+        metafunc.parametrize(
+            "device", [*(isa["name"] for isa in puna.isas() if isa["available"]), "ref"]
+        )
 
 
 def assert_fp32_parity(got: np.ndarray, expected: np.ndarray) -> None:

@@ -258,7 +258,7 @@ def test_more_context_than_the_model_allows() -> None:
 
 
 def test_memory_that_is_too_small() -> None:
-    with pytest.raises(puna.OutOfMemory, match=r"the weights need 3\.97 MiB of") as e:
+    with pytest.raises(puna.OutOfMemory, match=r"the weights need 4\.17 MiB of") as e:
         puna.load("demo", progress=False, memory="1M")
     assert e.value.available == 1 << 20
     assert e.value.needed is not None
