@@ -85,7 +85,7 @@ def refusal(directory: Path, kind: type[puna.Error]) -> str:
     return messages[0]
 
 
-# --- config.json: forms that mean the same ---------------------------------------------------------
+# --- config.json: forms that mean the same --------------------------------------------------------
 
 ROPE = {k: v for k, v in tiny.LLAMA3_ROPE.items() if k != "rope_theta"}
 LAYERS = tiny.MIXED_TEXT["num_hidden_layers"]
@@ -239,7 +239,7 @@ def test_moe_layers_beyond_the_last_are_warned_about(directory: Path) -> None:
     assert "9" in warning and "8" in warning
 
 
-# --- config.json: what is refused ------------------------------------------------------------------
+# --- config.json: what is refused -----------------------------------------------------------------
 
 FORMAT, UNSUPPORTED = puna.ModelFormatError, puna.UnsupportedError
 LLAMA3 = tiny.LLAMA3_ROPE
@@ -360,7 +360,7 @@ def test_config_that_is_no_json(directory: Path, text: str, named: tuple[str, ..
     assert all(part in message for part in ("config.json", *named)), message
 
 
-# --- generation_config.json ------------------------------------------------------------------------
+# --- generation_config.json -----------------------------------------------------------------------
 
 
 def test_generation_config(directory: Path) -> None:
@@ -394,7 +394,7 @@ def test_refused_generation_configs(directory: Path, fields: Any, named: tuple[s
     assert all(part in message for part in ("generation_config.json", *named)), message
 
 
-# --- weights ---------------------------------------------------------------------------------------
+# --- weights -------------------------------------------------------------------------------------
 
 
 def test_shards_give_the_same(checkpoint: MakeCheckpoint, plain: np.ndarray) -> None:
@@ -557,7 +557,7 @@ def test_buffers_that_exporters_add_are_no_matter(directory: Path, plain: np.nda
     np.testing.assert_array_equal(logits(directory), plain)
 
 
-# --- the safetensors format ------------------------------------------------------------------------
+# --- the safetensors format ----------------------------------------------------------------------
 
 
 def entry(begin: int, end: int, shape: list[Any] | None = None, dtype: str = "F32") -> Config:
@@ -621,7 +621,7 @@ def test_every_truncation_is_found(directory: Path) -> None:
         assert "model.safetensors" in refusal(directory, FORMAT)
 
 
-# --- the index -------------------------------------------------------------------------------------
+# --- the index -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -706,7 +706,7 @@ def test_a_tensor_in_two_shards(sharded: Path) -> None:
     assert all(part in message for part in (NORM, *SHARDS)), message
 
 
-# --- directories -----------------------------------------------------------------------------------
+# --- directories ---------------------------------------------------------------------------------
 
 
 def test_paths_that_are_no_checkpoint(directory: Path) -> None:

@@ -356,7 +356,7 @@ def test_forks(engine: MakeEngine, dtype: str, name: str) -> None:
         for session, branch in zip(sessions, branches, strict=True):
             engine_of.begin(session, branch)
         for turn in range(14):
-            got = [engine_of.of(session.step()) for session in sessions]
+            got = [engine_of.of(step) for step in engine_of.core.step(sessions)]
             assert got == [steps[turn] for steps in expected], (held, turn)
 
 

@@ -62,19 +62,20 @@ py::dict inspect_directory(const std::string& directory) {
         name, name_of(tensor.dtype),
         std::vector<int64_t>(tensor.shape.begin(), tensor.shape.begin() + tensor.rank)));
   }
-  return py::dict(
-      "path"_a = directory, "parameters"_a = report.parameters.total,
-      "active_parameters"_a = report.parameters.active, "weight_bytes"_a = report.weight_bytes,
-      "dtype"_a = name_of(report.dtype), "layers"_a = spec.layers.size(), "moe_layers"_a = moe_layers,
-      "experts"_a = experts, "top_k"_a = top_k, "chunked_layers"_a = chunked_layers,
-      "chunk"_a = chunk, "hidden_size"_a = spec.hidden, "heads"_a = spec.heads,
-      "kv_heads"_a = spec.kv_heads, "head_dim"_a = spec.head_dim, "vocab_size"_a = spec.vocab_size,
-      "max_context"_a = spec.max_position, "kv_bytes_per_token"_a = report.kv_bytes_per_token,
-      "kv_fixed_bytes"_a = report.kv_fixed_bytes,
-      "image_size"_a = spec.vision ? spec.vision->image_size : 0,
-      "tokens_per_tile"_a = spec.vision ? spec.vision->tokens_per_tile() : 0,
-      "tokenizer"_a = report.tokenizer, "memory"_a = report.memory, "warnings"_a = spec.warnings,
-      "tensors"_a = tensors);
+  return py::dict("path"_a = directory, "parameters"_a = report.parameters.total,
+                  "active_parameters"_a = report.parameters.active,
+                  "weight_bytes"_a = report.weight_bytes, "dtype"_a = name_of(report.dtype),
+                  "layers"_a = spec.layers.size(), "moe_layers"_a = moe_layers,
+                  "experts"_a = experts, "top_k"_a = top_k, "chunked_layers"_a = chunked_layers,
+                  "chunk"_a = chunk, "hidden_size"_a = spec.hidden, "heads"_a = spec.heads,
+                  "kv_heads"_a = spec.kv_heads, "head_dim"_a = spec.head_dim,
+                  "vocab_size"_a = spec.vocab_size, "max_context"_a = spec.max_position,
+                  "kv_bytes_per_token"_a = report.kv_bytes_per_token,
+                  "kv_fixed_bytes"_a = report.kv_fixed_bytes,
+                  "image_size"_a = spec.vision ? spec.vision->image_size : 0,
+                  "tokens_per_tile"_a = spec.vision ? spec.vision->tokens_per_tile() : 0,
+                  "tokenizer"_a = report.tokenizer, "memory"_a = report.memory,
+                  "warnings"_a = spec.warnings, "tensors"_a = tensors);
 }
 
 }  // namespace

@@ -56,7 +56,8 @@ std::vector<int32_t> encode(const Tokenizer& tokenizer, const py::object& text,
 }
 
 py::str text_of(const std::string& bytes) {
-  PyObject* text = PyUnicode_DecodeUTF8(bytes.data(), static_cast<Py_ssize_t>(bytes.size()), "replace");
+  PyObject* text =
+      PyUnicode_DecodeUTF8(bytes.data(), static_cast<Py_ssize_t>(bytes.size()), "replace");
   if (!text) throw py::error_already_set();
   return py::reinterpret_steal<py::str>(text);
 }
@@ -66,19 +67,23 @@ py::str text_of(const std::string& bytes) {
 void bind_text(py::module_& module) {
   py::class_<Tokenizer>(module, "Tokenizer",
                         "Llama 4's tokenizer: byte-level BPE with special tokens. Thread-safe.")
-      .def_static("from_file", &Tokenizer::from_file, "path"_a, py::call_guard<py::gil_scoped_release>(),
+      .def_static("from_file", &Tokenizer::from_file, "path"_a,
+                  py::call_guard<py::gil_scoped_release>(),
                   "Reads tokenizer.json or tokenizer.model, or a directory that holds one.\n\n"
-                  "Raises ModelNotFound, ModelFormatError, or UnsupportedError for a tokenizer of another kind.")
+                  "Raises ModelNotFound, ModelFormatError, or UnsupportedError for a tokenizer of "
+                  "another kind.")
       .def("encode", &encode, "text"_a, py::kw_only(), "allowed_special"_a = "none",
            "Ids of a text (str, or bytes read as UTF-8 with replacement).\n\n"
-           "allowed_special: \"none\" (special tokens in the text are plain text), \"all\", or a set of names.")
+           "allowed_special: \"none\" (special tokens in the text are plain text), \"all\", or a "
+           "set of names.")
       .def(
           "decode",
           [](const Tokenizer& tokenizer, const std::vector<int32_t>& ids, bool skip_special) {
             return text_of(tokenizer.decode(ids, skip_special));
           },
           "ids"_a, py::kw_only(), "skip_special"_a = false,
-          "Text of ids; bytes that are not UTF-8 become U+FFFD. Raises InvalidRequest for an unknown id.")
+          "Text of ids; bytes that are not UTF-8 become U+FFFD. Raises InvalidRequest for an "
+          "unknown id.")
       .def(
           "decode_bytes",
           [](const Tokenizer& tokenizer, const std::vector<int32_t>& ids, bool skip_special) {
@@ -90,22 +95,26 @@ void bind_text(py::module_& module) {
           [](const Tokenizer& tokenizer, const std::vector<std::string>& stop, bool skip_special) {
             return StreamDecoder(tokenizer, stop, skip_special);
           },
-          py::kw_only(), "stop"_a = std::vector<std::string>(), "skip_special"_a = true, py::keep_alive<0, 1>(),
-          "A decoder that gives out text as ids come.")
+          py::kw_only(), "stop"_a = std::vector<std::string>(), "skip_special"_a = true,
+          py::keep_alive<0, 1>(), "A decoder that gives out text as ids come.")
       .def("is_special", &Tokenizer::is_special, "id"_a, "Whether an id is a special token.")
-      .def_property_readonly("vocab_size", &Tokenizer::vocab_size, "Number of ids, special tokens included.")
-      .def_property_readonly("special_tokens", &Tokenizer::special_tokens, "Special tokens: name to id.");
+      .def_property_readonly("vocab_size", &Tokenizer::vocab_size,
+                             "Number of ids, special tokens included.")
+      .def_property_readonly("special_tokens", &Tokenizer::special_tokens,
+                             "Special tokens: name to id.");
 
   py::class_<StreamDecoder>(module, "StreamDecoder",
                             "Token ids to text as they come; made by Tokenizer.stream_decoder.")
       .def("push", &StreamDecoder::push, "id"_a,
-           "Text that can be shown now: whole characters, and nothing that may become a stop string.")
+           "Text that can be shown now: whole characters, and nothing that may become a stop "
+           "string.")
       .def("finish", &StreamDecoder::finish, "What was held back.")
       .def(
           "copy", [](const StreamDecoder& decoder) { return StreamDecoder(decoder); },
           py::keep_alive<0, 1>(), "A decoder in the same state.")
       .def_property_readonly("stopped", &StreamDecoder::stopped, "Whether a stop string was met.")
-      .def_property_readonly("stop", &StreamDecoder::stop, "The stop string that was met, or empty.");
+      .def_property_readonly("stop", &StreamDecoder::stop,
+                             "The stop string that was met, or empty.");
 }
 
 }  // namespace puna::bindings

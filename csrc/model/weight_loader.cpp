@@ -2,7 +2,6 @@
 
 #include "backend/checks.h"
 
-
 namespace puna {
 namespace {
 

@@ -18,10 +18,10 @@ struct LoadOptions {
   int threads = 0;              // 0 = the physical cores allowed to this process
   std::string quant;            // "" = weights as stored; else a recipe or format (model/recipe.h)
   std::vector<std::pair<std::string, std::string>> quant_overrides;  // (pattern, format)
-  std::string kv = "auto";      // "auto" (as the weights) | "bf16" | "fp32"
-  int64_t context = 0;          // tokens; 0 = the largest that fits
-  int64_t memory = 0;           // bytes for weights and KV together; 0 = what the system has free
-  bool vision = true;           // false = leave the vision tower on disk
+  std::string kv = "auto";  // "auto" (as the weights) | "bf16" | "fp32"
+  int64_t context = 0;      // tokens; 0 = the largest that fits
+  int64_t memory = 0;       // bytes for weights and KV together; 0 = what the system has free
+  bool vision = true;       // false = leave the vision tower on disk
   // Called as weights are packed (bytes done, bytes in all); what it throws ends the load.
   std::function<void(int64_t, int64_t)> progress;
 };
