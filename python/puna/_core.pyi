@@ -1,8 +1,9 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal, TypedDict, final
+from typing import Literal, TypedDict, final, type_check_only
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import Never
 
 class _Backend(TypedDict):
     name: str
@@ -84,8 +85,12 @@ class _Inspection(TypedDict, total=False):
     warnings: list[str]
     tensors: list[tuple[str, str, tuple[int, ...]]]
 
+@type_check_only
+class _PybindType(type): ...
+
 @final
-class Tokenizer:
+class Tokenizer(metaclass=_PybindType):
+    def __init__(self, *args: Never, **kwargs: Never) -> None: ...
     @staticmethod
     def from_file(path: str) -> Tokenizer: ...
     def encode(
@@ -103,7 +108,8 @@ class Tokenizer:
     def special_tokens(self) -> dict[str, int]: ...
 
 @final
-class StreamDecoder:
+class StreamDecoder(metaclass=_PybindType):
+    def __init__(self, *args: Never, **kwargs: Never) -> None: ...
     def push(self, id: int) -> str: ...
     def finish(self) -> str: ...
     def copy(self) -> StreamDecoder: ...
@@ -113,7 +119,8 @@ class StreamDecoder:
     def stop(self) -> str: ...
 
 @final
-class Step:
+class Step(metaclass=_PybindType):
+    def __init__(self, *args: Never, **kwargs: Never) -> None: ...
     @property
     def token(self) -> int: ...
     @property
@@ -128,7 +135,7 @@ class Step:
     def stop(self) -> str: ...
 
 @final
-class Sampling:
+class Sampling(metaclass=_PybindType):
     def __init__(
         self,
         *,
@@ -151,7 +158,8 @@ class Sampling:
     ) -> None: ...
 
 @final
-class Session:
+class Session(metaclass=_PybindType):
+    def __init__(self, *args: Never, **kwargs: Never) -> None: ...
     def prompt(self, tokens: Sequence[int], images: Sequence[NDArray[np.float32]]) -> None: ...
     def begin(self, options: Sampling) -> None: ...
     def cancel(self) -> None: ...
@@ -162,7 +170,8 @@ class Session:
     def timings(self) -> _Timings: ...
 
 @final
-class Engine:
+class Engine(metaclass=_PybindType):
+    def __init__(self, *args: Never, **kwargs: Never) -> None: ...
     def info(self) -> _Info: ...
     def tokenizer(self) -> Tokenizer | None: ...
     def session(self) -> Session: ...

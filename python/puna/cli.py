@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments[:1] if arguments[:1] == ["bench"] else arguments)
     options.rest = arguments[1:]
     try:
-        status = options.run(options)
+        status: int = options.run(options)
         sys.stdout.flush()  # here, where a reader that went away can still be told from a fault
         return status
     except KeyboardInterrupt:
@@ -319,7 +319,7 @@ def _inspect(options: argparse.Namespace) -> int:
     return 0
 
 
-def _describe(report: dict[str, Any]) -> list[str]:
+def _describe(report: Mapping[str, Any]) -> list[str]:
     moe = f"{report['moe_layers']} MoE ({report['experts']} experts, top {report['top_k']})"
     lines = [
         f"parameters   {report['parameters']:,} ({report['active_parameters']:,} active per token)",

@@ -146,9 +146,8 @@ class Engine:
         self._warned_of_markup = False
         raw = core.info()
         self._raw_info = raw
-        defaults = {
-            name: raw[name] for name in ("temperature", "top_p", "top_k") if raw[name] is not None
-        }
+        given = {name: raw[name] for name in ("temperature", "top_p", "top_k")}
+        defaults = {name: value for name, value in given.items() if value is not None}
         self.info = ModelInfo(
             path=str(path),
             dtype=raw["dtype"],

@@ -187,7 +187,7 @@ def _number(given: Mapping[str, Any], name: str, default: float) -> float:
     try:
         return float(value)
     except OverflowError:
-        return math.inf if value > 0 else -math.inf
+        return -math.inf if value < 0 else math.inf
 
 
 def _integer(
