@@ -1,0 +1,57 @@
+"""Measures puna through the sessions of an engine that `puna.load` opened."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from protocol import serve, timed
+
+import puna
+from puna.options import parse_request
+
+
+class _Worker:
+    def __init__(self) -> None:
+        self._sessions: dict[int, Any] = {}
+
+    def load(self, path: str, threads: int, context: int, options: dict[str, Any]) -> None:
+        self._engine = puna.load(path, threads=threads, context=context, progress=False, **options)
+        self._core = self._engine._core_engine()
+
+    def variants(self, kind: str) -> list[dict[str, Any]]:
+        del kind
+        return [{}]  # there is nothing to set
+
+    def prefill(self, tokens: list[int], variant: dict[str, Any]) -> float:
+        del variant
+        session = self._begun(self._core.session(), tokens, 1)
+        return timed(session.step)
+
+    def decode(self, prompt: list[int], count: int, variant: dict[str, Any]) -> float:
+        """Every step chooses a token (the likeliest) and decodes its text, as for a user."""
+        del variant
+        # A session keeps its prompt. The last token of it is computed again: so many steps are so
+        # many tokens.
+        prompt = prompt or [0]
+        session = self._sessions.setdefault(len(prompt), self._core.session())
+        self._begun(session, prompt, 1).step()
+        self._begun(session, prompt, count)
+
+        def run() -> None:
+            for _ in range(count):
+                session.step()
+
+        return timed(run)
+
+    def logits(self, tokens: list[int]) -> list[float]:
+        return self._engine.logits(tokens)[-1].tolist()
+
+    def _begun(self, session: Any, tokens: list[int], count: int) -> Any:
+        options = {"max_tokens": count, "temperature": 0.0, "ignore_eos": True, "seed": 0}
+        session.prompt(tokens, [])
+        session.begin(**parse_request("generate", options, {}).core)
+        return session
+
+
+if __name__ == "__main__":
+    serve(_Worker())
