@@ -9,6 +9,7 @@
 #include <limits>
 
 #include "bindings/module.h"
+#include "engine/quantize.h"
 #include "puna/engine.h"
 #include "text/tokenizer.h"
 
@@ -95,11 +96,25 @@ py::dict timings_of(const Session& session) {
                   "kv_bytes"_a = t.kv_bytes, "peak_bytes"_a = t.peak_bytes);
 }
 
+using QuantOverrides = std::vector<std::pair<std::string, std::string>>;
+
+// Passes progress on, and lets Ctrl-C end the work. `progress` must outlive what is returned.
+std::function<void(int64_t, int64_t)> reporting(const py::object& progress) {
+  return [&progress, signals = signal_poll()](int64_t done, int64_t total) {
+    signals();
+    if (progress.is_none()) return;
+    const py::gil_scoped_acquire gil;
+    progress(done, total);
+  };
+}
+
 std::shared_ptr<Engine> load(const std::string& path, const std::string& device,
                              const std::string& isa, int threads, const std::string& kv,
-                             int64_t context, int64_t memory, bool vision,
-                             const py::object& progress) {
+                             int64_t context, int64_t memory, bool vision, const std::string& quant,
+                             QuantOverrides quant_overrides, const py::object& progress) {
   LoadOptions options;
+  options.quant = quant;
+  options.quant_overrides = std::move(quant_overrides);
   options.path = path;
   options.device = device;
   options.isa = isa;
@@ -108,15 +123,17 @@ std::shared_ptr<Engine> load(const std::string& path, const std::string& device,
   options.context = context;
   options.memory = memory;
   options.vision = vision;
-  const Poll signals = signal_poll();
-  options.progress = [&](int64_t done, int64_t total) {
-    signals();
-    if (progress.is_none()) return;
-    const py::gil_scoped_acquire gil;
-    progress(done, total);
-  };
+  options.progress = reporting(progress);
   const py::gil_scoped_release release;
   return Engine::load(options);
+}
+
+void quantize_directory(const std::string& path, const std::string& out, const std::string& quant,
+                        QuantOverrides quant_overrides, int threads, const py::object& progress) {
+  const QuantizeOptions options{
+      path, out, quant, std::move(quant_overrides), threads, reporting(progress)};
+  const py::gil_scoped_release release;
+  quantize(options);
 }
 
 // One token each; sessions that are not done after `seconds` are cancelled within a layer.
@@ -247,7 +264,11 @@ void bind_engine(py::module_& module) {
       .def_property_readonly("closed", &Engine::closed, "Whether close() was called.");
 
   module.def("load", &load, py::kw_only(), "path"_a, "device"_a, "isa"_a, "threads"_a, "kv"_a,
-             "context"_a, "memory"_a, "vision"_a, "progress"_a, "Loads a checkpoint directory.");
+             "context"_a, "memory"_a, "vision"_a, "quant"_a, "quant_overrides"_a, "progress"_a,
+             "Loads a checkpoint directory.");
+  module.def("quantize", &quantize_directory, py::kw_only(), "path"_a, "out"_a, "quant"_a,
+             "quant_overrides"_a, "threads"_a, "progress"_a,
+             "Writes a checkpoint directory in the packed form.");
   module.def("version", &version, "The version of puna.");
 }
 

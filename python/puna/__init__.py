@@ -9,7 +9,7 @@ print(llm.chat("Tell me a story about a fox."))
 from puna import errors
 from puna._core import StreamDecoder, Tokenizer, backends, isas
 from puna._core import version as _version
-from puna.engine import Engine, Session, load
+from puna.engine import Engine, Session, load, quantize
 from puna.errors import (
     ContextOverflow,
     DeviceError,
@@ -55,4 +55,5 @@ __all__ = [
     "errors",
     "isas",
     "load",
+    "quantize",
 ]

@@ -195,8 +195,19 @@ def load(
     context: int,
     memory: int,
     vision: bool,
+    quant: str,
+    quant_overrides: Sequence[tuple[str, str]],
     progress: Callable[[int, int], object] | None,
 ) -> Engine: ...
+def quantize(
+    *,
+    path: str,
+    out: str,
+    quant: str,
+    quant_overrides: Sequence[tuple[str, str]],
+    threads: int,
+    progress: Callable[[int, int], object] | None,
+) -> None: ...
 def inspect(directory: str) -> _Inspection: ...
 def backends() -> list[_Backend]: ...
 def isas() -> list[_Isa]: ...

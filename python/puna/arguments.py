@@ -160,3 +160,20 @@ def whole(name: str, value: Any, most: int = _INT64) -> int:
     if number > most:
         raise InvalidRequest(f"{name} is {number}; it must be at most {most}", param=name)
     return number
+
+
+def quant_recipe(quant: Any) -> tuple[str, list[tuple[str, str]]]:
+    """The recipe ("" = as stored) and the overrides, in order, of a `quant` argument."""
+    if quant is None:
+        return "", []
+    if isinstance(quant, str):
+        return quant, []
+    if isinstance(quant, Mapping) and all(
+        isinstance(text, str) for pair in quant.items() for text in pair
+    ):
+        return quant.get("default", ""), [item for item in quant.items() if item[0] != "default"]
+    raise InvalidRequest(
+        f'quant is {quant!r:.80}; it must be a string like "int4", or a mapping of patterns to '
+        'formats like {"default": "int4", "layers.0.*": "int8"}',
+        param="quant",
+    )

@@ -88,6 +88,13 @@ def _parser() -> argparse.ArgumentParser:
     tokenize.add_argument("--json", action="store_true", help="print JSON")
     tokenize.set_defaults(run=_tokenize)
 
+    quantize = commands.add_parser("quantize", help="write a checkpoint in puna's packed form")
+    _add_model(quantize)
+    quantize.add_argument("out", help="the folder to write")
+    _add_quant(quantize)
+    quantize.add_argument("--threads", type=int)
+    quantize.set_defaults(run=_quantize)
+
     # Its arguments are all puna-bench's, --help too: main() keeps them from this parser.
     bench = commands.add_parser("bench", help="measure speed (passes its arguments to puna-bench)")
     bench.set_defaults(run=_bench)
@@ -148,6 +155,7 @@ def _sampling(options: argparse.Namespace) -> dict[str, Any]:
 def _add_loading(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("loading")
     group.add_argument("--context", help='tokens, or like "128k"')
+    _add_quant(group)
     group.add_argument("--kv", default="auto", choices=("auto", "bf16", "fp32"))
     group.add_argument("--memory", help='bytes, or like "24G"')
     group.add_argument("--threads", type=int)
@@ -156,11 +164,37 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no-vision", action="store_true", help="leave the vision tower on disk")
 
 
+def _add_quant(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
+    group.add_argument("--quant", help="weight format: int4, int8, ... (see docs/formats.md)")
+    group.add_argument(
+        "--quant-override",
+        action="append",
+        default=[],
+        metavar="PATTERN=FORMAT",
+        help="another format for the matrices whose name matches; may be repeated",
+    )
+
+
+def _quant(options: argparse.Namespace) -> dict[str, str] | str | None:
+    if not options.quant_override:
+        return options.quant
+    recipe = {} if options.quant is None else {"default": options.quant}
+    for override in options.quant_override:
+        pattern, equals, name = override.partition("=")
+        if not equals:
+            raise puna.InvalidRequest(
+                f"--quant-override is {override!r}; write PATTERN=FORMAT", param="quant"
+            )
+        recipe[pattern] = name
+    return recipe
+
+
 def _load(options: argparse.Namespace) -> puna.Engine:
     context = options.context
     llm = puna.load(
         options.model,
         context=int(context) if context and context.isdigit() else context,
+        quant=_quant(options),
         kv=options.kv,
         memory=options.memory,
         threads=options.threads,
@@ -366,6 +400,13 @@ def _tokenize(options: argparse.Namespace) -> int:
     else:
         for token in ids:
             print(f"{token:>8}  {tokenizer.decode_bytes([token])!r}")
+    return 0
+
+
+def _quantize(options: argparse.Namespace) -> int:
+    puna.quantize(options.model, options.out, quant=_quant(options) or "", threads=options.threads)
+    files = [path for path in Path(options.out).iterdir() if path.is_file()]
+    print(f"{options.out}  {size(sum(path.stat().st_size for path in files))}")
     return 0
 
 

@@ -17,7 +17,17 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from puna import _core
-from puna.arguments import amount, ids_of, is_batch, is_ids, tiles_array, token_ids, truth, whole
+from puna.arguments import (
+    amount,
+    ids_of,
+    is_batch,
+    is_ids,
+    quant_recipe,
+    tiles_array,
+    token_ids,
+    truth,
+    whole,
+)
 from puna.chat_template import (
     ImagePlaceholder,
     RenderedPrompt,
@@ -53,7 +63,7 @@ Messages = str | Sequence[Mapping[str, Any]]
 def load(
     model: str | os.PathLike[str],
     *,
-    quant: str | None = None,
+    quant: str | Mapping[str, str] | None = None,
     context: int | str | None = None,
     kv: str = "auto",
     kv_offload: str = "auto",
@@ -71,7 +81,10 @@ def load(
     Args:
         model: A Hugging Face directory (config.json, safetensors, tokenizer.json or
             tokenizer.model), or "demo" for the small model that comes with puna.
-        quant: Weight format; None keeps them as stored, the only choice so far.
+        quant: Weight format: None keeps weights as they are stored; "int4" packs experts in 4 bits
+            and attention and head in 8; "int8" packs all in 8; or a format's name. A mapping of
+            patterns to formats overrides matrices, its key "default" being the recipe (see
+            docs/formats.md). Routers and the vision tower are never quantised.
         context: Tokens a session may hold, as a number or like "128k" or "1M" (powers of 1024);
             None is the largest that fits.
         kv: Format of the KV cache: "auto" (as the weights), "bf16" or "fp32".
@@ -94,10 +107,7 @@ def load(
     """
     if unknown:
         raise unknown_keyword("load", next(iter(unknown)), LOAD_NAMES)
-    if quant is not None:
-        raise UnsupportedError(
-            f"quant={quant!r} is not available yet; leave it out: weights stay as they are stored"
-        )
+    recipe, overrides = quant_recipe(quant)
     for name, value in (("kv", kv), ("device", device), ("isa", "" if isa is None else isa)):
         if not isinstance(value, str):
             raise InvalidRequest(f"{name} is {value!r:.80}; it must be a string", param=name)
@@ -119,12 +129,55 @@ def load(
             context=amount("context", context),
             memory=amount("memory", memory),
             vision=truth("vision", vision),
+            quant=recipe,
+            quant_overrides=overrides,
             progress=bar.update if bar else None,
         )
     finally:
         if bar:
             bar.close()
     return Engine(core, path)
+
+
+def quantize(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    quant: str | Mapping[str, str],
+    threads: int | None = None,
+    progress: bool = True,
+) -> None:
+    """Writes a checkpoint in puna's packed form, which loads by mapping it.
+
+    Needs memory for one matrix at a time. The output is a checkpoint directory of about the bytes
+    that `load(model, quant=quant)` would hold.
+
+    Args:
+        model: A Hugging Face directory, or "demo".
+        out: A directory that holds no model yet; made if it is not there.
+        quant: As for `load`; required.
+        threads: Compute threads; None is the physical cores this process may use.
+        progress: Show a progress bar on stderr.
+
+    Raises:
+        ModelNotFound, ModelFormatError, UnsupportedError: As for `load`.
+        InvalidRequest: The output is in use, or the disk has no room; nothing has been written.
+    """
+    recipe, overrides = quant_recipe(quant)
+    path = demo_directory() if os.fspath(model) == _DEMO_NAME else Path(model).expanduser()
+    bar = _LoadBar(path.name, "Quantising") if progress else None
+    try:
+        _core.quantize(
+            path=os.fspath(path),
+            out=os.fspath(Path(out).expanduser()),
+            quant=recipe,
+            quant_overrides=overrides,
+            threads=whole("threads", threads, most=(1 << 31) - 1),
+            progress=bar.update if bar else None,
+        )
+    finally:
+        if bar:
+            bar.close()
 
 
 def demo_directory() -> Path:
@@ -719,8 +772,8 @@ class _Deadline:
 class _LoadBar:
     """A progress bar on stderr for loads that take longer than a moment."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, name: str, doing: str = "Loading") -> None:
+        self._title = f"{doing} {name}"
         self._bar: Any = None
         self._started = time.monotonic()
 
@@ -730,7 +783,7 @@ class _LoadBar:
                 return
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, unit="B", unit_scale=True, desc=f"Loading {self._name}")
+            self._bar = tqdm(total=total, unit="B", unit_scale=True, desc=self._title)
         self._bar.update(done - self._bar.n)
 
     def close(self) -> None:
