@@ -58,14 +58,14 @@ def sanitized() -> Path:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.sanitizers
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_sanitized_program(sanitized: Path, name: str) -> None:
     """Every C++ test, the fuzzers among them, under address and undefined-behaviour sanitizers."""
     run(sanitized / name, UBSAN_OPTIONS="halt_on_error=1:print_stacktrace=1")
 
 
-@pytest.mark.slow
+@pytest.mark.sanitizers
 def test_pool_under_thread_sanitizer() -> None:
     folder = build(
         ROOT / "build" / "threads",

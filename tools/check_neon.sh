@@ -5,7 +5,7 @@
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 build=${1:-$root/build/neon}
-tests=(elementwise_test gemm_test attention_test)
+tests=(elementwise_test gemm_test attention_test quant_test)
 
 missing=()
 for tool in aarch64-linux-gnu-g++ qemu-aarch64 cmake ninja; do
@@ -20,7 +20,7 @@ fi
 cmake -G Ninja -S "$root" -B "$build" -DPUNA_BUILD_TESTS=ON \
   -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
   -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static \
-  ${PYTHON:+-DPython_EXECUTABLE="$PYTHON"} >/dev/null
+  -DPython_EXECUTABLE="${PYTHON:-$(command -v python3)}" >/dev/null
 cmake --build "$build" --target "${tests[@]}"
 python3 "$root/tools/check_isa_symbols.py" "$build/libpuna_kernels.a"
 

@@ -176,9 +176,10 @@ def _add_quant(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None
 
 
 def _quant(options: argparse.Namespace) -> dict[str, str] | str | None:
+    quant: str | None = options.quant
     if not options.quant_override:
-        return options.quant
-    recipe = {} if options.quant is None else {"default": options.quant}
+        return quant
+    recipe = {} if quant is None else {"default": quant}
     for override in options.quant_override:
         pattern, equals, name = override.partition("=")
         if not equals:
