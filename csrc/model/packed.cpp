@@ -143,17 +143,17 @@ AdoptingLoader::AdoptingLoader(const Checkpoint& checkpoint) : checkpoint_(check
     if (!format)
       fail(ErrorCode::kUnsupported, "[packed] ", checkpoint.directory(), ": ", printable(name),
            " has the weight format ", printable(text), ", which this version does not know");
-    Entry found{*format, whole_number(checkpoint, name, entry["rows"]),
-                whole_number(checkpoint, name, entry["cols"]), nullptr};
+    Matrix found{*format, whole_number(checkpoint, name, entry["rows"]),
+                 whole_number(checkpoint, name, entry["cols"]), nullptr};
     const auto bytes = static_cast<int64_t>(packed_bytes(found.format, found.rows, found.cols));
     found.data = place(name, DType::kU8, bytes);
     (name.starts_with("vision.") ? vision_bytes_ : text_bytes_) += bytes;
-    entries_.emplace(name, found);
+    matrices_.emplace(name, found);
   }
   for (const auto& [name, size] : part("vectors").items()) {
-    Entry found{WeightFormat::kF32, whole_number(checkpoint, name, size), 1, nullptr};
-    found.data = place(name, DType::kF32, found.rows * static_cast<int64_t>(sizeof(float)));
-    entries_.emplace(name, found);
+    Vector found{whole_number(checkpoint, name, size), nullptr};
+    found.data = place(name, DType::kF32, found.size * static_cast<int64_t>(sizeof(float)));
+    vectors_.emplace(name, found);
   }
 }
 
@@ -176,9 +176,11 @@ ModelWeights AdoptingLoader::weights(const ModelSpec& spec) const {
   return weights;
 }
 
-const AdoptingLoader::Entry& AdoptingLoader::find(const std::string& name) const {
-  const auto found = entries_.find(name);
-  if (found == entries_.end())
+template <class Entry>
+const Entry& AdoptingLoader::find(const std::map<std::string, Entry>& entries,
+                                  const std::string& name) const {
+  const auto found = entries.find(name);
+  if (found == entries.end())
     bad(checkpoint_, "there is no ", printable(name), "; config.json is of another model");
   return found->second;
 }
@@ -189,7 +191,7 @@ std::vector<WeightRef> AdoptingLoader::matrices(const std::string& name,
   for (const MatrixSource& part : parts) rows += part.rows;
   std::vector<WeightRef> weights;
   while (weights.empty() || (split && found_rows < rows)) {
-    const Entry& entry = find(piece_name(name, weights.size()));
+    const Matrix& entry = find(matrices_, piece_name(name, weights.size()));
     if (entry.cols != parts[0].cols) {
       found_rows = -1;
       break;
@@ -208,9 +210,9 @@ std::vector<WeightRef> AdoptingLoader::matrices(const std::string& name,
 VectorRef AdoptingLoader::vector(const std::string& name, std::span<const TensorRef> parts) {
   int64_t size = 0;
   for (const TensorRef& part : parts) size += part.elements();
-  const Entry& entry = find(name);
-  if (entry.rows != size || entry.cols != 1)
-    bad(checkpoint_, printable(name), " has ", entry.rows, " elements, config.json asks for ",
+  const Vector& entry = find(vectors_, name);
+  if (entry.size != size)
+    bad(checkpoint_, printable(name), " has ", entry.size, " elements, config.json asks for ",
         size);
   const TensorRef part{DType::kF32, 1, {size}, entry.data};
   return backend_->load_vector({&part, 1});

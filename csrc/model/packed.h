@@ -34,16 +34,22 @@ class AdoptingLoader : public WeightLoader {
   VectorRef vector(const std::string& name, std::span<const TensorRef> parts) override;
 
  private:
-  struct Entry {
+  struct Matrix {
     WeightFormat format = WeightFormat::kF32;
     int64_t rows = 0, cols = 0;
     const void* data = nullptr;
   };
-  const Entry& find(const std::string& name) const;
+  struct Vector {
+    int64_t size = 0;
+    const void* data = nullptr;
+  };
+  template <class Entry>
+  const Entry& find(const std::map<std::string, Entry>& entries, const std::string& name) const;
 
   const Checkpoint& checkpoint_;
   Backend* backend_ = nullptr;
-  std::map<std::string, Entry> entries_;
+  std::map<std::string, Matrix> matrices_;
+  std::map<std::string, Vector> vectors_;
   int64_t text_bytes_ = 0, vision_bytes_ = 0;
 };
 

@@ -2,9 +2,14 @@
 // exception, a crash or a hang; the sanitized build of these tests shows what only looks right.
 #include <chrono>
 #include <cmath>
+#include <cstring>
+#include <fstream>
+#include <iterator>
+#include <nlohmann/json.hpp>
 
 #include "check.h"
 #include "checkpoint_fixture.h"
+#include "engine/quantize.h"
 #include "io/safetensors.h"
 #include "json_mutation.h"
 #include "model/parameters.h"
@@ -80,6 +85,11 @@ void use(const std::string& directory) {
   const std::vector<float> logits = engine->logits(
       {{tokens.begin(), tokens.begin() + static_cast<std::ptrdiff_t>(length)}, {}}, {});
   CHECK_EQ(logits.size(), length * static_cast<size_t>(engine->info().vocab_size));
+}
+
+std::string read_file(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), {}};
 }
 
 }  // namespace
@@ -168,6 +178,50 @@ TEST(mutated_config) {
     }
     CHECK(std::isfinite(puna::attention_temperature(spec.max_position, spec.temperature_floor,
                                                     spec.temperature_scale)));
+    use(directory.path());
+  });
+}
+
+// puna's packed form: its metadata are JSON within the JSON of the header.
+TEST(mutated_packed_form) {
+  const fixture::Directory source("puna-fuzz-source"), directory("puna-fuzz-packed");
+  source.write("model.safetensors", fixture::joined(fixture::parts(fixture::tensors())));
+  source.write("config.json", fixture::kConfig);
+  puna::QuantizeOptions options;
+  options.path = source.path();
+  options.out = directory.path();
+  options.quant = "int4";
+  options.threads = 1;
+  puna::quantize(options);
+  use(directory.path());
+
+  const std::string whole = read_file(directory.file("model.safetensors"));
+  uint64_t length = 0;
+  std::memcpy(&length, whole.data(), sizeof(length));
+  const std::string data = whole.substr(8 + length);
+  const auto header = nlohmann::json::parse(whole.substr(8, length));
+  const auto form = header["__metadata__"]["puna"].get<std::string>();
+  constexpr size_t kAlignment = 4096;
+  fuzz(2000, 7, [&](Mutator& mutator) {
+    std::string text;
+    std::string config = fixture::kConfig;
+    switch (mutator.below(4)) {
+      case 0:
+        text = mutator.mutated(header.dump());
+        break;
+      case 1:
+        text = header.dump();
+        config = mutator.mutated(config);
+        break;
+      default: {
+        nlohmann::json changed = header;
+        changed["__metadata__"]["puna"] = mutator.mutated(form);
+        text = changed.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+      }
+    }
+    text.resize((8 + text.size() + kAlignment - 1) / kAlignment * kAlignment - 8, ' ');
+    directory.write("model.safetensors", fixture::length_bytes(text.size()) + text + data);
+    directory.write("config.json", config);
     use(directory.path());
   });
 }
