@@ -15,7 +15,7 @@ from PIL import Image
 import puna
 from puna.chat_template import SpecialToken, find_template, render
 from puna.demo.scene import Scene, draw, random_scene
-from puna.engine import demo_directory
+from puna.loading import demo_directory
 
 
 @pytest.fixture(scope="module")

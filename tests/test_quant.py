@@ -113,6 +113,7 @@ def test_the_demo_still_sees_in_four_bits() -> None:
         ("int7", puna.InvalidRequest, ("int7", "int4_64")),
         ("int4_k", puna.UnsupportedError, ("int4_k", "int4_32")),
         ({"layers.*": "none"}, puna.InvalidRequest, ("none",)),
+        ({"layers.1.experts.2.*": "int8"}, puna.UnsupportedError, ("layers.1.experts.2", "int8")),
         (4, puna.InvalidRequest, ("quant is 4",)),
     ],
 )

@@ -218,7 +218,7 @@ LOADING: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"device": None}, puna.InvalidRequest, "device is None; it must be a string"),
     ({"isa": "avx9"}, puna.InvalidRequest, "no instruction set 'avx9' in this build; it has"),
     ({"isa": 2}, puna.InvalidRequest, "isa is 2; it must be a string"),
-    ({"quant": "int4"}, puna.UnsupportedError, "quant='int4' is not available yet"),
+    ({"quant": 4}, puna.InvalidRequest, "quant is 4; it must be a string"),
     ({"kv": "int8"}, puna.UnsupportedError, "kv='int8' is not available yet"),
     ({"kv": "q4"}, puna.InvalidRequest, "kv is 'q4'; it must be 'auto', 'bf16' or 'fp32'"),
     ({"kv": 8}, puna.InvalidRequest, "kv is 8; it must be a string"),

@@ -1,5 +1,7 @@
 #include "model/parameters.h"
 
+#include "base/error.h"
+
 namespace puna {
 
 namespace {
@@ -11,6 +13,22 @@ MatrixSource expert_columns(const TensorRef& tensor, int64_t e, int64_t first, i
   const auto* data = static_cast<const std::byte*>(tensor.data) +
                      static_cast<size_t>(e * in * out + first) * size_of(tensor.dtype);
   return {tensor.dtype, data, rows, in, 1, out};
+}
+
+// What products of a whole layer rely on.
+void check_experts(const std::string& prefix, const MoeWeights& moe) {
+  if (moe.router.format != WeightFormat::kF32) {
+    fail(ErrorCode::kUnsupported, "[load] ", prefix, "router is ", name_of(moe.router.format),
+         "; routers are fp32");
+  }
+  for (size_t e = 1; e < moe.gate_up.size(); ++e) {
+    if (moe.gate_up[e].format == moe.gate_up[0].format && moe.down[e].format == moe.down[0].format)
+      continue;
+    fail(ErrorCode::kUnsupported, "[load] ", prefix, "experts.", e, " has the formats ",
+         name_of(moe.gate_up[e].format), " and ", name_of(moe.down[e].format), ", experts.0 ",
+         name_of(moe.gate_up[0].format), " and ", name_of(moe.down[0].format),
+         "; the experts of a layer share their formats");
+  }
 }
 
 }  // namespace
@@ -47,6 +65,7 @@ TextParameters load_text(const ModelSpec& spec, const TextWeights& weights, Weig
         layer.moe.down.push_back(
             matrix(expert + "down", {expert_columns(source.experts_down, e, 0, spec.hidden)}));
       }
+      check_experts(prefix, layer.moe);
     } else {
       layer.gate_up = matrix(prefix + "mlp.gate_up", {linear(source.gate), linear(source.up)});
       layer.down = matrix(prefix + "mlp.down", {linear(source.down)});

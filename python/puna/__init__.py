@@ -9,7 +9,7 @@ print(llm.chat("Tell me a story about a fox."))
 from puna import errors
 from puna._core import StreamDecoder, Tokenizer, backends, isas
 from puna._core import version as _version
-from puna.engine import Engine, Session, load, quantize
+from puna.engine import Engine, Session
 from puna.errors import (
     ContextOverflow,
     DeviceError,
@@ -23,6 +23,7 @@ from puna.errors import (
     SessionMismatch,
     UnsupportedError,
 )
+from puna.loading import load, quantize
 from puna.types import Chunk, Completion, ModelInfo, Plan, Score, Timings, Usage
 
 __version__ = _version()

@@ -15,7 +15,7 @@ from typing import Any
 
 import puna
 from puna import _core
-from puna.engine import demo_directory
+from puna.loading import demo_directory
 
 _INTERRUPTED = 130  # the shell's convention: 128 + SIGINT
 

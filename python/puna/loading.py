@@ -1,0 +1,164 @@
+"""Loading and quantising checkpoints."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from puna import _core
+from puna.arguments import amount, quant_recipe, truth, whole
+from puna.engine import Engine
+from puna.errors import InvalidRequest, UnsupportedError
+from puna.options import LOAD_NAMES, unknown_keyword
+
+_DEMO_NAME = "demo"
+
+
+def load(
+    model: str | os.PathLike[str],
+    *,
+    quant: str | Mapping[str, str] | None = None,
+    context: int | str | None = None,
+    kv: str = "auto",
+    kv_offload: str = "auto",
+    device: str = "auto",
+    experts: str | float = "auto",
+    memory: int | str | None = None,
+    threads: int | None = None,
+    vision: bool = True,
+    isa: str | None = None,
+    progress: bool = True,
+    **unknown: Any,
+) -> Engine:
+    """Loads a Llama 4 checkpoint.
+
+    Args:
+        model: A Hugging Face directory (config.json, safetensors, tokenizer.json or
+            tokenizer.model), or "demo" for the small model that comes with puna.
+        quant: Weight format: None keeps weights as they are stored; "int4" packs experts in 4 bits
+            and attention and head in 8; "int8" packs all in 8; or a format's name. A mapping of
+            patterns to formats overrides matrices, its key "default" being the recipe (see
+            docs/formats.md). Routers and the vision tower are never quantised.
+        context: Tokens a session may hold, as a number or like "128k" or "1M" (powers of 1024);
+            None is the largest that fits.
+        kv: Format of the KV cache: "auto" (as the weights), "bf16" or "fp32".
+        kv_offload: Where the KV cache may live besides memory: "auto" or "none" so far.
+        device: "auto", "cpu", or "ref": the slow double-precision reference.
+        experts: Where expert weights live: "auto" or "cpu" so far.
+        memory: Bytes for weights and KV cache together, as a number or like "24G"; None is what the
+            system has free.
+        threads: Compute threads; None is the physical cores this process may use.
+        vision: False leaves the vision tower on disk.
+        isa: Instruction set, e.g. "avx2"; None is the best the processor supports.
+        progress: Show a progress bar on stderr when loading takes more than a moment.
+
+    Raises:
+        ModelNotFound: There is no checkpoint at `model`.
+        ModelFormatError: A file is damaged, or a tensor is missing or misshapen.
+        UnsupportedError: The checkpoint or an argument asks for what this version cannot do.
+        OutOfMemory: Weights or context do not fit; nothing has been read.
+        DeviceError: The device or instruction set is not available here.
+    """
+    if unknown:
+        raise unknown_keyword("load", next(iter(unknown)), LOAD_NAMES)
+    recipe, overrides = quant_recipe(quant)
+    for name, value in (("kv", kv), ("device", device), ("isa", "" if isa is None else isa)):
+        if not isinstance(value, str):
+            raise InvalidRequest(f"{name} is {value!r:.80}; it must be a string", param=name)
+    if kv_offload not in ("auto", "none"):
+        raise UnsupportedError(
+            f"kv_offload={kv_offload!r} is not available yet; use 'auto': the KV cache is in memory"
+        )
+    if experts not in ("auto", "cpu"):
+        raise UnsupportedError(f"experts={experts!r} is not available yet; use 'auto'")
+    path = demo_directory() if os.fspath(model) == _DEMO_NAME else Path(model).expanduser()
+    bar = _LoadBar(path.name) if progress else None
+    try:
+        core = _core.load(
+            path=os.fspath(path),
+            device=device,
+            isa=isa or "",
+            threads=whole("threads", threads, most=(1 << 31) - 1),
+            kv=kv,
+            context=amount("context", context),
+            memory=amount("memory", memory),
+            vision=truth("vision", vision),
+            quant=recipe,
+            quant_overrides=overrides,
+            progress=bar.update if bar else None,
+        )
+    finally:
+        if bar:
+            bar.close()
+    return Engine(core, path)
+
+
+def quantize(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    quant: str | Mapping[str, str],
+    threads: int | None = None,
+    progress: bool = True,
+) -> None:
+    """Writes a checkpoint in puna's packed form, which loads by mapping it.
+
+    Needs memory for one matrix at a time. The output is a checkpoint directory of about the bytes
+    that `load(model, quant=quant)` would hold.
+
+    Args:
+        model: A Hugging Face directory, or "demo".
+        out: A directory that holds no model yet; made if it is not there.
+        quant: As for `load`; required.
+        threads: Compute threads; None is the physical cores this process may use.
+        progress: Show a progress bar on stderr.
+
+    Raises:
+        ModelNotFound, ModelFormatError, UnsupportedError: As for `load`.
+        InvalidRequest: The output is in use, or the disk has no room; nothing has been written.
+    """
+    recipe, overrides = quant_recipe(quant)
+    path = demo_directory() if os.fspath(model) == _DEMO_NAME else Path(model).expanduser()
+    bar = _LoadBar(path.name, "Quantising") if progress else None
+    try:
+        _core.quantize(
+            path=os.fspath(path),
+            out=os.fspath(Path(out).expanduser()),
+            quant=recipe,
+            quant_overrides=overrides,
+            threads=whole("threads", threads, most=(1 << 31) - 1),
+            progress=bar.update if bar else None,
+        )
+    finally:
+        if bar:
+            bar.close()
+
+
+def demo_directory() -> Path:
+    """Where the bundled demo checkpoint lies."""
+    return Path(__file__).parent / "demo"
+
+
+class _LoadBar:
+    """A progress bar on stderr for loads that take longer than a moment."""
+
+    def __init__(self, name: str, doing: str = "Loading") -> None:
+        self._title = f"{doing} {name}"
+        self._bar: Any = None
+        self._started = time.monotonic()
+
+    def update(self, done: int, total: int) -> None:
+        if self._bar is None:
+            if time.monotonic() - self._started < 1.0:
+                return
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, unit="B", unit_scale=True, desc=self._title)
+        self._bar.update(done - self._bar.n)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
