@@ -32,7 +32,8 @@ void score_rows(float* scores, int64_t scores_stride, const float* q, int64_t q_
 }
 
 // out[r] += sum over t of weights[r][t] * v[t], for a few rows. The tiles are flat and wide: with
-// 128 channels in AVX-512 one tile takes the whole width, and the values are read strictly in order.
+// 128 channels in AVX-512 one tile takes the whole width, and the values are read strictly in
+// order.
 template <class Product, int Rows>
 void add_values(float* out, const float* weights, int64_t weights_stride,
                 const typename Product::W* v, int64_t tokens, int64_t head_dim) {
