@@ -60,13 +60,16 @@ void check_feed_forward(const char* where, const char* name, const WeightRef& ga
 
 }  // namespace
 
-MatrixShape check_matrix_parts(std::span<const MatrixSource> parts) {
+MatrixShape check_matrix_parts(std::span<const MatrixSource> parts, const MatrixOptions& options) {
   if (parts.empty()) fail(ErrorCode::kInternal, "[load_matrix] no parts");
   MatrixShape whole{0, parts[0].cols, parts[0].dtype};
-  const int64_t block = info_of(whole.dtype).block_elements;
-  if (block == 1) check_float("load_matrix", whole.dtype);
+  // What is quantised anew may come from any types.
+  const bool any_types =
+      options.format && is_quantized(*options.format) && can_encode(*options.format);
   for (const MatrixSource& part : parts) {
-    if (part.cols != whole.cols || part.dtype != whole.dtype)
+    const int64_t block = info_of(part.dtype).block_elements;
+    if (block == 1) check_float("load_matrix", part.dtype);
+    if (part.cols != whole.cols || (part.dtype != whole.dtype && !any_types))
       fail(ErrorCode::kInternal, "[load_matrix] a part is ", name_of(part.dtype), " ",
            shape(part.rows, part.cols), ", the first has ", name_of(whole.dtype), " and ",
            whole.cols, " columns");

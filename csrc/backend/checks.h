@@ -15,7 +15,7 @@ struct MatrixShape {
   int64_t rows = 0, cols = 0;
   DType dtype = DType::kF32;
 };
-MatrixShape check_matrix_parts(std::span<const MatrixSource> parts);
+MatrixShape check_matrix_parts(std::span<const MatrixSource> parts, const MatrixOptions& options);
 int64_t check_vector_parts(std::span<const TensorRef> parts);
 
 void check_embed(ConstRows out, const TensorRef& table, std::span<const int32_t> ids);

@@ -108,14 +108,16 @@ std::function<void(int64_t, int64_t)> reporting(const py::object& progress) {
   };
 }
 
-std::shared_ptr<Engine> load(const std::string& path, const std::string& device,
-                             const std::string& isa, int threads, const std::string& kv,
-                             int64_t context, int64_t memory, bool vision, const std::string& quant,
-                             QuantOverrides quant_overrides, const py::object& progress) {
+std::shared_ptr<Engine> load(const std::string& path, const std::string& mmproj,
+                             const std::string& device, const std::string& isa, int threads,
+                             const std::string& kv, int64_t context, int64_t memory, bool vision,
+                             const std::string& quant, QuantOverrides quant_overrides,
+                             const py::object& progress) {
   LoadOptions options;
   options.quant = quant;
   options.quant_overrides = std::move(quant_overrides);
   options.path = path;
+  options.mmproj = mmproj;
   options.device = device;
   options.isa = isa;
   options.threads = threads;
@@ -263,9 +265,9 @@ void bind_engine(py::module_& module) {
            "Stops running steps and frees the model.")
       .def_property_readonly("closed", &Engine::closed, "Whether close() was called.");
 
-  module.def("load", &load, py::kw_only(), "path"_a, "device"_a, "isa"_a, "threads"_a, "kv"_a,
-             "context"_a, "memory"_a, "vision"_a, "quant"_a, "quant_overrides"_a, "progress"_a,
-             "Loads a checkpoint directory.");
+  module.def("load", &load, py::kw_only(), "path"_a, "mmproj"_a, "device"_a, "isa"_a, "threads"_a,
+             "kv"_a, "context"_a, "memory"_a, "vision"_a, "quant"_a, "quant_overrides"_a,
+             "progress"_a, "Loads a checkpoint.");
   module.def("quantize", &quantize_directory, py::kw_only(), "path"_a, "out"_a, "quant"_a,
              "quant_overrides"_a, "threads"_a, "progress"_a,
              "Writes a checkpoint directory in the packed form.");

@@ -1,4 +1,5 @@
 // What this build and this machine offer, and what a checkpoint is, as plain Python data.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -41,11 +42,11 @@ py::dict system() {
                   "memory_available"_a = available_memory_bytes());
 }
 
-py::dict inspect_directory(const std::string& directory) {
+py::dict inspect_path(const std::string& path, const std::string& mmproj) {
   Inspection report;
   {
     const py::gil_scoped_release release;
-    report = inspect(directory);
+    report = inspect(path, mmproj);
   }
   const ModelSpec& spec = report.spec;
   int64_t moe_layers = 0, chunked_layers = 0, chunk = 0, experts = 0, top_k = 0;
@@ -62,7 +63,7 @@ py::dict inspect_directory(const std::string& directory) {
         name, name_of(tensor.dtype),
         std::vector<int64_t>(tensor.shape.begin(), tensor.shape.begin() + tensor.rank)));
   }
-  return py::dict("path"_a = directory, "parameters"_a = report.parameters.total,
+  return py::dict("path"_a = path, "parameters"_a = report.parameters.total,
                   "active_parameters"_a = report.parameters.active,
                   "weight_bytes"_a = report.weight_bytes, "dtype"_a = name_of(report.dtype),
                   "layers"_a = spec.layers.size(), "moe_layers"_a = moe_layers,
@@ -85,7 +86,18 @@ void bind_system(py::module_& module) {
   module.def("isas", &isas,
              "[{name, available}] of every instruction set of this build, best first.");
   module.def("system", &system, "Processor, compute threads and memory of this machine.");
-  module.def("inspect", &inspect_directory, "directory"_a,
+  module.def(
+      "read_tensor",
+      [](const std::string& path, const std::string& name) {
+        std::vector<float> values;
+        {
+          const py::gil_scoped_release release;
+          values = read_tensor(path, name);
+        }
+        return py::array_t<float>(static_cast<py::ssize_t>(values.size()), values.data());
+      },
+      "path"_a, "name"_a, "Values of a checkpoint's tensor, float32 [elements].");
+  module.def("inspect", &inspect_path, "path"_a, "mmproj"_a = "",
              "Configuration, sizes and tensors of a checkpoint; weights are not read.");
 }
 

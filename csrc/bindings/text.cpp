@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings/module.h"
+#include "engine/model_files.h"
 #include "puna/error.h"
 #include "text/stream_decoder.h"
 #include "text/tokenizer.h"
@@ -65,13 +66,28 @@ py::str text_of(const std::string& bytes) {
 }  // namespace
 
 void bind_text(py::module_& module) {
+  module.def(
+      "gguf_chat",
+      [](const std::string& path) {
+        GgufChat chat;
+        {
+          const py::gil_scoped_release release;
+          chat = read_gguf_chat(path);
+        }
+        py::dict templates, tokens;
+        for (const auto& [name, text] : chat.templates) templates[text_of(name)] = text_of(text);
+        for (const auto& [name, text] : chat.tokens) tokens[text_of(name)] = text_of(text);
+        return py::make_tuple(templates, tokens);
+      },
+      "path"_a, "Chat templates of a GGUF file by name, and the special tokens they may ask for.");
+  module.def("is_gguf", &is_gguf, "path"_a, "Whether a path is that of a GGUF file.");
   py::class_<Tokenizer>(module, "Tokenizer",
                         "Llama 4's tokenizer: byte-level BPE with special tokens. Thread-safe.")
-      .def_static("from_file", &Tokenizer::from_file, "path"_a,
-                  py::call_guard<py::gil_scoped_release>(),
-                  "Reads tokenizer.json or tokenizer.model, or a directory that holds one.\n\n"
-                  "Raises ModelNotFound, ModelFormatError, or UnsupportedError for a tokenizer of "
-                  "another kind.")
+      .def_static(
+          "from_file", &read_tokenizer, "path"_a, py::call_guard<py::gil_scoped_release>(),
+          "Reads tokenizer.json, tokenizer.model, a directory that holds one, or a GGUF file.\n\n"
+          "Raises ModelNotFound, ModelFormatError, or UnsupportedError for a tokenizer of another "
+          "kind.")
       .def("encode", &encode, "text"_a, py::kw_only(), "allowed_special"_a = "none",
            "Ids of a text (str, or bytes read as UTF-8 with replacement).\n\n"
            "allowed_special: \"none\" (special tokens in the text are plain text), \"all\", or a "

@@ -8,7 +8,9 @@
 #include <numeric>
 
 #include "engine/factory.h"
+#include "engine/model_files.h"
 #include "engine/state.h"
+#include "model/open_model.h"
 #include "model/packed.h"
 #include "platform/system.h"
 
@@ -74,8 +76,9 @@ std::shared_ptr<Engine> Engine::load(const LoadOptions& options) {
   const auto start = std::chrono::steady_clock::now();
   auto impl = std::make_unique<Impl>();
   impl->options = options;
-  impl->spec = read_model_spec(options.path);
-  impl->checkpoint = std::make_unique<Checkpoint>(options.path);
+  OpenedModel opened = open_model(options.path, options.mmproj);
+  impl->spec = std::move(opened.spec);
+  impl->checkpoint = std::move(opened.checkpoint);
   const ModelSpec& spec = impl->spec;
   // Where the matrices come from: the packed form as it lies, or packed as the recipe says.
   std::optional<AdoptingLoader> packed;
@@ -110,7 +113,7 @@ std::shared_ptr<Engine> Engine::load(const LoadOptions& options) {
          "[load] context=", options.context, " was asked for, the model allows ",
          spec.max_position);
   }
-  impl->tokenizer = find_tokenizer(options.path);
+  impl->tokenizer = tokenizer_of(*impl->checkpoint);
   impl->backend = make_backend(options.device, {options.isa, options.threads});
   const KvGeometry geometry = geometry_of(spec, kv_type);
   impl->kv = std::make_unique<KvStore>(

@@ -5,10 +5,14 @@
 #include <optional>
 
 #include "backend/kv_layout.h"
+#include "base/error.h"
 #include "io/checkpoint.h"
+#include "io/message.h"
+#include "model/open_model.h"
 #include "model/packed.h"
 #include "model/parameters.h"
 #include "model/weight_map.h"
+#include "quant/blocks.h"
 
 namespace puna {
 
@@ -18,10 +22,11 @@ constexpr int64_t kFirstContext = 8192;  // then 16 times as much, up to the mod
 
 }  // namespace
 
-Inspection inspect(const std::string& directory) {
+Inspection inspect(const std::string& path, const std::string& mmproj) {
   Inspection report;
-  report.spec = read_model_spec(directory);
-  const Checkpoint checkpoint(directory);
+  OpenedModel opened = open_model(path, mmproj);
+  report.spec = std::move(opened.spec);
+  const Checkpoint& checkpoint = *opened.checkpoint;
   std::optional<AdoptingLoader> packed;
   if (is_packed(checkpoint)) packed.emplace(checkpoint);
   const ModelWeights weights =
@@ -35,10 +40,13 @@ Inspection inspect(const std::string& directory) {
     report.tensors.emplace_back(name, tensor);
     report.tensors.back().second.data = nullptr;
   }
+  if (checkpoint.gguf() && checkpoint.gguf()->has("tokenizer.ggml.tokens")) {
+    report.tokenizer = "in the file";
+  }
   for (const char* name : {"tokenizer.json", "tokenizer.model"}) {
     std::error_code ignored;
-    if (report.tokenizer.empty() &&
-        std::filesystem::exists(std::filesystem::path(directory) / name, ignored)) {
+    if (report.tokenizer.empty() && !checkpoint.gguf() &&
+        std::filesystem::exists(std::filesystem::path(path) / name, ignored)) {
       report.tokenizer = name;
     }
   }
@@ -61,6 +69,22 @@ Inspection inspect(const std::string& directory) {
                                    report.kv_bytes_per_token * pages(context) * kPageTokens);
   }
   return report;
+}
+
+std::vector<float> read_tensor(const std::string& path, const std::string& name) {
+  const Checkpoint checkpoint(path);
+  const auto found = checkpoint.tensors().find(name);
+  if (found == checkpoint.tensors().end()) {
+    fail(ErrorCode::kInvalidRequest, "[inspect] ", path, " has no tensor ", printable(name));
+  }
+  const TensorRef& tensor = found->second;
+  if (!exact_format(tensor.dtype) && tensor.dtype != DType::kF16) {
+    fail(ErrorCode::kUnsupported, "[inspect] ", printable(name), " is ", name_of(tensor.dtype),
+         ", which is no type of weights");
+  }
+  std::vector<float> values(static_cast<size_t>(tensor.elements()));
+  decode_elements(tensor.dtype, tensor.data, 0, tensor.elements(), values.data());
+  return values;
 }
 
 }  // namespace puna

@@ -1,4 +1,4 @@
-// Facts about a checkpoint directory, read from its configuration and headers: no weight is
+// Facts about a checkpoint, read from its configuration and headers: no weight is
 // touched.
 #pragma once
 
@@ -25,6 +25,10 @@ struct Inspection {
 };
 
 // Validates the checkpoint as load() does, and throws the same errors.
-Inspection inspect(const std::string& directory);
+Inspection inspect(const std::string& path, const std::string& mmproj = "");
+
+// A tensor's values in fp32, by its name in the file. Throws InvalidRequest if there is no such
+// tensor, Unsupported for a type that is no float or block type.
+std::vector<float> read_tensor(const std::string& path, const std::string& name);
 
 }  // namespace puna

@@ -39,12 +39,13 @@ bool is_there(const fs::path& path) {
   const std::string shown = printable(path.string(), 400);
   const fs::path parent = path.has_parent_path() ? path.parent_path() : fs::path(".");
   if (is_there(path)) {
-    if (path.extension() == ".gguf") {
+    if (is_gguf(path.string())) {
       fail(ErrorCode::kUnsupported, "[load] ", shown,
-           " is a GGUF file; this version reads Hugging Face directories with safetensors only");
+           " is a GGUF file; what is asked for needs a Hugging Face directory");
     }
-    fail(ErrorCode::kModelNotFound, "[load] ", shown, " is a file; give the directory that holds ",
-         kConfig, is_there(parent / kConfig) ? ": " + printable(parent.string(), 400) : "");
+    fail(ErrorCode::kModelNotFound, "[load] ", shown,
+         " is a file, and no GGUF file; give one, or the directory that holds ", kConfig,
+         is_there(parent / kConfig) ? ": " + printable(parent.string(), 400) : "");
   }
   const std::vector<std::string> beside = entries_of(parent);
   const std::string nearest = nearest_name(path.filename().string(), beside);
@@ -54,9 +55,11 @@ bool is_there(const fs::path& path) {
   } else if (!beside.empty()) {
     found = " holds " + listing(beside);
   }
-  fail(ErrorCode::kModelNotFound, "[load] there is no directory ", shown, "; ",
-       printable(parent.string(), 400), found,
-       ". Models are not downloaded: give a local Hugging Face directory, or \"demo\"");
+  const char* const wanted = path.extension() == ".gguf" ? "file " : "directory ";
+  fail(
+      ErrorCode::kModelNotFound, "[load] there is no ", wanted, shown, "; ",
+      printable(parent.string(), 400), found,
+      ". Models are not downloaded: give a local Hugging Face directory, a GGUF file, or \"demo\"");
 }
 
 // A directory without the files we read: says which other kind of model lies in it, if any.
@@ -84,7 +87,10 @@ bool is_there(const fs::path& path) {
     };
     if (name == "adapter_config.json") unsupported("a LoRA adapter, not a model");
     if (name == "params.json" || name.ends_with(".pth")) unsupported("Meta's own format");
-    if (name.ends_with(".gguf")) unsupported("GGUF, which this version does not read");
+    if (name.ends_with(".gguf") && name.find("mmproj") == std::string::npos) {
+      fail(ErrorCode::kModelNotFound, "[load] ", shown, " has no ", looked_for,
+           ", but a GGUF file; give ", printable((path / name).string(), 400));
+    }
     if (name.ends_with(".bin")) unsupported("PyTorch pickles, which puna does not read");
   }
   fail(ErrorCode::kModelNotFound, "[load] ", shown, " has no ", looked_for, "; it holds ",
@@ -125,12 +131,21 @@ void require_checkpoint_directory(const std::string& directory) {
   if (!is_there(path / kConfig)) refuse_contents(path, kConfig);
 }
 
-Checkpoint::Checkpoint(const std::string& directory) : directory_(directory) {
-  require_checkpoint_directory(directory);
-  const fs::path root(directory);
+Checkpoint::Checkpoint(const std::string& path, const std::string& projector) : path_(path) {
+  if (is_gguf(path)) {
+    add_gguf();
+    add_projector(projector);
+    return;
+  }
+  require_checkpoint_directory(path);
+  if (!projector.empty()) {
+    fail(ErrorCode::kInvalidRequest, "[load] mmproj goes with a GGUF file; ", printable(path, 400),
+         " is a directory, whose config.json says where the vision tower is");
+  }
+  const fs::path root(path);
   // The order of transformers, where both are there.
   if (is_there(root / kSingleFile)) {
-    add(std::make_unique<SafetensorsFile>((root / kSingleFile).string()));
+    add_shard((root / kSingleFile).string());
   } else if (is_there(root / kIndexFile)) {
     add_shards((root / kIndexFile).string());
   } else {
@@ -138,8 +153,73 @@ Checkpoint::Checkpoint(const std::string& directory) : directory_(directory) {
   }
 }
 
+// Every part of a split, from the path of any.
+void Checkpoint::add_gguf() {
+  const std::vector<std::string> parts = gguf_parts(path_);
+  for (const std::string& part : parts) {
+    gguf_.push_back(std::make_unique<GgufFile>(part));
+    const GgufFile& file = *gguf_.back();
+    const auto number = static_cast<int64_t>(gguf_.size()) - 1;
+    const auto count = static_cast<int64_t>(parts.size());
+    // A file that was merged from parts may say that it is one of 0.
+    const int64_t says_count = file.integer("split.count").value_or(0);
+    if (count == 1 ? says_count > 1 : says_count != count) {
+      file.refuse(ErrorCode::kModelFormat, "split.count is ", says_count,
+                  ", by its name it is part ", number + 1, " of ", count,
+                  "; give the parts the names they were split into (-00001-of-0000N.gguf)");
+    }
+    const int64_t says_number = file.integer("split.no").value_or(-1);
+    if (count > 1 && says_number != number) {
+      file.refuse(ErrorCode::kModelFormat, "split.no is ", says_number, ", by its name it is part ",
+                  number, " (counted from 0); the parts were renamed");
+    }
+    add(file.path(), file.tensors());
+  }
+  const int64_t tensors = gguf()->integer("split.tensors.count").value_or(-1);
+  if (parts.size() > 1 && tensors >= 0 && tensors != static_cast<int64_t>(tensors_.size())) {
+    gguf()->refuse(ErrorCode::kModelFormat, "split.tensors.count is ", tensors, ", the ",
+                   parts.size(), " parts hold ", tensors_.size(), "; they are not of one model");
+  }
+}
+
+// The vision tower: the file given, or one beside the model that fits it.
+void Checkpoint::add_projector(const std::string& given) {
+  if (!given.empty()) {
+    projector_ = std::make_unique<GgufFile>(given);
+  } else {
+    fs::path folder = fs::path(path_).parent_path();
+    if (folder.empty()) folder = ".";
+    const int64_t width = gguf()->integer("llama4.embedding_length").value_or(-1);
+    std::vector<std::string> fitting;
+    for (const std::string& name : entries_of(folder)) {
+      const std::string path = (folder / name).string();
+      if (name.find("mmproj") == std::string::npos || !name.ends_with(".gguf")) continue;
+      std::error_code ignored;
+      if (fs::equivalent(path, path_, ignored)) continue;
+      auto file = std::make_unique<GgufFile>(path);
+      if (file->text("clip.projector_type").value_or("") != "llama4" ||
+          file->integer("clip.vision.projection_dim").value_or(-1) != width) {
+        continue;  // another model's
+      }
+      fitting.push_back(name);
+      if (!projector_) projector_ = std::move(file);
+    }
+    if (fitting.size() > 1) {
+      warnings_.push_back("there are several vision towers beside the model (" + listing(fitting) +
+                          "); " + printable(fitting.front()) + " is used: mmproj= chooses another");
+    }
+  }
+  if (projector_) add(projector_->path(), projector_->tensors());
+}
+
+void Checkpoint::add_shard(const std::string& path) {
+  shards_.push_back(std::make_unique<SafetensorsFile>(path));
+  add(path, shards_.back()->tensors());
+  metadata_.insert(shards_.back()->metadata().begin(), shards_.back()->metadata().end());
+}
+
 void Checkpoint::add_shards(const std::string& index_path) {
-  const fs::path root(directory_);
+  const fs::path root(path_);
   const std::map<std::string, std::string> shard_of = read_index(index_path);
   std::set<std::string> shards;
   for (const auto& [tensor, shard] : shard_of) shards.insert(shard);
@@ -152,7 +232,7 @@ void Checkpoint::add_shards(const std::string& index_path) {
          absent.size(), " absent: ", listing(absent), "; complete the download");
   }
   for (const std::string& shard : shards) {
-    add(std::make_unique<SafetensorsFile>((root / shard).string()));
+    add_shard((root / shard).string());
   }
   for (const auto& [tensor, shard] : shard_of) {
     const auto found = files_.find(tensor);
@@ -170,17 +250,15 @@ void Checkpoint::add_shards(const std::string& index_path) {
   }
 }
 
-void Checkpoint::add(std::unique_ptr<SafetensorsFile> file) {
-  for (const auto& [name, tensor] : file->tensors()) {
-    const auto [place, added] = files_.emplace(name, file->path());
+void Checkpoint::add(const std::string& file, const std::map<std::string, TensorRef>& tensors) {
+  for (const auto& [name, tensor] : tensors) {
+    const auto [place, added] = files_.emplace(name, file);
     if (!added) {
       fail(ErrorCode::kModelFormat, "[load] tensor ", printable(name),
-           " is in two files: ", place->second, " and ", file->path());
+           " is in two files: ", place->second, " and ", file);
     }
     tensors_.emplace(name, tensor);
   }
-  metadata_.insert(file->metadata().begin(), file->metadata().end());
-  shards_.push_back(std::move(file));
 }
 
 }  // namespace puna

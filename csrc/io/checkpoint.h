@@ -1,4 +1,6 @@
-// A Hugging Face checkpoint directory: model.safetensors, or shards with an index.
+// The tensors of a model by name, out of all of its files: a Hugging Face directory with
+// model.safetensors or shards with an index, or a GGUF file with its other parts and, for images,
+// the file of its vision tower.
 #pragma once
 
 #include <map>
@@ -7,6 +9,7 @@
 #include <vector>
 
 #include "base/tensor.h"
+#include "io/gguf.h"
 #include "io/safetensors.h"
 
 namespace puna {
@@ -14,10 +17,17 @@ namespace puna {
 class Checkpoint {
  public:
   // Opens and validates every file. Throws ModelNotFound saying what was looked for and what lies
-  // there instead, or ModelFormat.
-  explicit Checkpoint(const std::string& directory);
+  // there instead, or ModelFormat. `projector` is the GGUF file of the vision tower; if empty, it
+  // is looked for beside a GGUF file (*mmproj*.gguf, of the same width).
+  explicit Checkpoint(const std::string& path, const std::string& projector = "");
 
-  const std::string& directory() const { return directory_; }
+  const std::string& path() const { return path_; }
+  // The file whose metadata describe the model, and that of its vision tower; null for a directory
+  // and where there is none.
+  const GgufFile* gguf() const { return gguf_.empty() ? nullptr : gguf_.front().get(); }
+  const GgufFile* projector() const { return projector_.get(); }
+  // Of all that were found, if a choice had to be made.
+  const std::vector<std::string>& warnings() const { return warnings_; }
   // Views are valid as long as this object.
   const std::map<std::string, TensorRef>& tensors() const { return tensors_; }
   // What the files say of themselves; of a key that several have, the first file's value.
@@ -26,13 +36,19 @@ class Checkpoint {
   const std::string& file_of(const std::string& tensor) const { return files_.at(tensor); }
 
  private:
-  void add(std::unique_ptr<SafetensorsFile> file);
+  void add(const std::string& file, const std::map<std::string, TensorRef>& tensors);
+  void add_shard(const std::string& path);
   void add_shards(const std::string& index_path);
+  void add_gguf();
+  void add_projector(const std::string& given);
 
-  std::string directory_;
+  std::string path_;
   std::vector<std::unique_ptr<SafetensorsFile>> shards_;
+  std::vector<std::unique_ptr<GgufFile>> gguf_;  // the parts of the text model, in order
+  std::unique_ptr<GgufFile> projector_;
   std::map<std::string, TensorRef> tensors_;
   std::map<std::string, std::string> files_, metadata_;
+  std::vector<std::string> warnings_;
 };
 
 // Throws ModelNotFound (or Unsupported, for formats we know but cannot read) unless `directory`

@@ -27,7 +27,7 @@ std::string piece_name(const std::string& name, size_t piece) {
 
 template <class... Parts>
 [[noreturn]] void bad(const Checkpoint& checkpoint, const Parts&... parts) {
-  fail(ErrorCode::kModelFormat, "[packed] ", checkpoint.directory(), ": ", parts...);
+  fail(ErrorCode::kModelFormat, "[packed] ", checkpoint.path(), ": ", parts...);
 }
 
 int64_t whole_number(const Checkpoint& checkpoint, const std::string& name,
@@ -112,13 +112,13 @@ bool is_packed(const Checkpoint& checkpoint) {
 
 AdoptingLoader::AdoptingLoader(const Checkpoint& checkpoint) : checkpoint_(checkpoint) {
   const nlohmann::json form = parse_json(checkpoint.metadata().at(kMetadataKey),
-                                         checkpoint.directory() + " (metadata of the packed form)");
+                                         checkpoint.path() + " (metadata of the packed form)");
   const auto part = [&](const char* key) -> const nlohmann::json& {
     if (!form.is_object() || !form.contains(key)) bad(checkpoint, "the metadata have no ", key);
     return form[key];
   };
   if (!part("version").is_number_integer() || part("version") != kVersion)
-    fail(ErrorCode::kUnsupported, "[packed] ", checkpoint.directory(), ": the packed form is of ",
+    fail(ErrorCode::kUnsupported, "[packed] ", checkpoint.path(), ": the packed form is of ",
          "version ", printable(part("version").dump()), ", this puna reads version ", kVersion,
          "; quantise the checkpoint again");
   const auto place = [&](const std::string& name, DType dtype, int64_t bytes) -> const void* {
@@ -141,7 +141,7 @@ AdoptingLoader::AdoptingLoader(const Checkpoint& checkpoint) : checkpoint_(check
     const auto text = entry["format"].get<std::string>();
     const std::optional<WeightFormat> format = format_of(text);
     if (!format)
-      fail(ErrorCode::kUnsupported, "[packed] ", checkpoint.directory(), ": ", printable(name),
+      fail(ErrorCode::kUnsupported, "[packed] ", checkpoint.path(), ": ", printable(name),
            " has the weight format ", printable(text), ", which this version does not know");
     Matrix found{*format, whole_number(checkpoint, name, entry["rows"]),
                  whole_number(checkpoint, name, entry["cols"]), nullptr};

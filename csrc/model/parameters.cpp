@@ -6,13 +6,20 @@ namespace puna {
 
 namespace {
 
-// Columns [first, first + rows) of expert e of a fused [experts][in][out] tensor, as the [out][in]
-// matrix that computes them.
-MatrixSource expert_columns(const TensorRef& tensor, int64_t e, int64_t first, int64_t rows) {
-  const int64_t in = tensor.shape[1], out = tensor.shape[2];
-  const auto* data = static_cast<const std::byte*>(tensor.data) +
-                     static_cast<size_t>(e * in * out + first) * size_of(tensor.dtype);
-  return {tensor.dtype, data, rows, in, 1, out};
+// Expert e of a tensor [experts][out][in], or [experts][in][out] if `transposed`, as the [out][in]
+// matrix that computes it.
+MatrixSource expert_matrix(const TensorRef& tensor, int64_t e, bool transposed) {
+  const int64_t rows = tensor.shape[1], cols = tensor.shape[2];
+  const auto* data =
+      static_cast<const std::byte*>(tensor.data) + e * bytes_of(tensor.dtype, rows * cols);
+  if (transposed) return {tensor.dtype, data, cols, rows, 1, cols};
+  return {tensor.dtype, data, rows, cols, cols, 1};
+}
+
+std::vector<MatrixSource> expert_gate_up(const LayerWeights& weights, int64_t e) {
+  if (!weights.experts_apart) return {expert_matrix(weights.experts_gate_up, e, true)};
+  return {expert_matrix(weights.experts_gate, e, false),
+          expert_matrix(weights.experts_up, e, false)};
 }
 
 // What products of a whole layer rely on.
@@ -52,7 +59,6 @@ TextParameters load_text(const ModelSpec& spec, const TextWeights& weights, Weig
     layer.qkv = loader.matrices(prefix + "attention.qkv", qkv, /*split=*/true);
     layer.output = matrix(prefix + "attention.output", {linear(source.o)});
     if (shape.moe) {
-      const int64_t width = shape.intermediate;
       layer.moe.top_k = shape.top_k;
       layer.moe.router = matrix(prefix + "router", {linear(source.router)});
       layer.moe.shared_gate_up =
@@ -60,10 +66,9 @@ TextParameters load_text(const ModelSpec& spec, const TextWeights& weights, Weig
       layer.moe.shared_down = matrix(prefix + "shared_expert.down", {linear(source.down)});
       for (int64_t e = 0; e < shape.experts; ++e) {
         const std::string expert = prefix + "experts." + std::to_string(e) + ".";
-        layer.moe.gate_up.push_back(
-            matrix(expert + "gate_up", {expert_columns(source.experts_gate_up, e, 0, 2 * width)}));
-        layer.moe.down.push_back(
-            matrix(expert + "down", {expert_columns(source.experts_down, e, 0, spec.hidden)}));
+        layer.moe.gate_up.push_back(matrix(expert + "gate_up", expert_gate_up(source, e)));
+        layer.moe.down.push_back(matrix(
+            expert + "down", {expert_matrix(source.experts_down, e, !source.experts_apart)}));
       }
       check_experts(prefix, layer.moe);
     } else {

@@ -11,21 +11,13 @@
 #include "io/checkpoint.h"
 #include "io/json_file.h"
 #include "io/message.h"
+#include "model/spec_limits.h"
 
 namespace puna {
 
 namespace {
 
 using nlohmann::json;
-
-// Bounds far above any model, within which products of sizes stay far below 2^63.
-constexpr int64_t kMaxSize = int64_t{1} << 24;
-constexpr int64_t kMaxLayers = 4096;
-constexpr int64_t kMaxHeads = 65536;
-constexpr int64_t kMaxTile = 4096;
-constexpr int64_t kMaxPosition = int64_t{1} << 40;
-constexpr double kMaxParameters = 1e15;
-constexpr double kMaxCacheBytes = 1e18;
 
 // Typed, checked reading of one JSON object of a file; messages name the file and the field.
 class Fields {
@@ -249,8 +241,8 @@ std::vector<LayerSpec> read_layers(const Fields& text, std::vector<std::string>&
                    std::numeric_limits<int32_t>::max());
   const bool qk_norm = text.flag("use_qk_norm", true);
   const bool temperature = text.flag("attn_temperature_tuning", true);
-  const int64_t experts = text.integer("num_local_experts", 16, 0, 65536);
-  const int64_t top_k = text.integer("num_experts_per_tok", 1, 0, 65536);
+  const int64_t experts = text.integer("num_local_experts", 16, 0, kMaxExperts);
+  const int64_t top_k = text.integer("num_experts_per_tok", 1, 0, kMaxExperts);
   const int64_t expert_width = text.integer("intermediate_size", 8192, 1, kMaxSize);
   const int64_t dense_width = text.integer("intermediate_size_mlp", 16384, 1, kMaxSize);
 
@@ -433,23 +425,6 @@ struct Parameters {
   Number total() const { return always + routed + vision; }
 };
 
-// The sizes are bounded one by one; this bounds their products.
-void check_magnitude(const ModelSpec& spec, const Fields& root) {
-  const double parameters = Parameters<double>(spec).total();
-  if (parameters > kMaxParameters) {
-    root.refuse(ErrorCode::kModelFormat, "its sizes make a model of ", parameters,
-                " parameters; at most ", kMaxParameters, " are supported");
-  }
-  const double cache = 2.0 * static_cast<double>(spec.kv_heads * spec.head_dim) * sizeof(float) *
-                       static_cast<double>(spec.layers.size()) *
-                       static_cast<double>(spec.max_position);
-  if (cache > kMaxCacheBytes) {
-    root.refuse(ErrorCode::kModelFormat, "max_position_embeddings ", spec.max_position,
-                " would make a KV cache of ", cache, " bytes; at most ", kMaxCacheBytes,
-                " are supported");
-  }
-}
-
 // `config_name` and `generation_name` are what messages call the texts.
 ModelSpec parse(const std::string& config, const std::string& config_name,
                 const std::string& generation_config, const std::string& generation_name) {
@@ -507,7 +482,7 @@ ModelSpec parse(const std::string& config, const std::string& config_name,
     }
     spec.image_token = token(root, "image_token_index", token(root, "image_token_id", 200092));
   }
-  check_magnitude(spec, root);
+  check_magnitude(spec, config_name, "max_position_embeddings");
 
   spec.bos_token = token(text, "bos_token_id", -1);
   spec.pad_token = token(text, "pad_token_id", -1);
@@ -537,6 +512,22 @@ ModelSpec read_model_spec(const std::string& directory) {
                generation);
 }
 
+void check_magnitude(const ModelSpec& spec, const std::string& file,
+                     const std::string& context_name) {
+  const double parameters = Parameters<double>(spec).total();
+  if (parameters > kMaxParameters) {
+    fail(ErrorCode::kModelFormat, "[config] ", file, ": its sizes make a model of ", parameters,
+         " parameters; at most ", kMaxParameters, " are supported");
+  }
+  const double cache = 2.0 * static_cast<double>(spec.kv_heads * spec.head_dim) * sizeof(float) *
+                       static_cast<double>(spec.layers.size()) *
+                       static_cast<double>(spec.max_position);
+  if (cache > kMaxCacheBytes) {
+    fail(ErrorCode::kModelFormat, "[config] ", file, ": ", context_name, " ", spec.max_position,
+         " would make a KV cache of ", cache, " bytes; at most ", kMaxCacheBytes, " are supported");
+  }
+}
+
 std::vector<double> inverse_frequencies(const RopeSpec& rope, int64_t head_dim) {
   std::vector<double> frequencies;
   for (int64_t i = 0; i < head_dim; i += 2) {
@@ -553,6 +544,7 @@ std::vector<double> inverse_frequencies(const RopeSpec& rope, int64_t head_dim) 
         f = (1 - smooth) * f / rope.factor + smooth * f;
       }
     }
+    if (!rope.divisors.empty()) f /= rope.divisors[i / 2];
     frequencies.push_back(f);
   }
   return frequencies;

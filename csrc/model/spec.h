@@ -1,4 +1,5 @@
-// The architecture of a checkpoint as data, read from config.json and generation_config.json.
+// The architecture of a checkpoint as data, read from config.json and generation_config.json or
+// from the metadata of a GGUF file.
 //
 // Everything that distinguishes Scout, Maverick, Guard 4 and their relatives is a field here; no
 // code asks for a model's name. Sources: Meta's llama-models, transformers' configuration_llama4.
@@ -11,11 +12,14 @@
 
 namespace puna {
 
+class Checkpoint;
+
 struct RopeSpec {
   double theta = 500000;
   bool llama3 = false;  // scale the low frequencies as Llama 3.1 does
   double factor = 1, low_freq_factor = 1, high_freq_factor = 1;
   double original_max_position = 8192;
+  std::vector<double> divisors;  // of each frequency, after that; empty: none
 };
 
 struct LayerSpec {
@@ -68,7 +72,10 @@ struct ModelSpec {
 // Throws ModelNotFound, ModelFormat (naming the field, its value and what is expected) or
 // Unsupported.
 ModelSpec read_model_spec(const std::string& directory);
-// The same from texts; an empty generation_config is none.
+// From the metadata of a GGUF file and of its vision tower. Throws ModelFormat naming the key, or
+// Unsupported.
+ModelSpec gguf_model_spec(const Checkpoint& checkpoint);
+// As read_model_spec(), from texts; an empty generation_config is none.
 ModelSpec parse_model_spec(const std::string& config, const std::string& generation_config = "");
 
 // Inverse frequencies of the pairs of a head, [head_dim / 2], with the llama3 scaling applied.

@@ -40,7 +40,7 @@ std::vector<WeightRef> MeasuringLoader::matrices(const std::string& name,
                                                  std::span<const MatrixSource> parts, bool split) {
   std::vector<WeightRef> weights;
   for (const Piece& piece : pieces_of(recipe_, name, parts, split)) {
-    const MatrixShape shape = check_matrix_parts(piece.parts);
+    const MatrixShape shape = check_matrix_parts(piece.parts, piece.options);
     const WeightFormat format = target_format(shape, piece.options);
     weights.push_back(
         {format, shape.rows, shape.cols, packed_bytes(format, shape.rows, shape.cols), nullptr});

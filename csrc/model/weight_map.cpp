@@ -16,8 +16,10 @@ std::string nearest(const std::string& name, const std::vector<std::string>& nam
   return found.empty() ? "" : "; the nearest name is " + printable(found);
 }
 
-// Buffers that some exporters store although they are computed.
+// Buffers that some exporters store although they are computed; GGUF's divisors of the frequencies,
+// which are in the specification.
 bool harmless(const std::string& name) {
+  if (name == "rope_freqs.weight") return true;
   return name.ends_with("rotary_emb.inv_freq") || name.ends_with("rotary_embedding.freqs_ci") ||
          name.ends_with("rope.freqs");
 }
@@ -146,6 +148,11 @@ TensorPrefixes prefixes_of(const ModelSpec& spec, const Checkpoint& checkpoint) 
   return usual;
 }
 
+// What says which tensors there must be.
+const char* description(const Checkpoint& checkpoint) {
+  return checkpoint.gguf() ? "its metadata" : "config.json";
+}
+
 void refuse_quantised(const Checkpoint& checkpoint) {
   for (const auto& [name, tensor] : checkpoint.tensors()) {
     if (const char* scheme = quantisation_of(name)) {
@@ -172,14 +179,14 @@ void check_names(const ModelSpec& spec, const std::vector<ExpectedTensor>& wante
     if (!accounted.contains(name) && !harmless(name) && !tied_head) unexpected.push_back(name);
   }
   if (!missing.empty()) {
-    fail(ErrorCode::kModelFormat, "[weights] ", checkpoint.directory(), " lacks ", missing.size(),
+    fail(ErrorCode::kModelFormat, "[weights] ", checkpoint.path(), " lacks ", missing.size(),
          " of ", wanted.size(), " tensors: ", listing(missing, 3),
          nearest(missing.front(), unexpected.empty() ? present : unexpected));
   }
   if (!unexpected.empty()) {
     fail(ErrorCode::kModelFormat, "[weights] ", checkpoint.file_of(unexpected.front()), " holds ",
-         printable(unexpected.front()), ", one of ", unexpected.size(),
-         " tensors that config.json does not account for",
+         printable(unexpected.front()), ", one of ", unexpected.size(), " tensors that ",
+         description(checkpoint), " does not account for",
          nearest(unexpected.front(), wanted_names));
   }
 }
@@ -190,11 +197,12 @@ void check_shapes_and_types(const std::vector<ExpectedTensor>& wanted,
   size_t wrong = 0;
   for (const ExpectedTensor& expected : wanted) {
     const TensorRef& found = checkpoint.tensors().at(expected.name);
-    if (!is_float(found.dtype)) {
-      const bool quantised = size_of(found.dtype) == 1;
+    if (!is_float(found.dtype) && !(expected.blocks && is_blocked(found.dtype))) {
+      const bool quantised = size_of(found.dtype) == 1 || is_blocked(found.dtype);
       fail(quantised ? ErrorCode::kUnsupported : ErrorCode::kModelFormat, "[weights] ",
            checkpoint.file_of(expected.name), ": ", expected.name, " is ", name_of(found.dtype),
-           "; this version reads bfloat16, float16 and float32");
+           "; this version reads ", expected.blocks ? "blocks of GGUF, " : "",
+           "bfloat16, float16 and float32 there");
     }
     if (shape_of(found) == expected.shape) continue;
     if (++wrong == 1) first = &expected;
@@ -205,23 +213,23 @@ void check_shapes_and_types(const std::vector<ExpectedTensor>& wanted,
   std::sort(sorted.begin(), sorted.end());
   std::sort(wanted_sorted.begin(), wanted_sorted.end());
   fail(ErrorCode::kModelFormat, "[weights] ", checkpoint.file_of(first->name), ": ", first->name,
-       " has the shape ", found.shape_string(), ", config.json wants ", shape_text(first->shape),
+       " has the shape ", found.shape_string(), ", ", description(checkpoint), " wants ",
+       shape_text(first->shape),
        sorted == wanted_sorted ? ": its dimensions are in another order" : "", "; ", wrong, " of ",
        wanted.size(), " tensors have a wrong shape");
 }
 
-// Tensors that are packed into one matrix must agree in type.
+// Gate and up are one matrix. Quantised ones of different types are packed in a third; plain ones
+// would lose by that, and no exporter mixes them.
 void check_joint_types(const TextWeights& text, const Checkpoint& checkpoint) {
   for (size_t l = 0; l < text.layers.size(); ++l) {
     const LayerWeights& layer = text.layers[l];
-    if (layer.q.dtype == layer.k.dtype && layer.q.dtype == layer.v.dtype &&
-        layer.gate.dtype == layer.up.dtype) {
-      continue;
+    for (const auto& [gate, up] :
+         {std::pair{&layer.gate, &layer.up}, std::pair{&layer.experts_gate, &layer.experts_up}}) {
+      if (gate->dtype == up->dtype || (is_blocked(gate->dtype) && is_blocked(up->dtype))) continue;
+      fail(ErrorCode::kModelFormat, "[weights] ", checkpoint.path(), ": layer ", l, " has gate of ",
+           name_of(gate->dtype), " and up of ", name_of(up->dtype), "; they must be of one type");
     }
-    fail(ErrorCode::kModelFormat, "[weights] ", checkpoint.directory(), ": layer ", l,
-         " has q, k and v of ", name_of(layer.q.dtype), ", ", name_of(layer.k.dtype), " and ",
-         name_of(layer.v.dtype), ", gate and up of ", name_of(layer.gate.dtype), " and ",
-         name_of(layer.up.dtype), "; within either group they must be of one type");
   }
 }
 
@@ -245,7 +253,8 @@ ModelWeights resolve_weights(const ModelSpec& spec, const Checkpoint& checkpoint
   refuse_quantised(checkpoint);
   ModelWeights weights;
   const std::vector<ExpectedTensor> wanted =
-      expected_tensors(spec, prefixes_of(spec, checkpoint), weights);
+      checkpoint.gguf() ? expected_gguf_tensors(spec, checkpoint, weights)
+                        : expected_tensors(spec, prefixes_of(spec, checkpoint), weights);
   check_names(spec, wanted, checkpoint);
   check_shapes_and_types(wanted, checkpoint);
   for (const ExpectedTensor& tensor : wanted) {
@@ -258,8 +267,13 @@ ModelWeights resolve_weights(const ModelSpec& spec, const Checkpoint& checkpoint
 
 DType stored_type(const TextWeights& text) {
   const DType first = text.layers.front().k.dtype;
-  const bool same = std::all_of(text.layers.begin(), text.layers.end(),
-                                [&](const LayerWeights& layer) { return layer.k.dtype == first; });
+  bool same = true;
+  for (const LayerWeights& layer : text.layers) {
+    for (const DType dtype : {layer.k.dtype, layer.v.dtype}) {
+      if (is_blocked(dtype)) return dtype;
+      same &= dtype == first;
+    }
+  }
   return same ? first : DType::kF32;
 }
 

@@ -17,8 +17,11 @@ struct LayerWeights {
   TensorRef q, k, v, o;             // [heads * head_dim][hidden], ..., transposed for o
   TensorRef gate, up, down;         // dense MLP or shared expert
   TensorRef router;                 // [experts][hidden]
-  TensorRef experts_gate_up;        // [experts][hidden][2 * width]: gate, then up
-  TensorRef experts_down;           // [experts][width][hidden]
+  // Each expert's matrices, either [in][out] with gate and up side by side, or [out][in] and apart.
+  TensorRef experts_gate_up;           // [experts][hidden][2 * width]: gate, then up
+  TensorRef experts_gate, experts_up;  // [experts][width][hidden]
+  TensorRef experts_down;              // [experts][width][hidden], or [experts][hidden][width]
+  bool experts_apart = false;
 };
 
 struct TextWeights {
@@ -61,19 +64,25 @@ struct ExpectedTensor {
   std::string name;
   std::vector<int64_t> shape;
   TensorRef* place = nullptr;  // where resolve_weights() puts it
+  bool blocks = false;         // may be of a quantised block type, besides the float types
 };
 
 // Every tensor that `spec` wants; places point into `weights`.
 std::vector<ExpectedTensor> expected_tensors(const ModelSpec& spec, const TensorPrefixes& prefixes,
                                              ModelWeights& weights);
 
-// Finds and checks every tensor: present, of the right shape and of a float type, and no others.
+// The same of a GGUF file and its vision tower.
+std::vector<ExpectedTensor> expected_gguf_tensors(const ModelSpec& spec,
+                                                  const Checkpoint& checkpoint,
+                                                  ModelWeights& weights);
+
+// Finds and checks every tensor: present, of the right shape and of a readable type, and no others.
 // Views live as long as the checkpoint. Throws ModelFormat naming file, tensor, expected, found and
 // the nearest name, or Unsupported naming a quantisation scheme that is recognised by its tensors.
 ModelWeights resolve_weights(const ModelSpec& spec, const Checkpoint& checkpoint);
 
-// The type that the layers' key projections (so, by resolve_weights, those of values too) are
-// stored in, float32 if several are: what config.json calls it does not matter.
+// The type that the layers' key and value projections are stored in: what config.json calls it does
+// not matter. Of several, the first quantised one, or else float32.
 DType stored_type(const TextWeights& text);
 
 }  // namespace puna

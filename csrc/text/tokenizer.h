@@ -9,6 +9,7 @@
 #include <string>
 #include <string_view>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "text/bpe.h"
@@ -23,6 +24,13 @@ struct AllowedSpecial {
 
   static AllowedSpecial none() { return {}; }
   static AllowedSpecial every() { return {true, {}}; }
+};
+
+// What a GGUF file says of a byte-level BPE tokenizer; views of the file.
+struct GgufVocabulary {
+  std::vector<std::string_view> tokens;  // in GPT-2's alphabet of bytes, or the names of added ones
+  std::vector<int64_t> types;            // 1 to 5, see from_gguf(); empty: all are ordinary
+  std::vector<std::string_view> merges;  // "left right", the first merges first
 };
 
 class Tokenizer {
@@ -43,6 +51,8 @@ class Tokenizer {
   // From texts; `config` is tokenizer_config.json or empty.
   static Tokenizer from_ranks(std::string_view ranks, std::string_view config = {});
   static Tokenizer from_json(std::string_view json);
+  // From the metadata of a GGUF file.
+  static Tokenizer from_gguf(const GgufVocabulary& vocabulary);
 
   // Ids of a text; bytes that are not UTF-8 count as U+FFFD. Thread-safe.
   std::vector<int32_t> encode(std::string_view text, const AllowedSpecial& special = {}) const;
@@ -61,6 +71,12 @@ class Tokenizer {
     size_t operator()(std::string_view text) const { return std::hash<std::string_view>{}(text); }
   };
 
+  // `tokens` by id in the alphabet of bytes, empty where there is none; `whole_first`: a piece that
+  // is a token is not merged.
+  static Tokenizer from_byte_level(
+      const std::vector<std::string_view>& tokens,
+      const std::vector<std::pair<std::string_view, std::string_view>>& merges,
+      std::vector<AddedToken> added, bool whole_first);
   // Puts added tokens into their places in `tokens` and keeps both.
   void set_tokens(std::vector<std::string> tokens, std::vector<AddedToken> added);
   // The longest allowed added token at text[at], or null.

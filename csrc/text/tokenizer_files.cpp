@@ -20,6 +20,7 @@ namespace puna {
 namespace {
 
 using nlohmann::json;
+using MergePair = std::pair<std::string_view, std::string_view>;
 
 // Llama 4 has 202,048 tokens, the longest of 113 bytes; tokenizer.json nests six deep. The bounds
 // keep the work on any file linear in its size and the recursion of the JSON library shallow.
@@ -27,12 +28,16 @@ constexpr size_t kMaxTokens = size_t{1} << 22;
 constexpr size_t kMaxTokenBytes = 1024;
 constexpr int kMaxDepth = 64;
 
-// Messages quote the file, which may hold any bytes; a message is valid UTF-8.
+// Messages quote the file, which may hold any bytes; a message is one line of valid UTF-8.
 template <class... Parts>
 [[noreturn]] void refuse(ErrorCode code, const Parts&... parts) {
   std::ostringstream message;
   (message << ... << parts);
-  fail(code, "[tokenizer] ", to_valid_utf8(message.str()));
+  std::string text = to_valid_utf8(message.str());
+  for (char& c : text) {
+    if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) c = '?';
+  }
+  fail(code, "[tokenizer] ", text);
 }
 
 template <class... Parts>
@@ -250,6 +255,13 @@ std::vector<Tokenizer::AddedToken> added_of_json(const json& list) {
   return added;
 }
 
+// The two sides of "left right". A token may begin or end with no space: in the alphabet of bytes
+// that is another character.
+MergePair pair_of(std::string_view merge) {
+  const size_t space = std::min(merge.find(' '), merge.size());
+  return {merge.substr(0, space), merge.substr(std::min(space + 1, merge.size()))};
+}
+
 }  // namespace
 
 Tokenizer Tokenizer::from_ranks(std::string_view ranks, std::string_view config) {
@@ -321,51 +333,90 @@ Tokenizer Tokenizer::from_json(std::string_view text) {
   if (document.contains("added_tokens")) added = added_of_json(document["added_tokens"]);
   std::set<std::string_view> added_names;
   for (const AddedToken& token : added) added_names.insert(token.name);
-
-  Tokenizer tokenizer;
-  std::vector<std::string> tokens;
-  std::unordered_map<std::string, int32_t> ids;  // in the file's alphabet
-  std::string bytes;
-  const bool ignore_merges = flag_of(model, "ignore_merges", false, "model");
+  std::vector<std::string_view> tokens;
   for (const auto& [name, value] : model["vocab"].items()) {
     if (added_names.contains(name)) continue;
-    const int32_t id = id_of(value, "token " + name.substr(0, 40));
-    if (!decode_byte_level(name, bytes)) {
-      bad("token ", id, " is not written in the byte-level alphabet");
-    }
-    if (bytes.size() > kMaxTokenBytes) {
-      bad("token ", id, " has ", bytes.size(), " bytes; ", kMaxTokenBytes, " are the limit");
-    }
-    if (static_cast<size_t>(id) >= tokens.size()) tokens.resize(static_cast<size_t>(id) + 1);
+    const auto id = static_cast<size_t>(id_of(value, "token " + name.substr(0, 40)));
+    if (id >= tokens.size()) tokens.resize(id + 1);
     if (!tokens[id].empty()) bad("two tokens have the id ", id);
-    tokens[id] = bytes;
-    ids.emplace(name, id);
-    if (ignore_merges) tokenizer.whole_.emplace(bytes, id);
+    if (name.empty()) bad("token ", id, " is empty");
+    tokens[id] = name;
   }
-  tokenizer.merges_.reserve(model["merges"].size());
-  uint32_t rank = 0;
+  std::vector<MergePair> merges;
   for (const json& entry : model["merges"]) {
     // "left right", or since tokenizers 0.20 ["left", "right"].
-    std::string left, right;
-    if (entry.is_string()) {
-      const auto& pair = entry.get_ref<const std::string&>();
-      const size_t space = std::min(pair.find(' '), pair.size());
-      left = pair.substr(0, space);
-      right = pair.substr(std::min(space + 1, pair.size()));
-    } else if (entry.is_array() && entry.size() == 2 && entry[0].is_string() &&
-               entry[1].is_string()) {
-      left = entry[0].get<std::string>();
-      right = entry[1].get<std::string>();
+    if (entry.is_array() && entry.size() == 2 && entry[0].is_string() && entry[1].is_string()) {
+      merges.emplace_back(entry[0].get_ref<const std::string&>(),
+                          entry[1].get_ref<const std::string&>());
+    } else {
+      merges.push_back(
+          pair_of(entry.is_string() ? entry.get_ref<const std::string&>() : std::string_view()));
     }
-    const auto l = ids.find(left), r = ids.find(right), merged = ids.find(left + right);
+  }
+  return from_byte_level(tokens, merges, std::move(added),
+                         flag_of(model, "ignore_merges", false, "model"));
+}
+
+Tokenizer Tokenizer::from_byte_level(const std::vector<std::string_view>& names,
+                                     const std::vector<MergePair>& merges,
+                                     std::vector<AddedToken> added, bool whole_first) {
+  Tokenizer tokenizer;
+  std::vector<std::string> tokens(names.size());
+  std::unordered_map<std::string_view, int32_t> ids;  // in the file's alphabet
+  for (size_t id = 0; id < names.size(); ++id) {
+    if (names[id].empty()) continue;
+    if (!decode_byte_level(names[id], tokens[id])) {
+      bad("token ", id, " is not written in the byte-level alphabet");
+    }
+    if (tokens[id].size() > kMaxTokenBytes) {
+      bad("token ", id, " has ", tokens[id].size(), " bytes; ", kMaxTokenBytes, " are the limit");
+    }
+    if (!ids.emplace(names[id], static_cast<int32_t>(id)).second) {
+      bad("tokens ", ids.at(names[id]), " and ", id, " are the same");
+    }
+    if (whole_first) tokenizer.whole_.emplace(tokens[id], static_cast<int32_t>(id));
+  }
+  tokenizer.merges_.reserve(merges.size());
+  uint32_t rank = 0;
+  std::string joined;
+  for (const auto& [left, right] : merges) {
+    joined.assign(left).append(right);
+    const auto l = ids.find(left), r = ids.find(right), merged = ids.find(joined);
     if (l == ids.end() || r == ids.end() || merged == ids.end()) {
-      bad("merge ", rank, " of tokenizer.json, \"", left.substr(0, 40), " ", right.substr(0, 40),
+      bad("merge ", rank, ", \"", left.substr(0, 40), " ", right.substr(0, 40),
           "\", names a token that the vocabulary lacks");
     }
     tokenizer.merges_.add(l->second, r->second, {rank++, merged->second});
   }
   tokenizer.set_tokens(std::move(tokens), std::move(added));
   return tokenizer;
+}
+
+Tokenizer Tokenizer::from_gguf(const GgufVocabulary& vocabulary) {
+  enum TokenType : int64_t { kNormal = 1, kUnknown, kControl, kUserDefined, kUnused, kByte };
+  const auto& [names, types, merges] = vocabulary;
+  if (names.size() > kMaxTokens)
+    bad("there are ", names.size(), " tokens; ", kMaxTokens, " are the limit");
+  if (!types.empty() && types.size() != names.size()) {
+    bad("there are ", names.size(), " tokens and ", types.size(), " token types");
+  }
+  std::vector<std::string_view> tokens(names.size());
+  std::vector<AddedToken> added;
+  for (size_t id = 0; id < names.size(); ++id) {
+    const int64_t type = types.empty() ? kNormal : types[id];
+    if (type == kNormal) {
+      if (names[id].empty()) bad("token ", id, " is empty");
+      tokens[id] = names[id];
+    } else if (type == kControl || type == kUnknown || type == kUserDefined) {
+      added.push_back({std::string(names[id]), static_cast<int32_t>(id), type != kUserDefined});
+    } else if (type != kUnused) {
+      bad("token ", id, " has the type ", type, "; byte-level BPE has 1 to 5");
+    }
+  }
+  std::vector<MergePair> pairs;
+  pairs.reserve(merges.size());
+  for (const std::string_view merge : merges) pairs.push_back(pair_of(merge));
+  return from_byte_level(tokens, pairs, std::move(added), /*whole_first=*/true);
 }
 
 Tokenizer Tokenizer::from_file(const std::string& path) {

@@ -27,6 +27,7 @@ import numpy as np
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from numpy.typing import NDArray
 
+from puna import _core
 from puna.errors import InvalidRequest, ModelFormatError
 from puna.images import to_rgb
 
@@ -586,15 +587,18 @@ def _compile(source: str, origin: str) -> jinja2.Template:
         raise ModelFormatError(f"{origin} is not a valid template: {error}") from error
 
 
-def find_template(directory: Path) -> ChatTemplate:
+def find_template(path: Path) -> ChatTemplate:
     """The chat template of a checkpoint; Llama 4's own where it has none.
 
-    Looked for, in this order, in chat_template.jinja, chat_template.json, processor_config.json and
-    tokenizer_config.json.
+    In a GGUF file it is in the metadata. In a directory it is looked for, in this order, in
+    chat_template.jinja, chat_template.json, processor_config.json and tokenizer_config.json.
 
     Raises:
         ModelFormatError: One of the files is damaged, or the template is not valid.
     """
+    if path.is_file():
+        return _gguf_template(path)
+    directory = path
     settings = _read_json(directory / "tokenizer_config.json")
     tokens = {}
     for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
@@ -618,11 +622,23 @@ def find_template(directory: Path) -> ChatTemplate:
                 break
     if source is None:
         return ChatTemplate(DEFAULT.source, origin=DEFAULT.origin, tokens=tokens)
-    template = ChatTemplate(source, tool_source, f"the chat template in {origin}", tokens)
-    for text in (source, tool_source):
+    return _checked(ChatTemplate(source, tool_source, f"the chat template in {origin}", tokens))
+
+
+def _checked(template: ChatTemplate) -> ChatTemplate:
+    for text in (template.source, template.tool_source):
         if text is not None:
             _compile(text, template.origin)
     return template
+
+
+def _gguf_template(path: Path) -> ChatTemplate:
+    templates, tokens = _core.gguf_chat(str(path))
+    tokens.setdefault("bos_token", "<|begin_of_text|>")
+    if "default" not in templates:
+        return ChatTemplate(DEFAULT.source, origin=DEFAULT.origin, tokens=tokens)
+    origin = f"the chat template in {path}"
+    return _checked(ChatTemplate(templates["default"], templates.get("tool_use"), origin, tokens))
 
 
 def _from_settings(held: Any, origin: Path) -> tuple[str, str | None]:

@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.set_defaults(run=_generate, parser=generate)
 
     chat = commands.add_parser("chat", help="talk to a model; without one, to the demo")
-    chat.add_argument("model", nargs="?", default="demo", help='a checkpoint directory, or "demo"')
+    chat.add_argument("model", nargs="?", default="demo", help='a checkpoint, or "demo"')
     chat.add_argument("--system", help="a system message to begin with")
     _add_sampling(chat)
     _add_loading(chat)
@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = commands.add_parser("inspect", help="show a checkpoint's configuration and size")
     _add_model(inspect)
+    _add_mmproj(inspect)
     inspect.add_argument("--tensors", action="store_true", help="list every tensor")
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_inspect)
@@ -111,7 +112,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help='a checkpoint directory, or "demo"')
+    parser.add_argument("model", help='a checkpoint directory, a GGUF file, or "demo"')
+
+
+def _add_mmproj(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--mmproj", metavar="FILE", help="vision tower that goes with a GGUF file")
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -162,6 +167,7 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="auto")
     group.add_argument("--isa", help="instruction set, see puna doctor")
     group.add_argument("--no-vision", action="store_true", help="leave the vision tower on disk")
+    _add_mmproj(group)
 
 
 def _add_quant(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
@@ -202,6 +208,7 @@ def _load(options: argparse.Namespace) -> puna.Engine:
         device=options.device,
         isa=options.isa,
         vision=not options.no_vision,
+        mmproj=options.mmproj,
     )
     for warning in llm.plan.warnings:
         print(f"puna: {warning}", file=sys.stderr)
@@ -337,7 +344,7 @@ def _new_conversation(llm: puna.Engine, system: str | None) -> puna.Session:
 
 def _inspect(options: argparse.Namespace) -> int:
     path = demo_directory() if options.model == "demo" else Path(options.model).expanduser()
-    report = _core.inspect(str(path))
+    report = _core.inspect(str(path), options.mmproj or "")
     if options.json:
         if not options.tensors:
             report.pop("tensors")

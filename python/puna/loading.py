@@ -29,6 +29,7 @@ def load(
     memory: int | str | None = None,
     threads: int | None = None,
     vision: bool = True,
+    mmproj: str | os.PathLike[str] | None = None,
     isa: str | None = None,
     progress: bool = True,
     **unknown: Any,
@@ -37,7 +38,8 @@ def load(
 
     Args:
         model: A Hugging Face directory (config.json, safetensors, tokenizer.json or
-            tokenizer.model), or "demo" for the small model that comes with puna.
+            tokenizer.model), a GGUF file (any part of one that was split), or "demo" for the small
+            model that comes with puna.
         quant: Weight format: None keeps weights as they are stored; "int4" packs experts in 4 bits
             and attention and head in 8; "int8" packs all in 8; or a format's name. A mapping of
             patterns to formats overrides matrices, its key "default" being the recipe (see
@@ -52,6 +54,8 @@ def load(
             system has free.
         threads: Compute threads; None is the physical cores this process may use.
         vision: False leaves the vision tower on disk.
+        mmproj: The GGUF file of the vision tower that goes with a GGUF file; None takes the one
+            beside it (*mmproj*.gguf) that fits.
         isa: Instruction set, e.g. "avx2"; None is the best the processor supports.
         progress: Show a progress bar on stderr when loading takes more than a moment.
 
@@ -79,6 +83,7 @@ def load(
     try:
         core = _core.load(
             path=os.fspath(path),
+            mmproj=os.fspath(Path(mmproj).expanduser()) if mmproj is not None else "",
             device=device,
             isa=isa or "",
             threads=whole("threads", threads, most=(1 << 31) - 1),

@@ -41,6 +41,7 @@ LOAD_NAMES = (
     "memory",
     "threads",
     "vision",
+    "mmproj",
     "isa",
     "progress",
 )

@@ -57,7 +57,7 @@ Buffer CpuBackend::allocate(size_t bytes) {
 
 WeightRef CpuBackend::load_matrix(std::span<const MatrixSource> parts,
                                   const MatrixOptions& options) {
-  const MatrixShape shape = check_matrix_parts(parts);
+  const MatrixShape shape = check_matrix_parts(parts, options);
   const WeightFormat format = target_format(shape, options);
   const size_t bytes = packed_bytes(format, shape.rows, shape.cols);
   auto memory = std::make_shared<Memory>(bytes);

@@ -114,7 +114,7 @@ class RefBackend final : public Backend {
   // activations.
   WeightRef load_matrix(std::span<const MatrixSource> parts,
                         const MatrixOptions& options) override {
-    const MatrixShape shape = check_matrix_parts(parts);
+    const MatrixShape shape = check_matrix_parts(parts, options);
     WeightRef weight;
     weight.format = target_format(shape, options);
     auto values = std::make_shared<std::vector<float>>();

@@ -12,7 +12,8 @@
 namespace puna {
 
 struct LoadOptions {
-  std::string path;             // a Hugging Face directory
+  std::string path;    // a Hugging Face directory or a GGUF file
+  std::string mmproj;  // GGUF file of the vision tower; "" = one beside a GGUF file that fits it
   std::string device = "auto";  // "auto" | "cpu" | "ref"
   std::string isa;              // "" = the best this processor supports
   int threads = 0;              // 0 = the physical cores allowed to this process

@@ -1,0 +1,13 @@
+#include "model/open_model.h"
+
+namespace puna {
+
+OpenedModel open_model(const std::string& path, const std::string& projector) {
+  OpenedModel model;
+  if (!is_gguf(path)) model.spec = read_model_spec(path);
+  model.checkpoint = std::make_unique<Checkpoint>(path, projector);
+  if (model.checkpoint->gguf()) model.spec = gguf_model_spec(*model.checkpoint);
+  return model;
+}
+
+}  // namespace puna

@@ -1,0 +1,26 @@
+// Bounds of what a configuration may say, far above any model, within which products of sizes stay
+// far below 2^63. Shared by the readers of specifications.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "model/spec.h"
+
+namespace puna {
+
+constexpr int64_t kMaxSize = int64_t{1} << 24;
+constexpr int64_t kMaxLayers = 4096;
+constexpr int64_t kMaxHeads = 65536;
+constexpr int64_t kMaxExperts = 65536;
+constexpr int64_t kMaxTile = 4096;
+constexpr int64_t kMaxPosition = int64_t{1} << 40;
+constexpr double kMaxParameters = 1e15;
+constexpr double kMaxCacheBytes = 1e18;
+
+// The sizes are bounded one by one; this bounds their products. Messages name the file, and what it
+// calls the length of the context.
+void check_magnitude(const ModelSpec& spec, const std::string& file,
+                     const std::string& context_name);
+
+}  // namespace puna
