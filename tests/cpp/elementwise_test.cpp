@@ -1,4 +1,5 @@
 // Element-wise kernels of every instruction set that runs here, against double.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -212,7 +213,7 @@ vector<float> all_results(const KernelTable& k, int64_t n, size_t shift) {
     CHECK_EQ(y.back(), kGuard);
     results.insert(results.end(), y.begin() + static_cast<int64_t>(shift), y.end());
   };
-  const auto copy = [&](float* y) { std::memcpy(y, x, static_cast<size_t>(n) * sizeof(float)); };
+  const auto copy = [&](float* y) { std::copy_n(x, n, y); };
   collect([&](float* y) { k.rms_norm(y, x, w, n, 1e-5f); });
   collect([&](float* y) { k.layer_norm(y, x, w, u, n, 1e-5f); });
   collect([&](float* y) { k.silu_mul(y, x, w, n); });
