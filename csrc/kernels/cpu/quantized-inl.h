@@ -213,8 +213,10 @@ void gemm_quantized(float* out, int64_t out_stride, const QuantizedRows& x, cons
     const bool zeros = largest < 0x1p-100f;
     const float inverse = zeros || !(poison == 0) ? 0.0f : 127.0f / largest;
     Dots totals = same_dots(0);
+    // Codes of 0 where there is nothing to scale: NaN has no integer.
     for (int64_t c = 0; c < group; c += VF::N)
-      totals = add_dots(totals, store_i8(codes + first + c, part(c) * set1(inverse)));
+      totals = add_dots(
+          totals, store_i8(codes + first + c, inverse > 0 ? part(c) * set1(inverse) : set1(0.0f)));
     scales[first / group] = (zeros ? 0.0f : largest / 127.0f) + poison;
     sums[first / group] = sum_of(totals);
   }
