@@ -62,12 +62,13 @@ KernelCase product(const Machine& machine, int64_t rows, int64_t outputs, int64_
               x = std::vector<Element>(rows * cols, Type::kOne),
               out = std::vector<float>(rows * outputs)]() mutable {
     machine.pool.run([&](Lane& lane) {
-      const Part part = lane.part(panels);
+      const Part part = lane.part(panels, kStripPanels);
       for (int64_t matrix = 0; matrix < matrices; ++matrix) {
-        for (int64_t panel = part.begin; panel < part.end; ++panel) {
+        for (int64_t panel = part.begin; panel < part.end; panel += kStripPanels) {
           Type::gemm(machine.kernels)(out.data() + panel * kPanelRows, outputs, x.data(), cols,
                                       weights + (matrix * panels + panel) * panel_elements, nullptr,
-                                      rows, cols, kPanelRows);
+                                      rows, cols,
+                                      std::min(kStripPanels, part.end - panel) * kPanelRows);
         }
         lane.barrier();
       }

@@ -28,6 +28,9 @@ namespace puna {
 // [head_dim][kKeyBlock], values as [token][head_dim]; see backend/kv_layout.h.
 constexpr int64_t kKeyBlock = 16;
 
+// Panels that share one copy of the activations in a product with many rows.
+constexpr int64_t kStripPanels = 4;
+
 // Online-softmax attention of `rows` queries over one page of keys and values of one head.
 // Row r sees the first visible[r] tokens of the page (0 = none: its state is left as it is).
 // For each row, with s_t = q . k_t over the seen tokens:
@@ -67,20 +70,21 @@ struct KernelTable {
   const char* isa;      // "scalar", "avx2", ...
   bool (*supported)();  // may run here and now: the processor has it and the system saves its state
 
-  // out[rows][out_stride] = x[rows][x_stride] * panel^T for one panel; only the first `width`
-  // (<= kPanelRows) output columns are written. fp32 accumulation, sequential in k; `bias`
-  // ([width], or null) is added once, after the sum.
+  // out[rows][out_stride] = x[rows][x_stride] * weights^T for as many consecutive panels as hold
+  // `width` output columns; only those are written. fp32 accumulation, sequential in k; `bias`
+  // ([width], or null) is added once, after the sum. With many rows a call is fastest at
+  // kStripPanels panels.
   void (*gemm_f32)(float* out, int64_t out_stride, const float* x, int64_t x_stride,
-                   const float* panel, const float* bias, int64_t rows, int64_t cols,
+                   const float* weights, const float* bias, int64_t rows, int64_t cols,
                    int64_t width);
   // The same for bfloat16 weights and activations. x is padded with zero to an even number of
   // columns.
   void (*gemm_bf16)(float* out, int64_t out_stride, const uint16_t* x, int64_t x_stride,
-                    const uint16_t* panel, const float* bias, int64_t rows, int64_t cols,
+                    const uint16_t* weights, const float* bias, int64_t rows, int64_t cols,
                     int64_t width);
 
-  // The same for quantised weights, by place in quant/formats.inc. With the groups g in ascending
-  // order, and all rounding as in fp32:
+  // The same for one panel (width <= kPanelRows) of quantised weights, by place in
+  // quant/formats.inc. With the groups g in ascending order, and all rounding as in fp32:
   //   dot  = sum over the group of code_x * (value(code_w) - kZero)          exact, in int32
   //   acc  = fma(dot, scale_w * scale_x, acc)
   //   acc  = fma(offset_w, scale_x * sum_x, acc)                             if kOffset

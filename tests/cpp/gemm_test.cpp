@@ -1,5 +1,6 @@
 // Matrix products of every instruction set this machine can run: against double, and bit for bit
 // whatever rows are computed together.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -220,6 +221,50 @@ TEST(gemm_width_does_not_change_bits) {
     }
   }
 }
+
+// One call over several panels gives the bits of a call for each, and leaves the columns past
+// `width` alone.
+template <class Type>
+void check_several_panels() {
+  using Element = typename Type::Element;
+  std::mt19937_64 random(5);
+  std::normal_distribution<float> normal;
+  const auto draw = [&](int64_t count) {
+    std::vector<Element> values(count);
+    for (Element& value : values) value = Type::narrow(normal(random));
+    return values;
+  };
+  constexpr int64_t kPanels = 2 * puna::kStripPanels + 1, kCols = 514;  // two blocks of columns
+  constexpr int64_t kStride = kPanels * kPanelRows;
+  const std::vector<Element> weights = draw(kPanels * kPanelRows * kCols);
+  for (const KernelTable& table : runnable_isas()) {
+    for (int64_t rows : {1, 7, 9, 30, 100}) {
+      const std::vector<Element> x = draw(rows * kCols);
+      for (int64_t width : {int64_t{65}, int64_t{128}, puna::kStripPanels * kPanelRows,
+                            puna::kStripPanels * kPanelRows + 3, kStride - 1}) {
+        std::vector<float> bias(width);
+        for (float& value : bias) value = normal(random);
+        std::vector<float> all(rows * kStride, 7.0f), each(rows * kStride, 7.0f);
+        const auto run = [&](std::vector<float>& out, int64_t column, int64_t count) {
+          Type::gemm(table)(out.data() + column, kStride, x.data(), kCols,
+                            weights.data() + column * kCols, bias.data() + column, rows, kCols,
+                            count);
+        };
+        run(all, 0, width);
+        for (int64_t column = 0; column < width; column += kPanelRows) {
+          run(each, column, std::min(kPanelRows, width - column));
+        }
+        bool same = true;
+        for (size_t i = 0; i < all.size(); ++i) same &= same_bits(all[i], each[i]);
+        check::report(same, __FILE__, __LINE__,
+                      std::string(table.isa) + ": " + std::to_string(rows) + " rows by " +
+                          std::to_string(width) + " columns differ from panel by panel");
+      }
+    }
+  }
+}
+TEST(gemm_f32_takes_several_panels) { check_several_panels<Float32>(); }
+TEST(gemm_bf16_takes_several_panels) { check_several_panels<BFloat16>(); }
 
 TEST(ceilings_do_their_work) {
   std::vector<uint64_t> data(4 * puna::kPanelRows, 7);

@@ -6,6 +6,7 @@
 // the largest call needed and stays.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "backend/backend.h"
@@ -84,6 +85,28 @@ class CpuBackend final : public Backend {
     Operand activated;        // [rows][width], the input of down
     int64_t width = 0;
   };
+  // A part of a product: some rows by the columns of some panels.
+  struct Tile {
+    int64_t column, width;
+    int64_t first, rows;
+  };
+  // How a product is cut into tiles. The blocks of rows of a strip of columns are neighbours, so
+  // that its weights are read from memory once.
+  struct Tiling {
+    int64_t rows, columns;              // of the product
+    int64_t block_rows, strip_columns;  // of a tile; the latter are whole panels
+
+    int64_t blocks() const { return (rows + block_rows - 1) / block_rows; }
+    int64_t count() const { return (columns + strip_columns - 1) / strip_columns * blocks(); }
+    Tile at(int64_t index) const {
+      const int64_t column = index / blocks() * strip_columns;
+      const int64_t first = index % blocks() * block_rows;
+      return {column, std::min(strip_columns, columns - column), first,
+              std::min(block_rows, rows - first)};
+    }
+    // Elements of the largest tile.
+    int64_t tile_size() const { return std::min(rows, block_rows) * strip_columns; }
+  };
   // Some query rows of one segment, and the query heads that share one KV head.
   struct AttentionTask {
     const AttentionSegment* segment;
@@ -105,12 +128,14 @@ class CpuBackend final : public Backend {
       });
   }
 
-  // Calls body(tile) on all tiles, from all lanes of a run. Few rows mean that weights are only
-  // streamed: then each lane reads one contiguous share. Otherwise tiles go to whoever is free.
+  // As many rows only stream the weights.
+  static constexpr int64_t kStreamedRows = 4;
+
+  // Calls body(tile) on all tiles, from all lanes of a run. Streaming, each lane reads one
+  // contiguous share. Otherwise tiles go to whoever is free.
   template <class Body>
   static void for_tiles(Lane& lane, TileCounter& counter, int64_t tiles, int64_t rows,
                         const Body& body) {
-    constexpr int64_t kStreamedRows = 4;
     if (rows <= kStreamedRows) {
       const Part part = lane.part(tiles);
       for (int64_t tile = part.begin; tile < part.end; ++tile) body(tile);
@@ -127,11 +152,13 @@ class CpuBackend final : public Backend {
   void write_operand(const Operand& operand, int64_t row, int64_t column, const float* values,
                      int64_t count) const;
   Operand prepare(ConstRows x, const WeightRef& weight, Scratch& scratch);
-  // Columns [panel * kPanelRows, + kPanelRows) of x W^T for rows [first, first + rows) of x; `out`
-  // is the tile's corner.
+  // Tiles that occupy the lanes: strips of several panels (kernel_table.h) where rows are many, and
+  // all rows at once, unless there would be too few tiles.
+  Tiling tiling(int64_t rows, int64_t columns) const;
+  // Columns [tile.column, + tile.width) of x W^T for rows [tile.first, + tile.rows) of x; `out` is
+  // the tile's corner.
   void multiply(float* out, int64_t out_stride, const Operand& x, const WeightRef& weight,
-                int64_t panel, int64_t first, int64_t rows, const float* bias = nullptr) const;
-  int64_t rows_per_tile(int64_t rows, int64_t panels) const;
+                const Tile& tile, const float* bias = nullptr) const;
   FeedForward plan_feed_forward(const Operand& x, int64_t rows, const WeightRef& gate_up,
                                 const WeightRef& down, Scratch& hidden, Scratch& activated);
   void activate(Lane& lane, TileCounter& counter, const FeedForward& plan, int64_t rows) const;

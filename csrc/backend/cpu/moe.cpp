@@ -5,11 +5,6 @@
 #include "backend/cpu/implementation.h"
 
 namespace puna {
-namespace {
-
-int64_t panels_of(int64_t rows) { return (rows + kPanelRows - 1) / kPanelRows; }
-
-}  // namespace
 
 void CpuBackend::moe(Rows residual, ConstRows x, const MoeWeights& weights) {
   check_moe(residual, x, weights);
@@ -27,29 +22,25 @@ void CpuBackend::moe(Rows residual, ConstRows x, const MoeWeights& weights) {
   auto* logits = logits_.reserve<float>(x.rows * experts);
   const Operand router_x = prepare(x, weights.router, router_rows_);
 
-  const int64_t router_panels = panels_of(experts);
-  const int64_t shared_panels = panels_of(weights.shared_gate_up.rows);
-  const int64_t routed_panels = panels_of(weights.gate_up[0].rows);
-  const int64_t down_panels = panels_of(hidden);
-  const int64_t up_rows = rows_per_tile(x.rows, router_panels + shared_panels);
-  const int64_t up_blocks = (x.rows + up_rows - 1) / up_rows;
-  const int64_t down_rows = rows_per_tile(x.rows, down_panels);
-  const int64_t down_blocks = (x.rows + down_rows - 1) / down_rows;
-  auto* sums = lanes_.reserve<float>(pool_.lanes() * std::min(x.rows, down_rows) * kPanelRows);
+  const Tiling router_tiles = tiling(x.rows, experts);
+  const Tiling shared_tiles = tiling(x.rows, 2 * shared.width);
+  const Tiling down_tiles = tiling(x.rows, hidden);
+  auto* sums = lanes_.reserve<float>(pool_.lanes() * down_tiles.tile_size());
 
   TileCounter up, shared_activation, inputs, routed_up, routed_activation, down;
   pool_.run([&](Lane& lane) {
     // The router's logits and the shared expert's first product.
-    for_tiles(lane, up, (router_panels + shared_panels) * up_blocks, x.rows, [&](int64_t tile) {
-      const int64_t panel = tile / up_blocks, first = tile % up_blocks * up_rows;
-      const int64_t rows = std::min(up_rows, x.rows - first);
-      if (panel < router_panels)
-        multiply(logits + first * experts + panel * kPanelRows, experts, router_x, weights.router,
-                 panel, first, rows);
-      else
-        multiply(shared.hidden + first * 2 * shared.width + (panel - router_panels) * kPanelRows,
-                 2 * shared.width, shared.x, weights.shared_gate_up, panel - router_panels, first,
-                 rows);
+    const int64_t router_count = router_tiles.count();
+    for_tiles(lane, up, router_count + shared_tiles.count(), x.rows, [&](int64_t index) {
+      if (index < router_count) {
+        const Tile tile = router_tiles.at(index);
+        multiply(logits + tile.first * experts + tile.column, experts, router_x, weights.router,
+                 tile);
+      } else {
+        const Tile tile = shared_tiles.at(index - router_count);
+        multiply(shared.hidden + tile.first * 2 * shared.width + tile.column, 2 * shared.width,
+                 shared.x, weights.shared_gate_up, tile);
+      }
     });
     lane.barrier();
     if (lane.id() == 0) routing_.assign(logits, x.rows, experts, weights.top_k);
@@ -67,12 +58,14 @@ void CpuBackend::moe(Rows residual, ConstRows x, const MoeWeights& weights) {
     });
     lane.barrier();
     const auto occupied = static_cast<int64_t>(routing_.occupied.size());
-    for_tiles(lane, routed_up, occupied * routed_panels, x.rows, [&](int64_t tile) {
-      const int64_t expert = routing_.occupied[tile / routed_panels], panel = tile % routed_panels;
-      const int64_t first = routing_.offset[expert];
-      multiply(routed.hidden + first * 2 * routed.width + panel * kPanelRows, 2 * routed.width,
-               routed.x, weights.gate_up[expert], panel, first,
-               routing_.offset[expert + 1] - first);
+    const int64_t strip = tiling(slots, occupied * 2 * routed.width).strip_columns;
+    const int64_t strips = (2 * routed.width + strip - 1) / strip;
+    for_tiles(lane, routed_up, occupied * strips, x.rows, [&](int64_t index) {
+      const int64_t expert = routing_.occupied[index / strips], column = index % strips * strip;
+      const Tile tile{column, std::min(strip, 2 * routed.width - column), routing_.offset[expert],
+                      routing_.offset[expert + 1] - routing_.offset[expert]};
+      multiply(routed.hidden + tile.first * 2 * routed.width + column, 2 * routed.width, routed.x,
+               weights.gate_up[expert], tile);
     });
     lane.barrier();
     activate(lane, routed_activation, routed, slots);
@@ -80,26 +73,23 @@ void CpuBackend::moe(Rows residual, ConstRows x, const MoeWeights& weights) {
 
     // One lane owns a tile of the residual and adds to it in a fixed order: shared expert, then
     // routed experts by index.
-    float* lane_sums = sums + lane.id() * std::min(x.rows, down_rows) * kPanelRows;
-    for_tiles(lane, down, down_panels * down_blocks, x.rows, [&](int64_t tile) {
-      const int64_t panel = tile / down_blocks, column = panel * kPanelRows;
-      const int64_t width = std::min(kPanelRows, hidden - column);
-      const int64_t begin = tile % down_blocks * down_rows;
-      const int64_t end = std::min(x.rows, begin + down_rows);
-      multiply(lane_sums, kPanelRows, shared.activated, weights.shared_down, panel, begin,
-               end - begin);
-      for (int64_t r = begin; r < end; ++r)
-        kernels_.add(residual.row(r) + column, lane_sums + (r - begin) * kPanelRows, width);
+    float* lane_sums = sums + lane.id() * down_tiles.tile_size();
+    for_tiles(lane, down, down_tiles.count(), x.rows, [&](int64_t index) {
+      const Tile tile = down_tiles.at(index);
+      const auto add = [&](int64_t row, int64_t i) {
+        kernels_.add(residual.row(row) + tile.column, lane_sums + i * tile.width, tile.width);
+      };
+      multiply(lane_sums, tile.width, shared.activated, weights.shared_down, tile);
+      for (int64_t i = 0; i < tile.rows; ++i) add(tile.first + i, i);
       for (const int64_t expert : routing_.occupied) {
         const int64_t* rows = routing_.row.data();
         const int64_t* last = rows + routing_.offset[expert + 1];
-        const int64_t first = std::lower_bound(rows + routing_.offset[expert], last, begin) - rows;
-        const int64_t count = std::lower_bound(rows + first, last, end) - rows - first;
-        if (count == 0) continue;
-        multiply(lane_sums, kPanelRows, routed.activated, weights.down[expert], panel, first,
-                 count);
-        for (int64_t i = 0; i < count; ++i)
-          kernels_.add(residual.row(rows[first + i]) + column, lane_sums + i * kPanelRows, width);
+        const int64_t* begin = std::lower_bound(rows + routing_.offset[expert], last, tile.first);
+        const int64_t* end = std::lower_bound(begin, last, tile.first + tile.rows);
+        if (begin == end) continue;
+        multiply(lane_sums, tile.width, routed.activated, weights.down[expert],
+                 {tile.column, tile.width, begin - rows, end - begin});
+        for (int64_t i = 0; i < end - begin; ++i) add(begin[i], i);
       }
     });
   });

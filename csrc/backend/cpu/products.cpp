@@ -8,8 +8,7 @@
 namespace puna {
 namespace {
 
-int64_t panels_of(const WeightRef& weight) { return (weight.rows + kPanelRows - 1) / kPanelRows; }
-// Rows of one tile: its sums, 128 KiB of fp32, stay in L2 until they are added.
+// Most rows of one tile. More would only make its sums leave the caches before they are added.
 constexpr int64_t kTileRows = 512;
 
 }  // namespace
@@ -63,31 +62,43 @@ CpuBackend::Operand CpuBackend::prepare(ConstRows x, const WeightRef& weight, Sc
 }
 
 void CpuBackend::multiply(float* out, int64_t out_stride, const Operand& x, const WeightRef& weight,
-                          int64_t panel, int64_t first, int64_t rows, const float* bias) const {
-  const int64_t width = std::min(kPanelRows, weight.rows - panel * kPanelRows);
+                          const Tile& tile, const float* bias) const {
+  const size_t panel = panel_bytes(weight.format, weight.cols);
   const auto* packed = static_cast<const char*>(weight.data.get()) +
-                       static_cast<size_t>(panel) * panel_bytes(weight.format, weight.cols);
-  if (bias != nullptr) bias += panel * kPanelRows;
-  const int64_t place = first * x.stride;
-  if (weight.format == WeightFormat::kF32)
+                       static_cast<size_t>(tile.column / kPanelRows) * panel;
+  if (bias != nullptr) bias += tile.column;
+  const int64_t place = tile.first * x.stride;
+  if (weight.format == WeightFormat::kF32) {
     kernels_.gemm_f32(out, out_stride, static_cast<const float*>(x.data) + place, x.stride,
-                      reinterpret_cast<const float*>(packed), bias, rows, weight.cols, width);
-  else if (weight.format == WeightFormat::kBF16)
+                      reinterpret_cast<const float*>(packed), bias, tile.rows, weight.cols,
+                      tile.width);
+    return;
+  }
+  if (weight.format == WeightFormat::kBF16) {
     kernels_.gemm_bf16(out, out_stride, static_cast<const uint16_t*>(x.data) + place, x.stride,
-                       reinterpret_cast<const uint16_t*>(packed), bias, rows, weight.cols, width);
-  else
+                       reinterpret_cast<const uint16_t*>(packed), bias, tile.rows, weight.cols,
+                       tile.width);
+    return;
+  }
+  const QuantizedRows rows{static_cast<const int8_t*>(x.data) + place,
+                           x.scales + tile.first * x.groups, x.sums + tile.first * x.groups,
+                           x.stride, x.groups};
+  for (int64_t column = 0; column < tile.width; column += kPanelRows, packed += panel)
     kernels_.gemm_quantized[quantized_index(weight.format)](
-        out, out_stride,
-        {static_cast<const int8_t*>(x.data) + place, x.scales + first * x.groups,
-         x.sums + first * x.groups, x.stride, x.groups},
-        packed, bias, rows, width);
+        out + column, out_stride, rows, packed, bias != nullptr ? bias + column : nullptr,
+        tile.rows, std::min(kPanelRows, tile.width - column));
 }
 
-// Whole panels by many rows, unless there are too few panels to occupy the lanes.
-int64_t CpuBackend::rows_per_tile(int64_t rows, int64_t panels) const {
+CpuBackend::Tiling CpuBackend::tiling(int64_t rows, int64_t columns) const {
   constexpr int64_t kTilesPerLane = 4, kLeastRows = 16;
-  const int64_t blocks = (kTilesPerLane * pool_.lanes() + panels - 1) / panels;
-  return std::clamp((rows + blocks - 1) / blocks, kLeastRows, kTileRows);
+  const int64_t panels = (columns + kPanelRows - 1) / kPanelRows;
+  const int64_t wanted = kTilesPerLane * pool_.lanes();
+  const int64_t strip =
+      rows <= kStreamedRows ? 1 : std::clamp<int64_t>(panels / wanted, 1, kStripPanels);
+  const int64_t strips = (panels + strip - 1) / strip;
+  const int64_t blocks = (wanted + strips - 1) / strips;
+  return {rows, columns, std::clamp((rows + blocks - 1) / blocks, kLeastRows, kTileRows),
+          strip * kPanelRows};
 }
 
 void CpuBackend::matmul(Rows out, ConstRows x, const WeightRef& weight,
@@ -95,25 +106,22 @@ void CpuBackend::matmul(Rows out, ConstRows x, const WeightRef& weight,
   check_matmul(out, x, weight, options);
   if (x.rows == 0) return;
   const Operand operand = prepare(x, weight, rounded_);
-  const int64_t panels = panels_of(weight), tile_rows = rows_per_tile(x.rows, panels);
-  const int64_t blocks = (x.rows + tile_rows - 1) / tile_rows;
+  const Tiling tiles = tiling(x.rows, weight.rows);
   const float* bias = options.bias != nullptr ? options.bias->get() : nullptr;
-  auto* sums = lanes_.reserve<float>(pool_.lanes() * std::min(x.rows, tile_rows) * kPanelRows);
+  auto* sums = lanes_.reserve<float>(pool_.lanes() * tiles.tile_size());
   TileCounter counter;
   pool_.run([&](Lane& lane) {
-    float* lane_sums = sums + lane.id() * std::min(x.rows, tile_rows) * kPanelRows;
-    // A panel's blocks of rows are neighbours, so that it is read from memory once.
-    for_tiles(lane, counter, panels * blocks, x.rows, [&](int64_t tile) {
-      const int64_t panel = tile / blocks, column = panel * kPanelRows;
-      const int64_t first = tile % blocks * tile_rows, rows = std::min(tile_rows, x.rows - first);
-      const int64_t width = std::min(kPanelRows, weight.rows - column);
-      float* target = options.accumulate ? lane_sums : out.row(first) + column;
-      const int64_t stride = options.accumulate ? kPanelRows : out.stride;
-      multiply(target, stride, operand, weight, panel, first, rows, bias);
-      for (int64_t r = 0; r < rows; ++r) {
-        if (options.gelu) kernels_.gelu(target + r * stride, target + r * stride, width);
-        if (options.accumulate)
-          kernels_.add(out.row(first + r) + column, target + r * stride, width);
+    float* lane_sums = sums + lane.id() * tiles.tile_size();
+    for_tiles(lane, counter, tiles.count(), x.rows, [&](int64_t index) {
+      const Tile tile = tiles.at(index);
+      const auto target_row = [&](int64_t r) { return out.row(tile.first + r) + tile.column; };
+      float* target = options.accumulate ? lane_sums : target_row(0);
+      const int64_t stride = options.accumulate ? tile.width : out.stride;
+      multiply(target, stride, operand, weight, tile, bias);
+      for (int64_t r = 0; r < tile.rows; ++r) {
+        float* row = target + r * stride;
+        if (options.gelu) kernels_.gelu(row, row, tile.width);
+        if (options.accumulate) kernels_.add(target_row(r), row, tile.width);
       }
     });
   });
@@ -152,30 +160,25 @@ void CpuBackend::mlp(Rows residual, ConstRows x, const WeightRef& gate_up, const
   if (x.rows == 0) return;
   const FeedForward plan =
       plan_feed_forward(prepare(x, gate_up, rounded_), x.rows, gate_up, down, hidden_, activated_);
-  const int64_t up_panels = panels_of(gate_up), down_panels = panels_of(down);
-  const int64_t up_rows = rows_per_tile(x.rows, up_panels);
-  const int64_t down_rows = rows_per_tile(x.rows, down_panels);
-  const int64_t up_blocks = (x.rows + up_rows - 1) / up_rows;
-  const int64_t down_blocks = (x.rows + down_rows - 1) / down_rows;
-  auto* sums = lanes_.reserve<float>(pool_.lanes() * std::min(x.rows, down_rows) * kPanelRows);
+  const Tiling up = tiling(x.rows, gate_up.rows), out = tiling(x.rows, down.rows);
+  auto* sums = lanes_.reserve<float>(pool_.lanes() * out.tile_size());
   TileCounter up_counter, activation_counter, down_counter;
   pool_.run([&](Lane& lane) {
-    for_tiles(lane, up_counter, up_panels * up_blocks, x.rows, [&](int64_t tile) {
-      const int64_t panel = tile / up_blocks, first = tile % up_blocks * up_rows;
-      multiply(plan.hidden + first * gate_up.rows + panel * kPanelRows, gate_up.rows, plan.x,
-               gate_up, panel, first, std::min(up_rows, x.rows - first));
+    for_tiles(lane, up_counter, up.count(), x.rows, [&](int64_t index) {
+      const Tile tile = up.at(index);
+      multiply(plan.hidden + tile.first * gate_up.rows + tile.column, gate_up.rows, plan.x, gate_up,
+               tile);
     });
     lane.barrier();
     activate(lane, activation_counter, plan, x.rows);
     lane.barrier();
-    float* lane_sums = sums + lane.id() * std::min(x.rows, down_rows) * kPanelRows;
-    for_tiles(lane, down_counter, down_panels * down_blocks, x.rows, [&](int64_t tile) {
-      const int64_t panel = tile / down_blocks, first = tile % down_blocks * down_rows;
-      const int64_t rows = std::min(down_rows, x.rows - first), column = panel * kPanelRows;
-      multiply(lane_sums, kPanelRows, plan.activated, down, panel, first, rows);
-      for (int64_t r = 0; r < rows; ++r)
-        kernels_.add(residual.row(first + r) + column, lane_sums + r * kPanelRows,
-                     std::min(kPanelRows, down.rows - column));
+    float* lane_sums = sums + lane.id() * out.tile_size();
+    for_tiles(lane, down_counter, out.count(), x.rows, [&](int64_t index) {
+      const Tile tile = out.at(index);
+      multiply(lane_sums, tile.width, plan.activated, down, tile);
+      for (int64_t r = 0; r < tile.rows; ++r)
+        kernels_.add(residual.row(tile.first + r) + tile.column, lane_sums + r * tile.width,
+                     tile.width);
     });
   });
 }

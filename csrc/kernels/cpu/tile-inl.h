@@ -24,7 +24,17 @@ constexpr int64_t kLanes = VF::N;
 //   kRows,        the largest tile. Its sums, the shorter side of a step and one more register must
 //   kVectors      fit the registers, and about 8 sums are needed to hide the latency of fma.
 
+// to[steps][Width * Depth] = from[steps][kPanelRows * Depth], the first Width columns of the panel.
+template <int64_t Width, int64_t Depth, class T>
+PUNA_INLINE void copy_steps(T* to, const T* from, int64_t steps) {
+  for (int64_t k = 0; k < steps; ++k) {
+    __builtin_memcpy(to + k * Width * Depth, from + k * kPanelRows * Depth,
+                     Width * Depth * sizeof(T));
+  }
+}
+
 struct F32Product {
+  using Blocked = F32Product;
   using X = float;
   using W = float;
   using Weights = VF;
@@ -36,6 +46,13 @@ struct F32Product {
   PUNA_INLINE Weights weights(const W* w, int64_t count) { return load_n(w, count); }
   PUNA_INLINE Values values(const X* x) { return set1(*x); }
   PUNA_INLINE VF accumulate(VF total, Weights w, Values x) { return fma(w, x, total); }
+  PUNA_INLINE void copy_row(X* to, const X* from, int64_t count) {
+    __builtin_memcpy(to, from, static_cast<size_t>(count) * sizeof(X));
+  }
+  template <int64_t Width>
+  PUNA_INLINE void copy_weights(W* to, const W* from, int64_t count) {
+    copy_steps<Width, kDepth>(to, from, count / kDepth);
+  }
 };
 
 PUNA_INLINE VF load_bf16_n(const uint16_t* p, int64_t n) {
@@ -59,6 +76,7 @@ struct WidenedProduct : F32Product {
 // bfloat16 on both sides, weights in pairs (k, k + 1) per output.
 #if defined(__AVX512BF16__)
 struct Bf16Product {
+  using Blocked = Bf16Product;
   using X = uint16_t;
   using W = uint16_t;
   using Weights = __m512bh;
@@ -75,9 +93,17 @@ struct Bf16Product {
   PUNA_INLINE VF accumulate(VF total, Weights w, Values x) {
     return {_mm512_dpbf16_ps(total.v, w, x)};
   }
+  PUNA_INLINE void copy_row(X* to, const X* from, int64_t count) {
+    __builtin_memcpy(to, from, static_cast<size_t>(count) * sizeof(X));
+  }
+  template <int64_t Width>
+  PUNA_INLINE void copy_weights(W* to, const W* from, int64_t count) {
+    copy_steps<Width, kDepth>(to, from, count / kDepth);
+  }
 };
 #elif defined(__ARM_NEON) && defined(__ARM_FEATURE_BF16)
 struct Bf16Product {
+  using Blocked = Bf16Product;
   using X = uint16_t;
   using W = uint16_t;
   using Weights = bfloat16x8_t;
@@ -90,6 +116,13 @@ struct Bf16Product {
     return vreinterpretq_bf16_u32(vdupq_n_u32(pair));
   }
   PUNA_INLINE VF accumulate(VF total, Weights w, Values x) { return {vbfdotq_f32(total.v, w, x)}; }
+  PUNA_INLINE void copy_row(X* to, const X* from, int64_t count) {
+    __builtin_memcpy(to, from, static_cast<size_t>(count) * sizeof(X));
+  }
+  template <int64_t Width>
+  PUNA_INLINE void copy_weights(W* to, const W* from, int64_t count) {
+    copy_steps<Width, kDepth>(to, from, count / kDepth);
+  }
 };
 #else
 // Widened: a bfloat16 is the upper half of a float. The even column is added first.
@@ -133,6 +166,7 @@ PUNA_INLINE Pairs broadcast_pair(int32_t pair) {
 }
 #endif
 struct Bf16Product {
+  using Blocked = F32Product;
   using X = uint16_t;
   using W = uint16_t;
   using Weights = Pairs;
@@ -148,6 +182,23 @@ struct Bf16Product {
   }
   PUNA_INLINE VF accumulate(VF total, Weights w, Values x) {
     return fma(w.odd, x.odd, fma(w.even, x.even, total));
+  }
+  // Widened: the same chain of fma as above, column by column.
+  PUNA_INLINE void copy_row(float* to, const X* from, int64_t count) {
+    int64_t k = 0;
+    for (; k + kLanes <= count; k += kLanes) store(to + k, load_bf16(from + k));
+    for (; k < count; ++k) to[k] = float_of_bf16(from[k]);
+  }
+  template <int64_t Width>
+  PUNA_INLINE void copy_weights(float* to, const W* from, int64_t count) {
+    for (int64_t k = 0; k < count; k += kDepth) {
+#pragma GCC unroll 64
+      for (int64_t n = 0; n < Width; n += kLanes) {
+        const Pairs pairs = load_pairs(from + k * kPanelRows + n * kDepth);
+        store(to + k * Width + n, pairs.even);
+        store(to + (k + 1) * Width + n, pairs.odd);
+      }
+    }
   }
 };
 #endif
