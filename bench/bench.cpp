@@ -128,7 +128,8 @@ Case computing(float (*peak)(int64_t, int64_t*), ThreadPool& pool) {
 Ceilings::Ceilings(const KernelTable& kernels, ThreadPool& pool)
     : memory_(kBytes),
       bf16_(computing(kernels.peak_bf16, pool)),
-      f32_(computing(kernels.peak_f32, pool)) {
+      f32_(computing(kernels.peak_f32, pool)),
+      int8_(computing(kernels.peak_int8, pool)) {
   // Exponents 2^-7 to 2^-5 with either sign, from a linear congruential generator: normal numbers
   // both as bfloat16 and in pairs as float.
   auto* words = static_cast<uint16_t*>(memory_.data());
@@ -149,6 +150,7 @@ void Ceilings::sample() {
   for (Case& read : reads_) read.sample();
   bf16_.sample();
   f32_.sample();
+  int8_.sample();
 }
 
 double Ceilings::read() const {

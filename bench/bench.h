@@ -74,16 +74,17 @@ class Ceilings {
   double read() const;
   double bf16() const { return bf16_.median_rate(); }  // operations per second
   double f32() const { return f32_.median_rate(); }
+  double int8() const { return int8_.median_rate(); }
 
   // The memory that is read: kBytes of small normal numbers, taken as bfloat16 or as float. It is
-  // far larger than any cache, and may be used as weights.
+  // far larger than any cache, and may be used as weights, quantised ones too.
   static constexpr int64_t kBytes = int64_t{1} << 30;
   const void* memory() const { return memory_.data(); }
 
  private:
   Memory memory_;
   std::vector<Case> reads_;
-  Case bf16_, f32_;
+  Case bf16_, f32_, int8_;
 };
 
 // What came out: facts about the run, and rows of figures that share their columns.

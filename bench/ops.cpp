@@ -9,6 +9,7 @@
 #include "bench.h"
 #include "kernels/cpu/dispatch.h"
 #include "platform/system.h"
+#include "quant/format.h"
 
 namespace puna::bench {
 namespace {
@@ -17,7 +18,7 @@ namespace {
 constexpr int64_t kKvHeads = 8, kGroup = 5, kHeadDim = 128;
 constexpr int64_t kPromptRows = 512;
 
-enum class Bound { kRead, kBf16, kF32 };
+enum class Bound { kRead, kBf16, kF32, kInt8 };
 
 struct KernelCase {
   Case timing;
@@ -78,6 +79,39 @@ KernelCase product(const Machine& machine, int64_t rows, int64_t outputs, int64_
   return {{Type::kName, work, run, {}},
           std::to_string(rows) + " x " + std::to_string(cols) + " -> " + std::to_string(outputs),
           one ? Bound::kRead : Type::kBound};
+}
+
+// The same with quantised weights. Any bytes are such weights.
+KernelCase quantized_product(const Machine& machine, WeightFormat format, int64_t rows,
+                             int64_t outputs, int64_t cols) {
+  const int64_t panels = outputs / kPanelRows, groups = cols / group_of(format);
+  const auto bytes = static_cast<int64_t>(panel_bytes(format, cols));
+  const bool one = rows == 1;
+  const int64_t matrices = one ? Ceilings::kBytes / (panels * bytes) : 1;
+  const auto gemm = machine.kernels.gemm_quantized[quantized_index(format)];
+
+  auto run = [machine, gemm, rows, outputs, cols, panels, groups, bytes, matrices,
+              codes = std::vector<int8_t>(rows * cols, 1),
+              scales = std::vector<float>(rows * groups, 1.0f),
+              sums = std::vector<int32_t>(rows * groups, static_cast<int32_t>(cols / groups)),
+              out = std::vector<float>(rows * outputs)]() mutable {
+    machine.pool.run([&](Lane& lane) {
+      const Part part = lane.part(panels);
+      for (int64_t matrix = 0; matrix < matrices; ++matrix) {
+        for (int64_t panel = part.begin; panel < part.end; ++panel) {
+          gemm(out.data() + panel * kPanelRows, outputs,
+               {codes.data(), scales.data(), sums.data(), cols, groups},
+               machine.memory + (matrix * panels + panel) * bytes, nullptr, rows, kPanelRows);
+        }
+        lane.barrier();
+      }
+    });
+  };
+  const double work =
+      one ? static_cast<double>(panels * bytes * matrices) : 2.0 * rows * outputs * cols;
+  return {{std::string("gemm_quantized ") + name_of(format), work, run, {}},
+          std::to_string(rows) + " x " + std::to_string(cols) + " -> " + std::to_string(outputs),
+          one ? Bound::kRead : Bound::kInt8};
 }
 
 // Attention of `positions` new tokens, the last of `context`, in one layer. The lanes share the KV
@@ -161,6 +195,10 @@ int run_ops(int argc, char** argv) {
     cases.push_back(product<Bf16>(machine, rows, 16384, 5120));
     cases.push_back(product<Bf16>(machine, rows, 5120, 8192));
     cases.push_back(product<F32>(machine, rows, 5120, 5120));
+    for (const WeightFormat format :
+         {WeightFormat::kInt8G32, WeightFormat::kInt4G32, WeightFormat::kInt4G128,
+          WeightFormat::kInt4MinG32, WeightFormat::kInt4K, WeightFormat::kInt6K})
+      cases.push_back(quantized_product(machine, format, rows, 16384, 5120));
   }
   for (DType dtype : {DType::kBF16, DType::kF32}) {
     cases.push_back(attention(machine, dtype, 1, 8192));
@@ -185,15 +223,19 @@ int run_ops(int argc, char** argv) {
   report.fact("read GB/s", ceilings.read() / 1e9);
   report.fact("bf16 peak GFLOP/s", ceilings.bf16() / 1e9);
   report.fact("f32 peak GFLOP/s", ceilings.f32() / 1e9);
+  report.fact("int8 peak GOP/s", ceilings.int8() / 1e9);
   for (const KernelCase& kernel : cases) {
     const double ceiling = kernel.bound == Bound::kRead   ? ceilings.read()
                            : kernel.bound == Bound::kBf16 ? ceilings.bf16()
+                           : kernel.bound == Bound::kInt8 ? ceilings.int8()
                                                           : ceilings.f32();
     report.row({{"kernel", kernel.timing.name},
                 {"shape", kernel.shape},
                 {"median", kernel.timing.median_rate() / 1e9},
                 {"best", kernel.timing.best_rate() / 1e9},
-                {"unit", std::string(kernel.bound == Bound::kRead ? "GB/s" : "GFLOP/s")},
+                {"unit", std::string(kernel.bound == Bound::kRead   ? "GB/s"
+                                     : kernel.bound == Bound::kInt8 ? "GOP/s"
+                                                                    : "GFLOP/s")},
                 {"% of ceiling", 100 * kernel.timing.median_rate() / ceiling}});
   }
   report.print(std::cout, arguments.has("json"));

@@ -124,9 +124,11 @@ struct KernelTable {
   // Reads `bytes` (a multiple of 256) once, in order.
   uint64_t (*read_bytes)(const void* data, int64_t bytes);
   // Runs `iterations` rounds of independent register-only multiply-accumulates in the form that
-  // gemm_bf16 / gemm_f32 use; *operations receives the multiplies and adds done.
+  // gemm_bf16 / gemm_f32 / gemm_quantized of 4-bit codes use; *operations receives the multiplies
+  // and adds done.
   float (*peak_bf16)(int64_t iterations, int64_t* operations);
   float (*peak_f32)(int64_t iterations, int64_t* operations);
+  float (*peak_int8)(int64_t iterations, int64_t* operations);
 };
 
 }  // namespace puna

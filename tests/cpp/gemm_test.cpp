@@ -276,7 +276,7 @@ TEST(ceilings_do_their_work) {
       CHECK(table.read_bytes(data.data(), bytes) != before);
       data[i] -= 1;
     }
-    for (auto peak : {table.peak_f32, table.peak_bf16}) {
+    for (auto peak : {table.peak_f32, table.peak_bf16, table.peak_int8}) {
       int64_t few = 0, many = 0;
       CHECK(std::isfinite(peak(1, &few)));
       CHECK(std::isfinite(peak(1000, &many)));

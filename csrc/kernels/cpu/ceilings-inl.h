@@ -1,6 +1,8 @@
-// The ceilings of the machine that kernels are measured against: read_bytes, peak_f32, peak_bf16.
+// The ceilings of the machine that kernels are measured against: read_bytes, peak_f32, peak_bf16,
+// peak_int8.
 #pragma once
 
+#include "kernels/cpu/quantized-inl.h"
 #include "kernels/cpu/tile-inl.h"
 
 namespace puna {
@@ -50,6 +52,72 @@ float peak(int64_t iterations, int64_t* operations) {
 [[maybe_unused]] float peak_bf16(int64_t iterations, int64_t* operations) {
   return peak<Bf16Product>(iterations, operations);
 }
+
+#if defined(PUNA_DOT)
+
+// A tile of multiply_group without loads and scales. Products of whole numbers that do not change
+// would be computed once; so both sides pass through statements the compiler cannot see into.
+[[maybe_unused]] float peak_int8(int64_t iterations, int64_t* operations) {
+#if defined(__ARM_NEON)
+#define PUNA_HIDE(value) asm volatile("" : "+w"(value))
+#else
+#define PUNA_HIDE(value) asm volatile("" : "+v"(value))
+#endif
+  const int8_t four[4] = {static_cast<int8_t>(iterations & 1), 1, 2, 3};
+  Codes w[kTileVectors], x[kTileRows];
+  for (Codes& codes : w) codes = four_codes(four);
+  for (Codes& codes : x) codes = four_codes(four);
+  Dots dots[kTileRows][kTileVectors], partial[kTileRows][kTileVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kTileVectors; ++v) partial[r][v] = dots[r][v] = same_dots(0);
+  }
+  for (int64_t n = 0; n < iterations; ++n) {
+    unrolled<kSlabVectors>([&](auto index) __attribute__((always_inline)) {
+      constexpr int kI = decltype(index)::value;
+#pragma GCC unroll 8
+      for (int v = 0; v < kTileVectors; ++v) PUNA_HIDE(w[v]);
+#pragma GCC unroll 8
+      for (int r = 0; r < kTileRows; ++r) {
+        PUNA_HIDE(x[r]);
+#pragma GCC unroll 8
+        for (int v = 0; v < kTileVectors; ++v)
+          multiply_codes<Int4G32, kI, kSlabVectors>(dots[r][v], partial[r][v], w[v], x[r]);
+      }
+    });
+  }
+#undef PUNA_HIDE
+  Dots total = same_dots(0);
+#pragma GCC unroll 8
+  for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kTileVectors; ++v) total = add_dots(total, dots[r][v]);
+  }
+  *operations = iterations * kSlabVectors * kTileRows * kTileVectors * kCodeRows * 4 * 2;
+  return static_cast<float>(sum_of(total));
+}
+
+#else
+
+[[maybe_unused]] float peak_int8(int64_t iterations, int64_t* operations) {
+  constexpr int kSums = 8;
+  uint32_t sums[kSums] = {};
+  uint32_t w = iterations & 1, x = 3;
+  for (int64_t n = 0; n < iterations; ++n) {
+#pragma GCC unroll 8
+    for (uint32_t& sum : sums) {
+      asm volatile("" : "+r"(w));  // or the compiler would multiply once
+      sum += w * x;
+    }
+  }
+  uint32_t total = 0;
+  for (const uint32_t sum : sums) total += sum;
+  *operations = iterations * kSums * 2;
+  return static_cast<float>(total);
+}
+
+#endif
 
 }  // namespace
 }  // namespace puna

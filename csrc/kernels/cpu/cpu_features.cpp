@@ -12,7 +12,9 @@ namespace {
 
 struct CpuFeatures {
   bool avx2 = false;
+  bool avx_vnni = false;
   bool avx512 = false;
+  bool avx512_vnni = false;
   bool avx512_vnni_bf16 = false;
   bool neon_dotprod = false;
   bool neon_i8mm_bf16 = false;
@@ -44,10 +46,10 @@ CpuFeatures detect() {
   features.avx2 = has_all(saved, kYmmState) && has_all(ebx, kAvx2 | kBmi2);
   features.avx512 =
       features.avx2 && has_all(saved, kZmmState) && has_all(ebx, kF | kDq | kBw | kVl);
-  const bool vnni = has_all(ecx, bit(11));
+  features.avx512_vnni = features.avx512 && has_all(ecx, bit(11));
   if (last_subleaf >= 1 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) {
-    const bool bf16 = has_all(eax, bit(5));
-    features.avx512_vnni_bf16 = features.avx512 && vnni && bf16;
+    features.avx_vnni = features.avx2 && has_all(eax, bit(4));
+    features.avx512_vnni_bf16 = features.avx512_vnni && has_all(eax, bit(5));
   }
   return features;
 }
@@ -79,7 +81,9 @@ const CpuFeatures& features() {
 }  // namespace
 
 bool has_avx2() { return features().avx2; }
+bool has_avx_vnni() { return features().avx_vnni; }
 bool has_avx512() { return features().avx512; }
+bool has_avx512_vnni() { return features().avx512_vnni; }
 bool has_avx512_vnni_bf16() { return features().avx512_vnni_bf16; }
 bool has_neon_dotprod() { return features().neon_dotprod; }
 bool has_neon_i8mm_bf16() { return features().neon_i8mm_bf16; }

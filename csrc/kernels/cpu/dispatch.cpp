@@ -36,6 +36,7 @@ void inherit_all(KernelTable& table, const KernelTable& lower) {
   inherit(table.read_bytes, lower.read_bytes);
   inherit(table.peak_bf16, lower.peak_bf16);
   inherit(table.peak_f32, lower.peak_f32);
+  inherit(table.peak_int8, lower.peak_int8);
 }
 
 }  // namespace

@@ -40,7 +40,8 @@ constexpr KernelTable kernels_as(const char* isa, bool (*supported)()) {
           .f32_from_bf16 = f32_from_bf16,
           .read_bytes = read_bytes,
           .peak_bf16 = peak_bf16,
-          .peak_f32 = peak_f32};
+          .peak_f32 = peak_f32,
+          .peak_int8 = peak_int8};
 }
 
 }  // namespace
