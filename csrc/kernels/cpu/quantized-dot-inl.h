@@ -221,7 +221,7 @@ PUNA_INLINE void multiply_codes(Dots& dots, Dots&, Codes w, Codes x) {
 // it; then pairs of those in int32.
 #if defined(__AVX512F__)
 PUNA_INLINE Dots pairs_of(Codes w, Codes x) { return _mm512_maddubs_epi16(w, x); }
-PUNA_INLINE Dots add_pairs(Dots a, Dots b) { return _mm512_add_epi16(a, b); }
+PUNA_INLINE Dots add_words(Dots a, Dots b) { return _mm512_add_epi16(a, b); }
 PUNA_INLINE Dots dots_of_pairs(Dots pairs) {
   return _mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
 }
@@ -231,13 +231,19 @@ PUNA_INLINE Codes with_sign(Codes x, Codes w) {  // -x where w < 0; x where w is
 }
 #else
 PUNA_INLINE Dots pairs_of(Codes w, Codes x) { return _mm256_maddubs_epi16(w, x); }
-PUNA_INLINE Dots add_pairs(Dots a, Dots b) { return _mm256_add_epi16(a, b); }
+PUNA_INLINE Dots add_words(Dots a, Dots b) { return _mm256_add_epi16(a, b); }
 PUNA_INLINE Dots dots_of_pairs(Dots pairs) {
   return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
 PUNA_INLINE Codes magnitude(Codes w) { return _mm256_abs_epi8(w); }
 PUNA_INLINE Codes with_sign(Codes x, Codes w) { return _mm256_sign_epi8(x, w); }
 #endif
+// One after the other: the compiler would regroup sums of whole numbers to trees of products that
+// no machine has the registers for.
+PUNA_INLINE Dots in_order(Dots total) {
+  asm("" : "+v"(total));
+  return total;
+}
 
 constexpr bool kSignedBytes = true;
 template <class Format, int I, int Count>
@@ -251,7 +257,7 @@ PUNA_INLINE void multiply_codes(Dots& dots, Dots& partial, Codes w, Codes x) {
     pairs = pairs_of(magnitude(w), with_sign(x, w));
   else
     pairs = pairs_of(w, x);
-  partial = I % kBatch == 0 ? pairs : add_pairs(partial, pairs);
+  partial = I % kBatch == 0 ? pairs : in_order(add_words(partial, pairs));
   if constexpr (I % kBatch == kBatch - 1 || I == Count - 1)
     dots = add_dots(dots, dots_of_pairs(partial));
 }
