@@ -7,7 +7,7 @@ from typing import Any
 from protocol import serve, timed
 
 import puna
-from puna.options import parse_request
+from puna import _core
 
 
 class _Worker:
@@ -49,7 +49,7 @@ class _Worker:
     def _begun(self, session: Any, tokens: list[int], count: int) -> Any:
         options = {"max_tokens": count, "temperature": 0.0, "ignore_eos": True, "seed": 0}
         session.prompt(tokens, [])
-        session.begin(**parse_request("generate", options, {}).core)
+        session.begin(_core.Sampling(**self._engine._request("generate", options, ()).core))
         return session
 
 
