@@ -21,7 +21,9 @@ from puna.cli import main
 from puna.demo.scene import draw, random_scene
 
 PUNA = [sys.executable, "-m", "puna"]
-COMMANDS = ("generate", "chat", "inspect", "tokenize", "bench", "demo", "doctor")
+COMMANDS = (
+    *("generate", "chat", "inspect", "tokenize", "quantize", "eval", "bench", "demo", "doctor"),
+)
 
 
 def run(

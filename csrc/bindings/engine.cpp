@@ -7,6 +7,7 @@
 
 #include <chrono>
 #include <limits>
+#include <memory>
 
 #include "bindings/module.h"
 #include "engine/quantize.h"
@@ -155,17 +156,25 @@ std::vector<StepResult> step(Engine& engine, const std::vector<Session*>& sessio
   });
 }
 
+// [values / columns, columns], without a copy.
+py::array_t<float> array_of(std::vector<float> values, int64_t columns) {
+  auto owned = std::make_unique<std::vector<float>>(std::move(values));
+  const float* data = owned->data();
+  const auto rows = static_cast<int64_t>(owned->size()) / columns;
+  const py::capsule owner(owned.release(),
+                          [](void* p) { delete static_cast<std::vector<float>*>(p); });
+  return py::array_t<float>({rows, columns}, data, owner);
+}
+
 py::array_t<float> logits(Engine& engine, std::vector<int32_t> tokens,
                           const std::vector<Pixels>& images, const std::vector<int64_t>& cuts) {
   const Prompt prompt = prompt_of(std::move(tokens), images);
-  auto* values = new std::vector<float>();
-  const py::capsule owner(values, [](void* p) { delete static_cast<std::vector<float>*>(p); });
+  std::vector<float> values;
   {
     const py::gil_scoped_release release;
-    *values = engine.logits(prompt, cuts, signal_poll());
+    values = engine.logits(prompt, cuts, signal_poll());
   }
-  return py::array_t<float>({static_cast<int64_t>(prompt.tokens.size()), engine.info().vocab_size},
-                            values->data(), owner);
+  return array_of(std::move(values), engine.info().vocab_size);
 }
 
 SamplingOptions sampling(double temperature, double top_p, int64_t top_k, double min_p,
@@ -234,6 +243,19 @@ void bind_engine(py::module_& module) {
           "Makes (tokens, tiles per image) the session's text, keeping what it shares with it.")
       .def("begin", &Session::begin, "options"_a, py::call_guard<py::gil_scoped_release>(),
            "Starts a turn with these sampling options.")
+      .def(
+          "logits",
+          [](Session& session, int64_t most) {
+            std::vector<float> values;
+            {
+              const py::gil_scoped_release release;
+              values = session.logits(most, signal_poll());
+            }
+            return array_of(std::move(values), session.engine().info().vocab_size);
+          },
+          "most"_a,
+          "float32 [n, vocab]: logits at each of the next tokens of the prompt, at most so many; "
+          "n is 0 when none is left.")
       .def("cancel", &Session::cancel, "Ends the turn at the next step; from any thread.")
       .def("fork", &Session::fork, py::call_guard<py::gil_scoped_release>(),
            "A session that shares everything computed so far.")

@@ -5,7 +5,6 @@
 #include <array>
 #include <chrono>
 #include <cmath>
-#include <numeric>
 
 #include "engine/factory.h"
 #include "engine/model_files.h"
@@ -215,14 +214,18 @@ std::vector<StepResult> Engine::step(std::span<Session* const> sessions, const P
   return impl_->step(states, poll);
 }
 
-template <class Visit>
-void Engine::Impl::evaluate(const Prompt& prompt, std::span<const int64_t> cuts, const Poll& poll,
-                            const Visit& visit) {
-  const std::lock_guard guard(turn);
-  require_open();
-  release_dropped();
-  TokenSequence text = place(prompt);
-  const auto length = static_cast<int64_t>(text.tokens.size());
+std::vector<float> Engine::logits(const Prompt& prompt, std::span<const int64_t> cuts,
+                                  const Poll& poll) {
+  const auto length = static_cast<int64_t>(prompt.tokens.size());
+  const auto vocab = static_cast<size_t>(impl_->info.vocab_size);
+  const int64_t bytes = static_cast<int64_t>(prompt.tokens.size() * vocab * sizeof(float));
+  if (bytes > available_memory_bytes()) {
+    fail(ErrorCode::kOutOfMemory, {.asked = bytes, .limit = available_memory_bytes()}, "[logits] ",
+         length, " rows of ", vocab, " logits need ", in_words(bytes), ", ",
+         in_words(available_memory_bytes()), " is free; use score() or a shorter prompt");
+  }
+  const std::shared_ptr<Session> one = session();
+  one->prompt(prompt);
   int64_t cut_total = 0;
   for (const int64_t cut : cuts) {
     if (cut < 1)
@@ -234,60 +237,29 @@ void Engine::Impl::evaluate(const Prompt& prompt, std::span<const int64_t> cuts,
     fail(ErrorCode::kInvalidRequest, "[logits] the cuts add up to ", cut_total, ", the prompt has ",
          length, " tokens");
   }
-  const Poll layer_poll = [&] {
-    require_open();
-    if (poll) poll();
-  };
-  const KvStore::Sequence sequence = text.sequence = kv->create();
-  const struct Release {
-    KvStore& kv;
-    KvStore::Sequence sequence;
-    ~Release() { kv.release(sequence); }
-  } release{*kv, sequence};
-  int64_t done = 0, end = 0;
-  for (size_t piece = 0; done < length; ++piece) {
-    end = cuts.empty() ? length : end + cuts[piece];
-    while (done < end) {
-      const int64_t rows = std::min({end - done, kv->room(sequence), kEvaluationRows});
-      std::vector<int32_t> wanted(static_cast<size_t>(rows));
-      std::iota(wanted.begin(), wanted.end(), 0);
-      TokenSequence* const one = &text;
-      visit(done, forward({&one, 1}, {&rows, 1}, wanted, layer_poll));
-      done += rows;
+  std::vector<float> all;
+  all.reserve(prompt.tokens.size() * vocab);
+  const std::array<int64_t, 1> whole{length};
+  for (int64_t cut : cuts.empty() ? std::span<const int64_t>(whole) : cuts) {
+    while (cut > 0) {
+      const std::vector<float> rows = one->logits(cut, poll);
+      all.insert(all.end(), rows.begin(), rows.end());
+      cut -= static_cast<int64_t>(rows.size() / vocab);
     }
   }
-}
-
-std::vector<float> Engine::logits(const Prompt& prompt, std::span<const int64_t> cuts,
-                                  const Poll& poll) {
-  const auto vocab = static_cast<size_t>(impl_->info.vocab_size);
-  const int64_t bytes = static_cast<int64_t>(prompt.tokens.size() * vocab * sizeof(float));
-  if (bytes > available_memory_bytes()) {
-    fail(ErrorCode::kOutOfMemory, {.asked = bytes, .limit = available_memory_bytes()}, "[logits] ",
-         prompt.tokens.size(), " rows of ", vocab, " logits need ", in_words(bytes), ", ",
-         in_words(available_memory_bytes()), " is free; use score() or a shorter prompt");
-  }
-  std::vector<float> all(prompt.tokens.size() * vocab);
-  impl_->evaluate(prompt, cuts, poll, [&](int64_t first, ConstRows rows) {
-    impl_->backend->to_host(all.data() + first * rows.cols, rows);
-  });
   return all;
 }
 
 std::vector<double> Engine::score(std::span<const int32_t> tokens, const Poll& poll) {
-  std::vector<double> scores(tokens.size(), 0.0);
-  std::vector<float> host;
-  impl_->evaluate(
-      {{tokens.begin(), tokens.end()}, {}}, {}, poll, [&](int64_t first, ConstRows rows) {
-        host.resize(static_cast<size_t>(rows.rows * rows.cols));
-        impl_->backend->to_host(host.data(), rows);
-        for (int64_t r = 0; r < rows.rows; ++r) {
-          const auto next = static_cast<size_t>(first + r + 1);
-          if (next >= tokens.size()) break;
-          scores[next] = log_probability(
-              {host.data() + r * rows.cols, static_cast<size_t>(rows.cols)}, tokens[next]);
-        }
-      });
+  const auto vocab = static_cast<size_t>(impl_->info.vocab_size);
+  const std::shared_ptr<Session> one = session();
+  one->prompt({{tokens.begin(), tokens.end()}, {}});
+  std::vector<double> scores{0.0};
+  while (scores.size() < tokens.size()) {
+    const std::vector<float> rows = one->logits(kEvaluationRows, poll);
+    for (size_t at = 0; at < rows.size() && scores.size() < tokens.size(); at += vocab)
+      scores.push_back(log_probability({rows.data() + at, vocab}, tokens[scores.size()]));
+  }
   return scores;
 }
 

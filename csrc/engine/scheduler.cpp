@@ -226,6 +226,10 @@ std::vector<StepResult> Engine::Impl::step(std::span<Session::State* const> sess
       results[i].stop = session.stop;
     } else if (session.cancelled) {
       finish_cancelled(i);
+    } else if (kv->length(session.text.sequence) ==
+               static_cast<int64_t>(session.text.tokens.size())) {
+      fail(ErrorCode::kInvalidRequest,
+           "[step] logits() has computed every token of the session; give it a prompt again");
     } else {
       waiting.push_back(i);
     }

@@ -1,5 +1,6 @@
 // Session: one sequence of tokens and the turn that is being generated on it.
 #include <algorithm>
+#include <numeric>
 
 #include "engine/state.h"
 #include "platform/system.h"
@@ -89,6 +90,29 @@ void Session::begin(const SamplingOptions& options) {
 StepResult Session::step(const Poll& poll) {
   Session* const self = this;
   return engine_->step({&self, 1}, poll).front();
+}
+
+std::vector<float> Session::logits(int64_t most, const Poll& poll) {
+  if (most < 1)
+    fail(ErrorCode::kInvalidRequest, "[logits] ", most, " rows were asked for; ask for 1 or more");
+  Engine::Impl& impl = *engine_->impl_;
+  const std::lock_guard turn(impl.turn);
+  impl.require_open();
+  impl.release_dropped();
+  TokenSequence& text = state_->text;
+  const int64_t pending = static_cast<int64_t>(text.tokens.size()) - impl.kv->length(text.sequence);
+  if (pending == 0) return {};
+  const int64_t rows = std::min({most, pending, impl.kv->room(text.sequence), kEvaluationRows});
+  std::vector<int32_t> wanted(static_cast<size_t>(rows));
+  std::iota(wanted.begin(), wanted.end(), 0);
+  TokenSequence* const one = &text;
+  const ConstRows out = impl.forward({&one, 1}, {&rows, 1}, wanted, [&] {
+    impl.require_open();
+    if (poll) poll();
+  });
+  std::vector<float> host(static_cast<size_t>(out.rows * out.cols));
+  impl.backend->to_host(host.data(), out);
+  return host;
 }
 
 void Session::cancel() { state_->cancelled = true; }

@@ -104,10 +104,6 @@ struct Engine::Impl {
   std::shared_ptr<const ImageFeatures> features_of(const PlacedImage& image, const Poll& poll);
   std::vector<StepResult> step(std::span<Session::State* const> sessions, const Poll& poll);
   StepResult emit(Session::State& session, std::span<float> logits);
-  // Computes a prompt in a sequence of its own; visit(first, logits of rows first, first + 1, ...).
-  template <class Visit>
-  void evaluate(const Prompt& prompt, std::span<const int64_t> cuts, const Poll& poll,
-                const Visit& visit);
 };
 
 // Rows of one forward pass: enough for every expert of Scout to see some 64 of them, so that

@@ -23,19 +23,32 @@ from puna.errors import (
     SessionMismatch,
     UnsupportedError,
 )
+from puna.evaluation import evaluate
 from puna.loading import load, quantize
-from puna.types import Chunk, Completion, ModelInfo, Plan, Score, Timings, Usage
+from puna.types import (
+    Chunk,
+    Comparison,
+    Completion,
+    Evaluation,
+    ModelInfo,
+    Plan,
+    Score,
+    Timings,
+    Usage,
+)
 
 __version__ = _version()
 
 __all__ = [
     "Chunk",
+    "Comparison",
     "Completion",
     "ContextOverflow",
     "DeviceError",
     "Engine",
     "EngineClosed",
     "Error",
+    "Evaluation",
     "ImageError",
     "InvalidRequest",
     "ModelFormatError",
@@ -54,6 +67,7 @@ __all__ = [
     "__version__",
     "backends",
     "errors",
+    "evaluate",
     "isas",
     "load",
     "quantize",

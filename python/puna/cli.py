@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -96,6 +97,21 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--threads", type=int)
     quantize.set_defaults(run=_quantize)
 
+    evaluate = commands.add_parser("eval", help="perplexity of a text, and distance to a reference")
+    _add_model(evaluate)
+    evaluate.add_argument("--text", required=True, metavar="FILE", help="UTF-8; - is stdin")
+    evaluate.add_argument("--reference", metavar="MODEL", help="compare its predictions with those")
+    _add_quant(evaluate)
+    evaluate.add_argument("--reference-quant", metavar="QUANT", help="weight format of that one")
+    evaluate.add_argument("--context", type=int, default=512, help="tokens of a window (512)")
+    evaluate.add_argument("--max-tokens", type=int, help="read only so many tokens of the text")
+    evaluate.add_argument("--special", action="store_true", help="read special tokens in the text")
+    evaluate.add_argument(
+        "--json", nargs="?", const="-", metavar="OUT", help="write JSON to a file, or to stdout"
+    )
+    _add_computing(evaluate.add_argument_group("computing"))
+    evaluate.set_defaults(run=_evaluate, parser=evaluate)
+
     # Its arguments are all puna-bench's, --help too: main() keeps them from this parser.
     bench = commands.add_parser("bench", help="measure speed (passes its arguments to puna-bench)")
     bench.set_defaults(run=_bench)
@@ -161,13 +177,17 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("loading")
     group.add_argument("--context", help='tokens, or like "128k"')
     _add_quant(group)
-    group.add_argument("--kv", default="auto", choices=("auto", "bf16", "fp32"))
     group.add_argument("--memory", help='bytes, or like "24G"')
+    _add_computing(group)
+    group.add_argument("--no-vision", action="store_true", help="leave the vision tower on disk")
+    _add_mmproj(group)
+
+
+def _add_computing(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--kv", default="auto", choices=("auto", "bf16", "fp32"))
     group.add_argument("--threads", type=int)
     group.add_argument("--device", default="auto")
     group.add_argument("--isa", help="instruction set, see puna doctor")
-    group.add_argument("--no-vision", action="store_true", help="leave the vision tower on disk")
-    _add_mmproj(group)
 
 
 def _add_quant(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
@@ -416,6 +436,67 @@ def _quantize(options: argparse.Namespace) -> int:
     files = [path for path in Path(options.out).iterdir() if path.is_file()]
     print(f"{options.out}  {size(sum(path.stat().st_size for path in files))}")
     return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    if options.reference_quant and not options.reference:
+        options.parser.error("--reference-quant goes with --reference")
+    text = _read_text(options.text)
+    computing = {name: getattr(options, name) for name in ("kv", "threads", "device", "isa")}
+    computing |= {"context": options.context, "vision": False}
+    with contextlib.ExitStack() as opened:
+        model = opened.enter_context(puna.load(options.model, quant=_quant(options), **computing))
+        reference = None
+        if options.reference:
+            reference = opened.enter_context(
+                puna.load(options.reference, quant=options.reference_quant, **computing)
+            )
+        result = puna.evaluate(
+            model,
+            text,
+            reference=reference,
+            context=options.context,
+            max_tokens=options.max_tokens,
+            allow_special=options.special,
+        )
+        report = {
+            "model": model.info.path,
+            "quant": _quant(options),
+            "weight_bytes": model.plan.weight_bytes,
+            "reference": reference and reference.info.path,
+            "reference_quant": options.reference_quant,
+            "text": options.text,
+            **asdict(result),
+        }
+    if options.json == "-":
+        print(json.dumps(report, indent=2))
+        return 0
+    if options.json:
+        Path(options.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    for line in _describe_evaluation(result):
+        print(line)
+    return 0
+
+
+def _read_text(path: str) -> str:
+    if path == "-":
+        return _text(None)
+    return Path(path).expanduser().read_text(encoding="utf-8")
+
+
+def _describe_evaluation(result: puna.Evaluation) -> list[str]:
+    lines = [
+        f"tokens       {result.tokens:,} in {result.windows:,} windows of {result.context:,}",
+        f"perplexity   {result.perplexity:.4f}",
+    ]
+    if (other := result.comparison) is not None:
+        lines += [
+            f"reference    {other.reference_perplexity:.4f}, ratio {other.perplexity_ratio:.5f}",
+            f"KL           mean {other.kl_mean:.6f} +- {other.kl_error:.6f},"
+            f" 99 % {other.kl_p99:.6f}, largest {other.kl_max:.6f} nats",
+            f"top-1        {100 * other.top1_agreement:.2f} % agree",
+        ]
+    return lines
 
 
 def _bench(options: argparse.Namespace) -> int:

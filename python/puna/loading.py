@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from puna.arguments import amount, quant_recipe, truth, whole
 from puna.engine import Engine
 from puna.errors import InvalidRequest, UnsupportedError
 from puna.options import LOAD_NAMES, unknown_keyword
+from puna.progress import ProgressBar
 
 _DEMO_NAME = "demo"
 
@@ -79,7 +79,7 @@ def load(
     if experts not in ("auto", "cpu"):
         raise UnsupportedError(f"experts={experts!r} is not available yet; use 'auto'")
     path = demo_directory() if os.fspath(model) == _DEMO_NAME else Path(model).expanduser()
-    bar = _LoadBar(path.name) if progress else None
+    bar = ProgressBar(f"Loading {path.name}", "B") if progress else None
     try:
         core = _core.load(
             path=os.fspath(path),
@@ -127,7 +127,7 @@ def quantize(
     """
     recipe, overrides = quant_recipe(quant)
     path = demo_directory() if os.fspath(model) == _DEMO_NAME else Path(model).expanduser()
-    bar = _LoadBar(path.name, "Quantising") if progress else None
+    bar = ProgressBar(f"Quantising {path.name}", "B") if progress else None
     try:
         _core.quantize(
             path=os.fspath(path),
@@ -145,25 +145,3 @@ def quantize(
 def demo_directory() -> Path:
     """Where the bundled demo checkpoint lies."""
     return Path(__file__).parent / "demo"
-
-
-class _LoadBar:
-    """A progress bar on stderr for loads that take longer than a moment."""
-
-    def __init__(self, name: str, doing: str = "Loading") -> None:
-        self._title = f"{doing} {name}"
-        self._bar: Any = None
-        self._started = time.monotonic()
-
-    def update(self, done: int, total: int) -> None:
-        if self._bar is None:
-            if time.monotonic() - self._started < 1.0:
-                return
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total, unit="B", unit_scale=True, desc=self._title)
-        self._bar.update(done - self._bar.n)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()

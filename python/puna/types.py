@@ -131,6 +131,53 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
+class Comparison:
+    """How far a model's predictions are from a reference's on the same text.
+
+    KL divergences are KL(reference || model) of the next-token distributions, in nats, at each
+    scored token.
+
+    Attributes:
+        reference_perplexity: The reference's perplexity.
+        perplexity_ratio: The model's perplexity over the reference's.
+        kl_mean: Mean of the KL divergences.
+        kl_error: Standard error of that mean, as if the tokens were independent.
+        kl_p99: Their 99th percentile.
+        kl_max: The largest.
+        top1_agreement: Share of tokens at which both think the same token most likely.
+    """
+
+    reference_perplexity: float
+    perplexity_ratio: float
+    kl_mean: float
+    kl_error: float
+    kl_p99: float
+    kl_max: float
+    top1_agreement: float
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """How well a model predicts a text.
+
+    Attributes:
+        tokens: Tokens that were scored.
+        windows: Pieces in which the text was read, each from the begin-of-text token on.
+        context: Tokens of a full window, the begin-of-text token included.
+        cross_entropy: Mean negative log-probability of a token, in nats.
+        perplexity: exp(cross_entropy).
+        comparison: With the reference, if one was given.
+    """
+
+    tokens: int
+    windows: int
+    context: int
+    cross_entropy: float
+    perplexity: float
+    comparison: Comparison | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What a loaded model occupies, and how far its context reaches.
 

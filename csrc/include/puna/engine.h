@@ -86,6 +86,9 @@ class Session {
   void begin(const SamplingOptions& options);
   // One token of this session alone.
   StepResult step(const Poll& poll = {});
+  // Computes the next tokens of the prompt, at most `most` of them and what one pass holds: the
+  // logits [n][vocab] at each. Empty: there are none left, and step() needs another prompt first.
+  std::vector<float> logits(int64_t most, const Poll& poll = {});
   // The next step ends the turn with kCancelled. From any thread.
   void cancel();
 
@@ -95,6 +98,7 @@ class Session {
   int64_t length() const;  // tokens held: computed and pending
   std::vector<int32_t> tokens() const;
   Timings timings() const;  // of the current turn
+  const Engine& engine() const { return *engine_; }
 
   struct State;
 
