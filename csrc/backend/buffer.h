@@ -51,14 +51,22 @@ struct RowsOf {
 using Rows = RowsOf<float>;
 using ConstRows = RowsOf<const float>;
 
+// The factors of a float8 matrix's rows, of a float type; `rows_each` neighbours share one.
+struct RowScales {
+  DType dtype = DType::kF32;
+  const void* data = nullptr;
+  int64_t rows_each = 1;
+};
+
 // A matrix as it lies in a checkpoint: element (r, c) is at data + r * row_stride + c * col_stride
 // (strides in elements), so a transposed or sliced tensor needs no copy. float32, float16 or
-// bfloat16; or one of GGUF's blocked types, whose col_stride is 1.
+// bfloat16; float8 e4m3 with scales; or one of GGUF's blocked types, whose col_stride is 1.
 struct MatrixSource {
   DType dtype = DType::kF32;
   const void* data = nullptr;
   int64_t rows = 0, cols = 0;
   int64_t row_stride = 0, col_stride = 1;
+  RowScales scales = {};
 };
 
 // Packed weights of y = W x, W being rows x cols; opaque outside the backend that packed them.

@@ -64,11 +64,15 @@ MatrixShape check_matrix_parts(std::span<const MatrixSource> parts, const Matrix
   if (parts.empty()) fail(ErrorCode::kInternal, "[load_matrix] no parts");
   MatrixShape whole{0, parts[0].cols, parts[0].dtype};
   // What is quantised anew may come from any types.
-  const bool any_types =
-      options.format && is_quantized(*options.format) && can_encode(*options.format);
+  const bool any_types = options.format && can_encode(*options.format);
   for (const MatrixSource& part : parts) {
     const int64_t block = info_of(part.dtype).block_elements;
-    if (block == 1) check_float("load_matrix", part.dtype);
+    const bool scaled = part.dtype == DType::kF8E4M3;
+    if (block == 1 && !scaled) check_float("load_matrix", part.dtype);
+    if (scaled && (part.scales.data == nullptr || part.scales.rows_each < 1))
+      fail(ErrorCode::kInternal, "[load_matrix] a part is ", name_of(part.dtype),
+           " without scales");
+    if (scaled) check_float("load_matrix", part.scales.dtype);
     if (part.cols != whole.cols || (part.dtype != whole.dtype && !any_types))
       fail(ErrorCode::kInternal, "[load_matrix] a part is ", name_of(part.dtype), " ",
            shape(part.rows, part.cols), ", the first has ", name_of(whole.dtype), " and ",
@@ -92,7 +96,7 @@ WeightFormat target_format(const MatrixShape& shape, const MatrixOptions& option
   if (!possible)
     fail(ErrorCode::kUnsupported, "[load_matrix] ", name_of(shape.dtype),
          " weights cannot be quantised to ", name_of(format));
-  if (format == WeightFormat::kF32 && is_blocked(shape.dtype))
+  if (format == WeightFormat::kF32 && (is_blocked(shape.dtype) || shape.dtype == DType::kF8E4M3))
     fail(ErrorCode::kUnsupported, "[load_matrix] ", name_of(shape.dtype),
          " weights are not unpacked to fp32; leave the format out to keep them as stored");
   if (format == WeightFormat::kBF16 && shape.dtype != DType::kBF16)

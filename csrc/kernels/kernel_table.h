@@ -83,8 +83,14 @@ struct KernelTable {
                     const uint16_t* weights, const float* bias, int64_t rows, int64_t cols,
                     int64_t width);
 
-  // The same for one panel (width <= kPanelRows) of quantised weights, by place in
-  // quant/formats.inc. With the groups g in ascending order, and all rounding as in fp32:
+  // The same for fp32 activations and one panel (width <= kPanelRows) of fp8 weights (quant/fp8.h):
+  // the sum over k, in order, of fma(x, value(code) * 2^-8, sum), then sum * (scale * 2^8), then
+  // the bias. Every instruction set gives the same bits.
+  void (*gemm_fp8)(float* out, int64_t out_stride, const float* x, int64_t x_stride,
+                   const void* panel, const float* bias, int64_t rows, int64_t cols, int64_t width);
+
+  // The same for one panel of quantised weights, by place in quant/formats.inc. With the groups g
+  // in ascending order, and all rounding as in fp32:
   //   dot  = sum over the group of code_x * (value(code_w) - kZero)          exact, in int32
   //   acc  = fma(dot, scale_w * scale_x, acc)
   //   acc  = fma(offset_w, scale_x * sum_x, acc)                             if kOffset

@@ -3,7 +3,7 @@
 #include <cstring>
 
 #include "base/error.h"
-#include "base/half.h"
+#include "base/float8.h"
 
 namespace puna {
 namespace {
@@ -132,6 +132,8 @@ std::optional<WeightFormat> exact_format(DType dtype) {
       return WeightFormat::kF32;
     case DType::kBF16:
       return WeightFormat::kBF16;
+    case DType::kF8E4M3:
+      return WeightFormat::kFP8;
     case DType::kQ4_0:
       return WeightFormat::kInt4G32;
     case DType::kQ4_1:
@@ -206,6 +208,10 @@ void decode_elements(DType dtype, const void* data, int64_t first, int64_t count
       for (int64_t i = 0; i < count; ++i)
         out[i] = float_of_bf16(static_cast<const uint16_t*>(data)[first + i]);
       return;
+    case DType::kF8E4M3:
+      for (int64_t i = 0; i < count; ++i)
+        out[i] = float_of_e4m3(static_cast<const uint8_t*>(data)[first + i]);
+      return;
     default:
       break;
   }
@@ -237,6 +243,11 @@ void unpack_row(WeightFormat format, const void* packed, int64_t row, int64_t co
     const auto* values = reinterpret_cast<const uint16_t*>(panel);
     for (int64_t c = 0; c < cols; ++c)
       out[c] = float_of_bf16(values[(c / 2 * kPanelRows + place) * 2 + c % 2]);
+  } else if (format == WeightFormat::kFP8) {
+    const float scale = reinterpret_cast<const float*>(panel)[place];
+    const uint8_t* codes = panel + kFp8ScaleBytes;
+    for (int64_t c = 0; c < cols; ++c)
+      out[c] = scale * float_of_e4m3(codes[c * kPanelRows + place]);
   } else {
     with_traits(format, [&](auto traits) {
       using Format = decltype(traits);

@@ -133,6 +133,10 @@ void encode_offset(const Group& group, RowBlock* to) {
 }  // namespace
 
 bool can_encode(WeightFormat format) {
+  return format == WeightFormat::kFP8 || can_encode_blocks(format);
+}
+
+bool can_encode_blocks(WeightFormat format) {
   return is_quantized(format) && with_traits(format, [](auto traits) {
            return !decltype(traits)::kSubScales && !decltype(traits)::kTable;
          });
@@ -140,7 +144,7 @@ bool can_encode(WeightFormat format) {
 
 void encode_block(WeightFormat format, const float* x, const float* importance, int64_t count,
                   RowBlock* to) {
-  if (!can_encode(format))
+  if (!can_encode_blocks(format))
     fail(ErrorCode::kUnsupported, "[quant] weights cannot be quantised to ", name_of(format),
          "; it is read from GGUF files only");
   float finite[kMaxBlock];

@@ -8,6 +8,7 @@ int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / mult
 // Columns and bytes of one block of a panel.
 struct BlockSize {
   int64_t cols, bytes, group;
+  int64_t header = 0;  // bytes of a panel before its blocks
 };
 BlockSize block_of(WeightFormat format) {
   switch (format) {
@@ -15,6 +16,8 @@ BlockSize block_of(WeightFormat format) {
       return {1, 4 * kPanelRows, 1};
     case WeightFormat::kBF16:
       return {2, 4 * kPanelRows, 1};
+    case WeightFormat::kFP8:
+      return {1, kPanelRows, 1, kFp8ScaleBytes};
     default:
       return with_traits(format, [](auto traits) -> BlockSize {
         using Format = decltype(traits);
@@ -31,6 +34,8 @@ const char* name_of(WeightFormat format) {
       return "fp32";
     case WeightFormat::kBF16:
       return "bf16";
+    case WeightFormat::kFP8:
+      return "fp8";
 #define PUNA_FORMAT(Traits, name) \
   case WeightFormat::k##Traits:   \
     return name;
@@ -55,7 +60,7 @@ std::optional<WeightFormat> format_of(std::string_view name) {
 
 size_t panel_bytes(WeightFormat format, int64_t cols) {
   const BlockSize block = block_of(format);
-  return static_cast<size_t>((cols + block.cols - 1) / block.cols * block.bytes);
+  return static_cast<size_t>(block.header + (cols + block.cols - 1) / block.cols * block.bytes);
 }
 
 size_t packed_bytes(WeightFormat format, int64_t rows, int64_t cols) {

@@ -59,11 +59,13 @@ std::vector<uint8_t> random_blocks(std::mt19937& random, DType dtype, int64_t el
   return bytes;
 }
 
-// out = x W^T for fp32 x by the definition, with x quantised as the format's products do.
+// out = x W^T for fp32 x by the definition, with x quantised as the format's products do (fp8's do
+// not).
 void check_product(const std::string& what, Backend& backend, const WeightRef& weight,
                    const std::vector<float>& values, std::mt19937& random) {
-  const int64_t rows = 3, cols = weight.cols, group = group_of(weight.format);
-  const int64_t padded = padded_cols(weight.format, cols), groups = padded / group;
+  const bool plain = takes_fp32(weight.format);
+  const int64_t rows = 3, cols = weight.cols, group = plain ? cols : group_of(weight.format);
+  const int64_t padded = plain ? cols : padded_cols(weight.format, cols), groups = padded / group;
   const std::vector<float> x = randoms(random, rows * cols);
   std::vector<float> got(rows * weight.rows), expected(got.size());
   std::vector<double> bound(got.size());
@@ -77,14 +79,17 @@ void check_product(const std::string& what, Backend& backend, const WeightRef& w
     for (int64_t n = 0; n < weight.rows; ++n) {
       double sum = 0, size = 0;
       for (int64_t c = 0; c < cols; ++c) {
-        const double term =
-            static_cast<double>(codes[c]) * scales[c / group] * values[n * cols + c];
+        const double activation = plain ? static_cast<double>(x[r * cols + c])
+                                        : static_cast<double>(codes[c]) * scales[c / group];
+        const double term = activation * values[n * cols + c];
         sum += term;
         size += std::abs(term);
       }
       expected[r * weight.rows + n] = static_cast<float>(sum);
-      // Three roundings a group, two of each decoded weight, one of the expectation.
-      bound[r * weight.rows + n] = 2 * size * static_cast<double>(3 * groups + 4) * kEps + 1e-30;
+      // Three roundings a group (one a column without groups), two of each decoded weight, one of
+      // the expectation.
+      const int64_t roundings = plain ? cols : 3 * groups;
+      bound[r * weight.rows + n] = 2 * size * static_cast<double>(roundings + 4) * kEps + 1e-30;
     }
   }
   check_close(what, got, expected, bound);

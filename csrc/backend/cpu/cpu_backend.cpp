@@ -63,6 +63,8 @@ WeightRef CpuBackend::load_matrix(std::span<const MatrixSource> parts,
   auto memory = std::make_shared<Memory>(bytes);
   if (is_quantized(format))
     pack_quantized(pool_, parts, shape, format, options.importance, memory->data());
+  else if (format == WeightFormat::kFP8)
+    pack_fp8(pool_, parts, shape, memory->data());
   else
     pack_panels(pool_, parts, shape, format, memory->data());
   return {format, shape.rows, shape.cols, bytes,

@@ -14,6 +14,11 @@ namespace puna {
 void pack_quantized(ThreadPool& pool, std::span<const MatrixSource> parts, const MatrixShape& shape,
                     WeightFormat format, const float* importance, void* packed);
 
+// To fp8: float8 codes and scales as they are, other types quantised row by row. `packed` is zeroed
+// memory for all panels.
+void pack_fp8(ThreadPool& pool, std::span<const MatrixSource> parts, const MatrixShape& shape,
+              void* packed);
+
 // To fp32 or bfloat16. `shape` is that of the parts stacked by rows. `packed` is zeroed memory for
 // all panels.
 void pack_panels(ThreadPool& pool, std::span<const MatrixSource> parts, const MatrixShape& shape,

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "backend/cpu/pack.h"
+#include "backend/source.h"
 #include "base/half.h"
 #include "quant/blocks.h"
 #include "quant/encode.h"
@@ -15,28 +16,6 @@ namespace {
 // of each page of memory.
 constexpr int64_t kTilePanels = 8, kTileCols = 256;
 constexpr int64_t kTileRows = kTilePanels * kPanelRows;
-
-// values [rows][kTileCols] = rows [row, row + rows), columns [col, col + cols) of a part.
-void read_tile(const MatrixSource& part, int64_t row, int64_t rows, int64_t col, int64_t cols,
-               float* values) {
-  if (part.col_stride == 1) {
-    for (int64_t r = 0; r < rows; ++r)
-      decode_elements(part.dtype, part.data, (row + r) * part.row_stride + col, cols,
-                      values + r * kTileCols);
-    return;
-  }
-  // Rows are neighbours, or nothing is: read along whichever axis is.
-  float line[kTileRows];
-  for (int64_t c = 0; c < cols; ++c) {
-    const int64_t first = row * part.row_stride + (col + c) * part.col_stride;
-    if (part.row_stride == 1)
-      decode_elements(part.dtype, part.data, first, rows, line);
-    else
-      for (int64_t r = 0; r < rows; ++r)
-        decode_elements(part.dtype, part.data, first + r * part.row_stride, 1, line + r);
-    for (int64_t r = 0; r < rows; ++r) values[r * kTileCols + c] = line[r];
-  }
-}
 
 // One block of one row that is stored in the blocked type of the same format.
 template <class Format>
@@ -54,7 +33,7 @@ void pack_tile(const MatrixSource& part, int64_t base, int64_t row, int64_t rows
   using Layout = PanelLayout<Format>;
   const size_t panel = panel_bytes(format, part.cols);
   const bool exact = exact_format(part.dtype) == format;
-  if (!exact) read_tile(part, row, rows, col, cols, values);
+  if (!exact) read_elements(part, row, rows, col, cols, values, kTileCols);
   RowBlock block{};
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t place = base + row + r;

@@ -16,7 +16,7 @@ constexpr int64_t kTileRows = 512;
 CpuBackend::Operand CpuBackend::reserve_operand(WeightFormat format, int64_t rows, int64_t cols,
                                                 Scratch& scratch) {
   Operand operand{format, nullptr, cols, padded_cols(format, cols)};
-  if (format == WeightFormat::kF32) {
+  if (takes_fp32(format)) {
     operand.data = scratch.reserve<float>(rows * operand.stride);
   } else if (format == WeightFormat::kBF16) {
     operand.data = scratch.reserve<uint16_t>(rows * operand.stride);
@@ -36,7 +36,7 @@ void CpuBackend::write_operand(const Operand& operand, int64_t row, int64_t colu
   const int64_t place = row * operand.stride + column;
   // The last piece fills what the format's blocks need past the last column.
   const int64_t padded = column + count == operand.cols ? operand.stride - column : count;
-  if (operand.format == WeightFormat::kF32) {
+  if (takes_fp32(operand.format)) {
     float* to = static_cast<float*>(operand.data) + place;
     if (to != values) std::copy_n(values, count, to);
   } else if (operand.format == WeightFormat::kBF16) {
@@ -52,7 +52,7 @@ void CpuBackend::write_operand(const Operand& operand, int64_t row, int64_t colu
 }
 
 CpuBackend::Operand CpuBackend::prepare(ConstRows x, const WeightRef& weight, Scratch& scratch) {
-  if (weight.format == WeightFormat::kF32)
+  if (takes_fp32(weight.format))
     return {weight.format, const_cast<float*>(x.data), x.cols, x.stride};
   const Operand operand = reserve_operand(weight.format, x.rows, x.cols, scratch);
   for_rows(x.rows, x.cols, [&](int64_t begin, int64_t end) {
@@ -72,6 +72,13 @@ void CpuBackend::multiply(float* out, int64_t out_stride, const Operand& x, cons
     kernels_.gemm_f32(out, out_stride, static_cast<const float*>(x.data) + place, x.stride,
                       reinterpret_cast<const float*>(packed), bias, tile.rows, weight.cols,
                       tile.width);
+    return;
+  }
+  if (weight.format == WeightFormat::kFP8) {
+    for (int64_t column = 0; column < tile.width; column += kPanelRows, packed += panel)
+      kernels_.gemm_fp8(out + column, out_stride, static_cast<const float*>(x.data) + place,
+                        x.stride, packed, bias != nullptr ? bias + column : nullptr, tile.rows,
+                        weight.cols, std::min(kPanelRows, tile.width - column));
     return;
   }
   if (weight.format == WeightFormat::kBF16) {
@@ -136,7 +143,7 @@ CpuBackend::FeedForward CpuBackend::plan_feed_forward(const Operand& x, int64_t 
   plan.width = down.cols;
   plan.hidden = hidden.reserve<float>(rows * gate_up.rows);
   // An fp32 activation stays where the gate was.
-  plan.activated = down.format == WeightFormat::kF32
+  plan.activated = takes_fp32(down.format)
                        ? Operand{down.format, plan.hidden, down.cols, gate_up.rows}
                        : reserve_operand(down.format, rows, down.cols, activated);
   return plan;

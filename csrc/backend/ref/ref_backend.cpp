@@ -7,6 +7,7 @@
 #include <numeric>
 
 #include "backend/checks.h"
+#include "backend/source.h"
 #include "base/error.h"
 #include "base/half.h"
 #include "quant/blocks.h"
@@ -86,6 +87,14 @@ void store(DType dtype, void* data, int64_t index, double value) {
 
 // Replaces a row by what a format makes of it.
 void quantize_values(WeightFormat format, const float* importance, float* row, int64_t cols) {
+  if (format == WeightFormat::kFP8) {
+    float most = 0;
+    for (int64_t c = 0; c < cols; ++c) most = std::fmax(most, fp8_finite(std::fabs(row[c])));
+    const float scale = fp8_scale(most);
+    for (int64_t c = 0; c < cols; ++c)
+      row[c] = scale * float_of_e4m3(fp8_code(fp8_finite(row[c]), scale));
+    return;
+  }
   with_traits(format, [&](auto traits) {
     using Format = decltype(traits);
     RowBlock block{};
@@ -124,14 +133,8 @@ class RefBackend final : public Backend {
         const size_t row = values->size();
         values->resize(row + static_cast<size_t>(part.cols));
         float* to = values->data() + row;
-        if (part.col_stride == 1) {
-          decode_elements(part.dtype, part.data, r * part.row_stride, part.cols, to);
-        } else {
-          for (int64_t c = 0; c < part.cols; ++c)
-            decode_elements(part.dtype, part.data, r * part.row_stride + c * part.col_stride, 1,
-                            to + c);
-        }
-        if (is_quantized(weight.format) && weight.format != exact_format(part.dtype))
+        read_elements(part, r, 1, 0, part.cols, to, part.cols);
+        if (can_encode(weight.format) && weight.format != exact_format(part.dtype))
           quantize_values(weight.format, options.importance, to, part.cols);
       }
     }

@@ -19,6 +19,7 @@ void inherit(Slot& slot, Slot lower) {
 void inherit_all(KernelTable& table, const KernelTable& lower) {
   inherit(table.gemm_f32, lower.gemm_f32);
   inherit(table.gemm_bf16, lower.gemm_bf16);
+  inherit(table.gemm_fp8, lower.gemm_fp8);
   for (int i = 0; i < kQuantizedKernels; ++i)
     inherit(table.gemm_quantized[i], lower.gemm_quantized[i]);
   inherit(table.quantize_row, lower.quantize_row);

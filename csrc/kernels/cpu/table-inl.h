@@ -6,6 +6,7 @@
 #include "kernels/cpu/ceilings-inl.h"
 #include "kernels/cpu/cpu_features.h"
 #include "kernels/cpu/elementwise-inl.h"
+#include "kernels/cpu/fp8-inl.h"
 #include "kernels/cpu/gemm-inl.h"
 #include "kernels/cpu/quantized-inl.h"
 #include "kernels/kernel_table.h"
@@ -20,6 +21,7 @@ constexpr KernelTable kernels_as(const char* isa, bool (*supported)()) {
           .supported = supported,
           .gemm_f32 = gemm_f32,
           .gemm_bf16 = gemm_bf16,
+          .gemm_fp8 = gemm_fp8,
           .gemm_quantized =
               {
 #define PUNA_FORMAT(Traits, name) gemm_quantized<Traits>,
