@@ -314,8 +314,8 @@ BAD_ROOT: dict[str, tuple[Config, type[puna.Error], tuple[str, ...]]] = {
     "projector": (vision(vision_output_dim=41), FORMAT, ("vision_output_dim", "41", "40")),
     "projector bias": (vision(multi_modal_projector_bias=True), UNSUPPORTED, ("multi_modal_projector_bias",)),
     "channels": (vision(num_channels=1), UNSUPPORTED, ("num_channels", "1", "3")),
-    "fp8": (
-        {"quantization_config": {"quant_method": "fbgemm_fp8"}}, UNSUPPORTED, ("fbgemm_fp8", "bf16"),
+    "gptq": (
+        {"quantization_config": {"quant_method": "gptq"}}, UNSUPPORTED, ("gptq", "bf16"),
     ),
     "compressed tensors": (
         {"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}},
@@ -482,10 +482,10 @@ BAD_TENSORS: dict[
     ),
     "fp8 without scales": (
         lambda t: t.update({LAYER1 + "feed_forward.experts.down_proj": Stored("F8_E4M3", (4, 48, 64), bytes(12288))}),
-        UNSUPPORTED,
-        (LAYER1 + "feed_forward.experts.down_proj", "float8_e4m3"),
+        FORMAT,
+        (LAYER1 + "feed_forward.experts.down_proj", "float8_e4m3", "down_proj_scale"),
     ),
-    "fp8 of fbgemm": (
+    "scales of what is not fp8": (
         lambda t: t.update({LAYER1 + "feed_forward.experts.down_proj_scale": Stored("F32", (4, 64, 1), bytes(1024))}),
         UNSUPPORTED,
         (LAYER1 + "feed_forward.experts.down_proj_scale", "FP8"),

@@ -6,17 +6,44 @@ namespace puna {
 
 namespace {
 
+const void* element_of(const TensorRef& tensor, int64_t index) {
+  return static_cast<const std::byte*>(tensor.data) + bytes_of(tensor.dtype, index);
+}
+
+// The scales of a matrix of `rows` rows, the e-th of `experts` in its tensor.
+RowScales scales_of(const WeightTensor& tensor, int64_t rows, int64_t e, int64_t experts) {
+  if (tensor.dtype != DType::kF8E4M3) return {};
+  const int64_t count = tensor.scale.elements();
+  if (count == 1) return {tensor.scale.dtype, tensor.scale.data, rows};
+  const int64_t each = count / experts;
+  return {tensor.scale.dtype, element_of(tensor.scale, e * each), rows / each};
+}
+
+MatrixSource linear(const WeightTensor& tensor) {
+  MatrixSource source = linear(static_cast<const TensorRef&>(tensor));
+  source.scales = scales_of(tensor, source.rows, 0, 1);
+  return source;
+}
+
 // Expert e of a tensor [experts][out][in], or [experts][in][out] if `transposed`, as the [out][in]
 // matrix that computes it.
-MatrixSource expert_matrix(const TensorRef& tensor, int64_t e, bool transposed) {
+MatrixSource expert_matrix(const WeightTensor& tensor, int64_t e, bool transposed) {
   const int64_t rows = tensor.shape[1], cols = tensor.shape[2];
-  const auto* data =
-      static_cast<const std::byte*>(tensor.data) + e * bytes_of(tensor.dtype, rows * cols);
-  if (transposed) return {tensor.dtype, data, cols, rows, 1, cols};
-  return {tensor.dtype, data, rows, cols, cols, 1};
+  const void* data = element_of(tensor, e * rows * cols);
+  MatrixSource source = transposed ? MatrixSource{tensor.dtype, data, cols, rows, 1, cols}
+                                   : MatrixSource{tensor.dtype, data, rows, cols, cols, 1};
+  source.scales = scales_of(tensor, source.rows, e, tensor.shape[0]);
+  return source;
+}
+
+MatrixSource expert_down(const LayerWeights& weights, int64_t e) {
+  if (!weights.experts.empty()) return linear(weights.experts[e].down);
+  return expert_matrix(weights.experts_down, e, !weights.experts_apart);
 }
 
 std::vector<MatrixSource> expert_gate_up(const LayerWeights& weights, int64_t e) {
+  if (!weights.experts.empty())
+    return {linear(weights.experts[e].gate), linear(weights.experts[e].up)};
   if (!weights.experts_apart) return {expert_matrix(weights.experts_gate_up, e, true)};
   return {expert_matrix(weights.experts_gate, e, false),
           expert_matrix(weights.experts_up, e, false)};
@@ -67,8 +94,7 @@ TextParameters load_text(const ModelSpec& spec, const TextWeights& weights, Weig
       for (int64_t e = 0; e < shape.experts; ++e) {
         const std::string expert = prefix + "experts." + std::to_string(e) + ".";
         layer.moe.gate_up.push_back(matrix(expert + "gate_up", expert_gate_up(source, e)));
-        layer.moe.down.push_back(matrix(
-            expert + "down", {expert_matrix(source.experts_down, e, !source.experts_apart)}));
+        layer.moe.down.push_back(matrix(expert + "down", {expert_down(source, e)}));
       }
       check_experts(prefix, layer.moe);
     } else {

@@ -40,6 +40,12 @@ class Fields {
   // Whether the field is given at all, if only as null.
   bool has(const char* name) const { return object_.contains(name); }
 
+  std::vector<std::string> names() const {
+    std::vector<std::string> all;
+    for (const auto& [name, value] : object_.items()) all.push_back(name);
+    return all;
+  }
+
   std::optional<Fields> object(const char* name) const {
     const json* value = find(name);
     if (!value) return std::nullopt;
@@ -377,16 +383,45 @@ void drop_tokens_outside(ModelSpec& spec) {
   }
 }
 
+// Whether the weights of a group of compressed-tensors are float8 with scales by row or tensor.
+bool is_scaled_float8(const Fields& group) {
+  const std::optional<Fields> weights = group.object("weights");
+  if (!weights) return false;
+  const std::string strategy = weights->text("strategy", "tensor");
+  return weights->text("type", "") == "float" && weights->integer("num_bits", 8, 1, 64) == 8 &&
+         (strategy == "tensor" || strategy == "channel");
+}
+
+// Whether a quantization_config is of one of the schemes whose weights are float8 e4m3 with scales
+// by row or tensor. Which tensors are quantised, the tensors themselves say.
+bool is_readable(const Fields& quantisation) {
+  const std::string method = quantisation.text("quant_method", "");
+  if (quantisation.find("weight_block_size")) return false;
+  if (method == "fbgemm_fp8") return true;
+  if (method == "fp8") return quantisation.text("fmt", "e4m3") == "e4m3";
+  if (method == "modelopt") return quantisation.text("quant_algo", "") == "FP8";
+  if (method != "compressed-tensors") return false;
+  const std::optional<Fields> groups = quantisation.object("config_groups");
+  if (!groups) return false;
+  for (const std::string& name : groups->names()) {
+    const std::optional<Fields> group = groups->object(name.c_str());
+    if (!group || !is_scaled_float8(*group)) return false;
+  }
+  return !groups->names().empty();
+}
+
 void refuse_quantisation(const Fields& fields) {
   for (const char* name : {"quantization_config", "compression_config"}) {
     const std::optional<Fields> quantisation = fields.object(name);
-    if (!quantisation) continue;
+    if (!quantisation || is_readable(*quantisation)) continue;
     const std::string method = quantisation->text("quant_method", "?");
     const std::string format = quantisation->text("format", "");  // of compressed-tensors
     fields.refuse(ErrorCode::kUnsupported, "the checkpoint is quantised (quant_method \"",
                   printable(method, 60), format.empty() ? "\"" : "\", format \"",
                   printable(format, 60), format.empty() ? "" : "\"",
-                  "), which this version does not read; use the bf16 one");
+                  quantisation->find("weight_block_size") ? ", with scales by block" : "",
+                  "), which this version does not read: of quantised checkpoints it reads float8 "
+                  "e4m3 with scales by row or tensor; use such a one or the bf16 one");
   }
 }
 

@@ -30,10 +30,35 @@ const char* quantisation_of(const std::string& name) {
   if (name.find(".quant_state.") != std::string::npos || name.ends_with(".absmax"))
     return "bitsandbytes";
   if (name.ends_with("weight_scale_2")) return "ModelOpt NVFP4 (weight_scale_2)";
-  if (name.ends_with("_scale") || name.ends_with("_scale_inv"))
-    return "scaled FP8 or INT8 (weight_scale)";
+  if (name.ends_with("_scale_inv")) return "FP8 with block scales (weight_scale_inv)";
+  if (name.ends_with("_scale")) return "scaled INT8 or FP8 of another form (weight_scale)";
   if (name.ends_with(".qweight")) return "GPTQ or AWQ (qweight)";
   return nullptr;
+}
+
+// Factors for activations and for keys and values in 8 bits: puna's are not, so it needs none.
+bool scales_activations(const std::string& name) {
+  for (const char* end :
+       {"input_scale", "input_scale_ub", "output_scale", ".q_scale", ".k_scale", ".v_scale"})
+    if (name.ends_with(end)) return true;
+  return false;
+}
+
+// How the scales of a float8 tensor may be called: weight_scale beside weight; gate_up_proj_scale
+// or, by ModelOpt, gate_up_proj_weight_scale beside gate_up_proj.
+std::vector<std::string> scale_names(const std::string& tensor) {
+  return {tensor + "_scale", tensor + "_weight_scale"};
+}
+
+// Whether it holds the scales of a float8 tensor.
+bool scales_float8(const std::string& name, const Checkpoint& checkpoint) {
+  for (const char* end : {"_weight_scale", "_scale"}) {
+    if (!name.ends_with(end)) continue;
+    const auto scaled =
+        checkpoint.tensors().find(name.substr(0, name.size() - std::string_view(end).size()));
+    if (scaled != checkpoint.tensors().end() && scaled->second.dtype == DType::kF8E4M3) return true;
+  }
+  return false;
 }
 
 std::string shape_text(const std::vector<int64_t>& shape) {
@@ -52,13 +77,16 @@ class Expectation {
   void operator()(const std::string& name, std::vector<int64_t> shape, TensorRef& place) {
     all_.push_back({name, std::move(shape), &place});
   }
+  void operator()(const std::string& name, std::vector<int64_t> shape, WeightTensor& place) {
+    all_.push_back({name, std::move(shape), &place, /*blocks=*/false, &place.scale});
+  }
 
  private:
   std::vector<ExpectedTensor>& all_;
 };
 
 void expect_text(const ModelSpec& spec, const TensorPrefixes& prefixes, TextWeights& text,
-                 Expectation& expect) {
+                 bool experts_on_their_own, Expectation& expect) {
   const int64_t hidden = spec.hidden, q = spec.heads * spec.head_dim,
                 kv = spec.kv_heads * spec.head_dim;
   expect(prefixes.text + "embed_tokens.weight", {spec.vocab_size, hidden}, text.embed);
@@ -79,11 +107,20 @@ void expect_text(const ModelSpec& spec, const TensorPrefixes& prefixes, TextWeig
     const std::string ffn = name + "feed_forward.";
     const std::string dense = shape.moe ? ffn + "shared_expert." : ffn;
     const int64_t width = shape.intermediate;
-    expect(dense + "gate_proj.weight", {width, hidden}, layer.gate);
-    expect(dense + "up_proj.weight", {width, hidden}, layer.up);
-    expect(dense + "down_proj.weight", {hidden, width}, layer.down);
+    const auto feed_forward = [&](const std::string& prefix, auto& place) {
+      expect(prefix + "gate_proj.weight", {width, hidden}, place.gate);
+      expect(prefix + "up_proj.weight", {width, hidden}, place.up);
+      expect(prefix + "down_proj.weight", {hidden, width}, place.down);
+    };
+    feed_forward(dense, layer);
     if (!shape.moe) continue;
     expect(ffn + "router.weight", {shape.experts, hidden}, layer.router);
+    if (experts_on_their_own) {
+      layer.experts.resize(static_cast<size_t>(shape.experts));
+      for (size_t e = 0; e < layer.experts.size(); ++e)
+        feed_forward(ffn + "experts." + std::to_string(e) + ".", layer.experts[e]);
+      continue;
+    }
     expect(ffn + "experts.gate_up_proj", {shape.experts, hidden, 2 * width}, layer.experts_gate_up);
     expect(ffn + "experts.down_proj", {shape.experts, width, hidden}, layer.experts_down);
   }
@@ -148,6 +185,16 @@ TensorPrefixes prefixes_of(const ModelSpec& spec, const Checkpoint& checkpoint) 
   return usual;
 }
 
+// Whether the checkpoint has each expert's matrices as tensors of their own.
+bool has_experts_on_their_own(const ModelSpec& spec, const TensorPrefixes& prefixes,
+                              const Checkpoint& checkpoint) {
+  for (size_t l = 0; l < spec.layers.size(); ++l)
+    if (spec.layers[l].moe)
+      return checkpoint.tensors().contains(prefixes.text + "layers." + std::to_string(l) +
+                                           ".feed_forward.experts.0.gate_proj.weight");
+  return false;
+}
+
 // What says which tensors there must be.
 const char* description(const Checkpoint& checkpoint) {
   return checkpoint.gguf() ? "its metadata" : "config.json";
@@ -155,12 +202,56 @@ const char* description(const Checkpoint& checkpoint) {
 
 void refuse_quantised(const Checkpoint& checkpoint) {
   for (const auto& [name, tensor] : checkpoint.tensors()) {
+    if (scales_activations(name) || scales_float8(name, checkpoint)) continue;
     if (const char* scheme = quantisation_of(name)) {
       fail(ErrorCode::kUnsupported, "[weights] ", checkpoint.file_of(name), " holds ",
            printable(name), ": the checkpoint is quantised as ", scheme,
            ", which this version does not read; use the bf16 one");
     }
   }
+}
+
+// Notes where the scales of the float8 tensors are.
+void find_scales(std::vector<ExpectedTensor>& wanted, const Checkpoint& checkpoint) {
+  for (ExpectedTensor& tensor : wanted) {
+    const auto found = checkpoint.tensors().find(tensor.name);
+    if (found == checkpoint.tensors().end() || found->second.dtype != DType::kF8E4M3) continue;
+    for (const std::string& name : scale_names(tensor.name))
+      if (checkpoint.tensors().contains(name)) tensor.scale_name = name;
+    if (tensor.scale && tensor.scale_name.empty())
+      fail(ErrorCode::kModelFormat, "[weights] ", checkpoint.file_of(tensor.name), ": ",
+           tensor.name, " is float8_e4m3, and there is no ", scale_names(tensor.name).front(),
+           " with its scales; use a checkpoint with scales by row or tensor, or the bf16 one");
+  }
+}
+
+// The scales of a float8 matrix are of a float type, and one for all, one for each expert (or half
+// of gate_up), or one for each row.
+void check_scales(const ExpectedTensor& expected, const Checkpoint& checkpoint) {
+  const TensorRef& scale = checkpoint.tensors().at(expected.scale_name);
+  const auto without_ones = [](std::vector<int64_t> shape) {
+    std::erase(shape, 1);
+    return shape;
+  };
+  std::vector<std::vector<int64_t>> allowed = {{}};
+  if (expected.shape.size() == 3) {
+    const int64_t experts = expected.shape[0];
+    allowed.push_back({experts});
+    if (expected.name.ends_with("gate_up_proj")) allowed.push_back({experts, 2});
+    allowed.push_back({experts, expected.shape[2]});
+  } else {
+    allowed.push_back({expected.shape[0]});
+  }
+  const std::vector<int64_t> shape = without_ones(shape_of(scale));
+  const bool fits = std::any_of(allowed.begin(), allowed.end(), [&](const auto& candidate) {
+    return without_ones(candidate) == shape;
+  });
+  if (fits && is_float(scale.dtype)) return;
+  fail(fits ? ErrorCode::kModelFormat : ErrorCode::kUnsupported, "[weights] ",
+       checkpoint.file_of(expected.scale_name), ": ", expected.scale_name, " is ",
+       name_of(scale.dtype), " ", scale.shape_string(), ", the scales of ", expected.name, " ",
+       shape_text(expected.shape), " must be floats, one for the tensor or for each row (",
+       shape_text(allowed.back()), "); scales by block are not read: use another checkpoint");
 }
 
 // Every wanted tensor is there, and no other.
@@ -171,12 +262,14 @@ void check_names(const ModelSpec& spec, const std::vector<ExpectedTensor>& wante
     wanted_names.push_back(tensor.name);
     if (!checkpoint.tensors().contains(tensor.name)) missing.push_back(tensor.name);
   }
-  const std::set<std::string> accounted(wanted_names.begin(), wanted_names.end());
+  std::set<std::string> accounted(wanted_names.begin(), wanted_names.end());
+  for (const ExpectedTensor& tensor : wanted) accounted.insert(tensor.scale_name);
   for (const auto& [name, tensor] : checkpoint.tensors()) {
     present.push_back(name);
     // A tied head may be stored all the same; the embedding is used.
     const bool tied_head = spec.tied_embeddings && name.ends_with("lm_head.weight");
-    if (!accounted.contains(name) && !harmless(name) && !tied_head) unexpected.push_back(name);
+    if (!accounted.contains(name) && !harmless(name) && !tied_head && !scales_activations(name))
+      unexpected.push_back(name);
   }
   if (!missing.empty()) {
     fail(ErrorCode::kModelFormat, "[weights] ", checkpoint.path(), " lacks ", missing.size(),
@@ -197,11 +290,14 @@ void check_shapes_and_types(const std::vector<ExpectedTensor>& wanted,
   size_t wrong = 0;
   for (const ExpectedTensor& expected : wanted) {
     const TensorRef& found = checkpoint.tensors().at(expected.name);
-    if (!is_float(found.dtype) && !(expected.blocks && is_blocked(found.dtype))) {
+    if (expected.scale && !expected.scale_name.empty()) {
+      check_scales(expected, checkpoint);
+    } else if (!is_float(found.dtype) && !(expected.blocks && is_blocked(found.dtype))) {
       const bool quantised = size_of(found.dtype) == 1 || is_blocked(found.dtype);
       fail(quantised ? ErrorCode::kUnsupported : ErrorCode::kModelFormat, "[weights] ",
            checkpoint.file_of(expected.name), ": ", expected.name, " is ", name_of(found.dtype),
            "; this version reads ", expected.blocks ? "blocks of GGUF, " : "",
+           expected.scale ? "float8_e4m3 with scales, " : "",
            "bfloat16, float16 and float32 there");
     }
     if (shape_of(found) == expected.shape) continue;
@@ -224,8 +320,11 @@ void check_shapes_and_types(const std::vector<ExpectedTensor>& wanted,
 void check_joint_types(const TextWeights& text, const Checkpoint& checkpoint) {
   for (size_t l = 0; l < text.layers.size(); ++l) {
     const LayerWeights& layer = text.layers[l];
-    for (const auto& [gate, up] :
-         {std::pair{&layer.gate, &layer.up}, std::pair{&layer.experts_gate, &layer.experts_up}}) {
+    std::vector<std::pair<const TensorRef*, const TensorRef*>> pairs = {
+        {&layer.gate, &layer.up}, {&layer.experts_gate, &layer.experts_up}};
+    for (const LayerWeights::Expert& expert : layer.experts)
+      pairs.emplace_back(&expert.gate, &expert.up);
+    for (const auto& [gate, up] : pairs) {
       if (gate->dtype == up->dtype || (is_blocked(gate->dtype) && is_blocked(up->dtype))) continue;
       fail(ErrorCode::kModelFormat, "[weights] ", checkpoint.path(), ": layer ", l, " has gate of ",
            name_of(gate->dtype), " and up of ", name_of(up->dtype), "; they must be of one type");
@@ -241,10 +340,10 @@ TensorPrefixes usual_prefixes(const ModelSpec& spec) {
 }
 
 std::vector<ExpectedTensor> expected_tensors(const ModelSpec& spec, const TensorPrefixes& prefixes,
-                                             ModelWeights& weights) {
+                                             ModelWeights& weights, bool experts_on_their_own) {
   std::vector<ExpectedTensor> all;
   Expectation expect(all);
-  expect_text(spec, prefixes, weights.text, expect);
+  expect_text(spec, prefixes, weights.text, experts_on_their_own, expect);
   if (spec.vision) expect_vision(spec, prefixes.vision, weights.vision.emplace(), expect);
   return all;
 }
@@ -252,13 +351,17 @@ std::vector<ExpectedTensor> expected_tensors(const ModelSpec& spec, const Tensor
 ModelWeights resolve_weights(const ModelSpec& spec, const Checkpoint& checkpoint) {
   refuse_quantised(checkpoint);
   ModelWeights weights;
-  const std::vector<ExpectedTensor> wanted =
+  const TensorPrefixes prefixes = prefixes_of(spec, checkpoint);
+  std::vector<ExpectedTensor> wanted =
       checkpoint.gguf() ? expected_gguf_tensors(spec, checkpoint, weights)
-                        : expected_tensors(spec, prefixes_of(spec, checkpoint), weights);
+                        : expected_tensors(spec, prefixes, weights,
+                                           has_experts_on_their_own(spec, prefixes, checkpoint));
+  find_scales(wanted, checkpoint);
   check_names(spec, wanted, checkpoint);
   check_shapes_and_types(wanted, checkpoint);
   for (const ExpectedTensor& tensor : wanted) {
     *tensor.place = checkpoint.tensors().at(tensor.name);
+    if (!tensor.scale_name.empty()) *tensor.scale = checkpoint.tensors().at(tensor.scale_name);
   }
   if (spec.tied_embeddings) weights.text.lm_head = weights.text.embed;
   check_joint_types(weights.text, checkpoint);
@@ -270,7 +373,7 @@ DType stored_type(const TextWeights& text) {
   bool same = true;
   for (const LayerWeights& layer : text.layers) {
     for (const DType dtype : {layer.k.dtype, layer.v.dtype}) {
-      if (is_blocked(dtype)) return dtype;
+      if (is_blocked(dtype) || dtype == DType::kF8E4M3) return dtype;
       same &= dtype == first;
     }
   }

@@ -11,21 +11,35 @@
 
 namespace puna {
 
+// A matrix of a checkpoint, and the scales that its rows are multiplied with if it is float8 e4m3:
+// one for all, one for each row, or for experts [experts] or [experts][2] (gate and up).
+struct WeightTensor : TensorRef {
+  WeightTensor() = default;
+  WeightTensor(const TensorRef& tensor) : TensorRef(tensor) {}  // NOLINT: unscaled
+  TensorRef scale;
+};
+
 // Shapes in the comments are [rows][columns] as stored; linear weights are [out][in].
 struct LayerWeights {
   TensorRef input_norm, post_norm;  // [hidden]
-  TensorRef q, k, v, o;             // [heads * head_dim][hidden], ..., transposed for o
-  TensorRef gate, up, down;         // dense MLP or shared expert
+  WeightTensor q, k, v, o;          // [heads * head_dim][hidden], ..., transposed for o
+  WeightTensor gate, up, down;      // dense MLP or shared expert
   TensorRef router;                 // [experts][hidden]
-  // Each expert's matrices, either [in][out] with gate and up side by side, or [out][in] and apart.
-  TensorRef experts_gate_up;           // [experts][hidden][2 * width]: gate, then up
-  TensorRef experts_gate, experts_up;  // [experts][width][hidden]
-  TensorRef experts_down;              // [experts][width][hidden], or [experts][hidden][width]
+  // Each expert's matrices, either [in][out] with gate and up side by side, or [out][in] and apart;
+  // or in tensors of their own.
+  WeightTensor experts_gate_up;           // [experts][hidden][2 * width]: gate, then up
+  WeightTensor experts_gate, experts_up;  // [experts][width][hidden]
+  WeightTensor experts_down;              // [experts][width][hidden], or [experts][hidden][width]
   bool experts_apart = false;
+  struct Expert {
+    WeightTensor gate, up, down;  // [width][hidden], [hidden][width]
+  };
+  std::vector<Expert> experts;
 };
 
 struct TextWeights {
-  TensorRef embed, lm_head;  // [vocab][hidden]; the same tensor if tied
+  TensorRef embed;
+  WeightTensor lm_head;  // both [vocab][hidden]; the same tensor if tied
   TensorRef norm;
   std::vector<LayerWeights> layers;
 };
@@ -63,13 +77,17 @@ TensorPrefixes usual_prefixes(const ModelSpec& spec);
 struct ExpectedTensor {
   std::string name;
   std::vector<int64_t> shape;
-  TensorRef* place = nullptr;  // where resolve_weights() puts it
-  bool blocks = false;         // may be of a quantised block type, besides the float types
+  TensorRef* place = nullptr;   // where resolve_weights() puts it
+  bool blocks = false;          // may be of a quantised block type, besides the float types
+  TensorRef* scale = nullptr;   // where the scales go; null: it may not be float8
+  std::string scale_name = {};  // of the tensor with the scales, if it is float8
 };
 
-// Every tensor that `spec` wants; places point into `weights`.
+// Every tensor that `spec` wants; places point into `weights`. `experts_on_their_own`: each
+// expert's matrices are tensors, as compressed-tensors stores them.
 std::vector<ExpectedTensor> expected_tensors(const ModelSpec& spec, const TensorPrefixes& prefixes,
-                                             ModelWeights& weights);
+                                             ModelWeights& weights,
+                                             bool experts_on_their_own = false);
 
 // The same of a GGUF file and its vision tower.
 std::vector<ExpectedTensor> expected_gguf_tensors(const ModelSpec& spec,

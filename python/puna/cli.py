@@ -191,7 +191,7 @@ def _add_computing(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_quant(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
-    group.add_argument("--quant", help="weight format: int4, int8, ... (see docs/formats.md)")
+    group.add_argument("--quant", help="weight format: int4, int8, fp8, ... (see docs/formats.md)")
     group.add_argument(
         "--quant-override",
         action="append",

@@ -41,9 +41,10 @@ def load(
             tokenizer.model), a GGUF file (any part of one that was split), or "demo" for the small
             model that comes with puna.
         quant: Weight format: None keeps weights as they are stored; "int4" packs experts in 4 bits
-            and attention and head in 8; "int8" packs all in 8; or a format's name. A mapping of
-            patterns to formats overrides matrices, its key "default" being the recipe (see
-            docs/formats.md). Routers and the vision tower are never quantised.
+            and attention and head in 8; "int8" packs all in 8; "fp8" packs all as float8 with a
+            scale for each row; or a format's name. A mapping of patterns to formats overrides
+            matrices, its key "default" being the recipe (see docs/formats.md). Routers and the
+            vision tower are never quantised.
         context: Tokens a session may hold, as a number or like "128k" or "1M" (powers of 1024);
             None is the largest that fits.
         kv: Format of the KV cache: "auto" (as the weights), "bf16" or "fp32".

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from . import golden, random_bits, tiny
+from conftest import skip_or_fail
+
+from . import float8, golden, random_bits, tiny
 from .make_checkpoint import Stored, random_tensors, write_checkpoint
 from .reference import Reference, moe_layers, rope_frequencies, rope_layers, round_to_bfloat16
 
@@ -130,3 +132,19 @@ def test_tokenizer_reads_what_is_written(tmp_path: Path) -> None:
     assert max(ids) < fixture.config["text_config"]["vocab_size"]
     assert len(ids) < len(text.encode())
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+def test_float8_is_that_of_torch() -> None:
+    try:
+        import torch
+    except ImportError:
+        skip_or_fail("torch is not installed")
+    codes = torch.arange(256, dtype=torch.uint8)
+    values = codes.view(torch.float8_e4m3fn).float().numpy()
+    np.testing.assert_array_equal(float8.VALUES, values)
+    draws = random_bits.normal("float8", 1, (20000,)) * np.float32(100)
+    draws = np.concatenate([draws, draws * np.float32(1e-4), (values[:126] + values[1:127]) / 2])
+    draws = draws[np.abs(draws) <= 448]  # beyond, torch gives not-a-number, and puna the largest
+    expected = torch.from_numpy(draws).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+    np.testing.assert_array_equal(float8.encode(draws), expected)
+    assert float8.encode(np.float32([500, -np.inf])).tolist() == [0x7E, 0xFE]
