@@ -17,6 +17,7 @@ from oracle import tiny
 from puna.demo.scene import draw, random_scene
 
 FORMATS = ("int8", "fp8", "int4", "int4_64", "int4_128", "int4_min_32", "int5_32", "int5_min_32")
+FORMATS += ("table4_32", "table4_64", "table4_128")
 VARIANTS = ("scout_like", "maverick_like", "guard_like", "top2")
 LOAD: dict[str, Any] = {"threads": 2, "device": "cpu", "progress": False}
 

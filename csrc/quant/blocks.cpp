@@ -155,7 +155,7 @@ std::optional<WeightFormat> exact_format(DType dtype) {
     case DType::kQ6_K:
       return WeightFormat::kInt6K;
     case DType::kIQ4_NL:
-      return WeightFormat::kTable4;
+      return WeightFormat::kTable4G32;
     case DType::kIQ4_XS:
       return WeightFormat::kTable4K;
     default:

@@ -16,118 +16,184 @@ uint16_t stored(double value) {
   return f16_of_float(static_cast<float>(std::clamp(value, -kLargestHalf, kLargestHalf)));
 }
 
-struct Group {
-  const float* x;
-  const float* importance;  // or null
-  int64_t count;
+// Sums run in eight lanes that are joined in order, so that compilers use vectors and all of them
+// find the same bits.
+constexpr int64_t kLanes = 8;
 
-  double weight(int64_t i) const { return importance ? importance[i] : 1.0; }
+struct Sum {
+  float lane[kLanes] = {};
+
+  double total() const {
+    double sum = 0;
+    for (const float part : lane) sum += part;
+    return sum;
+  }
 };
 
-// Codes of x at scale and offset, and the weighted squared error they leave.
-template <int Low, int High>
-double round_to(const Group& group, float scale, float offset, int* codes) {
-  const double inverse = scale != 0.0f ? 1.0 / scale : 0.0;
-  double error = 0;
-  for (int64_t i = 0; i < group.count; ++i) {
-    const double wanted = (static_cast<double>(group.x[i]) - offset) * inverse;
-    codes[i] = static_cast<int>(std::lrint(std::clamp<double>(wanted, Low, High)));
-    const double off = static_cast<double>(scale) * codes[i] + offset - group.x[i];
-    error += group.weight(i) * off * off;
+// The weights of a group over 2^exponent, which makes the largest 0.5 to 1, and their importance
+// over the largest one; padded to whole lanes with zeros that weigh nothing.
+struct Group {
+  float x[kMaxBlock], importance[kMaxBlock];
+  int64_t count, padded;
+  int exponent;
+  float extreme = 0;  // of the largest magnitude
+  float lowest, highest;
+
+  Group(const float* values, const float* weights, int64_t n)
+      : count(n), padded((n + kLanes - 1) / kLanes * kLanes) {
+    float heaviest = 0;
+    lowest = highest = values[0];
+    for (int64_t i = 0; i < n; ++i) {
+      lowest = std::min(lowest, values[i]);
+      highest = std::max(highest, values[i]);
+      if (weights) heaviest = std::max(heaviest, weights[i]);
+    }
+    extreme = -lowest > highest ? lowest : highest;
+    std::frexp(extreme, &exponent);
+    const double unit = std::ldexp(1.0, -exponent);
+    for (int64_t i = 0; i < n; ++i) {
+      x[i] = static_cast<float>(values[i] * unit);
+      importance[i] = heaviest > 0 ? weights[i] / heaviest : 1.0f;
+    }
+    std::fill(x + n, x + padded, 0.0f);
+    std::fill(importance + n, importance + padded, 0.0f);
+    for (float* value : {&extreme, &lowest, &highest}) *value = static_cast<float>(*value * unit);
   }
-  return error;
+
+  // A scale or offset of x as it is stored, and what is stored in units of x.
+  uint16_t narrowed(double value) const { return stored(std::ldexp(value, exponent)); }
+  float widened(uint16_t half) const {
+    return static_cast<float>(std::ldexp(static_cast<double>(float_of_f16(half)), -exponent));
+  }
+};
+
+// The number nearest to v that a code of the format stands for, without scale and offset.
+template <class Format>
+float nearest(float v) {
+  if constexpr (Format::kTable) {
+    auto value = static_cast<float>(kTable16[0] - Format::kZero);
+    for (int i = 1; i < 16; ++i) {
+      const float middle = (kTable16[i - 1] + kTable16[i]) * 0.5f - Format::kZero;
+      value = v > middle ? static_cast<float>(kTable16[i] - Format::kZero) : value;
+    }
+    return value;
+  } else {
+    constexpr float kLow = -Format::kZero, kHigh = (1 << Format::kBits) - 1 - Format::kZero;
+    constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23: adding it rounds, ties to even
+    v = v < kLow ? kLow : v;
+    v = v > kHigh ? kHigh : v;
+    return (v + kToInteger) - kToInteger;
+  }
 }
 
-// The scale that minimises the error for given codes, by least squares.
-double best_scale(const Group& group, const int* codes) {
-  double xq = 0, qq = 0;
-  for (int64_t i = 0; i < group.count; ++i) {
-    xq += group.weight(i) * group.x[i] * codes[i];
-    qq += group.weight(i) * codes[i] * codes[i];
-  }
-  return qq > 0 ? xq / qq : 0.0;
+template <class Format>
+uint8_t code_of(float value) {
+  const int number = static_cast<int>(value) + Format::kZero;
+  if constexpr (Format::kTable)
+    return static_cast<uint8_t>(std::find(kTable16, kTable16 + 16, number) - kTable16);
+  else
+    return static_cast<uint8_t>(number);
 }
 
-// Symmetric: x ~ scale * code with code in [-2^(bits-1), 2^(bits-1) - 1]. Candidates put the value
-// of largest magnitude at the end that reaches further, or a little beyond it, so that the others
-// get finer steps; each is improved once by least squares.
+// Codes of x at the scale and offset that are stored.
+template <class Format>
+void round_to(const Group& group, uint16_t scale, uint16_t offset, RowBlock* to) {
+  const float step = group.widened(scale), zero = group.widened(offset);
+  const float inverse = step != 0.0f ? 1.0f / step : 0.0f;
+  to->scale = scale;
+  to->offset = offset;
+  for (int64_t i = 0; i < Format::kGroup; ++i)
+    to->codes[i] =
+        code_of<Format>(nearest<Format>(i < group.count ? (group.x[i] - zero) * inverse : 0.0f));
+}
+
+// How often the best candidate's scale is taken for another one.
+constexpr int kRefinements = 2;
+
+// x ~ scale * value. Candidates put the value of largest magnitude at the end of the codes that
+// reaches further, a little before it, or beyond it, so that the others get finer steps. For the
+// codes that follow, sums weighted by importance give the best scale, xq / qq, and the error that
+// it leaves, xx - xq^2 / qq.
 template <class Format>
 void encode_symmetric(const Group& group, RowBlock* to) {
-  constexpr int kLow = -Format::kZero, kHigh = (1 << Format::kBits) - 1 - Format::kZero;
-  float extreme = 0;
-  for (int64_t i = 0; i < group.count; ++i)
-    if (std::fabs(group.x[i]) > std::fabs(extreme)) extreme = group.x[i];
-  int codes[kMaxBlock], best[kMaxBlock] = {};
-  uint16_t scale = 0;
-  double least = std::numeric_limits<double>::infinity();
-  const auto consider = [&](double candidate) {
-    const uint16_t half = stored(candidate);
-    const double error = round_to<kLow, kHigh>(group, float_of_f16(half), 0.0f, codes);
-    if (error < least) {
-      least = error;
-      scale = half;
-      std::copy_n(codes, group.count, best);
-    }
+  constexpr auto value = [](int code) {
+    return static_cast<float>((Format::kTable ? kTable16[code & 15] : code) - Format::kZero);
   };
+  constexpr float kLow = value(0), kHigh = value((1 << Format::kBits) - 1);
+  const float most = std::fabs(group.extreme);
+  double scale = most / kHigh;
   // With 8 bits the steps are so fine that only the plain choice is worth its time.
-  constexpr int kSteps = Format::kBits == 8 ? 0 : 9;
-  consider(std::fabs(extreme) / kHigh);
-  for (int step = -kSteps; kSteps > 0 && step <= kSteps; ++step) {
-    const double reach = kLow - 0.1 * step;
-    consider(extreme / reach);
-    consider(best_scale(group, codes));
+  if (Format::kBits < 8 && most > 0) {
+    double explained = 0;
+    const auto consider = [&](float inverse) {
+      Sum xq, qq;
+      for (int64_t i = 0; i < group.padded; i += kLanes) {
+        for (int64_t l = 0; l < kLanes; ++l) {
+          const float q = nearest<Format>(group.x[i + l] * inverse);
+          const float weighted = group.importance[i + l] * q;
+          xq.lane[l] += weighted * group.x[i + l];
+          qq.lane[l] += weighted * q;
+        }
+      }
+      const double a = xq.total(), b = qq.total();
+      if (b > 0 && a * a > explained * b) {
+        explained = a * a / b;
+        scale = a / b;
+      }
+    };
+    consider(kHigh / most);
+    for (int step = -3; step <= 7; ++step)
+      consider(kLow * (1 + 0.05f * static_cast<float>(step)) / group.extreme);
+    for (int i = 0; i < kRefinements; ++i) consider(static_cast<float>(1 / scale));
   }
-  to->scale = scale;
-  for (int64_t i = 0; i < group.count; ++i)
-    to->codes[i] = static_cast<uint8_t>(best[i] + Format::kZero);
-  for (int64_t i = group.count; i < Format::kGroup; ++i) to->codes[i] = Format::kZero;
+  round_to<Format>(group, group.narrowed(scale), 0, to);
 }
 
-// With an offset: x ~ scale * code + offset, code in [0, 2^bits - 1]. Candidates shrink the range
-// between the extremes; each is improved by a weighted linear fit.
+// With an offset: x ~ scale * code + offset, code in [0, 2^bits - 1]. Candidates take something off
+// either end of the range; for their codes, a weighted line through (code, x) gives scale and
+// offset. It leaves an error of xx' - qx'^2 / qq', the sums being of differences from the means.
 template <class Format>
 void encode_offset(const Group& group, RowBlock* to) {
   constexpr int kHigh = (1 << Format::kBits) - 1;
   // Columns past the matrix have code 0 and meet activations of 0: no need for zero to be hit.
-  const auto [lowest, highest] = std::minmax_element(group.x, group.x + group.count);
-  int codes[kMaxBlock], best[kMaxBlock] = {};
-  uint16_t scale = 0, offset = 0;
-  double least = std::numeric_limits<double>::infinity();
-  const auto consider = [&](double a, double b) {
-    const uint16_t a16 = stored(a), b16 = stored(b);
-    const double error = round_to<0, kHigh>(group, float_of_f16(a16), float_of_f16(b16), codes);
-    if (error < least) {
-      least = error;
-      scale = a16;
-      offset = b16;
-      std::copy_n(codes, group.count, best);
-    }
-  };
-  constexpr int kSteps = 10;
-  const double middle = (static_cast<double>(*lowest) + *highest) / 2;
-  const double half_range = (static_cast<double>(*highest) - *lowest) / 2;
-  for (int step = 0; step <= kSteps; ++step) {
-    const double reach = half_range * (1 - 0.04 * step);
-    consider(2 * reach / kHigh, middle - reach);
-    double n = 0, q = 0, qq = 0, x = 0, qx = 0;
-    for (int64_t i = 0; i < group.count; ++i) {
-      const double w = group.weight(i);
-      n += w;
-      q += w * codes[i];
-      qq += w * codes[i] * codes[i];
-      x += w * group.x[i];
-      qx += w * codes[i] * group.x[i];
-    }
-    const double determinant = n * qq - q * q;
-    if (determinant > 1e-12 * n * qq) {
-      const double a = (n * qx - q * x) / determinant;
-      consider(a, (x - a * q) / n);
+  double scale = (static_cast<double>(group.highest) - group.lowest) / kHigh;
+  double offset = group.lowest, explained = 0;
+  Sum n, x;
+  for (int64_t i = 0; i < group.padded; i += kLanes) {
+    for (int64_t l = 0; l < kLanes; ++l) {
+      n.lane[l] += group.importance[i + l];
+      x.lane[l] += group.importance[i + l] * group.x[i + l];
     }
   }
-  to->scale = scale;
-  to->offset = offset;
-  for (int64_t i = 0; i < Format::kGroup; ++i)
-    to->codes[i] = i < group.count ? static_cast<uint8_t>(best[i]) : 0;
+  const double count = n.total(), x_sum = x.total();
+  const auto consider = [&](double step, double zero) {
+    if (!(step > 0)) return;
+    const auto inverse = static_cast<float>(1 / step), shift = static_cast<float>(zero);
+    Sum q, qq, qx;
+    for (int64_t i = 0; i < group.padded; i += kLanes) {
+      for (int64_t l = 0; l < kLanes; ++l) {
+        const float code = nearest<Format>((group.x[i + l] - shift) * inverse);
+        const float weighted = group.importance[i + l] * code;
+        q.lane[l] += weighted;
+        qq.lane[l] += weighted * code;
+        qx.lane[l] += weighted * group.x[i + l];
+      }
+    }
+    const double code_sum = q.total();
+    const double spread = count * qq.total() - code_sum * code_sum;
+    const double together = count * qx.total() - code_sum * x_sum;
+    if (spread > 1e-6 * count * qq.total() && together * together > explained * spread) {
+      explained = together * together / spread;
+      scale = together / spread;
+      offset = (x_sum - scale * code_sum) / count;
+    }
+  };
+  const double range = static_cast<double>(group.highest) - group.lowest;
+  for (int low = 0; low <= 3; ++low)
+    for (int high = 0; low + high <= 3; ++high)
+      consider(range * (1 - 0.07 * (low + high)) / kHigh, group.lowest + 0.07 * low * range);
+  for (int i = 0; i < kRefinements; ++i) consider(scale, offset);
+  round_to<Format>(group, group.narrowed(scale), group.narrowed(offset), to);
 }
 
 }  // namespace
@@ -137,9 +203,8 @@ bool can_encode(WeightFormat format) {
 }
 
 bool can_encode_blocks(WeightFormat format) {
-  return is_quantized(format) && with_traits(format, [](auto traits) {
-           return !decltype(traits)::kSubScales && !decltype(traits)::kTable;
-         });
+  return is_quantized(format) &&
+         with_traits(format, [](auto traits) { return !decltype(traits)::kSubScales; });
 }
 
 void encode_block(WeightFormat format, const float* x, const float* importance, int64_t count,
@@ -153,7 +218,7 @@ void encode_block(WeightFormat format, const float* x, const float* importance, 
     finite[i] = std::isnan(x[i]) ? 0.0f : std::clamp(x[i], -kLargest, kLargest);
   with_traits(format, [&](auto traits) {
     using Format = decltype(traits);
-    if constexpr (!Format::kSubScales && !Format::kTable) {
+    if constexpr (!Format::kSubScales) {
       const Group group{finite, importance, count};
       if constexpr (Format::kOffset)
         encode_offset<Format>(group, to);

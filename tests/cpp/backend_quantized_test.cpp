@@ -286,7 +286,7 @@ TEST(what_cannot_be_packed_is_refused) {
   std::vector<uint8_t> blocks(8 * 34 * 2);
   for (Backend* backend : {&ref(), cpus()[0][0].backend.get()}) {
     CHECK_THROWS(ErrorCode::kUnsupported, load_as(*backend, matrix, WeightFormat::kInt4K));
-    CHECK_THROWS(ErrorCode::kUnsupported, load_as(*backend, matrix, WeightFormat::kTable4));
+    CHECK_THROWS(ErrorCode::kUnsupported, load_as(*backend, matrix, WeightFormat::kTable4K));
     CHECK_THROWS(ErrorCode::kUnsupported, load_as(*backend, matrix, WeightFormat::kBF16));
     MatrixSource part{DType::kQ8_0, blocks.data(), 8, 64, 64, 1};
     CHECK_THROWS(ErrorCode::kUnsupported, backend->load_matrix({&part, 1}, {WeightFormat::kF32}));
