@@ -8,6 +8,7 @@
 #include "bindings/module.h"
 #include "engine/factory.h"
 #include "engine/inspect.h"
+#include "engine/quantize.h"
 #include "platform/system.h"
 #include "puna/engine.h"
 
@@ -32,6 +33,15 @@ py::list isas() {
   py::list all;
   for (const IsaStatus& isa : available_isas()) {
     all.append(py::dict("name"_a = isa.name, "available"_a = isa.available));
+  }
+  return all;
+}
+
+py::list weight_formats_list() {
+  py::list all;
+  for (const FormatStatus& format : weight_formats()) {
+    all.append(py::dict("name"_a = format.name, "bits_per_weight"_a = format.bits_per_weight,
+                        "can_encode"_a = format.can_encode));
   }
   return all;
 }
@@ -85,6 +95,9 @@ void bind_system(py::module_& module) {
   module.def("backends", &backends, "[{name, available, why}] of every backend of this build.");
   module.def("isas", &isas,
              "[{name, available}] of every instruction set of this build, best first.");
+  module.def("weight_formats", &weight_formats_list,
+             "[{name, bits_per_weight, can_encode}] of every format a matrix may be packed in; "
+             "quant= may name those that can be encoded.");
   module.def("system", &system, "Processor, compute threads and memory of this machine.");
   module.def(
       "read_tensor",

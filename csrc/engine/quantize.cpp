@@ -5,6 +5,7 @@
 #include "base/error.h"
 #include "engine/factory.h"
 #include "model/packed.h"
+#include "quant/encode.h"
 
 namespace puna {
 namespace {
@@ -19,6 +20,13 @@ constexpr const char* kCompanions[] = {"generation_config.json",   "tokenizer.js
                                        "preprocessor_config.json", "config.json"};
 
 }  // namespace
+
+std::vector<FormatStatus> weight_formats() {
+  std::vector<FormatStatus> all;
+  for (const WeightFormat format : all_formats())
+    all.push_back({name_of(format), bits_per_weight(format), can_encode(format)});
+  return all;
+}
 
 void quantize(const QuantizeOptions& options) {
   const QuantRecipe recipe(options.quant, options.quant_overrides);

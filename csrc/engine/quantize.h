@@ -17,6 +17,13 @@ struct QuantizeOptions {
   std::function<void(int64_t, int64_t)> progress;  // as in LoadOptions
 };
 
+struct FormatStatus {
+  std::string name;
+  double bits_per_weight;
+  bool can_encode;  // whether quant= may name it; the others are read from files
+};
+std::vector<FormatStatus> weight_formats();
+
 // Throws what load() throws for the checkpoint, and InvalidRequest if `out` holds a model already
 // or has no room. Nothing that looks like a model is left behind by a failure.
 void quantize(const QuantizeOptions& options);
