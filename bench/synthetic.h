@@ -45,7 +45,7 @@ class SyntheticWeights {
 class SyntheticLoader final : public PackingLoader {
  public:
   SyntheticLoader(Backend& backend, const QuantRecipe& recipe, SyntheticWeights& weights)
-      : PackingLoader(backend, recipe, {}), weights_(weights) {}
+      : PackingLoader(backend, recipe, nullptr, {}), weights_(weights) {}
 
   std::vector<WeightRef> matrices(const std::string& name, std::span<const MatrixSource> parts,
                                   bool split) override;

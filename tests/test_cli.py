@@ -123,10 +123,11 @@ def test_generate() -> None:
     done = run("generate", "demo", "Once upon a time", *options)
     assert done.stdout == expected + "\n"
     assert re.search(
-        r"^puna: 5 prompt tokens at [\d.]+/s, 20 generated at [\d.]+/s, seed \d+$",
+        r"^puna: 5 prompt tokens at [\d.]+/s, 20 generated at [\d.]+/s, "
+        r"peak memory \d+ MiB, seed \d+$",
         done.stderr,
         re.MULTILINE,
-    ) or re.search(r"^puna: \d+ prompt tokens at", done.stderr, re.MULTILINE)
+    )
     assert "cut after 20 tokens: --max-tokens allows no more" in done.stderr
     assert run("generate", "demo", *options, stdin="Once upon a time\n").stdout == done.stdout
     chat = run("generate", "demo", "Tell me a story about a fox.", "--chat", *options)

@@ -134,7 +134,7 @@ std::shared_ptr<Engine> Engine::load(const LoadOptions& options) {
   const auto progress = [&options, source_bytes](int64_t done) {
     if (options.progress) options.progress(done, source_bytes);
   };
-  PackingLoader packing(*impl->backend, recipe, progress);
+  PackingLoader packing(*impl->backend, recipe, impl->checkpoint.get(), progress);
   if (packed) packed->use(*impl->backend);
   WeightLoader& loader = packed ? static_cast<WeightLoader&>(*packed) : packing;
   impl->text = std::make_unique<TextModel>(spec, weights.text.embed,

@@ -46,7 +46,7 @@ void quantize(const QuantizeOptions& options) {
   if (fs::equivalent(options.path, options.out, problem))
     fail(ErrorCode::kInvalidRequest, "[quantize] the output folder is the checkpoint's own");
   const auto backend = make_backend("cpu", {"", options.threads});
-  write_packed(spec, weights, recipe, *backend,
+  write_packed(spec, checkpoint, weights, recipe, *backend,
                (fs::path(options.out) / "model.safetensors").string(), options.progress);
   // The configuration last: a folder without it is no checkpoint.
   for (const char* name : kCompanions) {

@@ -212,6 +212,16 @@ void Checkpoint::add_projector(const std::string& given) {
   if (projector_) add(projector_->path(), projector_->tensors());
 }
 
+void Checkpoint::release(const void* data, size_t bytes) const {
+  const auto drop = [&](const MappedFile& file) {
+    if (file.holds(data))
+      file.dont_need(static_cast<size_t>(static_cast<const std::byte*>(data) - file.data()), bytes);
+  };
+  for (const auto& shard : shards_) drop(shard->mapping());
+  for (const auto& part : gguf_) drop(part->mapping());
+  if (projector_) drop(projector_->mapping());
+}
+
 void Checkpoint::add_shard(const std::string& path) {
   shards_.push_back(std::make_unique<SafetensorsFile>(path));
   add(path, shards_.back()->tensors());

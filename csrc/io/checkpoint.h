@@ -32,6 +32,9 @@ class Checkpoint {
   const std::map<std::string, TensorRef>& tensors() const { return tensors_; }
   // What the files say of themselves; of a key that several have, the first file's value.
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
+  // Lets go of the memory that mapped pages occupy: `bytes` of a tensor at `data`, which has been
+  // read and will not soon be again.
+  void release(const void* data, size_t bytes) const;
   // The file that holds a tensor.
   const std::string& file_of(const std::string& tensor) const { return files_.at(tensor); }
 

@@ -47,6 +47,7 @@ class GgufFile {
   explicit GgufFile(const std::string& path);
 
   const std::string& path() const { return file_.path(); }
+  const MappedFile& mapping() const { return file_; }
   // Views are valid as long as this object. Shapes are row-major: the file's dimensions reversed.
   const std::map<std::string, TensorRef>& tensors() const { return tensors_; }
 

@@ -17,6 +17,7 @@ class SafetensorsFile {
   explicit SafetensorsFile(const std::string& path);
 
   const std::string& path() const { return file_.path(); }
+  const MappedFile& mapping() const { return file_; }
   // Views are valid as long as this object.
   const std::map<std::string, TensorRef>& tensors() const { return tensors_; }
   // The header's __metadata__.

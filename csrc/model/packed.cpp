@@ -75,9 +75,9 @@ class PlanningLoader : public MeasuringLoader {
 // Packs as PackingLoader does, and writes instead of keeping.
 class WritingLoader : public PackingLoader {
  public:
-  WritingLoader(Backend& backend, const QuantRecipe& recipe, PackProgress progress,
-                SafetensorsWriter& writer)
-      : PackingLoader(backend, recipe, std::move(progress)), writer_(writer) {}
+  WritingLoader(Backend& backend, const QuantRecipe& recipe, const Checkpoint& source,
+                PackProgress progress, SafetensorsWriter& writer)
+      : PackingLoader(backend, recipe, &source, std::move(progress)), writer_(writer) {}
 
   std::vector<WeightRef> matrices(const std::string& name, std::span<const MatrixSource> parts,
                                   bool split) override {
@@ -218,8 +218,8 @@ VectorRef AdoptingLoader::vector(const std::string& name, std::span<const Tensor
   return backend_->load_vector({&part, 1});
 }
 
-void write_packed(const ModelSpec& spec, const ModelWeights& weights, const QuantRecipe& recipe,
-                  Backend& backend, const std::string& path,
+void write_packed(const ModelSpec& spec, const Checkpoint& source, const ModelWeights& weights,
+                  const QuantRecipe& recipe, Backend& backend, const std::string& path,
                   const std::function<void(int64_t, int64_t)>& progress) {
   PlanningLoader plan(recipe);
   load_all(spec, weights, plan);
@@ -233,7 +233,7 @@ void write_packed(const ModelSpec& spec, const ModelWeights& weights, const Quan
   SafetensorsWriter writer(path, plan.entries_, {{kMetadataKey, form.dump()}}, kPage);
   const int64_t total = plan.source_bytes();
   WritingLoader loader(
-      backend, recipe,
+      backend, recipe, source,
       [&](int64_t done) {
         if (progress) progress(done, total);
       },

@@ -53,10 +53,11 @@ class AdoptingLoader : public WeightLoader {
   int64_t text_bytes_ = 0, vision_bytes_ = 0;
 };
 
-// Quantises a checkpoint to `path` (a model.safetensors that does not exist yet), one matrix after
-// the other. progress(done, total) in bytes of the checkpoint; what it throws ends the work.
-void write_packed(const ModelSpec& spec, const ModelWeights& weights, const QuantRecipe& recipe,
-                  Backend& backend, const std::string& path,
+// Quantises a checkpoint, whose weights are given, to `path` (a model.safetensors that does not
+// exist yet), one matrix after the other. progress(done, total) in bytes of the checkpoint; what it
+// throws ends the work.
+void write_packed(const ModelSpec& spec, const Checkpoint& source, const ModelWeights& weights,
+                  const QuantRecipe& recipe, Backend& backend, const std::string& path,
                   const std::function<void(int64_t, int64_t)>& progress);
 
 }  // namespace puna

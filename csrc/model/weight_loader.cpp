@@ -56,6 +56,10 @@ std::vector<WeightRef> PackingLoader::matrices(const std::string& name,
   for (const Piece& piece : pieces_of(recipe_, name, parts, split)) {
     weights.push_back(backend_.load_matrix(piece.parts, piece.options));
     bytes_ += static_cast<int64_t>(weights.back().bytes);
+    // Each part is one run of memory, whichever way its rows lie.
+    if (source_)
+      for (const MatrixSource& part : piece.parts)
+        source_->release(part.data, bytes_of(part.dtype, part.rows * part.cols));
     done_ += piece.source_bytes();
     if (progress_) progress_(done_);
   }

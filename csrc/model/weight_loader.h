@@ -9,6 +9,7 @@
 
 #include "backend/backend.h"
 #include "base/tensor.h"
+#include "io/checkpoint.h"
 #include "model/recipe.h"
 
 namespace puna {
@@ -51,11 +52,14 @@ class MeasuringLoader : public WeightLoader {
 // ends the load.
 using PackProgress = std::function<void(int64_t)>;
 
-// Packs the weights of a checkpoint as a recipe says. What is passed must outlive it.
+// Packs the weights of a checkpoint as a recipe says, and lets go of the memory that each occupied
+// in the mapped file, so that weights are held once. `source` null: they lie elsewhere. What is
+// passed must outlive it.
 class PackingLoader : public WeightLoader {
  public:
-  PackingLoader(Backend& backend, const QuantRecipe& recipe, PackProgress progress)
-      : backend_(backend), recipe_(recipe), progress_(std::move(progress)) {}
+  PackingLoader(Backend& backend, const QuantRecipe& recipe, const Checkpoint* source,
+                PackProgress progress)
+      : backend_(backend), recipe_(recipe), source_(source), progress_(std::move(progress)) {}
 
   std::vector<WeightRef> matrices(const std::string& name, std::span<const MatrixSource> parts,
                                   bool split) override;
@@ -64,6 +68,7 @@ class PackingLoader : public WeightLoader {
  private:
   Backend& backend_;
   const QuantRecipe& recipe_;
+  const Checkpoint* source_;
   PackProgress progress_;
   int64_t done_ = 0;
 };

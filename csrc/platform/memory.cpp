@@ -11,15 +11,17 @@ namespace puna {
 
 namespace {
 
-constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kPage = 4096, kHugePage = size_t{2} << 20;
 
 }  // namespace
 
 Memory::Memory(size_t bytes) : size_(bytes) {
   if (bytes == 0) return;
-  // Whole huge pages at a huge-page boundary: map more than is needed and give the ends back.
+  // At a huge-page boundary: map more than is needed and give the ends back. What is left after the
+  // last whole huge page stays in small ones: with one more, a model of many matrices would take
+  // megabytes for each that nobody reads.
   const bool huge = bytes >= kHugePage;
-  const size_t wanted = huge ? (bytes + kHugePage - 1) / kHugePage * kHugePage : bytes;
+  const size_t wanted = (bytes + kPage - 1) / kPage * kPage;
   const size_t mapped = huge ? wanted + kHugePage : wanted;
   void* start = mapped < bytes ? MAP_FAILED
                                : mmap(nullptr, mapped, PROT_READ | PROT_WRITE,

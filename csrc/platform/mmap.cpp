@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdint>
 #include <cstring>
 #include <utility>
 
@@ -53,6 +54,11 @@ MappedFile& MappedFile::operator=(MappedFile&& other) noexcept {
   std::swap(data_, other.data_);
   std::swap(size_, other.size_);
   return *this;
+}
+
+bool MappedFile::holds(const void* address) const {
+  const auto at = reinterpret_cast<uintptr_t>(address), start = reinterpret_cast<uintptr_t>(data_);
+  return at >= start && at - start < size_;
 }
 
 void MappedFile::advise(size_t offset, size_t bytes, int advice) const {

@@ -19,6 +19,8 @@ class MappedFile {
   const std::byte* data() const { return data_; }
   size_t size() const { return size_; }
 
+  // Whether a pointer leads into the file.
+  bool holds(const void* address) const;
   // Hints about a range: it will be read soon, or its pages may be dropped from memory.
   void will_need(size_t offset, size_t bytes) const;
   void dont_need(size_t offset, size_t bytes) const;

@@ -286,7 +286,8 @@ def _remark(last: puna.Chunk, context: int) -> None:
     assert usage and timings
     print(
         f"puna: {usage.prompt} prompt tokens at {timings.prefill_tps:.1f}/s, "
-        f"{usage.completion} generated at {timings.decode_tps:.1f}/s, seed {last.seed}",
+        f"{usage.completion} generated at {timings.decode_tps:.1f}/s, "
+        f"peak memory {timings.peak_bytes / 2**20:.0f} MiB, seed {last.seed}",
         file=sys.stderr,
     )
     _say_if_cut(last, context)

@@ -94,6 +94,8 @@ TEST(mapped_file_shows_the_bytes) {
   CHECK(std::memcmp(file.data(), content.data(), content.size()) == 0);
   // Hints change nothing, and ranges beyond the file are cut off.
   constexpr size_t kAll = std::numeric_limits<size_t>::max();
+  CHECK(file.holds(file.data()) && file.holds(file.data() + file.size() - 1));
+  CHECK(!file.holds(file.data() + file.size()) && !file.holds(&file));
   file.will_need(0, kAll);
   file.will_need(5000, 10);
   file.dont_need(4097, kAll);
