@@ -14,32 +14,38 @@ namespace {
 
 constexpr float kE4M3Factor = 256.0f;  // by which load_e4m3 falls short
 
-// The values of VF::N codes, none of them not-a-number, times 2^-8. The code's sign goes to the top
+// The values of 2 VF::N codes, none of them not-a-number, times 2^-8. A code's sign goes to the top
 // bit and, since the byte is widened as signed, to the next one, where it is cleared.
-PUNA_INLINE VF load_e4m3(const uint8_t* p) {
+struct Fp8Values {
+  VF first, second;
+};
+PUNA_INLINE Fp8Values load_e4m3(const uint8_t* p) {
 #if defined(__AVX512F__)
-  const __m256i words = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  return {_mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(words, 7),
-                                           _mm256_set1_epi16(static_cast<int16_t>(0xbfff))))};
+  const __m512i words =
+      _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  const __m512i halves = _mm512_and_si512(_mm512_slli_epi16(words, 7),
+                                          _mm512_set1_epi16(static_cast<int16_t>(0xbfff)));
+  return {{_mm512_cvtph_ps(_mm512_castsi512_si256(halves))},
+          {_mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1))}};
 #elif defined(__AVX2__)
-  const __m128i words = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-  return {_mm256_cvtph_ps(
-      _mm_and_si128(_mm_slli_epi16(words, 7), _mm_set1_epi16(static_cast<int16_t>(0xbfff))))};
+  const __m256i words = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m256i halves = _mm256_and_si256(_mm256_slli_epi16(words, 7),
+                                          _mm256_set1_epi16(static_cast<int16_t>(0xbfff)));
+  return {{_mm256_cvtph_ps(_mm256_castsi256_si128(halves))},
+          {_mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))}};
 #elif defined(__ARM_NEON) && !defined(PUNA_ISA_SCALAR)
-  uint32_t four;
-  __builtin_memcpy(&four, p, sizeof(four));
-  const int16x4_t words = vget_low_s16(vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(four))));
-  const uint16x4_t halves =
-      vand_u16(vreinterpret_u16_s16(vshl_n_s16(words, 7)), vdup_n_u16(0xbfff));
-  return {vcvt_f32_f16(vreinterpret_f16_u16(halves))};
+  const int16x8_t words = vmovl_s8(vreinterpret_s8_u8(vld1_u8(p)));
+  const float16x8_t halves = vreinterpretq_f16_u16(
+      vandq_u16(vreinterpretq_u16_s16(vshlq_n_s16(words, 7)), vdupq_n_u16(0xbfff)));
+  return {{vcvt_f32_f16(vget_low_f16(halves))}, {vcvt_f32_f16(vget_high_f16(halves))}};
 #else
-  return {float_of_e4m3(*p) / kE4M3Factor};
+  return {{float_of_e4m3(p[0]) / kE4M3Factor}, {float_of_e4m3(p[1]) / kE4M3Factor}};
 #endif
 }
 
-// Many rows: the codes are widened once. Fused without vectors too, so that all give the same bits.
-struct WidenedFp8Product : F32Product {
-  PUNA_INLINE VF accumulate(VF total, Weights w, Values x) {
+// One step of a sum. Fused without vectors too, so that all instruction sets give the same bits.
+struct Fp8Product : F32Product {
+  PUNA_INLINE VF accumulate(VF total, VF w, VF x) {
     if constexpr (kLanes == 1)
       return set1(__builtin_fmaf(lane(w), lane(x), lane(total)));
     else
@@ -51,35 +57,68 @@ struct WidenedFp8Product : F32Product {
     return value[0];
   }
 };
-// Few rows: the codes are widened in registers.
-struct Fp8Product : WidenedFp8Product {
-  using W = uint8_t;
-  PUNA_INLINE Weights weights(const W* w) { return load_e4m3(w); }
-};
 
-// sums[Rows][kPanelRows] += x * w^T over `cols` columns.
-template <class Product, int Rows>
-void multiply_fp8_rows(float* sums, const float* x, int64_t x_stride, const typename Product::W* w,
-                       int64_t cols) {
+// Few rows: the codes are widened in registers. sums[Rows][kPanelRows] = x * w^T.
+template <int Rows>
+void multiply_few_fp8(float* sums, const float* x, int64_t x_stride, const uint8_t* codes,
+                      int64_t cols) {
   // One row takes the whole width of the panel at once: memory is then read strictly in order.
-  constexpr int kVectors =
-      Rows == 1 && kLanes > 1 ? static_cast<int>(kPanelRows / kLanes) : Product::kVectors;
-  for (int64_t column = 0; column < kPanelRows; column += kVectors * kLanes)
-    multiply_tile<Product, Rows, kVectors>(sums + column, kPanelRows, x, x_stride, w + column,
-                                           {kPanelRows, kLanes}, cols);
-}
-
-template <class Product, int Rows = Product::kRows>
-void multiply_fp8(int64_t rows, float* sums, const float* x, int64_t x_stride,
-                  const typename Product::W* w, int64_t cols) {
-  if constexpr (Rows > 1) {
-    if (rows < Rows) return multiply_fp8<Product, Rows - 1>(rows, sums, x, x_stride, w, cols);
+  constexpr int kVectors = Rows == 1 && kLanes > 1 ? static_cast<int>(kPanelRows / kLanes)
+                           : kLanes == 8           ? (Rows <= 2 ? 4 : 2)
+                                                   : 4;
+  for (int64_t column = 0; column < kPanelRows; column += kVectors * kLanes) {
+    VF tile[Rows][kVectors];
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) tile[r][v] = set1(0.0f);
+    }
+    for (int64_t k = 0; k < cols; ++k) {
+      const uint8_t* w = codes + k * kPanelRows + column;
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; v += 2) {
+        const Fp8Values values = load_e4m3(w + v * kLanes);
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r) {
+          const VF one = set1(x[r * x_stride + k]);
+          tile[r][v] = Fp8Product::accumulate(tile[r][v], values.first, one);
+          tile[r][v + 1] = Fp8Product::accumulate(tile[r][v + 1], values.second, one);
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v)
+        store(sums + r * kPanelRows + column + v * kLanes, tile[r][v]);
+    }
   }
-  multiply_fp8_rows<Product, Rows>(sums, x, x_stride, w, cols);
 }
 
-// Many rows: a chunk of columns, widened once (64 KiB), stays in the second cache while a block of
-// rows passes, whose sums (24 KiB) wait on the stack between chunks.
+template <int Rows = Fp8Product::kRows>
+void multiply_few_fp8(int64_t rows, float* sums, const float* x, int64_t x_stride,
+                      const uint8_t* codes, int64_t cols) {
+  if constexpr (Rows > 1) {
+    if (rows < Rows) return multiply_few_fp8<Rows - 1>(rows, sums, x, x_stride, codes, cols);
+  }
+  multiply_few_fp8<Rows>(sums, x, x_stride, codes, cols);
+}
+
+// Many rows: the codes are widened once. sums[rows][kPanelRows] += x * chunk^T, rows <= Rows.
+template <int Rows = Fp8Product::kRows>
+void multiply_chunk_fp8(int64_t rows, float* sums, const float* x, int64_t x_stride,
+                        const float* chunk, int64_t cols) {
+  if constexpr (Rows > 1) {
+    if (rows < Rows) return multiply_chunk_fp8<Rows - 1>(rows, sums, x, x_stride, chunk, cols);
+  }
+  constexpr int kVectors = Fp8Product::kVectors;
+  for (int64_t column = 0; column < kPanelRows; column += kVectors * kLanes)
+    multiply_tile<Fp8Product, Rows, kVectors>(sums + column, kPanelRows, x, x_stride,
+                                              chunk + column, {kPanelRows, kLanes}, cols);
+}
+
+// A chunk of columns, widened (64 KiB), stays in the second cache while a block of rows passes,
+// whose sums (24 KiB) wait on the stack between chunks.
 constexpr int64_t kFp8ChunkCols = 256, kFp8RowBlock = 96;
 
 [[maybe_unused]] void gemm_fp8(float* out, int64_t out_stride, const float* x, int64_t x_stride,
@@ -92,20 +131,21 @@ constexpr int64_t kFp8ChunkCols = 256, kFp8RowBlock = 96;
   for (int64_t first = 0; first < rows; first += kFp8RowBlock) {
     const int64_t count = rows - first < kFp8RowBlock ? rows - first : kFp8RowBlock;
     const float* block = x + first * x_stride;
-    for (int64_t i = 0; i < count * kPanelRows; ++i) sums[i] = 0.0f;
     if (count <= Fp8Product::kRows) {
-      multiply_fp8<Fp8Product>(count, sums, block, x_stride, codes, cols);
+      multiply_few_fp8(count, sums, block, x_stride, codes, cols);
     } else {
+      for (int64_t i = 0; i < count * kPanelRows; ++i) sums[i] = 0.0f;
       for (int64_t column = 0; column < cols; column += kFp8ChunkCols) {
         const int64_t part = cols - column < kFp8ChunkCols ? cols - column : kFp8ChunkCols;
-        for (int64_t i = 0; i < part * kPanelRows; i += kLanes)
-          store(chunk + i, load_e4m3(codes + column * kPanelRows + i));
-        for (int64_t row = 0; row < count; row += WidenedFp8Product::kRows) {
-          const int64_t tile =
-              count - row < WidenedFp8Product::kRows ? count - row : WidenedFp8Product::kRows;
-          multiply_fp8<WidenedFp8Product>(tile, sums + row * kPanelRows,
-                                          block + row * x_stride + column, x_stride, chunk, part);
+        for (int64_t i = 0; i < part * kPanelRows; i += 2 * kLanes) {
+          const Fp8Values values = load_e4m3(codes + column * kPanelRows + i);
+          store(chunk + i, values.first);
+          store(chunk + i + kLanes, values.second);
         }
+        for (int64_t row = 0; row < count; row += Fp8Product::kRows)
+          multiply_chunk_fp8(count - row < Fp8Product::kRows ? count - row : Fp8Product::kRows,
+                             sums + row * kPanelRows, block + row * x_stride + column, x_stride,
+                             chunk, part);
       }
     }
     for (int64_t row = 0; row < count; ++row) {
