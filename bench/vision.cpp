@@ -35,6 +35,7 @@ double tile_operations(const VisionSpec& vision, int64_t text_hidden) {
 int run_vision(int argc, char** argv) {
   const Arguments arguments("vision",
                             {{"tiles", "N", "tiles encoded together (default: 1, then 5)"},
+                             {"layers", "N", "of the tower's 34 layers (default: all)"},
                              {"threads", "N", "compute threads (default: the usable cores)"},
                              {"isa", "NAME", "instruction set (default: the best)"},
                              {"rounds", "N", "rounds of which the medians are taken (default 3)"},
@@ -49,7 +50,8 @@ int run_vision(int argc, char** argv) {
   const int64_t rounds = arguments.integer("rounds", 3, 1, 1000);
 
   // The text model is of no account: one layer, none of it loaded.
-  const ModelSpec spec = published_spec("guard", {.layers = 1, .vocab = 1});
+  ModelSpec spec = published_spec("guard", {.layers = 1, .vocab = 1});
+  spec.vision->layers = arguments.integer("layers", spec.vision->layers, 1, spec.vision->layers);
   const VisionSpec& vision = *spec.vision;
   const std::unique_ptr<Backend> backend = make_backend("cpu", {isa, threads});
   auto source = std::make_unique<SyntheticWeights>(spec);
@@ -91,8 +93,8 @@ int run_vision(int argc, char** argv) {
   report.fact("threads", static_cast<int64_t>(pool.lanes()));
   report.fact("memory GiB", static_cast<double>(total_memory_bytes()) / (1 << 30));
   report.fact("rounds", rounds);
-  report.fact("tower",
-              std::string("34 layers of 1408, tiles of 336 pixels, random bfloat16 weights"));
+  report.fact("tower", std::to_string(vision.layers) +
+                           " layers of 1408, tiles of 336 pixels, random bfloat16 weights");
   report.fact("weights GiB", static_cast<double>(loader.bytes()) / (1 << 30));
   report.fact("peak resident GiB, ceilings' 1 GiB included",
               static_cast<double>(peak_resident_bytes()) / (1 << 30));
@@ -100,6 +102,7 @@ int run_vision(int argc, char** argv) {
   for (size_t i = 0; i < cases.size(); ++i) {
     report.row({{"tiles", tile_counts[i]},
                 {"seconds", median(cases[i].seconds)},
+                {"tiles/s", static_cast<double>(tile_counts[i]) / median(cases[i].seconds)},
                 {"GFLOP/s", cases[i].median_rate() / 1e9},
                 {"% of bf16 peak", 100 * cases[i].median_rate() / ceilings.bf16()}});
   }
