@@ -162,7 +162,9 @@ def test_an_interrupted_run_leaves_no_model(checkpoint: MakeCheckpoint, tmp_path
             quant="int4",
             quant_overrides=[],
             threads=1,
+            calibration=[],
             progress=stop,
+            calibration_progress=None,
         )
     assert list(tmp_path.iterdir()) == []
 

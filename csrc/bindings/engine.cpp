@@ -132,9 +132,17 @@ std::shared_ptr<Engine> load(const std::string& path, const std::string& mmproj,
 }
 
 void quantize_directory(const std::string& path, const std::string& out, const std::string& quant,
-                        QuantOverrides quant_overrides, int threads, const py::object& progress) {
-  const QuantizeOptions options{
-      path, out, quant, std::move(quant_overrides), threads, reporting(progress)};
+                        QuantOverrides quant_overrides, int threads,
+                        std::vector<int32_t> calibration, const py::object& progress,
+                        const py::object& calibration_progress) {
+  const QuantizeOptions options{path,
+                                out,
+                                quant,
+                                std::move(quant_overrides),
+                                threads,
+                                std::move(calibration),
+                                reporting(progress),
+                                reporting(calibration_progress)};
   const py::gil_scoped_release release;
   quantize(options);
 }
@@ -291,8 +299,8 @@ void bind_engine(py::module_& module) {
              "kv"_a, "context"_a, "memory"_a, "vision"_a, "quant"_a, "quant_overrides"_a,
              "progress"_a, "Loads a checkpoint.");
   module.def("quantize", &quantize_directory, py::kw_only(), "path"_a, "out"_a, "quant"_a,
-             "quant_overrides"_a, "threads"_a, "progress"_a,
-             "Writes a checkpoint directory in the packed form.");
+             "quant_overrides"_a, "threads"_a, "calibration"_a, "progress"_a,
+             "calibration_progress"_a, "Writes a checkpoint directory in the packed form.");
   module.def("version", &version, "The version of puna.");
 }
 

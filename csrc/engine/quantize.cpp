@@ -3,6 +3,7 @@
 #include <filesystem>
 
 #include "base/error.h"
+#include "engine/calibrate.h"
 #include "engine/factory.h"
 #include "model/packed.h"
 #include "quant/encode.h"
@@ -46,8 +47,14 @@ void quantize(const QuantizeOptions& options) {
   if (fs::equivalent(options.path, options.out, problem))
     fail(ErrorCode::kInvalidRequest, "[quantize] the output folder is the checkpoint's own");
   const auto backend = make_backend("cpu", {"", options.threads});
+  const auto importance = [&]() -> Importance {
+    if (options.calibration.empty()) return {};
+    return calibrate(spec, checkpoint, weights, *backend, options.calibration,
+                     options.calibration_progress);
+  };
   write_packed(spec, checkpoint, weights, recipe, *backend,
-               (fs::path(options.out) / "model.safetensors").string(), options.progress);
+               (fs::path(options.out) / "model.safetensors").string(), importance,
+               options.progress);
   // The configuration last: a folder without it is no checkpoint.
   for (const char* name : kCompanions) {
     const fs::path from = fs::path(options.path) / name;

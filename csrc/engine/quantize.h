@@ -14,7 +14,10 @@ struct QuantizeOptions {
   std::string quant;      // recipe or format, see model/recipe.h
   std::vector<std::pair<std::string, std::string>> quant_overrides;
   int threads = 0;
-  std::function<void(int64_t, int64_t)> progress;  // as in LoadOptions
+  // Ids of a text that tells which input channels matter (calibrate.h); empty: all the same.
+  std::vector<int32_t> calibration;
+  std::function<void(int64_t, int64_t)> progress;              // as in LoadOptions
+  std::function<void(int64_t, int64_t)> calibration_progress;  // in tokens
 };
 
 struct FormatStatus {

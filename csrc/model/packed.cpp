@@ -76,8 +76,9 @@ class PlanningLoader : public MeasuringLoader {
 class WritingLoader : public PackingLoader {
  public:
   WritingLoader(Backend& backend, const QuantRecipe& recipe, const Checkpoint& source,
-                PackProgress progress, SafetensorsWriter& writer)
-      : PackingLoader(backend, recipe, &source, std::move(progress)), writer_(writer) {}
+                PackProgress progress, const Importance& importance, SafetensorsWriter& writer)
+      : PackingLoader(backend, recipe, &source, std::move(progress), &importance),
+        writer_(writer) {}
 
   std::vector<WeightRef> matrices(const std::string& name, std::span<const MatrixSource> parts,
                                   bool split) override {
@@ -220,6 +221,7 @@ VectorRef AdoptingLoader::vector(const std::string& name, std::span<const Tensor
 
 void write_packed(const ModelSpec& spec, const Checkpoint& source, const ModelWeights& weights,
                   const QuantRecipe& recipe, Backend& backend, const std::string& path,
+                  const std::function<Importance()>& calibrate,
                   const std::function<void(int64_t, int64_t)>& progress) {
   PlanningLoader plan(recipe);
   load_all(spec, weights, plan);
@@ -231,13 +233,14 @@ void write_packed(const ModelSpec& spec, const Checkpoint& source, const ModelWe
   const nlohmann::json form = {
       {"version", kVersion}, {"matrices", plan.matrices_}, {"vectors", plan.vectors_}};
   SafetensorsWriter writer(path, plan.entries_, {{kMetadataKey, form.dump()}}, kPage);
+  const Importance importance = calibrate();
   const int64_t total = plan.source_bytes();
   WritingLoader loader(
       backend, recipe, source,
       [&](int64_t done) {
         if (progress) progress(done, total);
       },
-      writer);
+      importance, writer);
   load_all(spec, weights, loader);
   writer.write(kEmbedding, table.data, table.bytes());
   writer.finish();

@@ -54,10 +54,11 @@ class AdoptingLoader : public WeightLoader {
 };
 
 // Quantises a checkpoint, whose weights are given, to `path` (a model.safetensors that does not
-// exist yet), one matrix after the other. progress(done, total) in bytes of the checkpoint; what it
-// throws ends the work.
+// exist yet), one matrix after the other. `calibrate` is called once the file is known to have
+// room. progress(done, total) in bytes of the checkpoint; what it throws ends the work.
 void write_packed(const ModelSpec& spec, const Checkpoint& source, const ModelWeights& weights,
                   const QuantRecipe& recipe, Backend& backend, const std::string& path,
+                  const std::function<Importance()>& calibrate,
                   const std::function<void(int64_t, int64_t)>& progress);
 
 }  // namespace puna

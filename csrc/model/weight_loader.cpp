@@ -53,7 +53,10 @@ std::vector<WeightRef> MeasuringLoader::matrices(const std::string& name,
 std::vector<WeightRef> PackingLoader::matrices(const std::string& name,
                                                std::span<const MatrixSource> parts, bool split) {
   std::vector<WeightRef> weights;
-  for (const Piece& piece : pieces_of(recipe_, name, parts, split)) {
+  const std::vector<float>* importance = nullptr;
+  if (importance_ && importance_->contains(name)) importance = &importance_->at(name);
+  for (Piece& piece : pieces_of(recipe_, name, parts, split)) {
+    if (importance) piece.options.importance = importance->data();
     weights.push_back(backend_.load_matrix(piece.parts, piece.options));
     bytes_ += static_cast<int64_t>(weights.back().bytes);
     // Each part is one run of memory, whichever way its rows lie.

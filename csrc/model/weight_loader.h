@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <span>
 #include <string>
 #include <vector>
@@ -52,14 +53,22 @@ class MeasuringLoader : public WeightLoader {
 // ends the load.
 using PackProgress = std::function<void(int64_t)>;
 
+// How much an error in each input channel of a matrix weighs when it is quantised, by the matrix's
+// name (recipe.h). Those that are not there weigh all channels the same.
+using Importance = std::map<std::string, std::vector<float>>;
+
 // Packs the weights of a checkpoint as a recipe says, and lets go of the memory that each occupied
 // in the mapped file, so that weights are held once. `source` null: they lie elsewhere. What is
 // passed must outlive it.
 class PackingLoader : public WeightLoader {
  public:
   PackingLoader(Backend& backend, const QuantRecipe& recipe, const Checkpoint* source,
-                PackProgress progress)
-      : backend_(backend), recipe_(recipe), source_(source), progress_(std::move(progress)) {}
+                PackProgress progress, const Importance* importance = nullptr)
+      : backend_(backend),
+        recipe_(recipe),
+        source_(source),
+        progress_(std::move(progress)),
+        importance_(importance) {}
 
   std::vector<WeightRef> matrices(const std::string& name, std::span<const MatrixSource> parts,
                                   bool split) override;
@@ -70,6 +79,7 @@ class PackingLoader : public WeightLoader {
   const QuantRecipe& recipe_;
   const Checkpoint* source_;
   PackProgress progress_;
+  const Importance* importance_;
   int64_t done_ = 0;
 };
 

@@ -213,7 +213,9 @@ def quantize(
     quant: str,
     quant_overrides: Sequence[tuple[str, str]],
     threads: int,
+    calibration: Sequence[int],
     progress: Callable[[int, int], object] | None,
+    calibration_progress: Callable[[int, int], object] | None,
 ) -> None: ...
 def inspect(path: str, mmproj: str = ...) -> _Inspection: ...
 def read_tensor(path: str, name: str) -> NDArray[np.float32]: ...

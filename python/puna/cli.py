@@ -94,6 +94,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(quantize)
     quantize.add_argument("out", help="the folder to write")
     _add_quant(quantize)
+    quantize.add_argument(
+        "--calibration", metavar="FILE", help="a text that shows which channels matter; - is stdin"
+    )
+    quantize.add_argument("--special", action="store_true", help="read special tokens in the text")
     quantize.add_argument("--threads", type=int)
     quantize.set_defaults(run=_quantize)
 
@@ -433,7 +437,14 @@ def _tokenize(options: argparse.Namespace) -> int:
 
 
 def _quantize(options: argparse.Namespace) -> int:
-    puna.quantize(options.model, options.out, quant=_quant(options) or "", threads=options.threads)
+    puna.quantize(
+        options.model,
+        options.out,
+        quant=_quant(options) or "",
+        calibration=None if options.calibration is None else _read_text(options.calibration),
+        allow_special=options.special,
+        threads=options.threads,
+    )
     files = [path for path in Path(options.out).iterdir() if path.is_file()]
     print(f"{options.out}  {size(sum(path.stat().st_size for path in files))}")
     return 0

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "backend/backend.h"
-#include "backend/cpu/routing.h"
+#include "backend/routing.h"
 #include "kernels/kernel_table.h"
 #include "platform/memory.h"
 #include "platform/thread_pool.h"

@@ -1,4 +1,4 @@
-#include "backend/cpu/routing.h"
+#include "backend/routing.h"
 
 #include <algorithm>
 #include <cmath>
