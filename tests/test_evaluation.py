@@ -306,3 +306,19 @@ def test_what_the_command_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit, match="2"):
         main(["eval", "demo", "--text", str(text), "--reference-quant", "int8"])
     assert "--reference-quant goes with --reference" in capsys.readouterr().err
+
+
+# --- the committed results -----------------------------------------------------------------------
+
+
+def test_the_tables_of_the_benchmark_are_those_of_its_results(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    root = Path(__file__).parent.parent
+    monkeypatch.syspath_prepend(str(root / "bench"))
+    monkeypatch.syspath_prepend(str(root))
+    import quality
+
+    readme = (root / "bench" / "README.md").read_text(encoding="utf-8")
+    shown = readme.split("<!-- quality -->\n")[1].split("\n<!-- /quality -->")[0]
+    assert shown == quality.tables(json.loads(quality.RESULTS.read_text(encoding="utf-8")))

@@ -204,6 +204,8 @@ def write_gguf(
     text = config.get("text_config", config)
     if tokenizer:
         add_tokenizer(writer, tokenizer, text["vocab_size"])
+    elif text.get("bos_token_id") is not None:
+        writer.add_bos_token_id(text["bos_token_id"])
     if template:
         writer.add_chat_template(template)
     everything = text_tensors(tensors)
