@@ -52,6 +52,9 @@ PUNA_INLINE Codes values_of(const uint8_t* slab, int64_t part) {
   return values;
 }
 
+// 1, 2 and 4 KiB measured alike on Zen 3.
+constexpr int64_t kLeastAhead = 2048;
+
 // A block as it lies in a panel. Vector v is rows [v kCodeRows, + kCodeRows).
 template <class Traits>
 struct PackedBlock {
@@ -61,6 +64,20 @@ struct PackedBlock {
   static constexpr bool kHalves = Format::kBits == 4 || Format::kBits == 5 || Format::kBits == 6;
 
   const uint8_t* block;
+
+  // A block is not read in the order of memory: Vectors vectors of all its slabs, then the next. So
+  // memory is asked for in order, a block ahead, a share with each slab of each such pass: in a
+  // burst it would wait for the core's few buffers of lines on the way. Past the last panel this
+  // touches nothing.
+  template <int Vectors>
+  PUNA_INLINE_MEMBER void ask_ahead(int64_t slab, int v0) const {
+    constexpr int64_t kSlabs = Format::kBlock / kSlabCols;
+    constexpr int64_t kShare = Layout::kBytes * Vectors / (kSlabs * kPanelVectors);
+    constexpr int64_t kAhead = Layout::kBytes > kLeastAhead ? Layout::kBytes : kLeastAhead;
+    const uint8_t* ahead = block + kAhead + (v0 / Vectors * kSlabs + slab) * kShare;
+#pragma GCC unroll 32
+    for (int64_t i = 0; i < kShare; i += 64) __builtin_prefetch(ahead + i);
+  }
 
   template <int S>
   PUNA_INLINE_MEMBER Codes values(int64_t slab, int v) const {
@@ -118,6 +135,9 @@ struct Chunk {
       }
     }
   }
+
+  template <int Vectors>
+  PUNA_INLINE_MEMBER void ask_ahead(int64_t, int) const {}  // it is in the first cache
 
   template <int S>
   PUNA_INLINE_MEMBER Codes values(int64_t slab, int v) const {

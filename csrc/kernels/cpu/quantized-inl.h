@@ -50,6 +50,7 @@ PUNA_INLINE void multiply_group(VF (&sums)[Rows][Vectors], const Source& w,
 #pragma GCC unroll 1
   for (int64_t i = 0; i < kSlabs; ++i) {
     const int64_t column = g * Format::kGroup + i * kSlabCols, slab = column / kSlabCols;
+    if constexpr (FirstVector == 0) w.template ask_ahead<Vectors>(slab, v0);
     unrolled<kCount>([&](auto index) __attribute__((always_inline)) {
       constexpr int kI = decltype(index)::value;
       constexpr int kS = FirstVector + (kHalves ? kI % 2 * 4 + kI / 2 : kI);
@@ -122,8 +123,6 @@ PUNA_INLINE void write_rows(float* out, int64_t out_stride, const float* sums, c
   }
 }
 
-constexpr int64_t kPrefetchBytes = 2048;  // not measured yet
-
 // Few rows: weights are taken apart in registers, and memory is read in order. The last row stands
 // in for rows past it.
 template <class Format, int Rows>
@@ -136,16 +135,9 @@ void multiply_few(float* out, int64_t out_stride, const QuantizedRows& x, const 
     QuantizedRow row[Rows];
     for (int64_t r = 0; r < Rows; ++r)
       row[r] = row_of(x, r < rows ? r : rows - 1, block * Format::kBlock, block * Layout::kGroups);
-    for (int v = 0; v < kPanelVectors; v += kTileVectors) {
-      // The parts of a block are not taken in the order of memory; so it is asked for in order, a
-      // share with every step. Past the last panel this touches nothing.
-      constexpr int64_t kShare = Layout::kBytes * kTileVectors / kPanelVectors;
-      const uint8_t* ahead = packed.block + kPrefetchBytes + v / kTileVectors * kShare;
-#pragma GCC unroll 32
-      for (int64_t i = 0; i < kShare; i += 64) __builtin_prefetch(ahead + i);
+    for (int v = 0; v < kPanelVectors; v += kTileVectors)
       multiply_groups<PackedBlock<Format>, Rows, kTileVectors>(sums, packed, row, Layout::kGroups,
                                                                v);
-    }
   }
   write_rows(out, out_stride, sums, bias, rows, width);
 }
