@@ -25,7 +25,7 @@ class _Worker:
     def prefill(self, tokens: list[int], variant: dict[str, Any]) -> float:
         del variant
         session = self._begun(self._core.session(), tokens, 1)
-        return timed(session.step)
+        return timed(lambda: self._core.step([session]))
 
     def decode(self, prompt: list[int], count: int, variant: dict[str, Any]) -> float:
         """Every step chooses a token (the likeliest) and decodes its text, as for a user."""
@@ -34,12 +34,12 @@ class _Worker:
         # many tokens.
         prompt = prompt or [0]
         session = self._sessions.setdefault(len(prompt), self._core.session())
-        self._begun(session, prompt, 1).step()
+        self._core.step([self._begun(session, prompt, 1)])
         self._begun(session, prompt, count)
 
         def run() -> None:
             for _ in range(count):
-                session.step()
+                self._core.step([session])
 
         return timed(run)
 

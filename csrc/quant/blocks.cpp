@@ -56,8 +56,9 @@ void unpack_q2_k(const uint8_t* block, RowBlock* to) {
     to->sub_scale[g] = static_cast<int8_t>(block[g] & 15);
     to->sub_offset[g] = block[g] >> 4;
   }
-  for (int c = 0; c < 256; ++c)
-    to->codes[c] = block[16 + c / 128 * 32 + c % 32] >> 2 * (c / 32 % 4) & 3;
+  for (int g = 0; g < 8; ++g)
+    for (int j = 0; j < 32; ++j)
+      to->codes[32 * g + j] = block[16 + g / 4 * 32 + j] >> 2 * (g % 4) & 3;
 }
 
 // Q3_K { 32 bytes of high bits, 64 of low pairs, 12 of 6-bit scales, d }.
@@ -69,10 +70,11 @@ void unpack_q3_k(const uint8_t* block, RowBlock* to) {
     const int two = scales[8 + g % 4] >> 2 * (g / 4) & 3;
     to->sub_scale[g] = static_cast<int8_t>((four | two << 4) - 32);
   }
-  for (int c = 0; c < 256; ++c) {
-    const int pair = low[c / 128 * 32 + c % 32] >> 2 * (c / 32 % 4) & 3;
-    const int high = block[c % 32] >> c / 32 & 1;
-    to->codes[c] = static_cast<uint8_t>(pair | high << 2);
+  for (int g = 0; g < 8; ++g) {
+    for (int j = 0; j < 32; ++j) {
+      const int pair = low[g / 4 * 32 + j] >> 2 * (g % 4) & 3;
+      to->codes[32 * g + j] = static_cast<uint8_t>(pair | (block[j] >> g & 1) << 2);
+    }
   }
 }
 
@@ -94,10 +96,12 @@ void unpack_q45_k(const uint8_t* block, bool five, RowBlock* to) {
   unpack_scales_k4(block + 4, to);
   const uint8_t* high = block + 16;
   const uint8_t* low = high + (five ? 32 : 0);
-  for (int c = 0; c < 256; ++c) {
-    const int four = low[c / 64 * 32 + c % 32] >> 4 * (c / 32 % 2) & 15;
-    const int fifth = five ? high[c % 32] >> c / 32 & 1 : 0;
-    to->codes[c] = static_cast<uint8_t>(four | fifth << 4);
+  for (int g = 0; g < 8; ++g) {
+    uint8_t* codes = to->codes + 32 * g;
+    for (int j = 0; j < 32; ++j) codes[j] = low[g / 2 * 32 + j] >> 4 * (g % 2) & 15;
+    if (!five) continue;
+    for (int j = 0; j < 32; ++j)
+      codes[j] = static_cast<uint8_t>(codes[j] | (high[j] >> g & 1) << 4);
   }
 }
 
@@ -105,11 +109,13 @@ void unpack_q45_k(const uint8_t* block, bool five, RowBlock* to) {
 void unpack_q6_k(const uint8_t* block, RowBlock* to) {
   to->scale = half_at(block + 208);
   for (int g = 0; g < 16; ++g) to->sub_scale[g] = static_cast<int8_t>(block[192 + g]);
-  for (int c = 0; c < 256; ++c) {
-    const int half = c / 128, quarter = c / 32 % 4;
-    const int four = block[half * 64 + quarter % 2 * 32 + c % 32] >> 4 * (quarter / 2) & 15;
-    const int two = block[128 + half * 32 + c % 32] >> 2 * quarter & 3;
-    to->codes[c] = static_cast<uint8_t>(four | two << 4);
+  for (int g = 0; g < 8; ++g) {
+    const int half = g / 4, quarter = g % 4;
+    for (int j = 0; j < 32; ++j) {
+      const int four = block[half * 64 + quarter % 2 * 32 + j] >> 4 * (quarter / 2) & 15;
+      const int two = block[128 + half * 32 + j] >> 2 * quarter & 3;
+      to->codes[32 * g + j] = static_cast<uint8_t>(four | two << 4);
+    }
   }
 }
 
@@ -224,7 +230,7 @@ void decode_elements(DType dtype, const void* data, int64_t first, int64_t count
   const auto* block = static_cast<const uint8_t*>(data) + bytes_of(dtype, first);
   with_traits(*format, [&](auto traits) {
     using Format = decltype(traits);
-    RowBlock row;
+    RowBlock row{};
     for (int64_t i = 0; i < count; i += info.block_elements, block += info.block_bytes) {
       unpack_block(dtype, block, &row);
       for (int64_t c = 0; c < info.block_elements; ++c) out[i + c] = weight_of<Format>(row, c);
@@ -251,7 +257,7 @@ void unpack_row(WeightFormat format, const void* packed, int64_t row, int64_t co
   } else {
     with_traits(format, [&](auto traits) {
       using Format = decltype(traits);
-      RowBlock block;
+      RowBlock block{};
       for (int64_t c = 0; c < cols; ++c) {
         if (c % Format::kBlock == 0)
           get_row_block<Format>(panel + c / Format::kBlock * PanelLayout<Format>::kBytes, place,

@@ -60,57 +60,65 @@ struct RowBlock {
 
 namespace {
 
-[[maybe_unused]] inline void put_bits(uint8_t* byte, int shift, int bits, unsigned value) {
-  const unsigned mask = ((1u << bits) - 1) << shift;
-  *byte = static_cast<uint8_t>((*byte & ~mask) | (value << shift & mask));
+// The vector whose codes are the i-th bits of the bytes of a plane.
+template <int Bits>
+constexpr int vector_of(int plane, int i) {
+  // 4 bits go by halves (s and s + 4 share a byte), 2 and 1 by neighbours.
+  return Bits == 4 ? i * 4 + plane : plane * (8 / Bits) + i;
 }
 
-// The bits [low, low + bits) of code `value` in the plane that starts at `plane`; `byte` is the
-// place within a vector. read: returns them; write: stores them.
+// A row's 32 codes of a slab as words of 4 bytes, word s for vector s, to and from its planes. `at`
+// is where the row starts in the slab, 4 bytes (row % kSlabRows) on; planes are 64 bytes apart.
 template <int Bits>
-inline uint8_t* plane_byte(uint8_t* plane, int vector, int64_t byte, int* shift) {
-  static_assert(Bits == 8 || Bits == 4 || Bits == 2 || Bits == 1);
-  constexpr int kPerByte = 8 / Bits;
-  constexpr int kPlanes = kSlabVectors / kPerByte;
-  // 4 bits go by halves (s, s + 4 share a byte); 2 and 1 bits by neighbours.
-  const int in_plane = Bits == 4 ? vector % kPlanes : vector / kPerByte;
-  *shift = Bits * (Bits == 4 ? vector / kPlanes : vector % kPerByte);
-  return plane + in_plane * 64 + byte;
-}
-
-template <int Bits>
-inline unsigned read_code(const uint8_t* slab, int vector, int64_t byte) {
-  int shift = 0;
-  auto* at = const_cast<uint8_t*>(slab);
+inline void write_codes(uint8_t* at, const uint32_t (&words)[kSlabVectors]) {
   if constexpr (Bits == 3 || Bits == 5 || Bits == 6) {
-    constexpr int kLow = Bits == 3 ? 2 : 4, kHigh = Bits - kLow;
-    const unsigned low = read_code<kLow>(slab, vector, byte);
-    return low | read_code<kHigh>(slab + 64 * kLow, vector, byte) << kLow;
+    constexpr int kLow = Bits == 3 ? 2 : 4;
+    constexpr uint32_t kMask = ((1u << kLow) - 1) * 0x01010101u;
+    uint32_t low[kSlabVectors], high[kSlabVectors];
+    for (int s = 0; s < kSlabVectors; ++s) {
+      low[s] = words[s] & kMask;
+      high[s] = words[s] >> kLow & ~kMask >> kLow;
+    }
+    write_codes<kLow>(at, low);
+    write_codes<Bits - kLow>(at + 64 * kLow, high);
   } else {
-    const unsigned bits = *plane_byte<Bits>(at, vector, byte, &shift);
-    return bits >> shift & ((1u << Bits) - 1);
+    static_assert(Bits == 8 || Bits == 4 || Bits == 2 || Bits == 1);
+    constexpr int kPerByte = 8 / Bits;
+    for (int plane = 0; plane < Bits; ++plane) {
+      uint32_t bytes = 0;
+      for (int i = 0; i < kPerByte; ++i) bytes |= words[vector_of<Bits>(plane, i)] << Bits * i;
+      __builtin_memcpy(at + plane * 64, &bytes, sizeof(bytes));
+    }
   }
 }
 
 template <int Bits>
-inline void write_code(uint8_t* slab, int vector, int64_t byte, unsigned code) {
-  int shift = 0;
+inline void read_codes(const uint8_t* at, uint32_t (&words)[kSlabVectors]) {
   if constexpr (Bits == 3 || Bits == 5 || Bits == 6) {
-    constexpr int kLow = Bits == 3 ? 2 : 4, kHigh = Bits - kLow;
-    write_code<kLow>(slab, vector, byte, code & ((1u << kLow) - 1));
-    write_code<kHigh>(slab + 64 * kLow, vector, byte, code >> kLow);
+    constexpr int kLow = Bits == 3 ? 2 : 4;
+    uint32_t high[kSlabVectors];
+    read_codes<kLow>(at, words);
+    read_codes<Bits - kLow>(at + 64 * kLow, high);
+    for (int s = 0; s < kSlabVectors; ++s) words[s] |= high[s] << kLow;
   } else {
-    uint8_t* at = plane_byte<Bits>(slab, vector, byte, &shift);
-    put_bits(at, shift, Bits, code);
+    constexpr int kPerByte = 8 / Bits;
+    constexpr uint32_t kMask = ((1u << Bits) - 1) * 0x01010101u;
+    for (int plane = 0; plane < Bits; ++plane) {
+      uint32_t bytes;
+      __builtin_memcpy(&bytes, at + plane * 64, sizeof(bytes));
+      for (int i = 0; i < kPerByte; ++i)
+        words[vector_of<Bits>(plane, i)] = bytes >> Bits * i & kMask;
+    }
   }
 }
 
-// Slab and places of (row, column) of a block.
+// Where row `row` of 64 starts in the slab of 32 columns from `column` on.
 template <class Format>
-inline int64_t slab_of(int64_t row, int64_t column) {
+inline int64_t slab_row(int64_t row, int64_t column) {
   using Layout = PanelLayout<Format>;
   return Layout::kCodes +
-         (column / kSlabCols * (kPanelRows / kSlabRows) + row / kSlabRows) * Layout::kSlab;
+         (column / kSlabCols * (kPanelRows / kSlabRows) + row / kSlabRows) * Layout::kSlab +
+         row % kSlabRows * 4;
 }
 
 // Row `row` of 64 into the block at `block`.
@@ -127,9 +135,11 @@ void put_row_block(uint8_t* block, int64_t row, const RowBlock& from) {
         block[Layout::kSubOffset + g * kPanelRows + row] = from.sub_offset[g];
     }
   }
-  for (int64_t c = 0; c < Format::kBlock; ++c)
-    write_code<Format::kBits>(block + slab_of<Format>(row, c), static_cast<int>(c % kSlabCols / 4),
-                              row % kSlabRows * 4 + c % 4, from.codes[c]);
+  for (int64_t c = 0; c < Format::kBlock; c += kSlabCols) {
+    uint32_t words[kSlabVectors];
+    __builtin_memcpy(words, from.codes + c, sizeof(words));
+    write_codes<Format::kBits>(block + slab_row<Format>(row, c), words);
+  }
 }
 
 template <class Format>
@@ -145,10 +155,11 @@ void get_row_block(const uint8_t* block, int64_t row, RowBlock* to) {
         to->sub_offset[g] = block[Layout::kSubOffset + g * kPanelRows + row];
     }
   }
-  for (int64_t c = 0; c < Format::kBlock; ++c)
-    to->codes[c] = static_cast<uint8_t>(
-        read_code<Format::kBits>(block + slab_of<Format>(row, c),
-                                 static_cast<int>(c % kSlabCols / 4), row % kSlabRows * 4 + c % 4));
+  for (int64_t c = 0; c < Format::kBlock; c += kSlabCols) {
+    uint32_t words[kSlabVectors];
+    read_codes<Format::kBits>(block + slab_row<Format>(row, c), words);
+    __builtin_memcpy(to->codes + c, words, sizeof(words));
+  }
 }
 
 // The scalar truth: scale and offset of group g, and the weight of column c, in fp32. All products
