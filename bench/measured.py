@@ -1,0 +1,101 @@
+"""README's table of measurements, from what is committed in results/.
+
+    python bench/measured.py            prints it
+    python bench/measured.py --write    puts it in README.md between its marks
+
+Results: `llama_cpp_*.json` of compare_llama_cpp.py, and `model_*.json` of
+`puna-bench model --json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- measured -->\n", "\n<!-- /measured -->"
+PEERS = {"llama_cpp": "llama.cpp", "ik_llama_cpp": "ik_llama.cpp"}
+
+
+def table() -> str:
+    """All committed rows as Markdown, lost ones too."""
+    parts = [_comparison(path) for path in sorted(RESULTS.glob("llama_cpp_*.json"))]
+    models = sorted(RESULTS.glob("model_*.json"))
+    if models:
+        parts.append("\n".join(_unquantised(models)))
+    return "\n\n".join(parts)
+
+
+def _comparison(path: Path) -> str:
+    result = json.loads(path.read_text(encoding="utf-8"))
+    first = result["rows"][0]
+    lines = [
+        f"Llama 4 {first['model'].capitalize()}, {first['layers']} layers, {first['type']}, "
+        f"{result['rounds']} rounds ({result['date']}); tokens/s, seconds for loading:",
+        "",
+        "| | threads | puna | " + " | ".join(PEERS.values()) + " | ratio to the better | ceiling |",
+        "|---|---|---|" + "---|" * len(PEERS) + "---|---|",
+    ]
+    for row in result["rows"]:
+        if row["kind"] == "load":
+            what = f"load, {row['state']}"
+        elif row["kind"] == "prefill":
+            what = f"prefill {row['tokens']}"
+        else:
+            what = f"decode at {row['depth']}"
+        cells = [what, str(row["threads"])]
+        cells += [_number(row.get(name)) for name in ("puna", *PEERS)]
+        cells += [f"{row['ratio_best_peer']:.2f}" if "ratio_best_peer" in row else "-", _share(row)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def _share(row: dict[str, Any]) -> str:
+    if "puna" not in row.get("share_of_ceiling", {}):
+        return "-"
+    of = "read bandwidth" if row["kind"] == "decode" else "int8 peak"
+    return f"{100 * row['share_of_ceiling']['puna']:.0f} % of {of}"
+
+
+def _unquantised(paths: list[Path]) -> Iterator[str]:
+    yield "Unquantised layers of the true shapes, by `puna-bench model`:"
+    yield ""
+    yield "| | layers | | tokens/s | | share of the ceiling measured beside it |"
+    yield "|---|---|---|---|---|---|"
+    for path in paths:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        facts = result["facts"]
+        for row in result["rows"]:
+            if row["phase"] == "decode":
+                rate = f"{row['GB/s']:.1f} GB/s | {row['% of read']:.0f} % of read bandwidth"
+            else:
+                rate = f"{row['GFLOP/s']:.0f} GFLOP/s | {row['% of bf16 peak']:.0f} % of bf16 peak"
+            yield (
+                f"| {facts['shape']} | {facts['layers made']} | {row['phase']} {row['tokens']} "
+                f"at {row['depth']} | {row['tokens/s']:.1f} | {rate} |"
+            )
+
+
+def main() -> None:
+    """Prints or writes the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
+    parser.add_argument("--write", action="store_true", help="into README.md")
+    if not parser.parse_args().write:
+        print(table())
+        return
+    text = README.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    README.write_text(before + BEGIN + table() + END + rest.split(END)[1], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
