@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,12 @@ def skip_or_fail(reason: str) -> None:
     if ON_CI:
         pytest.fail(f"{reason} (CI is set: this test may not be skipped)")
     pytest.skip(reason)
+
+
+def pytest_configure() -> None:
+    """A shell that runs the suite in the background has it ignore Ctrl-C, which tests send."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -212,14 +212,23 @@ void Checkpoint::add_projector(const std::string& given) {
   if (projector_) add(projector_->path(), projector_->tensors());
 }
 
-void Checkpoint::release(const void* data, size_t bytes) const {
-  const auto drop = [&](const MappedFile& file) {
+template <class Action>
+void Checkpoint::in_mapping_of(const void* data, const Action& action) const {
+  const auto offer = [&](const MappedFile& file) {
     if (file.holds(data))
-      file.dont_need(static_cast<size_t>(static_cast<const std::byte*>(data) - file.data()), bytes);
+      action(file, static_cast<size_t>(static_cast<const std::byte*>(data) - file.data()));
   };
-  for (const auto& shard : shards_) drop(shard->mapping());
-  for (const auto& part : gguf_) drop(part->mapping());
-  if (projector_) drop(projector_->mapping());
+  for (const auto& shard : shards_) offer(shard->mapping());
+  for (const auto& part : gguf_) offer(part->mapping());
+  if (projector_) offer(projector_->mapping());
+}
+
+void Checkpoint::will_read(const void* data, size_t bytes) const {
+  in_mapping_of(data, [&](const MappedFile& file, size_t at) { file.will_need(at, bytes); });
+}
+
+void Checkpoint::release(const void* data, size_t bytes) const {
+  in_mapping_of(data, [&](const MappedFile& file, size_t at) { file.dont_need(at, bytes); });
 }
 
 void Checkpoint::add_shard(const std::string& path) {

@@ -32,13 +32,18 @@ class Checkpoint {
   const std::map<std::string, TensorRef>& tensors() const { return tensors_; }
   // What the files say of themselves; of a key that several have, the first file's value.
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
-  // Lets go of the memory that mapped pages occupy: `bytes` of a tensor at `data`, which has been
-  // read and will not soon be again.
+  // Of `bytes` of a tensor at `data`: starts to read them from the file.
+  void will_read(const void* data, size_t bytes) const;
+  // Lets go of the memory that its mapped pages occupy; it has been read and will not soon be
+  // again.
   void release(const void* data, size_t bytes) const;
   // The file that holds a tensor.
   const std::string& file_of(const std::string& tensor) const { return files_.at(tensor); }
 
  private:
+  // Calls action(file, offset) for the file that holds what `data` points to.
+  template <class Action>
+  void in_mapping_of(const void* data, const Action& action) const;
   void add(const std::string& file, const std::map<std::string, TensorRef>& tensors);
   void add_shard(const std::string& path);
   void add_shards(const std::string& index_path);

@@ -55,14 +55,22 @@ std::vector<WeightRef> PackingLoader::matrices(const std::string& name,
   std::vector<WeightRef> weights;
   const std::vector<float>* importance = nullptr;
   if (importance_ && importance_->contains(name)) importance = &importance_->at(name);
-  for (Piece& piece : pieces_of(recipe_, name, parts, split)) {
+  std::vector<Piece> pieces = pieces_of(recipe_, name, parts, split);
+  // Each part is one run of memory, whichever way its rows lie. The file's pages of the next piece
+  // are read while one is packed: packing itself touches them in an order that no system foresees.
+  const auto tell = [&](size_t i, void (Checkpoint::*what)(const void*, size_t) const) {
+    if (source_ == nullptr || i >= pieces.size()) return;
+    for (const MatrixSource& part : pieces[i].parts)
+      (source_->*what)(part.data, bytes_of(part.dtype, part.rows * part.cols));
+  };
+  tell(0, &Checkpoint::will_read);
+  for (size_t i = 0; i < pieces.size(); ++i) {
+    Piece& piece = pieces[i];
+    tell(i + 1, &Checkpoint::will_read);
     if (importance) piece.options.importance = importance->data();
     weights.push_back(backend_.load_matrix(piece.parts, piece.options));
     bytes_ += static_cast<int64_t>(weights.back().bytes);
-    // Each part is one run of memory, whichever way its rows lie.
-    if (source_)
-      for (const MatrixSource& part : piece.parts)
-        source_->release(part.data, bytes_of(part.dtype, part.rows * part.cols));
+    tell(i, &Checkpoint::release);
     done_ += piece.source_bytes();
     if (progress_) progress_(done_);
   }
