@@ -56,25 +56,32 @@ std::vector<WeightRef> PackingLoader::matrices(const std::string& name,
   const std::vector<float>* importance = nullptr;
   if (importance_ && importance_->contains(name)) importance = &importance_->at(name);
   std::vector<Piece> pieces = pieces_of(recipe_, name, parts, split);
-  // Each part is one run of memory, whichever way its rows lie. The file's pages of the next piece
-  // are read while one is packed: packing itself touches them in an order that no system foresees.
-  const auto tell = [&](size_t i, void (Checkpoint::*what)(const void*, size_t) const) {
-    if (source_ == nullptr || i >= pieces.size()) return;
-    for (const MatrixSource& part : pieces[i].parts)
-      (source_->*what)(part.data, bytes_of(part.dtype, part.rows * part.cols));
-  };
-  tell(0, &Checkpoint::will_read);
+  // The file's pages of the next piece are read while one is packed: packing itself touches them in
+  // an order that no system foresees.
+  if (!pieces.empty()) will_read(pieces[0].parts);
   for (size_t i = 0; i < pieces.size(); ++i) {
     Piece& piece = pieces[i];
-    tell(i + 1, &Checkpoint::will_read);
+    if (i + 1 < pieces.size()) will_read(pieces[i + 1].parts);
     if (importance) piece.options.importance = importance->data();
     weights.push_back(backend_.load_matrix(piece.parts, piece.options));
     bytes_ += static_cast<int64_t>(weights.back().bytes);
-    tell(i, &Checkpoint::release);
+    release(piece.parts);
     done_ += piece.source_bytes();
     if (progress_) progress_(done_);
   }
   return weights;
+}
+
+// Each part is one run of memory, whichever way its rows lie.
+void PackingLoader::will_read(std::span<const MatrixSource> parts) const {
+  if (source_ == nullptr) return;
+  for (const MatrixSource& part : parts)
+    source_->will_read(part.data, bytes_of(part.dtype, part.rows * part.cols));
+}
+void PackingLoader::release(std::span<const MatrixSource> parts) const {
+  if (source_ == nullptr) return;
+  for (const MatrixSource& part : parts)
+    source_->release(part.data, bytes_of(part.dtype, part.rows * part.cols));
 }
 
 VectorRef PackingLoader::vector(const std::string&, std::span<const TensorRef> parts) {

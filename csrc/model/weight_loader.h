@@ -75,6 +75,10 @@ class PackingLoader : public WeightLoader {
   VectorRef vector(const std::string& name, std::span<const TensorRef> parts) override;
 
  private:
+  // Of the mapped file's pages that parts of a matrix lie on.
+  void will_read(std::span<const MatrixSource> parts) const;
+  void release(std::span<const MatrixSource> parts) const;
+
   Backend& backend_;
   const QuantRecipe& recipe_;
   const Checkpoint* source_;
