@@ -5,6 +5,11 @@
 namespace puna {
 namespace {
 
+// A part is one run of memory of so many bytes, whichever way its rows lie.
+size_t stored_bytes(const MatrixSource& part) {
+  return bytes_of(part.dtype, part.rows * part.cols);
+}
+
 // Some consecutive parts, and how they are packed.
 struct Piece {
   std::span<const MatrixSource> parts;
@@ -12,8 +17,7 @@ struct Piece {
 
   int64_t source_bytes() const {
     int64_t bytes = 0;
-    for (const MatrixSource& part : parts)
-      bytes += static_cast<int64_t>(bytes_of(part.dtype, part.rows * part.cols));
+    for (const MatrixSource& part : parts) bytes += static_cast<int64_t>(stored_bytes(part));
     return bytes;
   }
 };
@@ -55,13 +59,9 @@ std::vector<WeightRef> PackingLoader::matrices(const std::string& name,
   std::vector<WeightRef> weights;
   const std::vector<float>* importance = nullptr;
   if (importance_ && importance_->contains(name)) importance = &importance_->at(name);
-  std::vector<Piece> pieces = pieces_of(recipe_, name, parts, split);
-  // The file's pages of the next piece are read while one is packed: packing itself touches them in
-  // an order that no system foresees.
-  if (!pieces.empty()) will_read(pieces[0].parts);
-  for (size_t i = 0; i < pieces.size(); ++i) {
-    Piece& piece = pieces[i];
-    if (i + 1 < pieces.size()) will_read(pieces[i + 1].parts);
+  for (Piece& piece : pieces_of(recipe_, name, parts, split)) {
+    // Packing touches pages in an order that the system does not foresee.
+    will_read(piece.parts);
     if (importance) piece.options.importance = importance->data();
     weights.push_back(backend_.load_matrix(piece.parts, piece.options));
     bytes_ += static_cast<int64_t>(weights.back().bytes);
@@ -72,16 +72,13 @@ std::vector<WeightRef> PackingLoader::matrices(const std::string& name,
   return weights;
 }
 
-// Each part is one run of memory, whichever way its rows lie.
 void PackingLoader::will_read(std::span<const MatrixSource> parts) const {
   if (source_ == nullptr) return;
-  for (const MatrixSource& part : parts)
-    source_->will_read(part.data, bytes_of(part.dtype, part.rows * part.cols));
+  for (const MatrixSource& part : parts) source_->will_read(part.data, stored_bytes(part));
 }
 void PackingLoader::release(std::span<const MatrixSource> parts) const {
   if (source_ == nullptr) return;
-  for (const MatrixSource& part : parts)
-    source_->release(part.data, bytes_of(part.dtype, part.rows * part.cols));
+  for (const MatrixSource& part : parts) source_->release(part.data, stored_bytes(part));
 }
 
 VectorRef PackingLoader::vector(const std::string&, std::span<const TensorRef> parts) {
