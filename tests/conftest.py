@@ -17,6 +17,7 @@ from oracle.make_checkpoint import write_checkpoint
 
 if TYPE_CHECKING:
     import puna
+    from puna import _core
 
 # A continuous integration run must not pass because something was missing.
 ON_CI = bool(os.environ.get("CI"))
@@ -53,6 +54,31 @@ class TinyCheckpoint:
     golden: golden.Golden
     config: dict[str, Any]
     tensors: dict[str, np.ndarray]
+
+
+def greedy(**changes: Any) -> _core.Sampling:
+    """The likeliest token at every step, as the core takes it; `changes` are of other fields."""
+    from puna import _core
+
+    plain: dict[str, Any] = {
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "logit_bias": [],
+        "seed": 0,
+        "max_tokens": 0,
+        "min_tokens": 0,
+        "stop_ids": [],
+        "stop": [],
+        "ignore_eos": True,
+        "logprobs": 0,
+        "want_logprobs": False,
+    }
+    return _core.Sampling(**plain | changes)
 
 
 MakeCheckpoint = Callable[..., TinyCheckpoint]

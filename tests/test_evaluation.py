@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 
 import puna
-from conftest import MakeCheckpoint, MakeEngine
+from conftest import MakeCheckpoint, MakeEngine, greedy
 from oracle.make_checkpoint import Stored, write_safetensors
 from oracle.make_gguf import Type, write_gguf
-from puna import _core
 from puna.cli import main
 
 TEXT = "One day a fox went to the old mill. There she found a red ball, and took it home. " * 3
@@ -144,33 +143,12 @@ def test_rows_of_a_session(llm: puna.Engine) -> None:
     assert np.array_equal(np.concatenate(pieces), llm.logits(tokens))
     with pytest.raises(puna.InvalidRequest, match="0 rows"):
         session.logits(0)
-    session.begin(_sampling())
+    session.begin(greedy(max_tokens=4))
     with pytest.raises(puna.InvalidRequest, match="give it a prompt again"):
         llm._core.step([session])
     session.prompt(tokens, [])  # keeps all but the last, whose logits choose the next
-    session.begin(_sampling())
+    session.begin(greedy(max_tokens=4))
     assert llm._core.step([session])[0].token == llm.logits(tokens)[-1].argmax()
-
-
-def _sampling() -> _core.Sampling:
-    return _core.Sampling(
-        temperature=0,
-        top_p=1,
-        top_k=0,
-        min_p=0,
-        repetition_penalty=1,
-        presence_penalty=0,
-        frequency_penalty=0,
-        logit_bias=[],
-        seed=0,
-        max_tokens=4,
-        min_tokens=0,
-        stop_ids=[],
-        stop=[],
-        ignore_eos=True,
-        logprobs=0,
-        want_logprobs=False,
-    )
 
 
 # --- refusals ------------------------------------------------------------------------------------

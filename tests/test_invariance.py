@@ -17,10 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import puna
-from conftest import MakeEngine
+from conftest import MakeEngine, greedy
 from oracle import golden, tiny
 from oracle.make_checkpoint import write_checkpoint
-from puna import _core
 
 DTYPES = ("float32", "bfloat16")
 # Each with what the others lack: images and experts everywhere; no QK norm; no chunks; ragged
@@ -213,25 +212,7 @@ class Distributions:
 
     def begin(self, session: Any, prompt: Input) -> Any:
         session.prompt(prompt.tokens, list(prompt.images))
-        options = _core.Sampling(
-            temperature=0.0,
-            top_p=1.0,
-            top_k=0,
-            min_p=0.0,
-            repetition_penalty=1.0,
-            presence_penalty=0.0,
-            frequency_penalty=0.0,
-            logit_bias=[],
-            seed=0,
-            max_tokens=0,
-            min_tokens=0,
-            stop_ids=[],
-            stop=[],
-            ignore_eos=True,
-            logprobs=self.vocabulary,
-            want_logprobs=True,
-        )
-        session.begin(options)
+        session.begin(greedy(logprobs=self.vocabulary, want_logprobs=True))
         return session
 
     @staticmethod
