@@ -27,12 +27,36 @@ struct MatmulOptions {
   bool accumulate = false;          // out += instead of out =
 };
 
+// Sealed pages on their way through memory from a slower medium, in order.
+class KvStream {
+ public:
+  virtual ~KvStream() = default;
+  // Page `index` of the segment's sealed pages, readable until passed() goes beyond it; waits for
+  // it. Each index once, in ascending order; one caller at a time. Throws Error if the medium
+  // fails.
+  virtual const void* wait(int64_t index) = 0;
+  // Pages before `index` are not needed any more in this pass.
+  virtual void passed(int64_t index) = 0;
+};
+
 // The rows of one sequence in a batch, and the pages that hold its keys and values in one layer.
+//
+// Pages count from that of `first_position`. A row in page b attends to pages 0 .. b - 1 as wholes
+// and, causally, to its own page b, which is always an open one. Where the layer seals its pages
+// (AttentionInput::sealed), the earlier ones are read in their sealed form even if this very call
+// fills them: a row's result depends on its position, not on how a prompt was cut into calls.
 struct AttentionSegment {
   int64_t first_row = 0, rows = 0;
   int64_t position = 0;        // absolute position of the first row; rows are consecutive
-  int64_t first_position = 0;  // position of token 0 of pages[0]; row p sees first_position..p
-  std::span<void* const> pages;
+  int64_t first_position = 0;  // position of token 0 of page 0; row p sees first_position..p
+  // Pages [0, sealed.size()). With a sealed form, these are all pages that are full after this
+  // call, and the call writes those that it fills (from that of `position` on); without one, the
+  // pages before first_open, as they were when open. A null entry comes through `stream`.
+  std::span<void* const> sealed;
+  KvStream* stream = nullptr;  // segments of one call that share it share its pages, too
+  int64_t first_open = 0;      // at most the page of `position`
+  // Pages [first_open, first_open + open.size()): written and read, up to the last row's page.
+  std::span<void* const> open;
 };
 
 struct AttentionInput {
@@ -40,7 +64,11 @@ struct AttentionInput {
   // Query head j uses KV head j / (heads / kv_heads).
   Rows qkv;
   int64_t heads = 0;
-  KvPageLayout layout;
+  KvPageLayout layout;    // of open pages
+  KvSealedLayout sealed;  // of sealed ones
+  // Rows whose attention is wanted, ascending; none: all. `out` has a row for each of them, while
+  // keys and values of every row are stored.
+  std::optional<std::span<const int32_t>> queries;
   const float* cos = nullptr;  // [rows][head_dim / 2], null on layers without RoPE
   const float* sin = nullptr;
   bool qk_norm = false;  // weightless RMS norm of each head of q and k, after RoPE
@@ -108,8 +136,8 @@ class Backend {
   virtual void moe(Rows residual, ConstRows x, const MoeWeights& weights) = 0;
 
   // --- attention ---------------------------------------------------------------------------------
-  // RoPE, QK norm and temperature; keys and values written to their pages; causal attention of each
-  // row over its segment's pages; out [rows][heads * head_dim].
+  // RoPE, QK norm and temperature; keys and values written to their pages, full pages sealed;
+  // causal attention of each row over its segment's pages; out [queries][heads * head_dim].
   virtual void attention(Rows out, const AttentionInput& input) = 0;
   // Bidirectional attention within each tile of `tokens` rows. qkv [tiles * tokens][3 * heads *
   // head_dim] is scratch afterwards; cos, sin [tokens][head_dim / 2] turn q and k.

@@ -225,13 +225,13 @@ void check_attention(ConstRows out, const AttentionInput& input) {
            segment.rows, ", expected to begin at ", next_row, " of ", qkv.rows);
     next_row += segment.rows;
     const int64_t tokens = segment.position + segment.rows - segment.first_position;
-    const auto pages = static_cast<int64_t>(segment.pages.size());
+    const auto pages = static_cast<int64_t>(segment.open.size());
     if (segment.first_position < 0 || segment.position < segment.first_position ||
         (tokens + kPageTokens - 1) / kPageTokens > pages)
       fail(ErrorCode::kInternal, "[attention] positions ", segment.first_position, " to ",
            segment.position + segment.rows, " do not fit ", pages, " pages of ", kPageTokens);
     const auto used =
-        segment.pages.first(static_cast<size_t>((tokens + kPageTokens - 1) / kPageTokens));
+        segment.open.first(static_cast<size_t>((tokens + kPageTokens - 1) / kPageTokens));
     if (std::find(used.begin(), used.end(), nullptr) != used.end())
       fail(ErrorCode::kInternal, "[attention] a page is missing");
   }

@@ -72,8 +72,12 @@ void TextModel::attend(const TextParameters::Layer& layer, int64_t index, const 
   int64_t first_row = 0;
   for (const TextBatch::Segment& segment : batch.segments) {
     const KvView view = kv.view(segment.sequence, index);
-    segments_.push_back(
-        {first_row, segment.rows, segment.position, view.first_position, view.pages});
+    AttentionSegment& part = segments_.emplace_back();
+    part.first_row = first_row;
+    part.rows = segment.rows;
+    part.position = segment.position;
+    part.first_position = view.first_position;
+    part.open = view.pages;
     first_row += segment.rows;
   }
   input.segments = segments_;

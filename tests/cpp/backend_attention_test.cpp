@@ -70,8 +70,12 @@ std::vector<float> attend(Backend& backend, const Shape& shape, const std::vecto
     copy(cos, sequence.cos, piece.first, piece.count, shape.head_dim / 2);
     copy(sin, sequence.sin, piece.first, piece.count, shape.head_dim / 2);
     copy(temperature, sequence.temperature, piece.first, piece.count, 1);
-    segments.push_back(
-        {rows, piece.count, sequence.start + piece.first, sequence.start, piece.pages->table});
+    AttentionSegment& segment = segments.emplace_back();
+    segment.first_row = rows;
+    segment.rows = piece.count;
+    segment.position = sequence.start + piece.first;
+    segment.first_position = sequence.start;
+    segment.open = piece.pages->table;
     rows += piece.count;
   }
   AttentionInput input;

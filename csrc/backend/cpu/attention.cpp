@@ -185,7 +185,7 @@ void CpuBackend::append(const AttentionInput& input, const AttentionSegment& seg
   if (input.qk_norm) kernels_.rms_norm(key, key, nullptr, n, input.qk_norm_eps);
 
   const int64_t token = segment.position + i - segment.first_position;
-  auto* page = static_cast<char*>(segment.pages[token / kPageTokens]);
+  auto* page = static_cast<char*>(segment.open[token / kPageTokens]);
   void* keys = page + layout.key_offset(kv_head);
   void* values = page + layout.value_offset(kv_head);
   const int64_t at_key = layout.key_index(token % kPageTokens, 0);
@@ -247,7 +247,7 @@ void CpuBackend::attention(Rows out, const AttentionInput& input) {
   const auto head_pages = [&](const AttentionTask& task) {
     return HeadPages{
         layout.dtype == DType::kF32 ? kernels_.attend_page_f32 : kernels_.attend_page_bf16,
-        task.segment->pages.data(), layout.key_offset(task.kv_head),
+        task.segment->open.data(), layout.key_offset(task.kv_head),
         layout.value_offset(task.kv_head)};
   };
   // Row i * group + g is head g of the group at the task's query i.

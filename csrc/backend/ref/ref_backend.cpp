@@ -347,7 +347,7 @@ class RefBackend final : public Backend {
   static void append(const AttentionInput& input, const AttentionSegment& segment, int64_t i) {
     const KvPageLayout& layout = input.layout;
     const int64_t token = segment.position + i - segment.first_position;
-    auto* page = static_cast<char*>(segment.pages[token / kPageTokens]);
+    auto* page = static_cast<char*>(segment.open[token / kPageTokens]);
     for (int64_t head = 0; head < layout.kv_heads; ++head) {
       const int64_t row = segment.first_row + i;
       const int64_t key_column = (input.heads + head) * layout.head_dim;
@@ -376,7 +376,7 @@ class RefBackend final : public Backend {
     Doubles weights(seen);
     for (int64_t t = 0; t < seen; ++t) {
       const char* keys =
-          static_cast<const char*>(segment.pages[t / kPageTokens]) + layout.key_offset(kv_head);
+          static_cast<const char*>(segment.open[t / kPageTokens]) + layout.key_offset(kv_head);
       for (int64_t c = 0; c < layout.head_dim; ++c)
         weights[t] +=
             query[c] * float_at(layout.dtype, keys, layout.key_index(t % kPageTokens, c)) * scale;
@@ -385,7 +385,7 @@ class RefBackend final : public Backend {
     Doubles sum(layout.head_dim);
     for (int64_t t = 0; t < seen; ++t) {
       const char* values =
-          static_cast<const char*>(segment.pages[t / kPageTokens]) + layout.value_offset(kv_head);
+          static_cast<const char*>(segment.open[t / kPageTokens]) + layout.value_offset(kv_head);
       for (int64_t c = 0; c < layout.head_dim; ++c)
         sum[c] +=
             weights[t] * float_at(layout.dtype, values, layout.value_index(t % kPageTokens, c));
