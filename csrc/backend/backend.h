@@ -30,6 +30,9 @@ struct MatmulOptions {
 // Sealed pages on their way through memory from a slower medium, in order.
 class KvStream {
  public:
+  // Pages that a reader may hold at once: it waits for page `i` only after passed(i + 1 - kHeld) or
+  // beyond, so a stream needs room for as many, and for what it reads ahead.
+  static constexpr int64_t kHeld = 32;
   virtual ~KvStream() = default;
   // Page `index` of the segment's sealed pages, readable until passed() goes beyond it; waits for
   // it. Each index once, in ascending order; one caller at a time. Throws Error if the medium
