@@ -109,7 +109,7 @@ ModelSpec fitting_spec(const std::string& shape, int64_t layers, int64_t experts
 class Runner {
  public:
   Runner(const ModelSpec& spec, Backend& backend, TextModel& model, int64_t depth)
-      : spec_(spec), model_(model), kv_(geometry_of(spec), make_tier(spec)) {
+      : spec_(spec), model_(model), kv_(geometry_of(spec), make_memory_tier(0)) {
     logits_ = backend.allocate(static_cast<size_t>(spec.vocab_size) * sizeof(float));
     start_ = kv_.create();
     // Zero keys and values: attention takes the same time over any.
@@ -144,10 +144,6 @@ class Runner {
   }
 
  private:
-  static std::unique_ptr<KvTier> make_tier(const ModelSpec& spec) {
-    return make_memory_tier(geometry_of(spec).layout.page_bytes(), 0);
-  }
-
   const ModelSpec& spec_;
   TextModel& model_;
   KvStore kv_;

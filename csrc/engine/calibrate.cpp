@@ -113,7 +113,7 @@ Importance calibrate(const ModelSpec& spec, const Checkpoint& source, const Mode
   TextModel model(spec, weights.text.embed, load_text(spec, weights.text, loader), recorder);
   KvGeometry geometry{{DType::kF32, spec.kv_heads, spec.head_dim}, {}};
   for (const LayerSpec& layer : spec.layers) geometry.chunk.push_back(layer.chunk);
-  KvStore kv(geometry, make_memory_tier(geometry.layout.page_bytes(), 0));
+  KvStore kv(geometry, make_memory_tier(0));
   const Buffer logits = backend.allocate(
       static_cast<size_t>(kWindow / kRowsPerHeadRow * spec.vocab_size) * sizeof(float));
 

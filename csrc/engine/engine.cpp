@@ -116,8 +116,7 @@ std::shared_ptr<Engine> Engine::load(const LoadOptions& options) {
   impl->backend = make_backend(options.device, {options.isa, options.threads});
   const KvGeometry geometry = geometry_of(spec, kv_type);
   impl->kv = std::make_unique<KvStore>(
-      geometry, make_memory_tier(geometry.layout.page_bytes(),
-                                 options.memory > 0 ? options.memory - needed : 0));
+      geometry, make_memory_tier(options.memory > 0 ? options.memory - needed : 0));
   const auto room = static_cast<int64_t>(kShareOfFreeMemory * static_cast<double>(budget - needed));
   const int64_t fits = context_within(*impl->kv, spec.max_position, room);
   if (options.context > fits || fits < 1) {

@@ -48,8 +48,6 @@ std::unique_ptr<Backend> make_backend(const std::string& device, const BackendOp
   fail(ErrorCode::kInvalidRequest, "device is '", device, "'; it must be 'auto' or one of ", names);
 }
 
-std::unique_ptr<KvTier> make_memory_tier(size_t page_bytes, int64_t budget) {
-  return make_ram_tier(page_bytes, static_cast<size_t>(budget));
-}
+std::unique_ptr<KvTier> make_memory_tier(int64_t budget) { return make_ram_tier(budget); }
 
 }  // namespace puna

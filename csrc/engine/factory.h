@@ -18,6 +18,6 @@ std::unique_ptr<Backend> make_backend(const std::string& device, const BackendOp
 std::vector<IsaStatus> available_isas();
 
 // Pages in memory; `budget` bytes at most (0 = no bound but the system's).
-std::unique_ptr<KvTier> make_memory_tier(size_t page_bytes, int64_t budget);
+std::unique_ptr<KvTier> make_memory_tier(int64_t budget);
 
 }  // namespace puna

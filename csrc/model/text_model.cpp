@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "base/error.h"
 
@@ -13,7 +14,10 @@ TextModel::TextModel(const ModelSpec& spec, const TensorRef& embedding, TextPara
       backend_(backend),
       embedding_(embedding),
       parameters_(std::move(parameters)),
-      inverse_frequencies_(inverse_frequencies(spec.rope, spec.head_dim)) {}
+      inverse_frequencies_(inverse_frequencies(spec.rope, spec.head_dim)),
+      layer_order_(spec.layers.size()) {
+  std::iota(layer_order_.begin(), layer_order_.end(), 0);
+}
 
 void TextModel::reserve(int64_t rows) {
   if (rows <= capacity_) return;
@@ -46,13 +50,14 @@ void TextModel::rotate_for(int64_t chunk) {
 }
 
 void TextModel::attend(const TextParameters::Layer& layer, int64_t index, const TextBatch& batch,
-                       const KvStore& kv, ConstRows normed, Rows residual) {
+                       KvStore& kv, ConstRows normed, Rows residual) {
   const LayerSpec& shape = spec_.layers[index];
   const int64_t rows = normed.rows;
   AttentionInput input;
   input.qkv = Rows(qkv_.floats(), rows, (spec_.heads + 2 * spec_.kv_heads) * spec_.head_dim);
   input.heads = spec_.heads;
-  input.layout = kv.layout();
+  input.layout = kv.geometry().layout;
+  if (shape.chunk == 0) input.sealed = kv.geometry().sealed_layout();
   if (shape.rope) {
     rotate_for(shape.chunk);
     input.cos = cos_.data();
@@ -77,7 +82,10 @@ void TextModel::attend(const TextParameters::Layer& layer, int64_t index, const 
     part.rows = segment.rows;
     part.position = segment.position;
     part.first_position = view.first_position;
-    part.open = view.pages;
+    part.sealed = view.sealed;
+    part.stream = view.stream;
+    part.first_open = view.first_open;
+    part.open = view.open;
     first_row += segment.rows;
   }
   input.segments = segments_;
@@ -91,8 +99,7 @@ void TextModel::attend(const TextParameters::Layer& layer, int64_t index, const 
   backend_.matmul(residual, attended, layer.output, {.accumulate = true});
 }
 
-void TextModel::forward(const TextBatch& batch, const KvStore& kv, Rows out,
-                        const LayerPoll& poll) {
+void TextModel::forward(const TextBatch& batch, KvStore& kv, Rows out, const LayerPoll& poll) {
   const auto rows = static_cast<int64_t>(batch.ids.size());
   reserve(rows);
   positions_.clear();
@@ -108,6 +115,7 @@ void TextModel::forward(const TextBatch& batch, const KvStore& kv, Rows out,
   for (const TextBatch::Features& part : batch.features) {
     backend_.scatter(hidden, part.features, part.rows);
   }
+  kv.begin_pass(layer_order_);
   for (size_t l = 0; l < parameters_.layers.size(); ++l) {
     if (poll) poll();
     const TextParameters::Layer& layer = parameters_.layers[l];

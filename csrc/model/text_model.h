@@ -44,12 +44,12 @@ class TextModel {
             Backend& backend);
 
   // out [logit_rows][vocab]. Reads and writes the pages of `kv`, for which apply() made room.
-  void forward(const TextBatch& batch, const KvStore& kv, Rows out, const LayerPoll& poll);
+  void forward(const TextBatch& batch, KvStore& kv, Rows out, const LayerPoll& poll);
 
  private:
   // residual += attention of the normed rows, which also appends their keys and values.
   void attend(const TextParameters::Layer& layer, int64_t index, const TextBatch& batch,
-              const KvStore& kv, ConstRows normed, Rows residual);
+              KvStore& kv, ConstRows normed, Rows residual);
   // Fills cos_ and sin_ for the batch's positions modulo `chunk` (0 = the positions themselves).
   void rotate_for(int64_t chunk);
   void reserve(int64_t rows);
@@ -59,6 +59,7 @@ class TextModel {
   TensorRef embedding_;
   TextParameters parameters_;
   std::vector<double> inverse_frequencies_;
+  std::vector<int64_t> layer_order_;  // in which forward() reads the pages
 
   // Work space for `capacity_` rows.
   int64_t capacity_ = 0;

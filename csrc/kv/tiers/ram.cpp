@@ -2,6 +2,7 @@
 
 #include <cstring>
 #include <limits>
+#include <map>
 #include <new>
 #include <vector>
 
@@ -10,60 +11,82 @@
 namespace puna {
 namespace {
 
-// Of a cache line, and of the widest vector load.
-constexpr std::align_val_t kAlignment{64};
+constexpr std::align_val_t kAlignment{kPageAlignment};
 
 class RamTier final : public KvTier {
  public:
-  RamTier(size_t page_bytes, size_t budget_bytes)
-      : page_bytes_(page_bytes),
-        budget_pages_(budget_bytes == 0 ? std::numeric_limits<int64_t>::max()
-                                        : static_cast<int64_t>(budget_bytes / page_bytes)) {}
+  explicit RamTier(int64_t budget_bytes)
+      : budget_(budget_bytes == 0 ? std::numeric_limits<int64_t>::max() : budget_bytes) {}
 
   ~RamTier() override {
-    for (void* page : free_) ::operator delete(page, kAlignment);
+    for (auto& [bytes, size] : sizes_)
+      while (!size.kept.empty()) drop(bytes, size);
   }
 
   const char* name() const override { return "ram"; }
-  size_t page_bytes() const override { return page_bytes_; }
-  int64_t pages_in_use() const override { return in_use_; }
-  int64_t pages_left() const override { return budget_pages_ - in_use_; }
+  int64_t bytes_in_use() const override { return in_use_; }
+  int64_t bytes_left() const override { return budget_ - in_use_; }
 
-  void* allocate() override {
-    if (in_use_ == budget_pages_) return nullptr;
+  void* allocate(size_t bytes) override {
+    const auto wanted = static_cast<int64_t>(bytes);
+    if (bytes % kPageAlignment != 0 || bytes == 0)
+      fail(ErrorCode::kInternal, "[kv] a page of ", bytes, " bytes");
+    if (wanted > bytes_left()) return nullptr;
+    Size& size = sizes_[bytes];
     void* page = nullptr;
-    if (free_.empty()) {
+    if (size.kept.empty()) {
+      make_room(wanted);
       // Room for the page's return is made now, so that free() cannot fail.
-      free_.reserve(static_cast<size_t>(in_use_) + 1);
-      page = ::operator new(page_bytes_, kAlignment, std::nothrow);
+      size.kept.reserve(static_cast<size_t>(size.in_use) + 1);
+      page = ::operator new(bytes, kAlignment, std::nothrow);
       if (page == nullptr) return nullptr;
     } else {
-      page = free_.back();
-      free_.pop_back();
+      page = size.kept.back();
+      size.kept.pop_back();
+      kept_ -= wanted;
     }
-    ++in_use_;
-    std::memset(page, 0, page_bytes_);
+    ++size.in_use;
+    in_use_ += wanted;
+    std::memset(page, 0, bytes);
     return page;
   }
 
-  void free(void* page) override {
-    free_.push_back(page);
-    --in_use_;
+  void free(void* page, size_t bytes) override {
+    Size& size = sizes_.find(bytes)->second;
+    size.kept.push_back(page);
+    --size.in_use;
+    in_use_ -= static_cast<int64_t>(bytes);
+    kept_ += static_cast<int64_t>(bytes);
   }
 
-  void copy(void* to, const void* from) override { std::memcpy(to, from, page_bytes_); }
+  void copy(void* to, const void* from, size_t bytes) override { std::memcpy(to, from, bytes); }
 
  private:
-  size_t page_bytes_;
-  int64_t budget_pages_, in_use_ = 0;
-  std::vector<void*> free_;
+  struct Size {
+    std::vector<void*> kept;
+    int64_t in_use = 0;  // pages
+  };
+
+  void drop(size_t bytes, Size& size) {
+    ::operator delete(size.kept.back(), kAlignment);
+    size.kept.pop_back();
+    kept_ -= static_cast<int64_t>(bytes);
+  }
+
+  // Gives kept pages back to the system until `wanted` more bytes are within the budget.
+  void make_room(int64_t wanted) {
+    for (auto& [bytes, size] : sizes_)
+      while (!size.kept.empty() && wanted > budget_ - in_use_ - kept_) drop(bytes, size);
+  }
+
+  int64_t budget_, in_use_ = 0, kept_ = 0;
+  std::map<size_t, Size> sizes_;  // by bytes of a page
 };
 
 }  // namespace
 
-std::unique_ptr<KvTier> make_ram_tier(size_t page_bytes, size_t budget_bytes) {
-  if (page_bytes == 0) fail(ErrorCode::kInternal, "[kv] a page of 0 bytes");
-  return std::make_unique<RamTier>(page_bytes, budget_bytes);
+std::unique_ptr<KvTier> make_ram_tier(int64_t budget_bytes) {
+  return std::make_unique<RamTier>(budget_bytes);
 }
 
 }  // namespace puna
