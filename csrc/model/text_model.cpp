@@ -8,6 +8,13 @@
 
 namespace puna {
 
+namespace {
+
+// Chunks are no longer in any published model; 4 MB for heads of 128.
+constexpr int64_t kTabledPositions = 8192;
+
+}  // namespace
+
 TextModel::TextModel(const ModelSpec& spec, const TensorRef& embedding, TextParameters parameters,
                      Backend& backend)
     : spec_(spec),
@@ -31,6 +38,14 @@ void TextModel::reserve(int64_t rows) {
   capacity_ = rows;
 }
 
+void TextModel::turn(int64_t position, float* cos, float* sin) const {
+  for (size_t i = 0; i < inverse_frequencies_.size(); ++i) {
+    const double angle = static_cast<double>(position) * inverse_frequencies_[i];
+    cos[i] = static_cast<float>(std::cos(angle));
+    sin[i] = static_cast<float>(std::sin(angle));
+  }
+}
+
 void TextModel::rotate_for(int64_t chunk) {
   if (rotation_chunk_ == chunk && !cos_.empty()) return;
   rotation_chunk_ = chunk;
@@ -40,12 +55,21 @@ void TextModel::rotate_for(int64_t chunk) {
   for (size_t r = 0; r < positions_.size(); ++r) {
     // Both ends of every attended pair lie in one chunk, so the angle may start at the chunk: the
     // products are the same, and float64 keeps it exact at any position.
-    const auto position = static_cast<double>(chunk > 0 ? positions_[r] % chunk : positions_[r]);
-    for (size_t i = 0; i < pairs; ++i) {
-      const double angle = position * inverse_frequencies_[i];
-      cos_[r * pairs + i] = static_cast<float>(std::cos(angle));
-      sin_[r * pairs + i] = static_cast<float>(std::sin(angle));
+    const int64_t position = chunk > 0 ? positions_[r] % chunk : positions_[r];
+    float *cos = &cos_[r * pairs], *sin = &sin_[r * pairs];
+    if (position >= kTabledPositions) {
+      turn(position, cos, sin);
+      continue;
     }
+    const auto known = static_cast<int64_t>(cos_table_.size() / pairs);
+    if (position >= known) {
+      cos_table_.resize((position + 1) * pairs);
+      sin_table_.resize((position + 1) * pairs);
+      for (int64_t p = known; p <= position; ++p)
+        turn(p, &cos_table_[p * pairs], &sin_table_[p * pairs]);
+    }
+    std::copy_n(&cos_table_[position * pairs], pairs, cos);
+    std::copy_n(&sin_table_[position * pairs], pairs, sin);
   }
 }
 

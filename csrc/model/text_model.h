@@ -50,6 +50,8 @@ class TextModel {
   // residual += attention of the normed rows, which also appends their keys and values.
   void attend(const TextParameters::Layer& layer, int64_t index, const TextBatch& batch,
               KvStore& kv, ConstRows normed, Rows residual);
+  // Cosines and sines, [head_dim / 2], of the angles at a position.
+  void turn(int64_t position, float* cos, float* sin) const;
   // Fills cos_ and sin_ for the batch's positions modulo `chunk` (0 = the positions themselves).
   void rotate_for(int64_t chunk);
   void reserve(int64_t rows);
@@ -59,7 +61,8 @@ class TextModel {
   TensorRef embedding_;
   TextParameters parameters_;
   std::vector<double> inverse_frequencies_;
-  std::vector<int64_t> layer_order_;  // in which forward() reads the pages
+  std::vector<int64_t> layer_order_;          // in which forward() reads the pages
+  std::vector<float> cos_table_, sin_table_;  // of the positions from 0 on that occurred
 
   // Work space for `capacity_` rows.
   int64_t capacity_ = 0;
