@@ -53,7 +53,7 @@ std::vector<int32_t> encode(const Tokenizer& tokenizer, const py::object& text,
     bytes.assign(data, static_cast<size_t>(size));
   }
   const py::gil_scoped_release release;
-  return tokenizer.encode(bytes, allowed);
+  return tokenizer.encode(bytes, {.special = allowed});
 }
 
 py::str text_of(const std::string& bytes) {

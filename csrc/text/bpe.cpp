@@ -122,6 +122,20 @@ const MergeTable::Merge* MergeTable::find(int32_t left, int32_t right) const {
   return slot.key == kEmpty ? nullptr : &slot.merge;
 }
 
+void add_merges_of_ranks(const Vocabulary& vocabulary, MergeTable& merges) {
+  merges.reserve(vocabulary.size() * 2);
+  for (size_t id = 0; id < vocabulary.size(); ++id) {
+    const auto rank = static_cast<uint32_t>(id);
+    const std::string_view whole = vocabulary.ordinary(id);
+    for (size_t cut = 1; cut < whole.size(); ++cut) {
+      const int32_t left = vocabulary.find(whole.substr(0, cut));
+      if (left == Vocabulary::kNone) continue;
+      const int32_t right = vocabulary.find(whole.substr(cut));
+      if (right != Vocabulary::kNone) merges.add(left, right, {rank, static_cast<int32_t>(id)});
+    }
+  }
+}
+
 void merge_pairs(const MergeTable& merges, std::vector<int32_t>& symbols,
                  std::vector<int32_t>& out) {
   if (symbols.size() > std::numeric_limits<uint32_t>::max()) {

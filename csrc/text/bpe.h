@@ -5,6 +5,8 @@
 #include <string_view>
 #include <vector>
 
+#include "text/vocabulary.h"
+
 namespace puna {
 
 // Open-addressed map from a pair of ids to the rank of their merge and the id it makes.
@@ -15,6 +17,7 @@ class MergeTable {
     int32_t id;
   };
 
+  bool empty() const { return used_ == 0; }
   void reserve(size_t count);
   // The first entry of a pair stays.
   void add(int32_t left, int32_t right, Merge merge);
@@ -32,6 +35,10 @@ class MergeTable {
   std::vector<Slot> slots_;
   size_t used_ = 0;
 };
+
+// Adds what a list of ranks says: two tokens merge if their joint bytes are a token, whose id is
+// the merge's rank.
+void add_merges_of_ranks(const Vocabulary& vocabulary, MergeTable& merges);
 
 // Appends to `out` the ids of a piece whose bytes have the ids `symbols` (overwritten). Of all
 // pairs that merge, the one with the lowest rank goes first, at ties the leftmost. O(n log n).

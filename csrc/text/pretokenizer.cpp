@@ -3,6 +3,10 @@
 //   U = [\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]   L = [\p{Ll}\p{Lm}\p{Lo}\p{M}]
 #include "text/pretokenizer.h"
 
+#include <algorithm>
+#include <bit>
+
+#include "text/byte_block.h"
 #include "text/unicode_classes.h"
 
 namespace puna {
@@ -16,34 +20,33 @@ const char* const kPretokenizerPattern =
 
 namespace {
 
-constexpr size_t kNone = static_cast<size_t>(-1);
-
-struct Cursor {
-  std::string_view text;
-
-  bool at_end(size_t at) const { return at >= text.size(); }
-  // The class of the character at `at`; *next receives where it ends.
-  CharClass look(size_t at, size_t* next) const {
-    int length = 0;
-    const uint32_t code = decode_utf8(text, at, &length);
-    *next = at + static_cast<size_t>(length);
-    return class_of(code);
-  }
-};
-
 bool is_caseless(CharClass c) { return c == CharClass::kLetter || c == CharClass::kMark; }
-bool is_u(CharClass c) { return c == CharClass::kUpper || is_caseless(c); }
-bool is_l(CharClass c) { return c == CharClass::kLower || is_caseless(c); }
+bool is_letter(CharClass c) {
+  return c == CharClass::kUpper || c == CharClass::kLower || c == CharClass::kLetter;
+}
 bool is_space(CharClass c) { return c == CharClass::kSpace || c == CharClass::kNewline; }
 bool is_punctuation(CharClass c) { return c == CharClass::kOther || c == CharClass::kMark; }
+
+// A character of a text: its class, and where it ends.
+struct Char {
+  CharClass type;
+  size_t end;
+};
+
+// The character at `at` < text.size().
+Char look(std::string_view text, size_t at) {
+  const auto first = static_cast<uint8_t>(text[at]);
+  if (first < 0x80) return {kAsciiClasses[first], at + 1};
+  int length = 0;
+  const uint32_t code = decode_utf8(text, at, &length);
+  return {class_of(code), at + static_cast<size_t>(length)};
+}
 
 // (?i:'s|'t|'re|'ve|'m|'ll|'d)? at `at`: where it ends, or `at`. U+017F is a case of s.
 size_t after_contraction(std::string_view text, size_t at) {
   if (at + 1 >= text.size() || text[at] != '\'') return at;
   const auto lower = [&](size_t i) -> char {
-    if (i >= text.size()) return 0;
-    const char c = text[i];
-    return c >= 'A' && c <= 'Z' ? static_cast<char>(c + 32) : c;
+    return i < text.size() ? static_cast<char>(text[i] | 0x20) : '\0';
   };
   const char first = lower(at + 1), second = lower(at + 2);
   if (first == 's' || first == 't' || first == 'm' || first == 'd') return at + 2;
@@ -55,80 +58,249 @@ size_t after_contraction(std::string_view text, size_t at) {
   return at;
 }
 
-// U*L+ from `at`, or kNone.
-size_t after_word(const Cursor& cursor, size_t at) {
-  size_t end = at, next = 0, after_last_caseless = kNone;
-  CharClass c{};
-  while (!cursor.at_end(end) && is_u(c = cursor.look(end, &next))) {
-    end = next;
-    if (is_caseless(c)) after_last_caseless = next;
+// Letters from `at` on: where U*L+ ends, and where U+ ends; `at` where there is no match.
+struct Letters {
+  size_t word, capitals;
+};
+
+Letters letters_from(std::string_view text, size_t at) {
+  size_t end = at, after_caseless = at;
+  while (end < text.size()) {
+    const Char c = look(text, end);
+    if (c.type == CharClass::kUpper) {
+      end = c.end;
+    } else if (is_caseless(c.type)) {
+      end = after_caseless = c.end;
+    } else if (c.type == CharClass::kLower) {
+      end = c.end;
+      while (end < text.size()) {
+        const Char next = look(text, end);
+        if (next.type != CharClass::kLower && !is_caseless(next.type)) break;
+        end = next.end;
+      }
+      return {end, end};
+    } else {
+      break;
+    }
   }
-  if (cursor.at_end(end) || !is_l(cursor.look(end, &next))) {
-    // U* gives back until L+ can have a character: the last one without case.
-    return after_last_caseless;
-  }
-  while (!cursor.at_end(end) && is_l(cursor.look(end, &next))) end = next;
-  return end;
+  // U* gives back until L+ can have a character: the last one without case.
+  return {after_caseless, end};
 }
 
-// U+ from `at`, or kNone. (L* finds nothing after it, or U*L+ would have matched.)
-size_t after_capitals(const Cursor& cursor, size_t at) {
-  size_t end = at, next = 0;
-  while (!cursor.at_end(end) && is_u(cursor.look(end, &next))) end = next;
-  return end == at ? kNone : end;
+// Where \s*[\r\n]+, \s+(?!\S) or \s+ ends.
+size_t after_blanks(std::string_view text, size_t at) {
+  size_t end = at, last_start = at, after_newline = at;
+  while (end < text.size()) {
+    const Char c = look(text, end);
+    if (!is_space(c.type)) break;
+    last_start = end;
+    end = c.end;
+    if (c.type == CharClass::kNewline) after_newline = end;
+  }
+  if (after_newline != at) return after_newline;
+  return end == text.size() || last_start == at ? end : last_start;
+}
+
+// Where [^\s\p{L}\p{N}]+[\r\n/]* ends, or `at`.
+size_t after_punctuation(std::string_view text, size_t at) {
+  size_t end = at;
+  while (end < text.size()) {
+    const Char c = look(text, end);
+    if (!is_punctuation(c.type)) break;
+    end = c.end;
+  }
+  if (end == at) return at;
+  while (end < text.size() && (text[end] == '\r' || text[end] == '\n' || text[end] == '/')) ++end;
+  return end;
 }
 
 }  // namespace
 
 size_t next_piece(std::string_view text, size_t at) {
-  const Cursor cursor{text};
-  size_t after_first = 0, next = 0;
-  const CharClass first = cursor.look(at, &after_first);
-  const bool prefix =
-      first == CharClass::kOther || first == CharClass::kMark || first == CharClass::kSpace;
-
-  // [^\r\n\p{L}\p{N}]?U*L+(contraction)?, then [^\r\n\p{L}\p{N}]?U+L*(contraction)?, each first
-  // with the optional character and then without.
-  for (const auto word : {&after_word, &after_capitals}) {
-    if (prefix) {
-      const size_t end = word(cursor, after_first);
-      if (end != kNone) return after_contraction(text, end);
+  const Char first = look(text, at);
+  if (is_letter(first.type)) {
+    const Letters letters = letters_from(text, at);
+    return after_contraction(text, letters.word != at ? letters.word : letters.capitals);
+  }
+  if (first.type == CharClass::kNumber) {  // \p{N}{1,3}
+    size_t end = first.end;
+    for (int i = 1; i < 3 && end < text.size(); ++i) {
+      const Char next = look(text, end);
+      if (next.type != CharClass::kNumber) break;
+      end = next.end;
     }
-    const size_t end = word(cursor, at);
-    if (end != kNone) return after_contraction(text, end);
+    return end;
+  }
+  if (first.type != CharClass::kNewline && first.end < text.size()) {
+    // [^\r\n\p{L}\p{N}]?U*L+(contraction)?, then [^\r\n\p{L}\p{N}]?U+L*(contraction)?, each first
+    // with the optional character and then without; of these only a mark can begin a word itself.
+    const Char second = look(text, first.end);
+    if (is_letter(second.type) || second.type == CharClass::kMark) {
+      const Letters letters = letters_from(text, first.end);
+      if (letters.word != first.end) return after_contraction(text, letters.word);
+      if (first.type == CharClass::kMark) return first.end;
+      return after_contraction(text, letters.capitals);
+    }
+  }
+  if (first.type == CharClass::kMark) return after_contraction(text, first.end);
+  if (first.type == CharClass::kOther) return after_punctuation(text, at);
+  if (text[at] == ' ') {  // " ?[^\s\p{L}\p{N}]+[\r\n/]*"
+    const size_t end = after_punctuation(text, first.end);
+    if (end != first.end) return end;
+  }
+  return after_blanks(text, at);
+}
+
+namespace {
+
+uint64_t bits_below(size_t n) { return n >= 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1; }
+
+// Ends of the pieces of a window of 64 bytes at whose first a piece begins, as bits; pieces whose
+// end the window does not show for certain are left out. The pattern, for ASCII, in words: bit i of
+// a word speaks of byte i, so that `x << 1` are the bytes after those of x.
+class Window {
+ public:
+  explicit Window(const char* bytes) : bytes_(bytes), block_(bytes) {}
+
+  // Of the first `size` bytes. 0: next_piece() has to find the first end.
+  uint64_t ends(size_t size) const {
+    const uint64_t foreign = block_.beyond_ascii();
+    if (foreign) size = std::min<size_t>(size, std::countr_zero(foreign));
+    if (size < 4) return 0;
+    uint64_t known = bits_below(size);
+
+    const uint64_t upper = block_.between('A', 'Z') & known;
+    const uint64_t lower = block_.between('a', 'z') & known;
+    const uint64_t digit = block_.between('0', '9') & known;
+    const uint64_t space = block_.equal(' ') & known;
+    const uint64_t newline = (block_.equal('\n') | block_.equal('\r')) & known;
+    const uint64_t blank = space | (block_.between('\t', '\r') & known & ~newline);
+    const uint64_t letter = upper | lower;
+    const uint64_t white = blank | newline;
+    const uint64_t sign = known & ~(letter | digit | white);
+
+    // [\r\n/]* after signs belongs to them. A slash in it is left to next_piece(), as are lines of
+    // blanks alone: in both cases what follows depends on more than the bytes beside it.
+    const uint64_t tail = newline & ~(newline + (newline & sign << 1));
+    const uint64_t free_newline = newline & ~tail;
+    const uint64_t indent = blank & free_newline << 1;  // begins after a newline
+    const uint64_t hard =
+        (block_.equal('/') & sign & tail << 1) | ((blank + indent) & ~blank & newline);
+    if (hard) {
+      // The run of white space and signs before it, too.
+      const size_t at = static_cast<size_t>(std::countr_zero(hard));
+      const uint64_t before = ~(white | sign) & bits_below(at);
+      if (before == 0) return 0;
+      size = static_cast<size_t>(64 - std::countl_zero(before));
+      known = bits_below(size);
+    }
+
+    const uint64_t first_sign = sign & ~(sign << 1) & ~(space << 1);
+    uint64_t begins =
+        // Letters begin a piece after a small letter if they are capitals, and after what cannot
+        // be the one character before a word.
+        (upper & lower << 1) | (letter & (digit | newline | (sign & ~first_sign)) << 1) |
+        first_sign | starts_of_digits(digit) |
+        // White space that begins here; the last blank, which goes with what follows; and what
+        // comes after the last newline.
+        (white & ~tail & ~((blank | free_newline) << 1)) | (blank & ~(white >> 1)) | indent;
+    const uint64_t apostrophe = block_.equal('\'') & letter << 1 & known;
+    size_t certain = size < 4 ? 0 : size - 3;  // a contraction reaches so far
+    if (apostrophe) begins = with_contractions(begins, apostrophe, certain);
+
+    // White space at the end of the window may go on.
+    const uint64_t dark = known & ~white;
+    if (dark == 0) return 0;
+    const auto run = static_cast<size_t>(64 - std::countl_zero(dark));
+    if (run < size) certain = std::min(certain, run);
+    return begins & bits_below(certain + 1) & ~uint64_t{1};
   }
 
+ private:
   // \p{N}{1,3}
-  if (first == CharClass::kNumber) {
-    size_t end = after_first;
-    for (int i = 1; i < 3 && !cursor.at_end(end) && cursor.look(end, &next) == CharClass::kNumber;
-         ++i)
-      end = next;
-    return end;
+  static uint64_t starts_of_digits(uint64_t digit) {
+    const uint64_t whole = digit & digit >> 1 & digit >> 2;
+    uint64_t starts = digit & ~(digit << 1);
+    for (uint64_t next = starts; (next = (next & whole) << 3 & digit) != 0;) starts |= next;
+    return starts;
   }
 
-  // " ?[^\s\p{L}\p{N}]+[\r\n/]*"
-  size_t end = text[at] == ' ' ? after_first : at;
-  const size_t start = end;
-  while (!cursor.at_end(end) && is_punctuation(cursor.look(end, &next))) end = next;
-  if (end > start) {
-    while (!cursor.at_end(end) && (text[end] == '\r' || text[end] == '\n' || text[end] == '/'))
-      ++end;
-    return end;
+  // Each apostrophe of these follows a letter.
+  uint64_t with_contractions(uint64_t begins, uint64_t apostrophe, size_t certain) const {
+    size_t previous_end = 0;
+    for (; apostrophe; apostrophe &= apostrophe - 1) {
+      const auto at = static_cast<size_t>(std::countr_zero(apostrophe));
+      if (at > certain) break;
+      if (at == previous_end) continue;  // after a contraction: begins a piece
+      const size_t end = after_contraction({bytes_, at + 3}, at);
+      if (end == at) continue;
+      begins &= ~(bits_below(end) & ~bits_below(at));
+      if (end < ByteBlock::kBytes) begins |= uint64_t{1} << end;
+      previous_end = end;
+    }
+    return begins;
   }
 
-  // \s*[\r\n]+, \s+(?!\S), \s+
-  size_t last_start = at, after_newline = kNone;
-  CharClass c{};
-  end = at;
-  while (!cursor.at_end(end) && is_space(c = cursor.look(end, &next))) {
-    last_start = end;
-    end = next;
-    if (c == CharClass::kNewline) after_newline = next;
+  const char* bytes_;
+  ByteBlock block_;
+};
+
+}  // namespace
+
+size_t next_pieces(std::string_view text, size_t at, size_t* ends, size_t limit) {
+  size_t count = 0;
+  while (at < text.size() && count < limit) {
+    const size_t left = text.size() - at;
+    // A window yields less than kBytes ends, and nothing much if a foreign character is near.
+    uint64_t near = 0;
+    std::memcpy(&near, text.data() + at, std::min(left, sizeof(near)));
+    uint64_t found = 0;
+    if (!(near & 0x8080808080808080) && limit - count >= ByteBlock::kBytes) {
+      if (left >= ByteBlock::kBytes) {
+        found = Window(text.data() + at).ends(ByteBlock::kBytes);
+      } else {
+        char padded[ByteBlock::kBytes] = {};
+        std::memcpy(padded, text.data() + at, left);
+        found = Window(padded).ends(left);
+      }
+    }
+    if (found == 0) {
+      at = next_piece(text, at);
+      ends[count++] = at;
+      continue;
+    }
+    size_t end = 0;
+    for (; found; found &= found - 1) {
+      end = at + static_cast<size_t>(std::countr_zero(found));
+      ends[count++] = end;
+    }
+    at = end;
   }
-  if (after_newline != kNone) return after_newline;
-  if (cursor.at_end(end) || last_start == at) return end;
-  return last_start;
+  return count;
+}
+
+size_t last_certain_cut(std::string_view text, size_t from, size_t to) {
+  const auto start_of_char = [&](size_t at) {
+    while (at > from && (text[at] & 0xc0) == 0x80) --at;
+    return at;
+  };
+  const size_t stop = to - from > kCutSearch ? to - kCutSearch : from;
+  if (to <= stop) return from;
+  size_t at = start_of_char(to - 1);
+  CharClass next = look(text, at).type;
+  while (at > stop) {
+    const size_t before = start_of_char(at - 1);
+    const CharClass previous = look(text, before).type;
+    const bool word = is_letter(previous), number = previous == CharClass::kNumber;
+    if ((is_space(next) && (word || number)) || (word && next == CharClass::kNumber) ||
+        (number && is_letter(next)) ||
+        (previous == CharClass::kNewline && !is_space(next) && text[at] != '/')) {
+      return at;
+    }
+    at = before;
+    next = previous;
+  }
+  return from;
 }
 
 }  // namespace puna

@@ -12,4 +12,16 @@ extern const char* const kPretokenizerPattern;
 // End of the piece that begins at `at` < text.size(); text is valid UTF-8.
 size_t next_piece(std::string_view text, size_t at);
 
+// Ends of the pieces from `at` on, up to `limit` of them, or fewer; at least one if at <
+// text.size(). Returns their number.
+size_t next_pieces(std::string_view text, size_t at, size_t* ends, size_t limit);
+// A limit of next_pieces() that lets it work at full speed.
+constexpr size_t kPiecesAtOnce = 256;
+
+// The last place in text[from, to) at which a piece ends whatever the text before it and the text
+// behind the two characters there, or `from` if there is none. Looks back `kCutSearch` bytes at
+// most.
+size_t last_certain_cut(std::string_view text, size_t from, size_t to);
+constexpr size_t kCutSearch = 4096;
+
 }  // namespace puna

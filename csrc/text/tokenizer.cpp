@@ -1,65 +1,106 @@
 #include "text/tokenizer.h"
 
 #include <algorithm>
+#include <mutex>
 
 #include "base/error.h"
+#include "platform/thread_pool.h"
+#include "text/meta_cut.h"
+#include "text/piece_encoder.h"
 #include "text/pretokenizer.h"
 #include "text/unicode_classes.h"
 
 namespace puna {
 
-void Tokenizer::set_tokens(std::vector<std::string> tokens, std::vector<AddedToken> added) {
-  const auto bad = [](const auto&... parts) {
-    fail(ErrorCode::kModelFormat, "[tokenizer] ", parts...);
-  };
-  byte_ids_.fill(-1);
-  for (size_t id = 0; id < tokens.size(); ++id) {
-    if (tokens[id].size() == 1) {
-      byte_ids_[static_cast<uint8_t>(tokens[id][0])] = static_cast<int32_t>(id);
-    }
+namespace {
+
+// What a thread takes at a time: long enough for its start and end not to matter, short enough for
+// threads to end together.
+constexpr size_t kBlockBytes = size_t{256} << 10;
+// English has 4 to 5 bytes a token. More is made room for as it comes.
+constexpr size_t kBytesPerId = 4;
+
+}  // namespace
+
+struct Tokenizer::Shared {
+  explicit Shared(BpeModel m) : model(std::move(m)) {}
+
+  std::shared_ptr<ThreadPool> threads(int lanes) {
+    const std::lock_guard lock(mutex);
+    if (!pool || (lanes != 0 && pool->lanes() != lanes)) pool = std::make_shared<ThreadPool>(lanes);
+    return pool;
   }
-  const auto missing = std::find(byte_ids_.begin(), byte_ids_.end(), -1);
-  if (missing != byte_ids_.end()) {
-    bad("there is no token for the single byte ", missing - byte_ids_.begin(),
-        "; byte-level BPE needs all 256");
-  }
-  for (const AddedToken& token : added) {
-    const auto id = static_cast<size_t>(token.id);
-    if (token.name.empty()) bad("the special token ", id, " has no name");
-    if (id >= tokens.size()) tokens.resize(id + 1);
-    if (!tokens[id].empty()) {
-      bad("the special token ", token.name, " has the id ", id, ", which another token has");
+
+  BpeModel model;
+  std::mutex mutex;
+  std::vector<std::unique_ptr<PieceEncoder>> idle;
+  std::shared_ptr<ThreadPool> pool;
+};
+
+// An encoder of one's own for a while; what it has learned stays with the tokenizer.
+class Tokenizer::Lease {
+ public:
+  explicit Lease(Shared& shared) : shared_(shared) {
+    {
+      const std::lock_guard lock(shared_.mutex);
+      if (!shared_.idle.empty()) {
+        encoder_ = std::move(shared_.idle.back());
+        shared_.idle.pop_back();
+      }
     }
-    tokens[id] = token.name;
+    if (!encoder_) encoder_ = std::make_unique<PieceEncoder>(shared_.model);
+  }
+  ~Lease() {
+    const std::lock_guard lock(shared_.mutex);
+    shared_.idle.push_back(std::move(encoder_));
+  }
+  Lease(const Lease&) = delete;
+  Lease& operator=(const Lease&) = delete;
+  PieceEncoder* operator->() const { return encoder_.get(); }
+
+ private:
+  Shared& shared_;
+  std::unique_ptr<PieceEncoder> encoder_;
+};
+
+Tokenizer::Tokenizer(Tokenizer&&) noexcept = default;
+Tokenizer& Tokenizer::operator=(Tokenizer&&) noexcept = default;
+Tokenizer::~Tokenizer() = default;
+
+Tokenizer::Tokenizer(BpeModel model, std::vector<AddedToken> added)
+    : shared_(std::make_unique<Shared>(std::move(model))), added_(std::move(added)) {
+  is_special_.assign(static_cast<size_t>(vocab_size()), false);
+  for (const AddedToken& token : added_) {
     special_tokens_.emplace(token.name, token.id);
+    is_special_[static_cast<size_t>(token.id)] = token.special;
     begins_added_[static_cast<uint8_t>(token.name[0])] = true;
   }
-  if (special_tokens_.size() != added.size()) bad("two special tokens have the same name");
-  added_ = std::move(added);
-  std::sort(added_.begin(), added_.end(),
-            [](const AddedToken& a, const AddedToken& b) { return a.name < b.name; });
-  is_special_.assign(tokens.size(), false);
-  for (const AddedToken& token : added_) is_special_[token.id] = token.special;
-
-  offsets_.assign(1, 0);
-  for (const std::string& token : tokens) {
-    arena_ += token;
-    if (arena_.size() > UINT32_MAX) bad("the tokens have more than 4 GiB");
-    offsets_.push_back(static_cast<uint32_t>(arena_.size()));
+  if (std::count(begins_added_.begin(), begins_added_.end(), true) == 1) {
+    only_begin_ = static_cast<uint8_t>(added_[0].name[0]);
   }
 }
 
+const BpeModel& Tokenizer::model() const { return shared_->model; }
+
 const Tokenizer::AddedToken* Tokenizer::added_at(std::string_view text, size_t at,
-                                                 const AllowedSpecial& allowed) const {
+                                                 const AllowedSpecial& allowed,
+                                                 bool* may_grow) const {
   // [first, last): the names that begin with the `depth` bytes at `at`.
   auto first = added_.begin(), last = added_.end();
+  const auto is_allowed = [&](const AddedToken& token) {
+    return allowed.all || allowed.names.contains(token.name);
+  };
   const AddedToken* found = nullptr;
+  if (may_grow) *may_grow = false;
   for (size_t depth = 0; first != last; ++depth) {
     if (first->name.size() == depth) {
-      if (allowed.all || allowed.names.contains(first->name)) found = &*first;
+      if (is_allowed(*first)) found = &*first;
       ++first;
     }
-    if (at + depth == text.size()) break;
+    if (at + depth == text.size()) {
+      if (may_grow) *may_grow = std::any_of(first, last, is_allowed);
+      break;
+    }
     const auto byte = static_cast<uint8_t>(text[at + depth]);
     const auto byte_of = [depth](const AddedToken& token) {
       return static_cast<uint8_t>(token.name[depth]);
@@ -70,47 +111,105 @@ const Tokenizer::AddedToken* Tokenizer::added_at(std::string_view text, size_t a
   return found;
 }
 
-void Tokenizer::encode_plain(std::string_view text, std::vector<int32_t>& out,
-                             std::vector<int32_t>& symbols) const {
-  for (size_t at = 0; at < text.size();) {
-    const size_t end = next_piece(text, at);
-    const std::string_view piece = text.substr(at, end - at);
-    at = end;
-    if (const auto found = whole_.find(piece); found != whole_.end()) {
-      out.push_back(found->second);
-      continue;
-    }
-    symbols.clear();
-    for (const char c : piece) symbols.push_back(byte_ids_[static_cast<uint8_t>(c)]);
-    merge_pairs(merges_, symbols, out);
+size_t Tokenizer::find_added(std::string_view text, size_t at) const {
+  if (only_begin_ >= 0) {
+    return std::min(text.find(static_cast<char>(only_begin_), at), text.size());
   }
+  while (at < text.size() && !begins_added_[static_cast<uint8_t>(text[at])]) ++at;
+  return at;
 }
 
-std::vector<int32_t> Tokenizer::encode(std::string_view bytes,
-                                       const AllowedSpecial& allowed) const {
-  std::string replaced;
-  if (!is_valid_utf8(bytes)) replaced = to_valid_utf8(bytes);
-  const std::string_view text = replaced.empty() ? bytes : std::string_view(replaced);
-  std::vector<int32_t> out, symbols;
-  out.reserve(text.size() / 3 + 8);
-  if (!allowed.all && allowed.names.empty()) {
-    encode_plain(text, out, symbols);
-    return out;
+void Tokenizer::encode_plain(std::string_view text, int threads, IdBuffer& out) const {
+  if (threads == 1 || text.size() < 2 * kBlockBytes) {
+    Lease(*shared_)->encode(text, out);
+    return;
+  }
+  // Blocks end at places that no piece spans. Where there is none, two are one.
+  std::vector<size_t> ends;
+  for (size_t end = kBlockBytes; end < text.size(); end += kBlockBytes) {
+    size_t from = end - kCutSearch;
+    while (from < end && (text[from] & 0xc0) == 0x80) ++from;
+    const size_t cut = last_certain_cut(text, from, end);
+    if (cut != from) ends.push_back(cut);
+  }
+  ends.push_back(text.size());
+  std::vector<IdBuffer> blocks(ends.size());
+  TileCounter next;
+  shared_->threads(threads)->run([&](Lane&) {
+    Lease encoder(*shared_);
+    for (int64_t i; (i = next.next()) < static_cast<int64_t>(ends.size());) {
+      const auto block = static_cast<size_t>(i);
+      const size_t begin = block == 0 ? 0 : ends[block - 1];
+      encoder->encode(text.substr(begin, ends[block] - begin), blocks[block]);
+    }
+  });
+  for (const IdBuffer& block : blocks) out.add(block.ids());
+}
+
+void Tokenizer::encode_between_cuts(std::string_view text, const EncodeOptions& options,
+                                    IdBuffer& out) const {
+  if (!options.special.all && options.special.names.empty()) {
+    encode_plain(text, options.threads, out);
+    return;
   }
   size_t start = 0;  // of the plain text before the next special token
-  for (size_t at = 0; at < text.size();) {
-    const bool possible = begins_added_[static_cast<uint8_t>(text[at])];
-    const AddedToken* found = possible ? added_at(text, at, allowed) : nullptr;
+  for (size_t at = 0; (at = find_added(text, at)) < text.size();) {
+    const AddedToken* found = added_at(text, at, options.special);
     if (!found) {
       ++at;
       continue;
     }
-    encode_plain(text.substr(start, at - start), out, symbols);
-    out.push_back(found->id);
+    encode_plain(text.substr(start, at - start), options.threads, out);
+    out.add(found->id);
     start = at += found->name.size();
   }
-  encode_plain(text.substr(start), out, symbols);
-  return out;
+  encode_plain(text.substr(start), options.threads, out);
+}
+
+void Tokenizer::encode(std::string_view bytes, const EncodeOptions& options, IdBuffer& out) const {
+  std::string replaced;
+  if (!options.is_valid_utf8 && !is_valid_utf8(bytes)) replaced = to_valid_utf8(bytes);
+  std::string_view text = replaced.empty() ? bytes : std::string_view(replaced);
+  if (options.cut == Cut::kNone) {
+    encode_between_cuts(text, options, out);
+    return;
+  }
+  for (MetaCutter cutter; !text.empty();) {
+    const size_t end = cutter.before_cut(text);
+    encode_between_cuts(text.substr(0, end), options, out);
+    text.remove_prefix(end);
+  }
+}
+
+std::vector<int32_t> Tokenizer::encode(std::string_view text, const EncodeOptions& options) const {
+  IdBuffer ids(IdBuffer::kKeep, text.size() / kBytesPerId);
+  encode(text, options, ids);
+  return {ids.ids().begin(), ids.ids().end()};
+}
+
+size_t Tokenizer::count(std::string_view text, const EncodeOptions& options) const {
+  IdBuffer ids(IdBuffer::kCount);
+  encode(text, options, ids);
+  return ids.size();
+}
+
+std::vector<IdBuffer> Tokenizer::encode_all(std::span<const std::string_view> texts,
+                                            const EncodeOptions& options) const {
+  std::vector<IdBuffer> all(texts.size());
+  EncodeOptions alone = options;
+  alone.threads = 1;
+  TileCounter next;
+  const auto work = [&] {
+    for (int64_t i; (i = next.next()) < static_cast<int64_t>(texts.size());) {
+      encode(texts[static_cast<size_t>(i)], alone, all[static_cast<size_t>(i)]);
+    }
+  };
+  if (options.threads == 1 || texts.size() < 2) {
+    work();
+  } else {
+    shared_->threads(options.threads)->run([&](Lane&) { work(); });
+  }
+  return all;
 }
 
 std::string_view Tokenizer::bytes_of(int32_t id) const {
@@ -118,18 +217,18 @@ std::string_view Tokenizer::bytes_of(int32_t id) const {
     fail(ErrorCode::kInvalidRequest, "[tokenizer] there is no token ", id,
          "; the vocabulary goes from 0 to ", vocab_size() - 1);
   }
-  return std::string_view(arena_).substr(offsets_[id], offsets_[id + 1] - offsets_[id]);
+  return model().vocabulary().bytes_of(id);
 }
 
 bool Tokenizer::is_special(int32_t id) const {
-  return id >= 0 && id < vocab_size() && is_special_[id];
+  return id >= 0 && id < vocab_size() && is_special_[static_cast<size_t>(id)];
 }
 
-std::string Tokenizer::decode(const std::vector<int32_t>& ids, bool skip_special) const {
+std::string Tokenizer::decode(std::span<const int32_t> ids, bool skip_special) const {
   std::string bytes;
   for (const int32_t id : ids) {
     const std::string_view token = bytes_of(id);
-    if (!skip_special || !is_special_[id]) bytes += token;
+    if (!skip_special || !is_special_[static_cast<size_t>(id)]) bytes += token;
   }
   return bytes;
 }

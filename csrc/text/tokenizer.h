@@ -4,15 +4,16 @@
 #include <array>
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <optional>
 #include <set>
+#include <span>
 #include <string>
 #include <string_view>
-#include <unordered_map>
-#include <utility>
 #include <vector>
 
-#include "text/bpe.h"
+#include "text/bpe_model.h"
+#include "text/id_buffer.h"
 
 namespace puna {
 
@@ -24,6 +25,17 @@ struct AllowedSpecial {
 
   static AllowedSpecial none() { return {}; }
   static AllowedSpecial every() { return {true, {}}; }
+};
+
+// Before anything else Meta's own tokenizer cuts long texts (meta_cut.h), which changes ids there;
+// tiktoken and Hugging Face's do not.
+enum class Cut { kNone, kMeta };
+
+struct EncodeOptions {
+  AllowedSpecial special;
+  Cut cut = Cut::kNone;
+  int threads = 1;             // ids do not depend on it; 0: as many as there are cores
+  bool is_valid_utf8 = false;  // the caller knows that it is
 };
 
 // What a GGUF file says of a byte-level BPE tokenizer; views of the file.
@@ -54,22 +66,41 @@ class Tokenizer {
   // From the metadata of a GGUF file.
   static Tokenizer from_gguf(const GgufVocabulary& vocabulary);
 
-  // Ids of a text; bytes that are not UTF-8 count as U+FFFD. Thread-safe.
-  std::vector<int32_t> encode(std::string_view text, const AllowedSpecial& special = {}) const;
+  Tokenizer(Tokenizer&&) noexcept;
+  Tokenizer& operator=(Tokenizer&&) noexcept;
+  ~Tokenizer();
+
+  // Ids of a text; bytes that are not UTF-8 count as U+FFFD. Thread-safe, like all below.
+  std::vector<int32_t> encode(std::string_view text, const EncodeOptions& options = {}) const;
+  // The same, appended to `out`.
+  void encode(std::string_view text, const EncodeOptions& options, IdBuffer& out) const;
+  // Of each text, several texts at once.
+  std::vector<IdBuffer> encode_all(std::span<const std::string_view> texts,
+                                   const EncodeOptions& options) const;
+  // How many ids a text has.
+  size_t count(std::string_view text, const EncodeOptions& options = {}) const;
 
   // Bytes of ids. Throws InvalidRequest for an id that does not exist.
-  std::string decode(const std::vector<int32_t>& ids, bool skip_special = false) const;
+  std::string decode(std::span<const int32_t> ids, bool skip_special = false) const;
   std::string_view bytes_of(int32_t id) const;
   bool is_special(int32_t id) const;
 
-  int64_t vocab_size() const { return static_cast<int64_t>(offsets_.size()) - 1; }
+  int64_t vocab_size() const { return static_cast<int64_t>(model().vocabulary().size()); }
   const std::map<std::string, int32_t>& special_tokens() const { return special_tokens_; }
 
+  // What StreamEncoder works with.
+  const BpeModel& model() const;
+  // The longest allowed added token at text[at], or null. *may_grow: whether more text could make
+  // it another one.
+  const AddedToken* added_at(std::string_view text, size_t at, const AllowedSpecial& allowed,
+                             bool* may_grow = nullptr) const;
+  // The first place from `at` on where an added token may begin, or text.size().
+  size_t find_added(std::string_view text, size_t at) const;
+
  private:
-  struct TransparentHash {
-    using is_transparent = void;
-    size_t operator()(std::string_view text) const { return std::hash<std::string_view>{}(text); }
-  };
+  // Encoders that wait for work, and threads; behind a pointer, which stays where it is.
+  struct Shared;
+  class Lease;
 
   // `tokens` by id in the alphabet of bytes, empty where there is none; `whole_first`: a piece that
   // is a token is not merged.
@@ -77,21 +108,16 @@ class Tokenizer {
       const std::vector<std::string_view>& tokens,
       const std::vector<std::pair<std::string_view, std::string_view>>& merges,
       std::vector<AddedToken> added, bool whole_first);
-  // Puts added tokens into their places in `tokens` and keeps both.
-  void set_tokens(std::vector<std::string> tokens, std::vector<AddedToken> added);
-  // The longest allowed added token at text[at], or null.
-  const AddedToken* added_at(std::string_view text, size_t at, const AllowedSpecial& allowed) const;
-  void encode_plain(std::string_view text, std::vector<int32_t>& out,
-                    std::vector<int32_t>& symbols) const;
+  // The added tokens in the order of their names.
+  Tokenizer(BpeModel model, std::vector<AddedToken> added);
+  void encode_between_cuts(std::string_view text, const EncodeOptions& options,
+                           IdBuffer& out) const;
+  void encode_plain(std::string_view text, int threads, IdBuffer& out) const;
 
-  // Bytes of token id: arena_[offsets_[id], offsets_[id + 1]); empty for an id that no token has.
-  std::string arena_;
-  std::vector<uint32_t> offsets_;
-  std::unordered_map<std::string, int32_t, TransparentHash, std::equal_to<>> whole_;  // piece -> id
-  std::array<int32_t, 256> byte_ids_{};
-  MergeTable merges_;
+  std::unique_ptr<Shared> shared_;
   std::vector<AddedToken> added_;         // sorted by name
   std::array<bool, 256> begins_added_{};  // whether one begins with a byte
+  int only_begin_ = -1;                   // the byte with which all begin, if it is one
   std::map<std::string, int32_t> special_tokens_;
   std::vector<bool> is_special_;
 };

@@ -262,10 +262,49 @@ MergePair pair_of(std::string_view merge) {
   return {merge.substr(0, space), merge.substr(std::min(space + 1, merge.size()))};
 }
 
+// Tokens by id, added ones in their places.
+struct Placed {
+  ByteStrings tokens;
+  std::vector<bool> is_added;
+};
+
+// Sorts the added tokens by name. An empty token leaves room for one.
+Placed place(const ByteStrings& tokens, std::vector<Tokenizer::AddedToken>& added) {
+  std::sort(added.begin(), added.end(), [](const auto& a, const auto& b) { return a.id < b.id; });
+  Placed placed;
+  size_t bytes = 0;
+  for (size_t id = 0; id < tokens.size(); ++id) bytes += tokens[id].size();
+  placed.tokens.reserve(tokens.size() + added.size(), bytes + 32 * added.size());
+  const auto copy_until = [&](size_t end) {
+    for (size_t id = placed.tokens.size(); id < end; ++id) {
+      placed.tokens.add(id < tokens.size() ? tokens[id] : std::string_view());
+      placed.is_added.push_back(false);
+    }
+  };
+  for (const Tokenizer::AddedToken& token : added) {
+    const auto id = static_cast<size_t>(token.id);
+    if (token.name.empty()) bad("the special token ", id, " has no name");
+    copy_until(id);
+    if (id < placed.tokens.size() || (id < tokens.size() && !tokens[id].empty())) {
+      bad("the special token ", token.name, " has the id ", id, ", which another token has");
+    }
+    placed.tokens.add(token.name);
+    placed.is_added.push_back(true);
+  }
+  copy_until(tokens.size());
+  std::sort(added.begin(), added.end(),
+            [](const auto& a, const auto& b) { return a.name < b.name; });
+  const auto same = std::adjacent_find(
+      added.begin(), added.end(), [](const auto& a, const auto& b) { return a.name == b.name; });
+  if (same != added.end()) bad("two special tokens have the name ", same->name);
+  return placed;
+}
+
 }  // namespace
 
 Tokenizer Tokenizer::from_ranks(std::string_view ranks, std::string_view config) {
-  std::vector<std::string> tokens;
+  ByteStrings tokens;
+  tokens.reserve(ranks.size() / 16, ranks.size() / 2);
   std::string token;
   size_t line_number = 0;
   for (size_t at = 0; at < ranks.size();) {
@@ -281,7 +320,10 @@ Tokenizer Tokenizer::from_ranks(std::string_view ranks, std::string_view config)
     if (digits.empty() || !decode_base64(line.substr(0, space), token)) {
       bad("line ", line_number, " of the ranks is no \"base64 rank\"");
     }
-    if (digits != std::to_string(tokens.size())) {
+    size_t rank = 0;
+    const auto [rest, problem] =
+        std::from_chars(digits.data(), digits.data() + digits.size(), rank);
+    if (problem != std::errc() || rest != digits.data() + digits.size() || rank != tokens.size()) {
       bad("line ", line_number, " has the rank ", digits.substr(0, 20), "; ", tokens.size(),
           " was expected");
     }
@@ -290,31 +332,12 @@ Tokenizer Tokenizer::from_ranks(std::string_view ranks, std::string_view config)
       bad("line ", line_number, " has a token of ", token.size(), " bytes; ", kMaxTokenBytes,
           " are the limit");
     }
-    tokens.push_back(token);
+    tokens.add(token);
   }
-  const size_t count = tokens.size();
-  Tokenizer tokenizer;
-  tokenizer.whole_.reserve(count);
-  for (size_t id = 0; id < count; ++id) {
-    if (!tokenizer.whole_.emplace(tokens[id], static_cast<int32_t>(id)).second) {
-      bad("rank ", id, " is the same token as rank ", tokenizer.whole_.at(tokens[id]));
-    }
-  }
-  // Two tokens merge if their joint bytes are a token; its rank is the merge's.
-  tokenizer.merges_.reserve(count * 2);
-  for (size_t id = 0; id < count; ++id) {
-    const std::string_view whole = tokens[id];
-    for (size_t cut = 1; cut < whole.size(); ++cut) {
-      const auto left = tokenizer.whole_.find(whole.substr(0, cut));
-      if (left == tokenizer.whole_.end()) continue;
-      const auto right = tokenizer.whole_.find(whole.substr(cut));
-      if (right == tokenizer.whole_.end()) continue;
-      tokenizer.merges_.add(left->second, right->second,
-                            {static_cast<uint32_t>(id), static_cast<int32_t>(id)});
-    }
-  }
-  tokenizer.set_tokens(std::move(tokens), added_of_config(config, count));
-  return tokenizer;
+  std::vector<AddedToken> added = added_of_config(config, tokens.size());
+  Placed placed = place(tokens, added);
+  return Tokenizer(BpeModel::of_ranks(std::move(placed.tokens), std::move(placed.is_added)),
+                   std::move(added));
 }
 
 Tokenizer Tokenizer::from_json(std::string_view text) {
@@ -360,36 +383,40 @@ Tokenizer Tokenizer::from_json(std::string_view text) {
 Tokenizer Tokenizer::from_byte_level(const std::vector<std::string_view>& names,
                                      const std::vector<MergePair>& merges,
                                      std::vector<AddedToken> added, bool whole_first) {
-  Tokenizer tokenizer;
-  std::vector<std::string> tokens(names.size());
+  ByteStrings tokens;
   std::unordered_map<std::string_view, int32_t> ids;  // in the file's alphabet
+  std::string token;
   for (size_t id = 0; id < names.size(); ++id) {
-    if (names[id].empty()) continue;
-    if (!decode_byte_level(names[id], tokens[id])) {
-      bad("token ", id, " is not written in the byte-level alphabet");
+    token.clear();
+    if (!names[id].empty()) {
+      if (!decode_byte_level(names[id], token)) {
+        bad("token ", id, " is not written in the byte-level alphabet");
+      }
+      if (token.size() > kMaxTokenBytes) {
+        bad("token ", id, " has ", token.size(), " bytes; ", kMaxTokenBytes, " are the limit");
+      }
+      if (!ids.emplace(names[id], static_cast<int32_t>(id)).second) {
+        bad("tokens ", ids.at(names[id]), " and ", id, " are the same");
+      }
     }
-    if (tokens[id].size() > kMaxTokenBytes) {
-      bad("token ", id, " has ", tokens[id].size(), " bytes; ", kMaxTokenBytes, " are the limit");
-    }
-    if (!ids.emplace(names[id], static_cast<int32_t>(id)).second) {
-      bad("tokens ", ids.at(names[id]), " and ", id, " are the same");
-    }
-    if (whole_first) tokenizer.whole_.emplace(tokens[id], static_cast<int32_t>(id));
+    tokens.add(token);
   }
-  tokenizer.merges_.reserve(merges.size());
-  uint32_t rank = 0;
+  std::vector<BpeModel::MergeRule> rules;
+  rules.reserve(merges.size());
   std::string joined;
   for (const auto& [left, right] : merges) {
     joined.assign(left).append(right);
     const auto l = ids.find(left), r = ids.find(right), merged = ids.find(joined);
     if (l == ids.end() || r == ids.end() || merged == ids.end()) {
-      bad("merge ", rank, ", \"", left.substr(0, 40), " ", right.substr(0, 40),
+      bad("merge ", rules.size(), ", \"", left.substr(0, 40), " ", right.substr(0, 40),
           "\", names a token that the vocabulary lacks");
     }
-    tokenizer.merges_.add(l->second, r->second, {rank++, merged->second});
+    rules.push_back({l->second, r->second, merged->second});
   }
-  tokenizer.set_tokens(std::move(tokens), std::move(added));
-  return tokenizer;
+  Placed placed = place(tokens, added);
+  return Tokenizer(
+      BpeModel::of_merges(std::move(placed.tokens), std::move(placed.is_added), rules, whole_first),
+      std::move(added));
 }
 
 Tokenizer Tokenizer::from_gguf(const GgufVocabulary& vocabulary) {

@@ -1,19 +1,26 @@
 #include "text/unicode_classes.h"
 
-namespace puna {
+#include <cstring>
 
-namespace {
+namespace puna {
 
 #include "text/unicode_tables.inc"
 
+namespace {
+
 constexpr std::string_view kReplacement = "\xef\xbf\xbd";
+
+constexpr std::array<CharClass, 128> ascii_classes() {
+  std::array<CharClass, 128> classes{};
+  for (uint32_t code = 0; code < 128; ++code) {
+    classes[code] = class_in(kBlockOfCodePoint, kClassesOfBlock, code);
+  }
+  return classes;
+}
 
 }  // namespace
 
-CharClass class_of(uint32_t code_point) {
-  const uint8_t pair = kClassesOfBlock[kBlockOfCodePoint[code_point >> 7]][(code_point & 127) >> 1];
-  return static_cast<CharClass>(code_point & 1 ? pair >> 4 : pair & 15);
-}
+constinit const std::array<CharClass, 128> kAsciiClasses = ascii_classes();
 
 Utf8Unit utf8_unit(std::string_view text, size_t at) {
   const auto first = static_cast<uint8_t>(text[at]);
@@ -56,6 +63,14 @@ std::string to_valid_utf8(std::string_view bytes) {
 
 bool is_valid_utf8(std::string_view bytes) {
   for (size_t at = 0; at < bytes.size();) {
+    uint64_t ascii = 0;
+    if (bytes.size() - at >= sizeof(ascii)) {
+      std::memcpy(&ascii, bytes.data() + at, sizeof(ascii));
+      if (!(ascii & 0x8080808080808080)) {
+        at += sizeof(ascii);
+        continue;
+      }
+    }
     const Utf8Unit unit = utf8_unit(bytes, at);
     if (unit.kind != Utf8Unit::kValid) return false;
     at += unit.length;

@@ -1,6 +1,7 @@
 // Classes of characters that the pre-tokeniser tells apart, and UTF-8 decoding.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <string>
 #include <string_view>
@@ -19,7 +20,20 @@ enum class CharClass : uint8_t {
   kNewline,  // carriage return, line feed
 };
 
-CharClass class_of(uint32_t code_point);
+// Two levels: the block of a code point, and the classes of a block, two to a byte.
+extern const uint16_t kBlockOfCodePoint[8704];
+extern const uint8_t kClassesOfBlock[][64];
+
+constexpr CharClass class_in(const uint16_t* block_of, const uint8_t (*classes)[64],
+                             uint32_t code_point) {
+  const uint8_t pair = classes[block_of[code_point >> 7]][(code_point & 127) >> 1];
+  return static_cast<CharClass>(code_point & 1 ? pair >> 4 : pair & 15);
+}
+inline CharClass class_of(uint32_t code_point) {
+  return class_in(kBlockOfCodePoint, kClassesOfBlock, code_point);
+}
+// Of the ASCII characters.
+extern const std::array<CharClass, 128> kAsciiClasses;
 
 // The code point at text[at], which must be valid UTF-8; *length receives its bytes.
 inline uint32_t decode_utf8(std::string_view text, size_t at, int* length) {

@@ -244,7 +244,8 @@ TEST(mutated_tokenizer_files) {
   const std::string ranks = tokenizer_fixture::ranks(), config = tokenizer_fixture::config();
   const auto use_tokenizer = [](const puna::Tokenizer& tokenizer) {
     const std::string text = "the world's 123\n\n € 😀 <|eot|>";
-    CHECK(tokenizer.decode(tokenizer.encode(text, puna::AllowedSpecial::every())) == text);
+    CHECK(tokenizer.decode(tokenizer.encode(text, {.special = puna::AllowedSpecial::every()})) ==
+          text);
   };
   fuzz(1500, 5,
        [&](Mutator& mutator) { use_tokenizer(puna::Tokenizer::from_json(mutator.mutated(json))); });

@@ -152,7 +152,8 @@ void use(const std::string& path, const std::string& mmproj) {
            length * static_cast<size_t>(engine->info().vocab_size));
   if (const puna::Tokenizer* tokenizer = engine->tokenizer()) {
     const std::string text = "the world's 123\n\n <|eot|>";
-    CHECK(tokenizer->decode(tokenizer->encode(text, puna::AllowedSpecial::every())) == text);
+    CHECK(tokenizer->decode(tokenizer->encode(text, {.special = puna::AllowedSpecial::every()})) ==
+          text);
   }
 }
 

@@ -88,7 +88,7 @@ void use(const Tokenizer& tokenizer) {
   static const std::string kText = "the hello world's 123 aaaaa\n\n  € 😀 <|eot|><|image|> \xff/";
   const std::string valid = puna::to_valid_utf8(kText);
   for (const AllowedSpecial& allowed : {AllowedSpecial::none(), AllowedSpecial::every()}) {
-    CHECK(tokenizer.decode(tokenizer.encode(kText, allowed)) == valid);
+    CHECK(tokenizer.decode(tokenizer.encode(kText, {.special = allowed})) == valid);
   }
 }
 
@@ -169,7 +169,7 @@ TEST(random_bytes_as_text) {
       }
     }
     const AllowedSpecial allowed{random() % 2 == 0, {}};
-    const std::vector<int32_t> ids = tokenizer.encode(text, allowed);
+    const std::vector<int32_t> ids = tokenizer.encode(text, {.special = allowed});
     CHECK(tokenizer.decode(ids) == puna::to_valid_utf8(text));
     puna::StreamDecoder decoder(tokenizer, {}, /*skip_special=*/false);
     std::string streamed;

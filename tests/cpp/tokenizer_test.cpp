@@ -211,7 +211,7 @@ TEST(special_tokens_are_read_only_where_allowed) {
   const auto special = fixture::special();
   const int32_t eot = special.at("<|eot|>"), e = special.at("<|e"), image = special.at("<|image|>");
   const auto ids = [&](const char* text, const AllowedSpecial& allowed) {
-    return tokenizer.encode(text, allowed);
+    return tokenizer.encode(text, {.special = allowed});
   };
   const std::string text = "hello<|eot|>";
   CHECK_EQ(shown(tokenizer.encode(text)), shown(encode_plainly(text)));
@@ -230,15 +230,18 @@ TEST(special_tokens_are_read_only_where_allowed) {
 TEST(decoding) {
   const Tokenizer tokenizer = small();
   const int32_t eot = fixture::special().at("<|eot|>");
-  CHECK_EQ(tokenizer.decode({255 - 'h', eot, 255 - 'i'}), std::string("h<|eot|>i"));
-  CHECK_EQ(tokenizer.decode({255 - 'h', eot, 255 - 'i'}, /*skip_special=*/true), std::string("hi"));
+  CHECK_EQ(tokenizer.decode(std::vector<int32_t>{255 - 'h', eot, 255 - 'i'}),
+           std::string("h<|eot|>i"));
+  CHECK_EQ(tokenizer.decode(std::vector<int32_t>{255 - 'h', eot, 255 - 'i'}, /*skip_special=*/true),
+           std::string("hi"));
   CHECK(tokenizer.is_special(eot));
   CHECK(!tokenizer.is_special(3) && !tokenizer.is_special(-1) && !tokenizer.is_special(1 << 30));
   CHECK_EQ(tokenizer.vocab_size(), int64_t{fixture::special().at("<|image|>") + 1});
   CHECK_EQ(tokenizer.bytes_of(eot + 3), std::string_view());  // in the gap
-  CHECK_THROWS(ErrorCode::kInvalidRequest, tokenizer.decode({-1}));
-  CHECK_THROWS(ErrorCode::kInvalidRequest,
-               tokenizer.decode({static_cast<int32_t>(tokenizer.vocab_size())}));
+  CHECK_THROWS(ErrorCode::kInvalidRequest, tokenizer.decode(std::vector<int32_t>{-1}));
+  CHECK_THROWS(
+      ErrorCode::kInvalidRequest,
+      tokenizer.decode(std::vector<int32_t>{static_cast<int32_t>(tokenizer.vocab_size())}));
 }
 
 TEST(bytes_that_are_no_text_become_replacement_characters) {
@@ -316,7 +319,8 @@ TEST(added_tokens_that_are_not_special_stay_in_the_text) {
   const Tokenizer tokenizer = Tokenizer::from_ranks(
       fixture::ranks(), "{\"added_tokens_decoder\": {\"" + id +
                             "\": {\"content\": \"<tool>\", \"special\": false}}}");
-  const std::vector<int32_t> ids = tokenizer.encode("a<tool>", AllowedSpecial::every());
+  const std::vector<int32_t> ids =
+      tokenizer.encode("a<tool>", {.special = AllowedSpecial::every()});
   CHECK_EQ(ids.size(), size_t{2});
   CHECK_EQ(tokenizer.decode(ids, /*skip_special=*/true), std::string("a<tool>"));
 }

@@ -1,0 +1,75 @@
+#include "text/bpe_model.h"
+
+#include <algorithm>
+
+#include "base/error.h"
+
+namespace puna {
+
+namespace {
+
+// Whether merge rules say what a list of ranks would: a token's merges come where its id is in the
+// order, and all of them are there.
+bool follow_ranks(const Vocabulary& vocabulary, const std::vector<BpeModel::MergeRule>& rules) {
+  const auto by_id = [](const auto& a, const auto& b) { return a.merged < b.merged; };
+  if (!std::is_sorted(rules.begin(), rules.end(), by_id)) return false;
+  size_t possible = 0;
+  for (size_t id = 0; id < vocabulary.size(); ++id) {
+    const std::string_view whole = vocabulary.ordinary(id);
+    for (size_t cut = 1; cut < whole.size(); ++cut) {
+      possible += vocabulary.find(whole.substr(0, cut)) != Vocabulary::kNone &&
+                  vocabulary.find(whole.substr(cut)) != Vocabulary::kNone;
+    }
+  }
+  return possible == rules.size();
+}
+
+}  // namespace
+
+BpeModel::BpeModel(ByteStrings tokens, std::vector<bool> added)
+    : vocabulary_(std::move(tokens), std::move(added)) {
+  for (size_t byte = 0; byte < byte_ids_.size(); ++byte) {
+    const char character = static_cast<char>(byte);
+    byte_ids_[byte] = vocabulary_.find({&character, 1});
+    if (byte_ids_[byte] == Vocabulary::kNone) {
+      fail(ErrorCode::kModelFormat, "[tokenizer] there is no token for the single byte ", byte,
+           "; byte-level BPE needs all 256");
+    }
+  }
+}
+
+BpeModel BpeModel::of_ranks(ByteStrings tokens, std::vector<bool> added) {
+  BpeModel model(std::move(tokens), std::move(added));
+  model.ranked_ = RankedBpe::of(model.vocabulary_);
+  if (!model.ranked_) add_merges_of_ranks(model.vocabulary_, model.merges_);
+  return model;
+}
+
+BpeModel BpeModel::of_merges(ByteStrings tokens, std::vector<bool> added,
+                             const std::vector<MergeRule>& rules, bool whole_first) {
+  BpeModel model(std::move(tokens), std::move(added));
+  if (follow_ranks(model.vocabulary_, rules)) model.ranked_ = RankedBpe::of(model.vocabulary_);
+  if (!model.ranked_) {
+    model.merges_.reserve(rules.size());
+    uint32_t rank = 0;
+    for (const auto& [left, right, merged] : rules)
+      model.merges_.add(left, right, {rank++, merged});
+  }
+  if (!whole_first && !(model.ranked_ && model.ranked_->all_reachable())) {
+    std::vector<bool> keep(model.vocabulary_.size(), false);
+    for (uint32_t id = 0; model.ranked_ && id < keep.size(); ++id) {
+      keep[id] = model.ranked_->is_reachable(id);
+    }
+    model.vocabulary_.restrict_to(keep);
+  }
+  return model;
+}
+
+void BpeModel::merge(std::string_view piece, std::vector<int32_t>& symbols,
+                     std::vector<int32_t>& out) const {
+  symbols.clear();
+  for (const char byte : piece) symbols.push_back(byte_ids_[static_cast<uint8_t>(byte)]);
+  merge_pairs(merges_, symbols, out);
+}
+
+}  // namespace puna

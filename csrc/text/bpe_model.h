@@ -1,0 +1,48 @@
+// Ordinary tokens and how pieces become them: byte-level BPE of either file format.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <string_view>
+#include <vector>
+
+#include "text/bpe.h"
+#include "text/ranked_bpe.h"
+#include "text/vocabulary.h"
+
+namespace puna {
+
+class BpeModel {
+ public:
+  // The first merges first; all ids are of ordinary tokens.
+  struct MergeRule {
+    int32_t left, right, merged;
+  };
+
+  // `tokens` by id, of which the `added` ones take no part. Two of the others merge if their joint
+  // bytes are one, that of the lowest id first. A piece that is a token is not merged.
+  static BpeModel of_ranks(ByteStrings tokens, std::vector<bool> added);
+  // `whole_first`: a piece that is a token is not merged.
+  static BpeModel of_merges(ByteStrings tokens, std::vector<bool> added,
+                            const std::vector<MergeRule>& rules, bool whole_first);
+
+  // Its find() knows the tokens that a piece of their bytes becomes.
+  const Vocabulary& vocabulary() const { return vocabulary_; }
+  // Null if pieces can be encoded by merging only.
+  const RankedBpe* ranked() const { return ranked_ ? &*ranked_ : nullptr; }
+
+  // Appends the ids of a piece that is no token; `symbols` is scratch.
+  void merge(std::string_view piece, std::vector<int32_t>& symbols,
+             std::vector<int32_t>& out) const;
+
+ private:
+  BpeModel(ByteStrings tokens, std::vector<bool> added);
+
+  Vocabulary vocabulary_;
+  std::array<int32_t, 256> byte_ids_{};
+  std::optional<RankedBpe> ranked_;
+  MergeTable merges_;  // empty where ranked_ does its work
+};
+
+}  // namespace puna

@@ -1,0 +1,41 @@
+// Byte-pair encoding of one piece whose end is not known yet.
+#pragma once
+
+#include <cstdint>
+#include <string_view>
+#include <vector>
+
+#include "text/ranked_bpe.h"
+
+namespace puna {
+
+// For each place the last token of the encoding up to there: all encodings of beginnings form a
+// tree. Whatever follows, the encoding goes through the common ancestor of the places from which a
+// token may still go on; up to there the ids are certain, and nothing before it is kept.
+class IncrementalBpe {
+ public:
+  explicit IncrementalBpe(const RankedBpe& bpe);
+
+  // For a new piece.
+  void restart();
+  void push(std::string_view bytes, PairMemo& memo);
+  // Appends the ids that have become certain.
+  void drain(std::vector<int32_t>& out);
+  // Appends the remaining ids, the piece being complete.
+  void finish(std::vector<int32_t>& out);
+
+  // Bytes whose ids have not been given out.
+  size_t pending() const { return last_.size(); }
+
+ private:
+  // `count` ids of the encoding up to place `end`, in order, appended.
+  void append_path(size_t end, std::vector<int32_t>& out) const;
+  size_t before(size_t place) const { return place - bpe_->length(last_[place - 1]); }
+
+  const RankedBpe* bpe_;
+  uint32_t node_;               // the longest end of the piece that is in the trie
+  uint32_t emitted_;            // the token before place 0, or none
+  std::vector<uint32_t> last_;  // [i]: the last token up to place i + 1
+};
+
+}  // namespace puna

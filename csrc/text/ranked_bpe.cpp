@@ -1,0 +1,182 @@
+#include "text/ranked_bpe.h"
+
+#include <algorithm>
+
+#include "base/error.h"
+#include "text/bpe.h"
+
+namespace puna {
+
+uint32_t RankedBpe::merged(uint32_t left, uint32_t right) const {
+  uint32_t node = trie_.node_of(left);
+  const uint8_t* byte = bytes_.data() + bytes_begin_[right];
+  for (uint32_t i = 0; i < lengths_[right]; ++i) {
+    node = trie_.child(node, byte[i]);
+    if (node == kNone) return kNone;
+  }
+  return trie_.token_at(node);
+}
+
+bool RankedBpe::is_pair(uint32_t left, uint32_t right, uint32_t before) const {
+  // Undoes the merges that made the two, the latest first. At each moment the tokens on both sides
+  // of the border must not have merged before the merge that is undone next: `before` is its rank,
+  // plus one where a merge of equal rank at the border would have come first, being further left.
+  for (;;) {
+    const uint32_t joint = merged(left, right);
+    if (joint != kNone && joint < before) return false;
+    const bool undo_left = left > right;
+    for (int side = 0;; ++side) {
+      if (side == 2) return true;  // both are single bytes
+      if (undo_left == (side == 0)) {
+        if (right_[left] == left) continue;
+        before = left;
+        left = right_[left];
+      } else {
+        if (left_[right] == right) continue;
+        before = right + 1;
+        right = left_[right];
+      }
+      break;
+    }
+  }
+}
+
+bool RankedBpe::find_parts(const Vocabulary& vocabulary) {
+  const size_t size = vocabulary.size();
+  left_.assign(size, kNone);
+  right_.assign(size, kNone);
+  MergeTable merges;  // filled when first needed
+  for (uint32_t token = 0; token < size; ++token) {
+    const std::string_view bytes = vocabulary.ordinary(token);
+    if (bytes.empty()) continue;
+    if (bytes.size() == 1) {
+      if (token >= 256) return false;
+      left_[token] = right_[token] = token;
+      continue;
+    }
+    for (uint32_t left = trie_.longest_prefix(token); left != kNone;
+         left = trie_.longest_prefix(left)) {
+      if (left >= token || !is_reachable(left)) continue;
+      const int32_t right = vocabulary.find(bytes.substr(lengths_[left]));
+      if (right < 0 || static_cast<uint32_t>(right) >= token ||
+          !is_reachable(static_cast<uint32_t>(right)) ||
+          !is_pair(left, static_cast<uint32_t>(right), token)) {
+        continue;
+      }
+      left_[token] = left;
+      right_[token] = static_cast<uint32_t>(right);
+      break;
+    }
+    if (is_reachable(token)) continue;
+    // Merging in the order of ranks does not make it. If it comes about nevertheless, one of its
+    // parts has a higher rank.
+    all_reachable_ = false;
+    if (merges.empty()) add_merges_of_ranks(vocabulary, merges);
+    std::vector<int32_t> symbols, ids;
+    for (const char byte : bytes) symbols.push_back(vocabulary.find({&byte, 1}));
+    merge_pairs(merges, symbols, ids);
+    if (ids.size() == 1) return false;
+  }
+  return true;
+}
+
+void RankedBpe::link_reachable() {
+  const auto reachable_or = [&](uint32_t token, const std::vector<uint32_t>& shorter) {
+    return token == kNone || is_reachable(token) ? token : shorter[token];
+  };
+  const size_t size = left_.size();
+  shorter_start_.assign(size, kNone);
+  shorter_end_.assign(size, kNone);
+  longest_end_.assign(trie_.nodes(), kNone);
+  trie_.for_each_by_depth([&](uint32_t node) {
+    const uint32_t token = trie_.token_at(node);
+    const uint32_t end = longest_end_[trie_.fail(node)];
+    if (token == kNone) {
+      longest_end_[node] = end;
+      return;
+    }
+    shorter_end_[token] = end;
+    longest_end_[node] = is_reachable(token) ? token : end;
+    // A token's beginnings are nearer to the root and have theirs by now.
+    shorter_start_[token] = reachable_or(trie_.longest_prefix(token), shorter_start_);
+  });
+}
+
+std::optional<RankedBpe> RankedBpe::of(const Vocabulary& vocabulary) {
+  RankedBpe bpe;
+  const size_t size = vocabulary.size();
+  bpe.lengths_.resize(size);
+  bpe.bytes_begin_.resize(size);
+  for (size_t token = 0; token < size; ++token) {
+    const std::string_view bytes = vocabulary.ordinary(token);
+    bpe.lengths_[token] = static_cast<uint16_t>(bytes.size());
+    bpe.bytes_begin_[token] = static_cast<uint32_t>(bpe.bytes_.size());
+    bpe.bytes_.insert(bpe.bytes_.end(), bytes.begin(), bytes.end());
+  }
+  bpe.trie_ = TokenTrie(vocabulary);
+  if (!bpe.find_parts(vocabulary)) return std::nullopt;
+  bpe.link_reachable();
+  return bpe;
+}
+
+namespace {
+
+[[noreturn]] void fail_no_encoding(size_t bytes) {
+  fail(ErrorCode::kInternal, "[tokenizer] a piece of ", bytes, " bytes has no encoding");
+}
+
+// Which places of a piece cannot be followed by an encoding of the rest.
+struct DeadWord {
+  uint64_t bits = 0;
+  bool at(size_t i) const { return bits >> i & 1; }
+  void set(size_t i) { bits |= uint64_t{1} << i; }
+};
+struct DeadWords {
+  std::vector<uint64_t>& words;
+  bool at(size_t i) const { return words[i / 64] >> (i % 64) & 1; }
+  void set(size_t i) { words[i / 64] |= uint64_t{1} << (i % 64); }
+};
+
+// Every beginning has one encoding only, so a place is reached by one sequence of tokens: that no
+// token fits after it is found at most once. The work is linear in the length.
+template <class Dead>
+int32_t* encode_stepping_back(const RankedBpe& bpe, std::string_view bytes, PairMemo& memo,
+                              Dead dead, int32_t* out) {
+  int32_t* end = out;
+  size_t at = 0;
+  uint32_t token = bpe.longest_start(bytes);
+  for (;;) {
+    const size_t next = at + bpe.length(token);
+    if (!dead.at(next) &&
+        (end == out || bpe.is_pair(static_cast<uint32_t>(end[-1]), token, memo))) {
+      *end++ = static_cast<int32_t>(token);
+      at = next;
+      if (at == bytes.size()) return end;
+      token = bpe.longest_start(bytes.substr(at));
+      continue;
+    }
+    token = bpe.shorter_start(token);
+    while (token == RankedBpe::kNone) {
+      if (end == out) fail_no_encoding(bytes.size());
+      dead.set(at);
+      token = static_cast<uint32_t>(*--end);
+      at -= bpe.length(token);
+      token = bpe.shorter_start(token);
+    }
+  }
+}
+
+}  // namespace
+
+int32_t* RankedBpe::encode_short(std::string_view bytes, PairMemo& memo, int32_t* out) const {
+  return encode_stepping_back(*this, bytes, memo, DeadWord{}, out);
+}
+
+int32_t* RankedBpe::encode(std::string_view bytes, PairMemo& memo, std::vector<uint64_t>& dead,
+                           int32_t* out) const {
+  if (bytes.size() <= kShort) return encode_short(bytes, memo, out);
+  dead.assign(bytes.size() / 64 + 1, 0);
+  return encode_stepping_back(*this, bytes, memo, DeadWords{dead}, out);
+}
+
+}  // namespace puna

@@ -1,0 +1,98 @@
+// Byte-pair encoding where ranks are ids: two tokens merge if their joint bytes are a token, the
+// lowest id first. For such vocabularies an encoding can be built from left to right:
+//
+// - A sequence of tokens is the encoding of its bytes if and only if each pair of neighbours is the
+//   encoding of the two tokens' bytes (is_pair()). Hence every beginning of an encoding is one.
+// - So the encoding of a longer text extends that of a shorter one but for its last tokens, and the
+//   last token of the encoding of the first n bytes, kept for every n, tells all of them.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string_view>
+#include <vector>
+
+#include "text/token_trie.h"
+#include "text/vocabulary.h"
+
+namespace puna {
+
+// Remembers answers of is_pair(). Of a thread.
+class PairMemo {
+ public:
+  PairMemo() : entries_(kEntries, ~uint64_t{0}) {}
+
+ private:
+  friend class RankedBpe;
+  static constexpr size_t kEntries = 1 << 14;
+  std::vector<uint64_t> entries_;  // left << 33 | right << 1 | answer
+};
+
+class RankedBpe {
+ public:
+  static constexpr uint32_t kNone = TokenTrie::kNone;
+
+  // Nothing if the vocabulary does not allow to encode from left to right: a single byte's id is
+  // not among the first 256, or a token is made by merging one of a higher id.
+  static std::optional<RankedBpe> of(const Vocabulary& vocabulary);
+
+  // Whether merging the joint bytes of two tokens gives these two again.
+  bool is_pair(uint32_t left, uint32_t right, PairMemo& memo) const {
+    const uint64_t key = static_cast<uint64_t>(left) << 33 | static_cast<uint64_t>(right) << 1;
+    uint64_t& entry = memo.entries_[key * 0x9e3779b97f4a7c15ull >> 50];
+    if ((entry | 1) != (key | 1)) entry = key | uint64_t{is_pair(left, right)};
+    return entry & 1;
+  }
+  // The same by the merges of ranks below `before`.
+  bool is_pair(uint32_t left, uint32_t right, uint32_t before = kNone) const;
+
+  // Whether merging can make a token: the others only ever stand for a whole piece.
+  bool is_reachable(uint32_t token) const { return left_[token] != kNone; }
+  bool all_reachable() const { return all_reachable_; }
+  uint32_t length(uint32_t token) const { return lengths_[token]; }
+
+  // The longest reachable token with which `bytes` begin; they must not be empty.
+  uint32_t longest_start(std::string_view bytes) const {
+    uint32_t node = trie_.root(), found = kNone;
+    for (const char byte : bytes) {
+      node = trie_.child(node, static_cast<uint8_t>(byte));
+      if (node == kNone) break;
+      const uint32_t token = trie_.token_at(node);
+      if (token != kNone && is_reachable(token)) found = token;
+    }
+    return found;
+  }
+  // The next shorter reachable token with which a token begins, or kNone.
+  uint32_t shorter_start(uint32_t token) const { return shorter_start_[token]; }
+  // Tokens that end where a node of the trie ends: the longest, and the next shorter one than a
+  // token; reachable ones.
+  uint32_t longest_end(uint32_t node) const { return longest_end_[node]; }
+  uint32_t shorter_end(uint32_t token) const { return shorter_end_[token]; }
+  const TokenTrie& trie() const { return trie_; }
+
+  // Ids of a piece, by trying the longest token first and stepping back. `bytes` are at most
+  // kShort; out has room for as many ids. Returns the end of the ids.
+  static constexpr size_t kShort = 63;
+  int32_t* encode_short(std::string_view bytes, PairMemo& memo, int32_t* out) const;
+  // The same for any piece. `dead` is scratch.
+  int32_t* encode(std::string_view bytes, PairMemo& memo, std::vector<uint64_t>& dead,
+                  int32_t* out) const;
+
+ private:
+  // The token of joint bytes, or kNone.
+  uint32_t merged(uint32_t left, uint32_t right) const;
+  bool find_parts(const Vocabulary& vocabulary);
+  void link_reachable();
+
+  TokenTrie trie_;
+  // A token is last made by merging left_ and right_; a single byte is both itself; kNone: no merge
+  // makes it.
+  std::vector<uint32_t> left_, right_;
+  std::vector<uint16_t> lengths_;
+  std::vector<uint32_t> bytes_begin_;  // of a token within bytes_
+  std::vector<uint8_t> bytes_;
+  std::vector<uint32_t> shorter_start_, shorter_end_, longest_end_;
+  bool all_reachable_ = true;
+};
+
+}  // namespace puna

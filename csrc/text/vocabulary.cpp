@@ -1,0 +1,86 @@
+#include "text/vocabulary.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "base/error.h"
+
+namespace puna {
+
+namespace {
+
+uint64_t hash_of(std::string_view bytes) {
+  if (bytes.size() <= ShortKey::kBytes) return ShortKey::of(bytes.data(), bytes.size()).hash();
+  uint64_t hash = bytes.size();
+  for (size_t at = 0; at < bytes.size(); at += 16) {
+    char block[16] = {};
+    std::memcpy(block, bytes.data() + at, std::min<size_t>(16, bytes.size() - at));
+    uint64_t words[2];
+    std::memcpy(words, block, 16);
+    hash = ShortKey::mixed(words[0] ^ ShortKey::kSalt[0] ^ hash, words[1] ^ ShortKey::kSalt[1]);
+  }
+  return hash;
+}
+
+}  // namespace
+
+void ByteStrings::add(std::string_view bytes) {
+  if (bytes.size() > std::numeric_limits<uint32_t>::max() - arena_.size()) {
+    fail(ErrorCode::kModelFormat, "[tokenizer] the tokens have more than 4 GiB");
+  }
+  arena_ += bytes;
+  ends_.push_back(static_cast<uint32_t>(arena_.size()));
+}
+
+Vocabulary::Vocabulary(ByteStrings tokens, std::vector<bool> added)
+    : tokens_(std::move(tokens)), added_(std::move(added)) {
+  keys_.resize(tokens_.size());
+  for (size_t id = 0; id < tokens_.size(); ++id) {
+    const std::string_view bytes = tokens_[id];
+    keys_[id] = ShortKey::of(bytes.data(), std::min(bytes.size(), ShortKey::kBytes));
+    if (bytes.size() > ShortKey::kBytes) keys_[id].high |= static_cast<uint64_t>(kLong) << 56;
+  }
+  clear_slots();
+  for (size_t id = 0; id < size(); ++id) {
+    if (!ordinary(id).empty()) insert(static_cast<int32_t>(id));
+  }
+}
+
+void Vocabulary::clear_slots() {
+  int bits = 6;
+  while ((size_t{1} << bits) < 2 * size()) ++bits;
+  shift_ = 64 - bits;
+  mask_ = (size_t{1} << bits) - 1;
+  slots_.assign(mask_ + 1, Slot{0, kNone});
+}
+
+void Vocabulary::insert(int32_t id) {
+  const std::string_view bytes = bytes_of(id);
+  const uint64_t hash = hash_of(bytes);
+  size_t slot = hash >> shift_;
+  for (; slots_[slot].id != kNone; slot = (slot + 1) & mask_) {
+    if (slots_[slot].tag == static_cast<uint32_t>(hash) && bytes_of(slots_[slot].id) == bytes) {
+      fail(ErrorCode::kModelFormat, "[tokenizer] rank ", id, " is the same token as rank ",
+           slots_[slot].id);
+    }
+  }
+  slots_[slot] = {static_cast<uint32_t>(hash), id};
+}
+
+int32_t Vocabulary::find_long(std::string_view bytes) const {
+  const uint64_t hash = hash_of(bytes);
+  for (size_t slot = hash >> shift_;; slot = (slot + 1) & mask_) {
+    const Slot& found = slots_[slot];
+    if (found.id == kNone) return kNone;
+    if (found.tag == static_cast<uint32_t>(hash) && bytes_of(found.id) == bytes) return found.id;
+  }
+}
+
+void Vocabulary::restrict_to(const std::vector<bool>& keep) {
+  clear_slots();
+  for (size_t id = 0; id < size(); ++id) {
+    if (!ordinary(id).empty() && keep[id]) insert(static_cast<int32_t>(id));
+  }
+}
+
+}  // namespace puna

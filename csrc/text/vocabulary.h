@@ -1,0 +1,129 @@
+// The tokens of a vocabulary: the bytes of an id, and the id of bytes.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace puna {
+
+// Up to 15 bytes and their number in the last byte, as two registers: what short pieces and tokens
+// are compared by.
+struct ShortKey {
+  static constexpr size_t kBytes = 15;
+
+  uint64_t low, high;
+
+  bool operator==(const ShortKey&) const = default;
+
+  // `size` <= kBytes bytes.
+  static ShortKey of(const char* bytes, size_t size) {
+    ShortKey key{0, static_cast<uint64_t>(size) << 56};
+    char copy[16] = {};
+    std::memcpy(copy, bytes, size);
+    uint64_t words[2];
+    std::memcpy(words, copy, 16);
+    return {words[0], key.high | words[1]};
+  }
+  // The same where 16 bytes can be read at `bytes`.
+  static ShortKey of_readable(const char* bytes, size_t size) {
+    uint64_t words[2];
+    std::memcpy(words, bytes, 16);
+    // Of the low word the first min(size, 8) bytes stay, of the high one the other size - 8.
+    const uint64_t low = size >= 8 ? ~uint64_t{0} : (uint64_t{1} << (8 * size)) - 1;
+    const uint64_t high = size <= 8 ? 0 : (uint64_t{1} << (8 * (size - 8))) - 1;
+    return {words[0] & low, (words[1] & high) | static_cast<uint64_t>(size) << 56};
+  }
+
+  uint64_t hash() const { return mixed(low ^ kSalt[0], high ^ kSalt[1]); }
+
+  // The two halves of a 128-bit product, folded.
+  static uint64_t mixed(uint64_t a, uint64_t b) {
+    const unsigned __int128 product = static_cast<unsigned __int128>(a) * b;
+    return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
+  }
+  // Odd constants without structure: from the fraction of pi.
+  static constexpr uint64_t kSalt[2] = {0x243f6a8885a308d3, 0x13198a2e03707345};
+};
+static_assert(sizeof(ShortKey) == 16);
+
+// Byte strings one after the other, by number.
+class ByteStrings {
+ public:
+  size_t size() const { return ends_.size(); }
+  std::string_view operator[](size_t i) const {
+    const uint32_t begin = i == 0 ? 0 : ends_[i - 1];
+    return std::string_view(arena_).substr(begin, ends_[i] - begin);
+  }
+  void reserve(size_t count, size_t bytes) {
+    ends_.reserve(count);
+    arena_.reserve(bytes);
+  }
+  // Throws ModelFormat beyond 4 GiB in all.
+  void add(std::string_view bytes);
+
+ private:
+  std::string arena_;
+  std::vector<uint32_t> ends_;
+};
+
+class Vocabulary {
+ public:
+  static constexpr int32_t kNone = -1;
+
+  Vocabulary() = default;
+  // By id; an empty one is no token. Those that are `added` do not come of pieces: find() does not
+  // know them. Throws ModelFormat naming the ids if two others are the same.
+  Vocabulary(ByteStrings tokens, std::vector<bool> added);
+
+  size_t size() const { return tokens_.size(); }
+  // Of an id below size().
+  std::string_view bytes_of(int32_t id) const { return tokens_[static_cast<size_t>(id)]; }
+  // Those of a token that is not added; of one that is, none.
+  std::string_view ordinary(size_t id) const {
+    return added_[id] ? std::string_view() : tokens_[id];
+  }
+  // The first 15 bytes of a token and their number, or kLong in the place of the number.
+  const ShortKey& key_of(int32_t id) const { return keys_[static_cast<size_t>(id)]; }
+  static constexpr uint8_t kLong = 0xff;
+
+  int32_t find(std::string_view bytes) const {
+    if (bytes.size() <= ShortKey::kBytes) {
+      const ShortKey key = ShortKey::of(bytes.data(), bytes.size());
+      return find(key, key.hash());
+    }
+    return find_long(bytes);
+  }
+  int32_t find(const ShortKey& key, uint64_t hash) const {
+    const auto tag = static_cast<uint32_t>(hash);
+    for (size_t slot = hash >> shift_;; slot = (slot + 1) & mask_) {
+      const Slot& found = slots_[slot];
+      if (found.id == kNone) return kNone;
+      if (found.tag == tag && keys_[static_cast<size_t>(found.id)] == key) return found.id;
+    }
+  }
+  void prefetch(uint64_t hash) const { __builtin_prefetch(&slots_[hash >> shift_]); }
+
+  // find() forgets the tokens for which `keep` is false.
+  void restrict_to(const std::vector<bool>& keep);
+
+ private:
+  struct Slot {
+    uint32_t tag;  // low bits of the hash
+    int32_t id;
+  };
+  int32_t find_long(std::string_view bytes) const;
+  void insert(int32_t id);
+  void clear_slots();
+
+  ByteStrings tokens_;
+  std::vector<bool> added_;
+  std::vector<ShortKey> keys_;
+  std::vector<Slot> slots_;  // open addressing, at most half full
+  int shift_ = 63;           // a hash's highest bits are its slot
+  size_t mask_ = 0;
+};
+
+}  // namespace puna

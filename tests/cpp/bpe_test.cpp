@@ -1,0 +1,193 @@
+// The parts of the fast encoder against their plain definitions, on random texts and vocabularies.
+#include <algorithm>
+#include <map>
+#include <random>
+#include <set>
+#include <string>
+
+#include "check.h"
+#include "text/bpe_model.h"
+#include "text/incremental_bpe.h"
+#include "text/pretokenizer.h"
+
+using puna::BpeModel;
+using puna::IncrementalBpe;
+using puna::RankedBpe;
+
+namespace {
+
+std::string random_text(std::mt19937& random, const std::vector<std::string>& alphabet,
+                        size_t parts) {
+  std::string text;
+  for (size_t i = 0; i < parts; ++i) {
+    const std::string& part = alphabet[random() % alphabet.size()];
+    for (size_t times = random() % 8 == 0 ? 1 + random() % 12 : 1; times > 0; --times) text += part;
+  }
+  return text;
+}
+
+// What meets in texts, ASCII above all: whole windows of it are cut at once.
+const std::vector<std::string> kAlphabet = {
+    "a", "bc",  "the", "A",  "BC", "Word", "'",  "'s", "'S",  "'t", "'re",  "'LL",     "'v",
+    "1", "123", "12",  " ",  " ",  "  ",   "\t", "\n", "\r",  "\v", "!",    "//",      "/",
+    ";", "{",   "}\n", "()", "é",  "日",   "É",  "ʰ",  "٣",   "ſ",  "😀",   "\u00a0",  "\u0301",
+    "_", ".",   ", ",  "\0", "\"", "=",    "-",  "e",  "  x", "Zz", "\x1c", "'\u017f", "x\n  \n"};
+
+std::vector<size_t> piece_ends(std::string_view text) {
+  std::vector<size_t> ends;
+  for (size_t at = 0; at < text.size();) ends.push_back(at = puna::next_piece(text, at));
+  return ends;
+}
+
+struct RandomVocabulary {
+  std::vector<std::string> tokens;
+  BpeModel model;
+};
+
+// All bytes, then tokens over three letters: joined from two that are there, as a training would,
+// or made up, so that some cannot come about by merging, or in another order than that of the ids.
+RandomVocabulary random_vocabulary(std::mt19937& random, bool made_up) {
+  std::vector<std::string> tokens;
+  std::set<std::string> known;
+  const auto add = [&](const std::string& token) {
+    if (known.insert(token).second) tokens.push_back(token);
+  };
+  for (int byte = 0; byte < 256; ++byte) add(std::string(1, static_cast<char>(255 - byte)));
+  for (size_t left = 4 + random() % 24; left > 0; --left) {
+    std::string token;
+    if (made_up && random() % 3 == 0) {
+      for (size_t n = 2 + random() % 4; n > 0; --n) token += "abc"[random() % 3];
+    } else {
+      const auto part = [&] {
+        const size_t merged = tokens.size() - 256;
+        return merged > 0 && random() % 2 ? tokens[256 + random() % merged]
+                                          : std::string(1, "abc"[random() % 3]);
+      };
+      token = part() + part();
+    }
+    if (token.size() <= 40) add(token);
+  }
+  puna::ByteStrings bytes;
+  for (const std::string& token : tokens) bytes.add(token);
+  const size_t size = tokens.size();
+  return {std::move(tokens), BpeModel::of_ranks(std::move(bytes), std::vector<bool>(size, false))};
+}
+
+// The definition of byte-pair encoding.
+std::vector<int32_t> merged_plainly(const std::vector<std::string>& tokens,
+                                    std::string_view piece) {
+  std::map<std::string, int32_t> ranks;
+  for (size_t i = 0; i < tokens.size(); ++i) ranks[tokens[i]] = static_cast<int32_t>(i);
+  std::vector<std::string> parts;
+  for (const char c : piece) parts.emplace_back(1, c);
+  for (;;) {
+    int32_t best = INT32_MAX;
+    size_t at = 0;
+    for (size_t i = 0; i + 1 < parts.size(); ++i) {
+      const auto found = ranks.find(parts[i] + parts[i + 1]);
+      if (found != ranks.end() && found->second < best) {
+        best = found->second;
+        at = i;
+      }
+    }
+    if (best == INT32_MAX) break;
+    parts[at] += parts[at + 1];
+    parts.erase(parts.begin() + static_cast<int64_t>(at) + 1);
+  }
+  std::vector<int32_t> ids;
+  for (const std::string& part : parts) ids.push_back(ranks.at(part));
+  return ids;
+}
+
+std::string shown(const std::vector<int32_t>& ids) {
+  std::string text;
+  for (const int32_t id : ids) text += std::to_string(id) + " ";
+  return text;
+}
+
+std::string random_letters(std::mt19937& random, size_t size) {
+  std::string text(size, 'a');
+  for (char& c : text) c = "abc"[random() % (1 + random() % 3)];
+  return text;
+}
+
+}  // namespace
+
+TEST(windows_cut_as_single_pieces_do) {
+  std::mt19937 random(1);
+  for (int i = 0; i < 20000; ++i) {
+    const std::string text = random_text(random, kAlphabet, random() % 60);
+    const std::vector<size_t> expected = piece_ends(text);
+    std::vector<size_t> found;
+    const size_t limit = i % 3 == 0 ? 1 + random() % 80 : puna::kPiecesAtOnce;
+    for (size_t at = 0; at < text.size(); at = found.back()) {
+      size_t ends[puna::kPiecesAtOnce];
+      const size_t count = puna::next_pieces(text, at, ends, limit);
+      CHECK(count > 0 && count <= limit);
+      found.insert(found.end(), ends, ends + count);
+    }
+    CHECK(found == expected);
+  }
+}
+
+TEST(no_piece_spans_a_certain_cut) {
+  std::mt19937 random(2);
+  int found = 0;
+  for (int i = 0; i < 20000; ++i) {
+    const std::string text = random_text(random, kAlphabet, 1 + random() % 30);
+    const size_t cut = puna::last_certain_cut(text, 0, text.size());
+    if (cut == 0) continue;
+    ++found;
+    // Each side by itself, and with other texts beyond the characters at the cut.
+    const std::vector<size_t> whole = piece_ends(text);
+    std::vector<size_t> parts = piece_ends(std::string_view(text).substr(0, cut));
+    for (const size_t end : piece_ends(std::string_view(text).substr(cut))) {
+      parts.push_back(cut + end);
+    }
+    CHECK(parts == whole);
+  }
+  CHECK(found > 10000);
+}
+
+TEST(random_vocabularies_encode_as_defined) {
+  std::mt19937 random(3);
+  int from_left = 0, by_merging = 0, unreachable = 0;
+  for (int i = 0; i < 400; ++i) {
+    const auto [tokens, model] = random_vocabulary(random, /*made_up=*/i % 2 == 0);
+    const RankedBpe* ranked = model.ranked();
+    ranked ? ++from_left : ++by_merging;
+    if (ranked && !ranked->all_reachable()) ++unreachable;
+    puna::PairMemo memo;
+    for (int j = 0; j < 10; ++j) {
+      const std::string piece = random_letters(random, 1 + random() % (j % 4 == 0 ? 200 : 20));
+      const std::vector<int32_t> expected = merged_plainly(tokens, piece);
+      if (!ranked) {
+        std::vector<int32_t> symbols, ids;
+        model.merge(piece, symbols, ids);
+        CHECK_EQ(shown(ids), shown(expected));
+        continue;
+      }
+      std::vector<int32_t> ids(piece.size());
+      std::vector<uint64_t> dead;
+      ids.resize(static_cast<size_t>(ranked->encode(piece, memo, dead, ids.data()) - ids.data()));
+      CHECK_EQ(shown(ids), shown(expected));
+      // Byte by byte, giving out ids when they are certain.
+      IncrementalBpe incremental(*ranked);
+      std::vector<int32_t> given;
+      for (size_t at = 0; at < piece.size();) {
+        const size_t n = std::min<size_t>(piece.size() - at, 1 + random() % 5);
+        incremental.push(piece.substr(at, n), memo);
+        at += n;
+        incremental.drain(given);
+        // Certain: whatever follows, the ids begin so.
+        const std::string other = piece.substr(0, at) + random_letters(random, random() % 12);
+        const std::vector<int32_t> longer = merged_plainly(tokens, other);
+        CHECK(given.size() <= longer.size() &&
+              std::equal(given.begin(), given.end(), longer.begin()));
+      }
+      incremental.finish(given);
+      CHECK_EQ(shown(given), shown(expected));
+    }
+  }
+  CHECK(from_left > 30 && by_merging > 30 && unreachable > 5);
+}
