@@ -51,6 +51,36 @@ struct AttendPage {
   float* scores;  // scratch, [rows][round_up(tokens, kKeyBlock)]
 };
 
+// Attention over one head of a sealed page, all of whose kSealedTokens tokens every row sees; the
+// layout is KvSealedLayout of backend/kv_layout.h. The rest is as in AttendPage, with these
+// products:
+//   scores  q * key scale, as whole numbers of at most 16 bits of one step per row and page, times
+//           (code - half of the codes' range), summed exactly in int32; then one fp32 multiply-add
+//           with the step and the part of the zero points, which is summed in fp32
+//   values  the same with (weight of the token) * value scale
+// The sums of whole numbers are the same on every instruction set.
+struct AttendSealed {
+  const float* q;  // [rows][q_stride], the first head_dim of each; already scaled
+  int64_t q_stride;
+  const uint8_t* upper;          // upper bits of the keys' codes
+  const uint8_t* lower;          // lower bits; 8-bit codes only
+  const uint8_t* values;         // codes
+  const uint16_t* key_scales;    // bfloat16: scales, then zero points, of channels
+  const uint16_t* value_scales;  // of tokens
+  const uint8_t* next_upper;     // keys that will be read after this page, or null
+  const uint8_t* next_lower;
+  int32_t rows, head_dim;  // head_dim <= kSealedDim
+  float* m;                // [rows]
+  float* l;                // [rows]
+  float* o;                // [rows][head_dim], contiguous
+  void* scratch;           // rows * kSealedScratch bytes, aligned to 64
+};
+constexpr int64_t kSealedTokens = 256;
+// More channels could overflow int32.
+constexpr int64_t kSealedDim = 256;
+// A row's scores, the whole numbers it is multiplied with, and some numbers more.
+constexpr int64_t kSealedScratch = kSealedTokens * 6 + 64;
+
 // Activations for a product with quantised weights: codes -127 .. 127 and one scale per row and
 // group of columns, the group being that of the weights' format.
 struct QuantizedRows {
@@ -107,6 +137,8 @@ struct KernelTable {
 
   void (*attend_page_f32)(const AttendPage&);
   void (*attend_page_bf16)(const AttendPage&);
+  void (*attend_sealed_int8)(const AttendSealed&);
+  void (*attend_sealed_int4)(const AttendSealed&);
 
   // y = x * w / sqrt(mean(x^2) + eps); w may be null (then 1).
   void (*rms_norm)(float* y, const float* x, const float* w, int64_t n, float eps);

@@ -25,6 +25,8 @@ void inherit_all(KernelTable& table, const KernelTable& lower) {
   inherit(table.quantize_row, lower.quantize_row);
   inherit(table.attend_page_f32, lower.attend_page_f32);
   inherit(table.attend_page_bf16, lower.attend_page_bf16);
+  inherit(table.attend_sealed_int8, lower.attend_sealed_int8);
+  inherit(table.attend_sealed_int4, lower.attend_sealed_int4);
   inherit(table.rms_norm, lower.rms_norm);
   inherit(table.layer_norm, lower.layer_norm);
   inherit(table.silu_mul, lower.silu_mul);

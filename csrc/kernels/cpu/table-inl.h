@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels/cpu/attention-inl.h"
+#include "kernels/cpu/attention-sealed-inl.h"
 #include "kernels/cpu/ceilings-inl.h"
 #include "kernels/cpu/cpu_features.h"
 #include "kernels/cpu/elementwise-inl.h"
@@ -31,6 +32,8 @@ constexpr KernelTable kernels_as(const char* isa, bool (*supported)()) {
           .quantize_row = quantize_row,
           .attend_page_f32 = attend_page_f32,
           .attend_page_bf16 = attend_page_bf16,
+          .attend_sealed_int8 = attend_sealed_int8,
+          .attend_sealed_int4 = attend_sealed_int4,
           .rms_norm = rms_norm,
           .layer_norm = layer_norm,
           .silu_mul = silu_mul,
