@@ -169,6 +169,67 @@ KernelCase attention(const Machine& machine, DType dtype, int64_t positions, int
           decode ? Bound::kRead : Bound::kF32};
 }
 
+// The same over sealed pages, all of which every row sees. Any bytes are codes; so that scores and
+// outputs are numbers, the scales are the lowest of bfloat16's that memory of codes may hold:
+// normal numbers from 2^-7 to 2^-5.
+KernelCase sealed_attention(const Machine& machine, KvSeal format, int64_t positions,
+                            int64_t context) {
+  const KvSealedLayout layout{format, kKvHeads, kHeadDim};
+  const int64_t pages = context / kPageTokens, rows = positions * kGroup;
+  const int64_t layer_bytes = pages * static_cast<int64_t>(layout.page_bytes());
+  const bool decode = positions == 1;
+  const int64_t layers = decode ? Ceilings::kBytes / layer_bytes : 1;
+  const auto attend = format == KvSeal::kInt8 ? machine.kernels.attend_sealed_int8
+                                              : machine.kernels.attend_sealed_int4;
+
+  auto run = [machine, layout, pages, rows, layer_bytes, layers, attend,
+              q = std::vector<float>(rows * kHeadDim, 0.1f)] {
+    machine.pool.run([&](Lane& lane) {
+      const Part heads = lane.part(kKvHeads);
+      const auto page_bytes = static_cast<int64_t>(layout.page_bytes());
+      std::vector<float> m(rows), l(rows), o(rows * kHeadDim);
+      Memory scratch(static_cast<size_t>(rows * kSealedScratch));
+      for (int64_t layer = 0; layer < layers; ++layer) {
+        for (int64_t head = heads.begin; head < heads.end; ++head) {
+          std::fill(m.begin(), m.end(), -std::numeric_limits<float>::infinity());
+          std::fill(l.begin(), l.end(), 0.0f);
+          std::fill(o.begin(), o.end(), 0.0f);
+          for (int64_t page = 0; page < pages; ++page) {
+            const auto* start = reinterpret_cast<const uint8_t*>(machine.memory) +
+                                layer * layer_bytes + page * page_bytes;
+            const auto at = [&](size_t offset) { return start + offset; };
+            const auto scales = [&](size_t offset) {
+              return reinterpret_cast<const uint16_t*>(start + offset);
+            };
+            const uint8_t* next = page + 1 < pages ? start + page_bytes : nullptr;
+            attend({.q = q.data(),
+                    .q_stride = kHeadDim,
+                    .upper = at(layout.upper_offset(head)),
+                    .lower = at(layout.lower_offset(head)),
+                    .values = at(layout.value_offset(head)),
+                    .key_scales = scales(layout.key_scale_offset(head)),
+                    .value_scales = scales(layout.value_scale_offset(head)),
+                    .next_upper = next ? next + layout.upper_offset(head) : nullptr,
+                    .next_lower = next ? next + layout.lower_offset(head) : nullptr,
+                    .rows = static_cast<int32_t>(rows),
+                    .head_dim = kHeadDim,
+                    .m = m.data(),
+                    .l = l.data(),
+                    .o = o.data(),
+                    .scratch = scratch.data()});
+          }
+        }
+      }
+    });
+  };
+  const double work = decode ? static_cast<double>(layer_bytes) * layers
+                             : 4.0 * kHeadDim * kGroup * kKvHeads * positions * context;
+  return {
+      {std::string("attend_sealed_") + (format == KvSeal::kInt8 ? "int8" : "int4"), work, run, {}},
+      std::to_string(positions) + " of " + std::to_string(context) + " tokens",
+      decode ? Bound::kRead : Bound::kInt8};
+}
+
 }  // namespace
 
 int run_ops(int argc, char** argv) {
@@ -203,6 +264,11 @@ int run_ops(int argc, char** argv) {
   for (DType dtype : {DType::kBF16, DType::kF32}) {
     cases.push_back(attention(machine, dtype, 1, 8192));
     cases.push_back(attention(machine, dtype, kPromptRows, 4096));
+  }
+  // Prompts come in tasks of as many rows as stay in the second cache (backend/cpu/attention.h).
+  for (KvSeal format : {KvSeal::kInt8, KvSeal::kInt4}) {
+    cases.push_back(sealed_attention(machine, format, 1, 8192));
+    cases.push_back(sealed_attention(machine, format, 32, 4096));
   }
 
   const std::string only = arguments.text("only", "");

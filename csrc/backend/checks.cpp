@@ -48,6 +48,35 @@ void check_index(const char* where, std::span<const int32_t> index, int64_t rows
       fail(ErrorCode::kInternal, "[", where, "] index ", i, " is outside the ", rows, " rows");
 }
 
+// Every page that the rows of the segment read or write is there.
+void check_pages(const AttentionSegment& segment, bool seals) {
+  const int64_t first = segment.position - segment.first_position;
+  const int64_t tokens = first + segment.rows, own = first / kPageTokens;
+  const int64_t pages = (tokens + kPageTokens - 1) / kPageTokens;
+  const auto open = static_cast<int64_t>(segment.open.size());
+  const auto sealed = static_cast<int64_t>(segment.sealed.size());
+  if (segment.first_position < 0 || first < 0 || segment.first_open < 0 ||
+      segment.first_open > own || pages - segment.first_open > open)
+    fail(ErrorCode::kInternal, "[attention] positions ", segment.first_position, " to ",
+         segment.position + segment.rows, " do not fit ", open, " pages of ", kPageTokens,
+         " that are open from page ", segment.first_open, " on");
+  const int64_t past = seals ? tokens / kPageTokens : segment.first_open;
+  if (past > sealed)
+    fail(ErrorCode::kInternal, "[attention] ", past, " sealed pages are needed, there are ",
+         sealed);
+  const auto missing = [](std::span<void* const> table, int64_t begin, int64_t end) {
+    const auto part = table.subspan(static_cast<size_t>(begin), static_cast<size_t>(end - begin));
+    return std::find(part.begin(), part.end(), nullptr) != part.end();
+  };
+  // What comes through a stream is null; what is written here cannot come through one.
+  const bool open_missing =
+      missing(segment.open, (seals ? own : segment.first_open) - segment.first_open,
+              pages - segment.first_open);
+  if (open_missing || (segment.stream == nullptr && missing(segment.sealed, 0, past)) ||
+      (seals && past > own && missing(segment.sealed, own, past)))
+    fail(ErrorCode::kInternal, "[attention] a page is missing");
+}
+
 void check_feed_forward(const char* where, const char* name, const WeightRef& gate_up,
                         const WeightRef& down, int64_t hidden) {
   const std::string prefix = name;
@@ -213,10 +242,27 @@ void check_attention(ConstRows out, const AttentionInput& input) {
       (input.cos != nullptr && layout.head_dim % 2 != 0))
     fail(ErrorCode::kInternal, "[attention] RoPE needs cos, sin and an even head_dim (",
          layout.head_dim, ")");
+  const KvSealedLayout& sealed = input.sealed;
+  const bool seals = sealed.format != KvSeal::kNone;
+  if (seals && (sealed.kv_heads != layout.kv_heads || sealed.head_dim != layout.head_dim))
+    fail(ErrorCode::kInternal, "[attention] open pages have ", layout.kv_heads, " heads of ",
+         layout.head_dim, ", sealed ones ", sealed.kv_heads, " of ", sealed.head_dim);
+  if (seals && layout.head_dim > kSealedMostDim)
+    fail(ErrorCode::kUnsupported, "[attention] heads of ", layout.head_dim,
+         " channels cannot be sealed into fewer bits, only up to ", kSealedMostDim,
+         "; keep the KV cache in bf16");
   const ConstRows qkv = input.qkv;
   check_rows("attention", "qkv", qkv, qkv.rows,
              (input.heads + 2 * layout.kv_heads) * layout.head_dim);
-  check_rows("attention", "out", out, qkv.rows, input.heads * layout.head_dim);
+  int64_t wanted = qkv.rows;
+  if (input.queries) {
+    wanted = static_cast<int64_t>(input.queries->size());
+    check_index("attention", *input.queries, qkv.rows);
+    for (int64_t i = 1; i < wanted; ++i)
+      if ((*input.queries)[i - 1] >= (*input.queries)[i])
+        fail(ErrorCode::kInternal, "[attention] the wanted rows are not in ascending order");
+  }
+  check_rows("attention", "out", out, wanted, input.heads * layout.head_dim);
 
   int64_t next_row = 0;
   for (const AttentionSegment& segment : input.segments) {
@@ -224,16 +270,7 @@ void check_attention(ConstRows out, const AttentionInput& input) {
       fail(ErrorCode::kInternal, "[attention] a segment has rows ", segment.first_row, " + ",
            segment.rows, ", expected to begin at ", next_row, " of ", qkv.rows);
     next_row += segment.rows;
-    const int64_t tokens = segment.position + segment.rows - segment.first_position;
-    const auto pages = static_cast<int64_t>(segment.open.size());
-    if (segment.first_position < 0 || segment.position < segment.first_position ||
-        (tokens + kPageTokens - 1) / kPageTokens > pages)
-      fail(ErrorCode::kInternal, "[attention] positions ", segment.first_position, " to ",
-           segment.position + segment.rows, " do not fit ", pages, " pages of ", kPageTokens);
-    const auto used =
-        segment.open.first(static_cast<size_t>((tokens + kPageTokens - 1) / kPageTokens));
-    if (std::find(used.begin(), used.end(), nullptr) != used.end())
-      fail(ErrorCode::kInternal, "[attention] a page is missing");
+    check_pages(segment, seals);
   }
   if (next_row != qkv.rows)
     fail(ErrorCode::kInternal, "[attention] the segments cover ", next_row, " of ", qkv.rows,

@@ -56,6 +56,8 @@ enum class KvSeal { kNone, kInt8, kInt4 };
 // and zero point 0.
 constexpr int64_t kSealedLine = 128;
 constexpr int64_t kSealedLineRows = 32;
+// Sums over more channels would not be sure to fit 32 bits (kernels/kernel_table.h).
+constexpr int64_t kSealedMostDim = 256;
 
 struct KvSealedLayout {
   KvSeal format = KvSeal::kNone;

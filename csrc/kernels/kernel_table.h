@@ -44,6 +44,7 @@ struct AttendPage {
   const int32_t* visible;  // [rows]
   const void* k;           // [ceil(tokens / kKeyBlock)][head_dim][kKeyBlock]
   const void* v;           // [tokens][head_dim]
+  const void* next;        // keys that will be read after this page, or null
   int32_t rows, head_dim, tokens;
   float* m;       // [rows]
   float* l;       // [rows]

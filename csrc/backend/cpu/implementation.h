@@ -1,5 +1,5 @@
 // The class behind make_cpu_backend(). Its operations are in cpu_backend.cpp (memory, rows, vision
-// layout), products.cpp, moe.cpp and attention.cpp.
+// layout), products.cpp, moe.cpp, attention.cpp and vision_attention.cpp.
 //
 // How work is shared: output panels, rows and heads go to lanes; the sum over k of one element is
 // always one kernel call, so no result depends on the number of lanes. Scratch memory grows to what
@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "backend/cpu/attention_plan.h"
 #include "backend/routing.h"
 #include "kernels/kernel_table.h"
 #include "platform/memory.h"
@@ -107,12 +108,6 @@ class CpuBackend final : public Backend {
     // Elements of the largest tile.
     int64_t tile_size() const { return std::min(rows, block_rows) * strip_columns; }
   };
-  // Some query rows of one segment, and the query heads that share one KV head.
-  struct AttentionTask {
-    const AttentionSegment* segment;
-    int64_t kv_head, first, count;
-  };
-
   // Calls body(begin, end) on pieces of [0, count): on all lanes if the elements touched are worth
   // waking them, else here.
   template <class Body>
@@ -167,6 +162,7 @@ class CpuBackend final : public Backend {
   void append(const AttentionInput& input, const AttentionSegment& segment, int64_t i,
               int64_t kv_head) const;
   void turn_query(const AttentionInput& input, int64_t row, int64_t head) const;
+  void prepare_attention(Lane& lane, const AttentionInput& input) const;
 
   KernelTable kernels_;
   ThreadPool pool_;
@@ -179,7 +175,7 @@ class CpuBackend final : public Backend {
   Scratch lanes_;         // a share for each lane
   Scratch leaves_;        // attention
   Routing routing_;
-  std::vector<AttentionTask> tasks_;
+  AttentionPlan attention_plan_;
 };
 
 }  // namespace puna

@@ -4,9 +4,13 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <numeric>
+#include <set>
+#include <utility>
 
 #include "backend/checks.h"
+#include "backend/kv_seal.h"
 #include "backend/source.h"
 #include "base/error.h"
 #include "base/half.h"
@@ -269,11 +273,18 @@ class RefBackend final : public Backend {
 
   void attention(Rows out, const AttentionInput& input) override {
     check_attention(out, input);
-    for (const AttentionSegment& segment : input.segments)
+    for (const AttentionSegment& segment : input.segments) {
       for (int64_t i = 0; i < segment.rows; ++i) append(input, segment, i);
-    for (const AttentionSegment& segment : input.segments)
-      for (int64_t i = 0; i < segment.rows; ++i)
-        for (int64_t head = 0; head < input.heads; ++head) attend(out, input, segment, i, head);
+      if (input.sealed.format != KvSeal::kNone) seal(input, segment);
+    }
+    const Streamed streamed = read_streams(input);
+    for (int64_t i = 0; i < out.rows; ++i) {
+      const int64_t row = input.queries ? (*input.queries)[i] : i;
+      const AttentionSegment* segment = &input.segments[0];
+      while (row >= segment->first_row + segment->rows) ++segment;
+      for (int64_t head = 0; head < input.heads; ++head)
+        attend(out.row(i), input, *segment, streamed, row, head);
+    }
   }
 
   void vision_attention(Rows out, Rows qkv, int64_t tiles, int64_t tokens, int64_t heads,
@@ -347,7 +358,7 @@ class RefBackend final : public Backend {
   static void append(const AttentionInput& input, const AttentionSegment& segment, int64_t i) {
     const KvPageLayout& layout = input.layout;
     const int64_t token = segment.position + i - segment.first_position;
-    auto* page = static_cast<char*>(segment.open[token / kPageTokens]);
+    auto* page = static_cast<char*>(segment.open[token / kPageTokens - segment.first_open]);
     for (int64_t head = 0; head < layout.kv_heads; ++head) {
       const int64_t row = segment.first_row + i;
       const int64_t key_column = (input.heads + head) * layout.head_dim;
@@ -363,34 +374,85 @@ class RefBackend final : public Backend {
     }
   }
 
-  static void attend(Rows out, const AttentionInput& input, const AttentionSegment& segment,
-                     int64_t i, int64_t head) {
+  // The pages that these rows fill.
+  static void seal(const AttentionInput& input, const AttentionSegment& segment) {
+    const int64_t first = segment.position - segment.first_position;
+    for (int64_t page = first / kPageTokens; page < (first + segment.rows) / kPageTokens; ++page)
+      for (int64_t head = 0; head < input.layout.kv_heads; ++head)
+        seal_head(segment.sealed[page], input.sealed, segment.open[page - segment.first_open],
+                  input.layout, head);
+  }
+
+  // Copies of the pages that come through streams, by stream and index.
+  using Streamed = std::map<std::pair<const KvStream*, int64_t>, std::vector<char>>;
+  static Streamed read_streams(const AttentionInput& input) {
+    const size_t bytes = input.sealed.format == KvSeal::kNone ? input.layout.page_bytes()
+                                                              : input.sealed.page_bytes();
+    Streamed pages;
+    std::map<KvStream*, std::set<int64_t>> wanted;
+    for (const AttentionSegment& segment : input.segments) {
+      int64_t last = -1;  // row of the segment that is wanted
+      for (int64_t i = 0; i < segment.rows; ++i) {
+        const auto row = static_cast<int32_t>(segment.first_row + i);
+        if (!input.queries || std::binary_search(input.queries->begin(), input.queries->end(), row))
+          last = i;
+      }
+      const int64_t seen = segment.position - segment.first_position + last;
+      if (last < 0 || segment.stream == nullptr) continue;
+      for (int64_t page = 0; page < seen / kPageTokens; ++page)
+        if (page < std::ssize(segment.sealed) && segment.sealed[page] == nullptr)
+          wanted[segment.stream].insert(page);
+    }
+    for (const auto& [stream, indices] : wanted)
+      for (const int64_t index : indices) {
+        const auto* data = static_cast<const char*>(stream->wait(index));
+        pages[{stream, index}].assign(data, data + bytes);
+        stream->passed(index + 1);
+      }
+    return pages;
+  }
+
+  // One query head of row `row`; a page before its own is read in the form it is kept in.
+  static void attend(float* out, const AttentionInput& input, const AttentionSegment& segment,
+                     const Streamed& streamed, int64_t row, int64_t head) {
     const KvPageLayout& layout = input.layout;
-    const int64_t row = segment.first_row + i;
     const int64_t kv_head = head / (input.heads / layout.kv_heads);
-    const int64_t seen = segment.position + i - segment.first_position + 1;
+    const int64_t seen = segment.position + row - segment.first_row - segment.first_position + 1;
+    const int64_t own = (seen - 1) / kPageTokens;
     Doubles query = rotated_head(input, row, head * layout.head_dim);
     double scale = 1.0 / std::sqrt(static_cast<double>(layout.head_dim));
     if (input.temperature != nullptr) scale *= input.temperature[row];
 
+    const bool seals = input.sealed.format != KvSeal::kNone;
+    const auto page_of = [&](int64_t token) {
+      const int64_t page = token / kPageTokens;
+      if (page == own || (!seals && page >= segment.first_open))
+        return static_cast<const char*>(segment.open[page - segment.first_open]);
+      if (segment.sealed[page] != nullptr) return static_cast<const char*>(segment.sealed[page]);
+      return streamed.at({segment.stream, page}).data();
+    };
+    const auto key = [&](int64_t token, int64_t c) -> double {
+      const char* page = page_of(token);
+      const int64_t t = token % kPageTokens;
+      if (seals && token / kPageTokens < own) return sealed_key(page, input.sealed, kv_head, t, c);
+      return float_at(layout.dtype, page + layout.key_offset(kv_head), layout.key_index(t, c));
+    };
+    const auto value = [&](int64_t token, int64_t c) -> double {
+      const char* page = page_of(token);
+      const int64_t t = token % kPageTokens;
+      if (seals && token / kPageTokens < own)
+        return sealed_value(page, input.sealed, kv_head, t, c);
+      return float_at(layout.dtype, page + layout.value_offset(kv_head), layout.value_index(t, c));
+    };
+
     Doubles weights(seen);
-    for (int64_t t = 0; t < seen; ++t) {
-      const char* keys =
-          static_cast<const char*>(segment.open[t / kPageTokens]) + layout.key_offset(kv_head);
-      for (int64_t c = 0; c < layout.head_dim; ++c)
-        weights[t] +=
-            query[c] * float_at(layout.dtype, keys, layout.key_index(t % kPageTokens, c)) * scale;
-    }
+    for (int64_t t = 0; t < seen; ++t)
+      for (int64_t c = 0; c < layout.head_dim; ++c) weights[t] += query[c] * key(t, c) * scale;
     softmax(weights);
     Doubles sum(layout.head_dim);
-    for (int64_t t = 0; t < seen; ++t) {
-      const char* values =
-          static_cast<const char*>(segment.open[t / kPageTokens]) + layout.value_offset(kv_head);
-      for (int64_t c = 0; c < layout.head_dim; ++c)
-        sum[c] +=
-            weights[t] * float_at(layout.dtype, values, layout.value_index(t % kPageTokens, c));
-    }
-    std::copy(sum.begin(), sum.end(), out.row(row) + head * layout.head_dim);
+    for (int64_t t = 0; t < seen; ++t)
+      for (int64_t c = 0; c < layout.head_dim; ++c) sum[c] += weights[t] * value(t, c);
+    std::copy(sum.begin(), sum.end(), out + head * layout.head_dim);
   }
 };
 

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "kernels/cpu/quantized-dot-inl.h"
+#include "kernels/kernel_table.h"
 
 namespace puna {
 namespace {
@@ -17,9 +18,9 @@ constexpr int kLineVectors = static_cast<int>(32 / VF::N);
 
 // The largest tile: its sums, four vectors of codes and a few more registers must fit the machine.
 #if defined(__AVX512F__)
-constexpr int kSealedRows = 10;
+constexpr int kSealedRows = 10, kGroupVectors = 2;
 #else
-constexpr int kSealedRows = 2;
+constexpr int kSealedRows = 2, kGroupVectors = 1;
 #endif
 
 // multiply_words(sums, codes, words): two products of 16 bits each, added to the sum of their row.
@@ -188,19 +189,27 @@ struct CodeSums {
 #pragma GCC unroll 32
     for (int v = 0; v < kLineVectors; ++v) dots[r][v] = same_dots(value);
   }
+  // A pair of words is loaded once for the vectors of a group; not more pairs at a time, or they
+  // would drive the sums out of the registers.
   template <class Source>
   PUNA_INLINE_MEMBER void add(const Source& source, int64_t at, const int16_t* words,
                               int64_t stride) {
 #pragma GCC unroll 32
-    for (int v = 0; v < kLineVectors; ++v) {
-      Codes codes[Source::kWords];
-      source.load(codes, at + v * VF::N * 4);
-#pragma GCC unroll 16
-      for (int r = 0; r < Rows; ++r) {
+    for (int first = 0; first < kLineVectors; first += kGroupVectors) {
+      Codes codes[kGroupVectors][Source::kWords];
 #pragma GCC unroll 4
-        for (int i = 0; i < Source::kWords; ++i)
-          multiply_words(dots[r][v], codes[i], two_words(words + r * stride + 2 * i));
+      for (int v = 0; v < kGroupVectors; ++v) source.load(codes[v], at + (first + v) * VF::N * 4);
+#pragma GCC unroll 4
+      for (int i = 0; i < Source::kWords; ++i) {
+#pragma GCC unroll 16
+        for (int r = 0; r < Rows; ++r) {
+          const Codes pair = two_words(words + r * stride + 2 * i);
+#pragma GCC unroll 4
+          for (int v = 0; v < kGroupVectors; ++v)
+            multiply_words(dots[r][first + v], codes[v][i], pair);
+        }
       }
+      asm volatile("" ::: "memory");
     }
   }
 };
