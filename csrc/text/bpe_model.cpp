@@ -42,6 +42,7 @@ BpeModel BpeModel::of_ranks(ByteStrings tokens, std::vector<bool> added) {
   BpeModel model(std::move(tokens), std::move(added));
   model.ranked_ = RankedBpe::of(model.vocabulary_);
   if (!model.ranked_) add_merges_of_ranks(model.vocabulary_, model.merges_);
+  model.incremental_ = model.ranked_ && model.ranked_->all_reachable();
   return model;
 }
 
@@ -62,6 +63,7 @@ BpeModel BpeModel::of_merges(ByteStrings tokens, std::vector<bool> added,
     }
     model.vocabulary_.restrict_to(keep);
   }
+  model.incremental_ = model.ranked_ && (!whole_first || model.ranked_->all_reachable());
   return model;
 }
 

@@ -31,6 +31,9 @@ class BpeModel {
   const Vocabulary& vocabulary() const { return vocabulary_; }
   // Null if pieces can be encoded by merging only.
   const RankedBpe* ranked() const { return ranked_ ? &*ranked_ : nullptr; }
+  // The same, but null also if a piece may be a token that merging does not make: then ids are
+  // known only when the piece is.
+  const RankedBpe* incremental() const { return incremental_ ? ranked() : nullptr; }
 
   // Appends the ids of a piece that is no token; `symbols` is scratch.
   void merge(std::string_view piece, std::vector<int32_t>& symbols,
@@ -42,6 +45,7 @@ class BpeModel {
   Vocabulary vocabulary_;
   std::array<int32_t, 256> byte_ids_{};
   std::optional<RankedBpe> ranked_;
+  bool incremental_ = false;
   MergeTable merges_;  // empty where ranked_ does its work
 };
 

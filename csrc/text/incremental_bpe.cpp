@@ -24,19 +24,27 @@ void IncrementalBpe::restart() {
   last_.clear();
 }
 
+bool IncrementalBpe::fits(uint32_t token, PairMemo& memo) const {
+  const size_t place = last_.size() + 1, length = bpe_->length(token);
+  if (length > place) return false;  // it began before what is certain
+  const uint32_t left = length == place ? emitted_ : last_[place - length - 1];
+  return left == RankedBpe::kNone || bpe_->is_pair(left, token, memo);
+}
+
 void IncrementalBpe::push(std::string_view bytes, PairMemo& memo) {
   for (const char byte : bytes) {
     node_ = bpe_->trie().step(node_, static_cast<uint8_t>(byte));
-    const size_t place = last_.size() + 1;
-    uint32_t token = bpe_->longest_end(node_);
-    for (;; token = bpe_->shorter_end(token)) {
+    // One of the tokens that end here is the last of the encoding. The first guess is the last
+    // token before, made longer: right all along a run of one character.
+    uint32_t token = last_.empty() ? emitted_ : last_.back();
+    if (token != RankedBpe::kNone) token = bpe_->longer(token, static_cast<uint8_t>(byte));
+    if (token == RankedBpe::kNone || !fits(token, memo)) {
+      token = bpe_->longest_end(node_);
+      while (token != RankedBpe::kNone && !fits(token, memo)) token = bpe_->shorter_end(token);
       if (token == RankedBpe::kNone) {
-        fail(ErrorCode::kInternal, "[tokenizer] no token ends at byte ", place, " of a piece");
+        fail(ErrorCode::kInternal, "[tokenizer] no token ends at byte ", last_.size() + 1,
+             " of a piece");
       }
-      const size_t length = bpe_->length(token);
-      if (length > place) continue;  // it began before what is certain
-      const uint32_t left = length == place ? emitted_ : last_[place - length - 1];
-      if (left == RankedBpe::kNone || bpe_->is_pair(left, token, memo)) break;
     }
     last_.push_back(token);
   }
@@ -70,11 +78,6 @@ void IncrementalBpe::drain(std::vector<int32_t>& out) {
   append_path(common, out);
   emitted_ = last_[common - 1];
   last_.erase(last_.begin(), last_.begin() + static_cast<int64_t>(common));
-}
-
-void IncrementalBpe::finish(std::vector<int32_t>& out) {
-  append_path(last_.size(), out);
-  restart();
 }
 
 }  // namespace puna

@@ -21,14 +21,16 @@ class IncrementalBpe {
   void push(std::string_view bytes, PairMemo& memo);
   // Appends the ids that have become certain.
   void drain(std::vector<int32_t>& out);
-  // Appends the remaining ids, the piece being complete.
-  void finish(std::vector<int32_t>& out);
+  // Appends the remaining ids if the piece is complete, and leaves it as it is.
+  void complete(std::vector<int32_t>& out) const { append_path(last_.size(), out); }
 
   // Bytes whose ids have not been given out.
   size_t pending() const { return last_.size(); }
 
  private:
-  // `count` ids of the encoding up to place `end`, in order, appended.
+  // Whether the encoding up to the next place may end with a token whose bytes end there.
+  bool fits(uint32_t token, PairMemo& memo) const;
+  // Appends the ids of the encoding up to place `end`.
   void append_path(size_t end, std::vector<int32_t>& out) const;
   size_t before(size_t place) const { return place - bpe_->length(last_[place - 1]); }
 

@@ -87,6 +87,28 @@ Letters letters_from(std::string_view text, size_t at) {
   return {after_caseless, end};
 }
 
+// Whether a piece ends between two characters whatever is around them; `byte` is the first of the
+// second one.
+bool is_certain_cut(CharClass previous, CharClass next, char byte) {
+  switch (previous) {
+    case CharClass::kNewline:  // a slash may go with signs before the newline
+      return !is_space(next) && byte != '/';
+    case CharClass::kSpace:  // belongs to what follows, or not
+      return false;
+    case CharClass::kNumber:
+      return next != CharClass::kNumber;
+    case CharClass::kUpper:
+    case CharClass::kLower:
+    case CharClass::kLetter:  // an apostrophe may begin a contraction
+      return is_space(next) || next == CharClass::kNumber ||
+             (next == CharClass::kOther && byte != '\'');
+    case CharClass::kMark:
+    case CharClass::kOther:  // newlines go with signs
+      return next == CharClass::kSpace || next == CharClass::kNumber;
+  }
+  return false;
+}
+
 // Where \s*[\r\n]+, \s+(?!\S) or \s+ ends.
 size_t after_blanks(std::string_view text, size_t at) {
   size_t end = at, last_start = at, after_newline = at;
@@ -291,12 +313,7 @@ size_t last_certain_cut(std::string_view text, size_t from, size_t to) {
   while (at > stop) {
     const size_t before = start_of_char(at - 1);
     const CharClass previous = look(text, before).type;
-    const bool word = is_letter(previous), number = previous == CharClass::kNumber;
-    if ((is_space(next) && (word || number)) || (word && next == CharClass::kNumber) ||
-        (number && is_letter(next)) ||
-        (previous == CharClass::kNewline && !is_space(next) && text[at] != '/')) {
-      return at;
-    }
+    if (is_certain_cut(previous, next, text[at])) return at;
     at = before;
     next = previous;
   }

@@ -68,6 +68,13 @@ class RankedBpe {
   // token; reachable ones.
   uint32_t longest_end(uint32_t node) const { return longest_end_[node]; }
   uint32_t shorter_end(uint32_t token) const { return shorter_end_[token]; }
+  // The reachable token of a token's bytes and one more, or kNone.
+  uint32_t longer(uint32_t token, uint8_t byte) const {
+    const uint32_t node = trie_.child(trie_.node_of(token), byte);
+    if (node == kNone) return kNone;
+    const uint32_t found = trie_.token_at(node);
+    return found != kNone && is_reachable(found) ? found : kNone;
+  }
   const TokenTrie& trie() const { return trie_; }
 
   // Ids of a piece, by trying the longest token first and stepping back. `bytes` are at most

@@ -37,31 +37,23 @@ struct Tokenizer::Shared {
   std::shared_ptr<ThreadPool> pool;
 };
 
-// An encoder of one's own for a while; what it has learned stays with the tokenizer.
-class Tokenizer::Lease {
- public:
-  explicit Lease(Shared& shared) : shared_(shared) {
-    {
-      const std::lock_guard lock(shared_.mutex);
-      if (!shared_.idle.empty()) {
-        encoder_ = std::move(shared_.idle.back());
-        shared_.idle.pop_back();
-      }
-    }
-    if (!encoder_) encoder_ = std::make_unique<PieceEncoder>(shared_.model);
-  }
-  ~Lease() {
+Tokenizer::Lease::Lease(Shared& shared) : shared_(shared) {
+  {
     const std::lock_guard lock(shared_.mutex);
-    shared_.idle.push_back(std::move(encoder_));
+    if (!shared_.idle.empty()) {
+      encoder_ = std::move(shared_.idle.back());
+      shared_.idle.pop_back();
+    }
   }
-  Lease(const Lease&) = delete;
-  Lease& operator=(const Lease&) = delete;
-  PieceEncoder* operator->() const { return encoder_.get(); }
+  if (!encoder_) encoder_ = std::make_unique<PieceEncoder>(shared_.model);
+}
 
- private:
-  Shared& shared_;
-  std::unique_ptr<PieceEncoder> encoder_;
-};
+Tokenizer::Lease::~Lease() {
+  const std::lock_guard lock(shared_.mutex);
+  shared_.idle.push_back(std::move(encoder_));
+}
+
+Tokenizer::Lease Tokenizer::lease() const { return Lease(*shared_); }
 
 Tokenizer::Tokenizer(Tokenizer&&) noexcept = default;
 Tokenizer& Tokenizer::operator=(Tokenizer&&) noexcept = default;
@@ -121,7 +113,7 @@ size_t Tokenizer::find_added(std::string_view text, size_t at) const {
 
 void Tokenizer::encode_plain(std::string_view text, int threads, IdBuffer& out) const {
   if (threads == 1 || text.size() < 2 * kBlockBytes) {
-    Lease(*shared_)->encode(text, out);
+    lease().encoder().encode(text, out);
     return;
   }
   // Blocks end at places that no piece spans. Where there is none, two are one.
@@ -136,11 +128,11 @@ void Tokenizer::encode_plain(std::string_view text, int threads, IdBuffer& out) 
   std::vector<IdBuffer> blocks(ends.size());
   TileCounter next;
   shared_->threads(threads)->run([&](Lane&) {
-    Lease encoder(*shared_);
+    const Lease own(*shared_);
     for (int64_t i; (i = next.next()) < static_cast<int64_t>(ends.size());) {
       const auto block = static_cast<size_t>(i);
       const size_t begin = block == 0 ? 0 : ends[block - 1];
-      encoder->encode(text.substr(begin, ends[block] - begin), blocks[block]);
+      own.encoder().encode(text.substr(begin, ends[block] - begin), blocks[block]);
     }
   });
   for (const IdBuffer& block : blocks) out.add(block.ids());

@@ -14,6 +14,7 @@
 
 #include "text/bpe_model.h"
 #include "text/id_buffer.h"
+#include "text/piece_encoder.h"
 
 namespace puna {
 
@@ -88,7 +89,10 @@ class Tokenizer {
   int64_t vocab_size() const { return static_cast<int64_t>(model().vocabulary().size()); }
   const std::map<std::string, int32_t>& special_tokens() const { return special_tokens_; }
 
-  // What StreamEncoder works with.
+  // What StreamEncoder works with. A lease is an encoder of one's own for a while; what it learns
+  // stays with the tokenizer.
+  class Lease;
+  Lease lease() const;
   const BpeModel& model() const;
   // The longest allowed added token at text[at], or null. *may_grow: whether more text could make
   // it another one.
@@ -100,7 +104,6 @@ class Tokenizer {
  private:
   // Encoders that wait for work, and threads; behind a pointer, which stays where it is.
   struct Shared;
-  class Lease;
 
   // `tokens` by id in the alphabet of bytes, empty where there is none; `whole_first`: a piece that
   // is a token is not merged.
@@ -120,6 +123,19 @@ class Tokenizer {
   int only_begin_ = -1;                   // the byte with which all begin, if it is one
   std::map<std::string, int32_t> special_tokens_;
   std::vector<bool> is_special_;
+};
+
+class Tokenizer::Lease {
+ public:
+  explicit Lease(Shared& shared);
+  ~Lease();
+  Lease(const Lease&) = delete;
+  Lease& operator=(const Lease&) = delete;
+  PieceEncoder& encoder() const { return *encoder_; }
+
+ private:
+  Shared& shared_;
+  std::unique_ptr<PieceEncoder> encoder_;
 };
 
 // The tokenizer of a checkpoint directory, or nothing if it has none.

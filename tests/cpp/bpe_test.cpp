@@ -185,7 +185,7 @@ TEST(random_vocabularies_encode_as_defined) {
         CHECK(given.size() <= longer.size() &&
               std::equal(given.begin(), given.end(), longer.begin()));
       }
-      incremental.finish(given);
+      incremental.complete(given);
       CHECK_EQ(shown(given), shown(expected));
     }
   }
