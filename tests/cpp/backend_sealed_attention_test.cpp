@@ -1,0 +1,426 @@
+// Attention over sealed and streamed pages: near the reference, and with equal bits however the
+// prompt is cut, wherever its pages lie, whatever is batched with it, on any number of threads.
+#include <algorithm>
+#include <list>
+#include <memory>
+#include <optional>
+#include <set>
+#include <span>
+
+#include "backend/kv_seal.h"
+#include "backend_fixture.h"
+
+using namespace fixture;
+
+namespace {
+
+struct Shape {
+  int64_t heads, kv_heads, head_dim;
+  DType page_type;
+  KvSeal seal;
+  int64_t cols() const { return (heads + 2 * kv_heads) * head_dim; }
+  int64_t out_cols() const { return heads * head_dim; }
+  KvPageLayout open() const { return {page_type, kv_heads, head_dim}; }
+  KvSealedLayout sealed() const { return {seal, kv_heads, head_dim}; }
+  size_t sealed_bytes() const {
+    return seal == KvSeal::kNone ? open().page_bytes() : sealed().page_bytes();
+  }
+};
+
+// As in layers that keep everything: no RoPE, queries scaled by position.
+struct Sequence {
+  Sequence(std::mt19937& random, const Shape& shape, int64_t tokens)
+      : shape(shape), tokens(tokens), qkv(randoms(random, tokens * shape.cols())) {
+    for (int64_t i = 0; i < tokens; ++i)
+      temperature.push_back(1 + static_cast<float>(random() % 100) * 1e-2f);
+  }
+  const Shape& shape;
+  int64_t tokens;
+  std::vector<float> qkv, temperature;
+};
+
+using Page = std::shared_ptr<std::vector<char>>;
+
+// The pages of a sequence as a store keeps them: full ones sealed, the last one open.
+struct Cache {
+  explicit Cache(const Shape& shape) : shape(&shape) {}
+  const Shape* shape;
+  int64_t length = 0;
+  std::vector<Page> sealed, open;
+  std::set<int64_t> elsewhere;  // sealed pages that come through the stream
+  KvStream* stream = nullptr;
+  bool sealed_table_short = false;              // by one page
+  std::vector<void*> sealed_table, open_table;  // of the call
+
+  void begin(int64_t rows) {
+    const auto page_of = [](size_t bytes) { return std::make_shared<std::vector<char>>(bytes); };
+    const int64_t first = length / kPageTokens, after = length + rows;
+    while (static_cast<int64_t>(open.size()) < (after + kPageTokens - 1) / kPageTokens - first)
+      open.push_back(page_of(shape->open().page_bytes()));
+    if (shape->seal != KvSeal::kNone)
+      while (static_cast<int64_t>(sealed.size()) < after / kPageTokens)
+        sealed.push_back(page_of(shape->sealed_bytes()));
+    sealed_table.clear();
+    open_table.clear();
+    for (size_t i = 0; i < sealed.size(); ++i)
+      sealed_table.push_back(elsewhere.count(static_cast<int64_t>(i)) ? nullptr
+                                                                      : sealed[i]->data());
+    if (sealed_table_short) sealed_table.pop_back();
+    for (const Page& page : open) open_table.push_back(page->data());
+  }
+  void commit(int64_t rows) {
+    const int64_t full = (length + rows) / kPageTokens - length / kPageTokens;
+    length += rows;
+    if (shape->seal == KvSeal::kNone)
+      sealed.insert(sealed.end(), open.begin(), open.begin() + full);
+    open.erase(open.begin(), open.begin() + full);
+  }
+};
+
+// Hands out copies, and spoils what has been passed. Bytes of ones are NaN in every format.
+class TestStream : public KvStream {
+ public:
+  explicit TestStream(const Cache& cache) : cache_(cache) {}
+  const void* wait(int64_t index) override {
+    CHECK(index > last_);  // ascending, each once
+    CHECK(index >= passed_ && index < passed_ + kHeld);
+    CHECK(cache_.elsewhere.count(index) == 1);
+    if (index == broken) fail(ErrorCode::kDevice, "[test] page ", index, " cannot be read");
+    last_ = index;
+    ++waits;
+    held_.emplace_back(index, *cache_.sealed[static_cast<size_t>(index)]);
+    return held_.back().second.data();
+  }
+  void passed(int64_t index) override {
+    CHECK(index >= passed_);
+    passed_ = index;
+    for (auto& [page, bytes] : held_)
+      if (page < index) std::fill(bytes.begin(), bytes.end(), '\xff');
+  }
+  void rewind() {
+    held_.clear();
+    last_ = -1;
+    passed_ = 0;
+  }
+  int64_t waits = 0, broken = -1;
+
+ private:
+  const Cache& cache_;
+  std::list<std::pair<int64_t, std::vector<char>>> held_;
+  int64_t last_ = -1, passed_ = 0;
+};
+
+struct Piece {
+  const Sequence* sequence;
+  Cache* cache;
+  int64_t count;  // rows of the sequence from the cache's length on
+};
+
+// One call over pieces; the rows of all pieces, or the wanted ones of the call.
+std::vector<float> attend(Backend& backend, const Shape& shape, const std::vector<Piece>& pieces,
+                          std::optional<std::span<const int32_t>> wanted = {}) {
+  std::vector<float> qkv, temperature;
+  std::vector<AttentionSegment> segments;
+  int64_t rows = 0;
+  for (const Piece& piece : pieces) {
+    const int64_t first = piece.cache->length;
+    const auto copy = [&](std::vector<float>& to, const std::vector<float>& from, int64_t cols) {
+      to.insert(to.end(), from.begin() + first * cols, from.begin() + (first + piece.count) * cols);
+    };
+    copy(qkv, piece.sequence->qkv, shape.cols());
+    copy(temperature, piece.sequence->temperature, 1);
+    piece.cache->begin(piece.count);
+    AttentionSegment& segment = segments.emplace_back();
+    segment.first_row = rows;
+    segment.rows = piece.count;
+    segment.position = first;
+    segment.sealed = piece.cache->sealed_table;
+    segment.stream = piece.cache->stream;
+    segment.first_open = first / kPageTokens;
+    segment.open = piece.cache->open_table;
+    rows += piece.count;
+  }
+  AttentionInput input;
+  input.qkv = {qkv.data(), rows, shape.cols()};
+  input.heads = shape.heads;
+  input.layout = shape.open();
+  input.sealed = shape.sealed();
+  input.temperature = temperature.data();
+  input.queries = wanted;
+  input.segments = segments;
+  const int64_t count = wanted ? static_cast<int64_t>(wanted->size()) : rows;
+  std::vector<float> out(static_cast<size_t>(count * shape.out_cols()));
+  backend.attention({out.data(), count, shape.out_cols()}, input);
+  for (const Piece& piece : pieces) piece.cache->commit(piece.count);
+  return out;
+}
+
+std::vector<float> attend_whole(Backend& backend, const Sequence& sequence) {
+  Cache cache(sequence.shape);
+  return attend(backend, sequence.shape, {{&sequence, &cache, sequence.tokens}});
+}
+
+std::vector<float> rows_of(const std::vector<float>& all, int64_t first, int64_t count,
+                           int64_t cols) {
+  return {all.begin() + first * cols, all.begin() + (first + count) * cols};
+}
+
+// As attention_bound() of backend_attention_test.cpp for fp32 arithmetic, where keys and values are
+// the same on both sides. Sealed pages add, per score and per output, what the whole numbers of a
+// query and of the weights are off by (attention_sealed_test.cpp); the scale of a channel is at
+// most its range, twice the largest value, over the levels, and rounded up.
+double bound_of(const Sequence& sequence) {
+  const Shape& shape = sequence.shape;
+  const auto n = static_cast<double>(shape.head_dim);
+  double value = 0;
+  for (const float x : sequence.qkv) value = std::max(value, std::abs(static_cast<double>(x)));
+  const double factor = 2 / std::sqrt(n);  // temperatures stay below 2
+  double score = (n + 32) * kEps * value * value * std::sqrt(n) * factor, added = 0;
+  if (shape.page_type == DType::kBF16) added = 2 * kEps * value;
+  if (shape.seal != KvSeal::kNone) {
+    const double codes = shape.seal == KvSeal::kInt8 ? 128.0 / 255 : 8.0 / 15;
+    const double word = 0.5 * codes * 2.05 * value / 32512;
+    score += 4 * std::sqrt(n) * word * value * factor;
+    added += 4 * 16 * word;
+  }
+  const auto terms = static_cast<double>(std::min<int64_t>(sequence.tokens, 2048));
+  return value * (4 * score + (4 * std::sqrt(terms) + 32) * kEps) + added;
+}
+
+const Shape kShapes[] = {
+    {4, 2, 24, DType::kBF16, KvSeal::kInt8}, {5, 1, 16, DType::kBF16, KvSeal::kInt4},
+    {3, 1, 33, DType::kF32, KvSeal::kInt8},  {8, 4, 7, DType::kBF16, KvSeal::kInt4},
+    {3, 3, 20, DType::kBF16, KvSeal::kNone},
+};
+// For short texts: plain code takes its time.
+const Shape kWide[] = {{5, 1, 128, DType::kBF16, KvSeal::kInt8},
+                       {10, 2, 128, DType::kBF16, KvSeal::kInt4},
+                       {1, 1, 256, DType::kBF16, KvSeal::kInt8}};
+
+void check_near_the_reference(std::mt19937& random, const Shape& shape, int64_t tokens) {
+  const Sequence sequence(random, shape, tokens);
+  // The reference is slow: some rows, those around the ends of pages among them.
+  std::vector<int32_t> wanted;
+  for (int32_t row = 0; row < tokens; ++row)
+    if (row == tokens - 1 || row % 512 == 255 || row % 512 == 256 || random() % 200 == 0)
+      wanted.push_back(row);
+  Cache expected_cache(shape);
+  const std::vector<float> expected =
+      attend(ref(), shape, {{&sequence, &expected_cache, tokens}}, wanted);
+  const std::vector<double> bound(expected.size(), bound_of(sequence));
+  for (std::vector<Named>& same_isa : cpus()) {
+    Cache cache(shape);
+    const std::vector<float> got =
+        attend(*same_isa[1].backend, shape, {{&sequence, &cache, tokens}}, wanted);
+    check_close("sealed attention on " + same_isa[1].name, got, expected, bound);
+    CHECK_EQ(cache.sealed.size(), expected_cache.sealed.size());
+    for (size_t i = 0; i < cache.sealed.size(); ++i)
+      CHECK(*cache.sealed[i] == *expected_cache.sealed[i]);
+  }
+}
+
+}  // namespace
+
+TEST(sealed_attention_is_near_the_reference) {
+  std::mt19937 random(1);
+  for (const Shape& shape : kShapes)
+    for (const int64_t tokens : {1, 255, 256, 257, 600, 2400})
+      check_near_the_reference(random, shape, tokens);
+  for (const Shape& shape : kWide) check_near_the_reference(random, shape, 520);
+}
+
+// Random cuts, pages elsewhere, wanted rows, threads and company.
+TEST(where_pages_lie_and_how_a_prompt_is_cut_does_not_matter) {
+  std::mt19937 random(2);
+  const auto draw = [&](int64_t low, int64_t high) {
+    return low + static_cast<int64_t>(random() % static_cast<uint64_t>(high - low + 1));
+  };
+  for (std::vector<Named>& same_isa : cpus())
+    for (const Shape& shape : kShapes) {
+      const Sequence sequence(random, shape, draw(300, 2500));
+      const Sequence company(random, shape, 500);
+      const std::vector<float> whole = attend_whole(*same_isa[0].backend, sequence);
+      const std::vector<float> company_whole = attend_whole(*same_isa[0].backend, company);
+      const int64_t cols = shape.out_cols();
+      for (int trial = 0; trial < 4; ++trial) {
+        Named& cpu = same_isa[draw(0, 2)];
+        Cache cache(shape), beside(shape);
+        TestStream stream(cache);
+        cache.stream = &stream;
+        while (cache.length < sequence.tokens) {
+          const int64_t limits[] = {3, 40, 700, 3000}, first = cache.length;
+          const int64_t count = std::min(sequence.tokens - first, draw(1, limits[draw(0, 3)]));
+          // Pages that are sealed by now may go, or come back.
+          for (int64_t page = 0; page < first / kPageTokens; ++page)
+            if (draw(0, 2) == 0) {
+              if (!cache.elsewhere.erase(page)) cache.elsewhere.insert(page);
+            }
+          stream.rewind();
+          std::vector<Piece> pieces = {{&sequence, &cache, count}};
+          const int64_t other = std::min(company.tokens - beside.length, draw(0, 300));
+          const int64_t company_first = beside.length;
+          if (other > 0) pieces.insert(pieces.begin() + draw(0, 1), {&company, &beside, other});
+          std::vector<int32_t> wanted;
+          std::vector<float> expected;
+          const bool some = draw(0, 1) == 1;
+          int32_t row = 0;
+          for (const Piece& piece : pieces) {
+            const bool mine = piece.sequence == &sequence;
+            for (int64_t i = 0; i < piece.count; ++i, ++row) {
+              if (some && draw(0, 4) != 0) continue;
+              wanted.push_back(row);
+              const auto part = mine ? rows_of(whole, first + i, 1, cols)
+                                     : rows_of(company_whole, company_first + i, 1, cols);
+              expected.insert(expected.end(), part.begin(), part.end());
+            }
+          }
+          std::vector<float> got;
+          if (some)
+            got = attend(*cpu.backend, shape, pieces, wanted);
+          else
+            got = attend(*cpu.backend, shape, pieces);
+          CHECK_EQ(got.size(), expected.size());
+          check_same_bits("cut at " + std::to_string(first) + " on " + cpu.name, got.data(),
+                          expected.data(), expected.size());
+        }
+      }
+    }
+}
+
+// Questions about one long text, whose pages they share: in memory, or through one stream.
+TEST(shared_prefixes_are_read_once_and_change_nothing) {
+  std::mt19937 random(3);
+  for (const Shape& shape : kShapes) {
+    const int64_t prefix = 2200, forks = 9;
+    const Sequence text(random, shape, prefix);
+    std::vector<Sequence> questions;
+    for (int64_t i = 0; i < forks; ++i) questions.emplace_back(random, shape, prefix + 1 + i * 37);
+    for (std::vector<Named>& same_isa : cpus()) {
+      Cache source(shape);
+      attend(*same_isa[1].backend, shape, {{&text, &source, prefix}}, std::span<const int32_t>{});
+      const auto fork = [&] {
+        Cache copy = source;
+        for (Page& page : copy.open)  // its own from here on
+          page = std::make_shared<std::vector<char>>(*page);
+        return copy;
+      };
+      std::vector<float> expected;
+      for (const Sequence& question : questions) {
+        Cache alone = fork();
+        const std::vector<float> rows =
+            attend(*same_isa[0].backend, shape, {{&question, &alone, question.tokens - prefix}});
+        expected.insert(expected.end(), rows.begin(), rows.end());
+      }
+      for (Named& cpu : same_isa)
+        for (const bool streamed : {false, true}) {
+          std::set<int64_t> elsewhere;
+          if (streamed)
+            for (int64_t page = 1; page < prefix / kPageTokens; ++page) elsewhere.insert(page);
+          std::vector<Cache> caches;
+          for (int64_t i = 0; i < forks; ++i) {
+            caches.push_back(fork());
+            caches.back().elsewhere = elsewhere;
+          }
+          TestStream stream(caches[0]);
+          std::vector<Piece> pieces;
+          for (int64_t i = 0; i < forks; ++i) {
+            caches[i].stream = &stream;
+            pieces.push_back({&questions[i], &caches[i], questions[i].tokens - prefix});
+          }
+          const std::vector<float> got = attend(*cpu.backend, shape, pieces);
+          check_same_bits("shared prefix on " + cpu.name, got.data(), expected.data(),
+                          expected.size());
+          CHECK_EQ(stream.waits, streamed ? prefix / kPageTokens - 1 : 0);
+        }
+    }
+  }
+}
+
+// More pages than may be held at once, and more leaves than lanes work on at once.
+TEST(long_streams) {
+  std::mt19937 random(4);
+  const Shape shape{2, 1, 8, DType::kBF16, KvSeal::kInt8};
+  const int64_t tokens = 40000;
+  Sequence sequence(random, shape, tokens + 1);
+  for (std::vector<Named>& same_isa : cpus()) {
+    Cache cache(shape);
+    attend(*same_isa[0].backend, shape, {{&sequence, &cache, tokens}},
+           std::span<const int32_t>{});  // stored, nothing wanted
+    CHECK_EQ(cache.length, tokens);
+    Cache expected_cache = cache;
+    expected_cache.open[0] = std::make_shared<std::vector<char>>(*cache.open[0]);
+    const std::vector<float> expected = attend(ref(), shape, {{&sequence, &expected_cache, 1}});
+    std::vector<float> first;
+    for (Named& cpu : same_isa)
+      for (const bool streamed : {false, true}) {
+        Cache mine = cache;
+        mine.open[0] = std::make_shared<std::vector<char>>(*cache.open[0]);
+        TestStream stream(mine);
+        mine.stream = &stream;
+        if (streamed)
+          for (int64_t page = 0; page < tokens / kPageTokens; ++page)
+            if (page % 7 != 3) mine.elsewhere.insert(page);
+        const std::vector<float> got = attend(*cpu.backend, shape, {{&sequence, &mine, 1}});
+        if (first.empty()) {
+          first = got;
+          check_close("long stream on " + cpu.name, got, expected,
+                      std::vector<double>(got.size(), bound_of(sequence)));
+        }
+        check_same_bits("long stream on " + cpu.name, got.data(), first.data(), got.size());
+        CHECK_EQ(stream.waits, static_cast<int64_t>(mine.elsewhere.size()));
+      }
+  }
+}
+
+TEST(a_stream_that_fails_is_reported_and_can_be_read_again) {
+  std::mt19937 random(5);
+  const Shape shape{4, 2, 16, DType::kBF16, KvSeal::kInt8};
+  const Sequence sequence(random, shape, 2001);
+  for (std::vector<Named>& same_isa : cpus()) {
+    const std::vector<float> whole = attend_whole(*same_isa[0].backend, sequence);
+    for (Named& cpu : same_isa) {
+      Cache cache(shape);
+      attend(*cpu.backend, shape, {{&sequence, &cache, 2000}});
+      TestStream stream(cache);
+      cache.stream = &stream;
+      cache.elsewhere = {1, 4, 5};
+      stream.broken = 4;
+      CHECK_THROWS(ErrorCode::kDevice, attend(*cpu.backend, shape, {{&sequence, &cache, 1}}));
+      stream.broken = -1;
+      stream.rewind();
+      const std::vector<float> got = attend(*cpu.backend, shape, {{&sequence, &cache, 1}});
+      check_same_bits("after a failure on " + cpu.name, got.data(),
+                      whole.data() + 2000 * shape.out_cols(), got.size());
+    }
+  }
+}
+
+TEST(wrong_pages_are_refused) {
+  std::mt19937 random(6);
+  const Shape shape{2, 1, 4, DType::kBF16, KvSeal::kInt8};
+  const Sequence sequence(random, shape, 600);
+  std::vector<Backend*> all = {&ref()};
+  for (std::vector<Named>& same_isa : cpus()) all.push_back(same_isa[1].backend.get());
+  for (Backend* backend : all) {
+    Cache cache(shape);
+    attend(*backend, shape, {{&sequence, &cache, 520}});
+    const auto refused = [&](auto change) {
+      Cache broken = cache;
+      change(broken);
+      CHECK_THROWS(ErrorCode::kInternal, attend(*backend, shape, {{&sequence, &broken, 10}}));
+    };
+    refused([](Cache& broken) { broken.elsewhere = {0}; });  // without a stream
+    refused([](Cache& broken) { broken.sealed_table_short = true; });
+    const int32_t twice[] = {3, 3}, outside[] = {10}, backwards[] = {4, 2};
+    for (const std::span<const int32_t> rows :
+         {std::span<const int32_t>(twice), std::span<const int32_t>(outside),
+          std::span<const int32_t>(backwards)}) {
+      Cache copy = cache;
+      CHECK_THROWS(ErrorCode::kInternal, attend(*backend, shape, {{&sequence, &copy, 10}}, rows));
+    }
+    const Shape wide{1, 1, 260, DType::kBF16, KvSeal::kInt8};
+    const Sequence other(random, wide, 2);
+    Cache its(wide);
+    CHECK_THROWS(ErrorCode::kUnsupported, attend(*backend, wide, {{&other, &its, 1}}));
+  }
+}
