@@ -18,6 +18,7 @@ KIN = {
     errors.ImageError: ValueError,
     errors.DeviceError: RuntimeError,
     errors.SessionMismatch: ValueError,
+    errors.StorageError: OSError,
     errors.EngineClosed: RuntimeError,
 }
 

@@ -22,6 +22,7 @@ enum class ErrorCode {
   kImage,            // puna.ImageError(ValueError)
   kDevice,           // puna.DeviceError(RuntimeError)
   kSessionMismatch,  // puna.SessionMismatch(ValueError)
+  kStorage,          // puna.StorageError(OSError)
   kEngineClosed,     // puna.EngineClosed(RuntimeError)
 };
 

@@ -32,6 +32,8 @@ const char* class_of(ErrorCode code) {
       return "DeviceError";
     case ErrorCode::kSessionMismatch:
       return "SessionMismatch";
+    case ErrorCode::kStorage:
+      return "StorageError";
     case ErrorCode::kEngineClosed:
       return "EngineClosed";
   }

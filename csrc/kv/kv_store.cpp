@@ -1,76 +1,43 @@
 #include "kv/kv_store.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <limits>
 #include <unordered_map>
 
 #include "base/error.h"
+#include "kv/kv_state.h"
 
 namespace puna {
-namespace {
 
-int64_t pages_for(int64_t tokens) { return (tokens + kPageTokens - 1) / kPageTokens; }
-
-}  // namespace
-
-// Pages in order. Forks share a page through its owner; the last owner gives it back to the tier.
-struct KvStore::Pages {
-  std::vector<void*> table;
-  std::vector<std::shared_ptr<void>> owners;  // of table[i]
-
-  int64_t count() const { return static_cast<int64_t>(table.size()); }
-  void push(std::shared_ptr<void> page) {
-    table.push_back(page.get());
-    owners.push_back(std::move(page));
-  }
-  void replace(int64_t index, std::shared_ptr<void> page) {
-    table[index] = page.get();
-    owners[index] = std::move(page);
-  }
-  // Forgets the pages from `count` on.
-  void keep(int64_t count) {
-    if (count >= this->count()) return;
-    table.resize(static_cast<size_t>(count));
-    owners.resize(static_cast<size_t>(count));
-  }
-  // Hands the first `count` pages to `to`, or drops them.
-  void move_front(int64_t count, Pages* to) {
-    for (int64_t i = 0; to != nullptr && i < count; ++i) to->push(std::move(owners[i]));
-    table.erase(table.begin(), table.begin() + count);
-    owners.erase(owners.begin(), owners.begin() + count);
-  }
-};
-
-// The pages of one layer of one sequence. Between passes a global layer has its full pages sealed
-// and one open page, if the last is not full; a chunked layer has open pages only, from the start
-// of its chunk. apply() adds pages to both lists: open ones for the rows of the pass, sealed ones
-// for the open ones that it will fill.
-struct KvStore::Layer {
-  int64_t first_position = 0;
-  Pages sealed, open;
-};
-
-struct KvStore::State {
-  int64_t length = 0;
-  std::vector<Layer> layers;
-};
-
-// What a layer needs for an append.
-struct KvStore::Growth {
-  int64_t sealed = 0, open = 0;                    // pages beyond those of the tokens held
-  int64_t left_over = 0;                           // bytes of pages of a pass not committed
-  const std::shared_ptr<void>* at_hand = nullptr;  // the open page that will be written on, if any
-};
-
-KvStore::KvStore(KvGeometry geometry, std::unique_ptr<KvTier> tier)
-    : geometry_(std::move(geometry)), tier_(std::move(tier)) {
-  if (tier_ == nullptr || geometry_.layout.page_bytes() == 0)
+KvStore::KvStore(KvGeometry geometry, std::unique_ptr<KvTier> tier, KvStoreOptions options)
+    : identity_{options.model, std::move(geometry)},
+      options_(std::move(options)),
+      files_(options_.files ? *options_.files : system_files()),
+      unit_(identity_.geometry.unit()),
+      process_(getpid()),
+      tier_(std::move(tier)),
+      disk_bytes_(std::make_shared<std::atomic<int64_t>>(0)) {
+  if (tier_ == nullptr || this->geometry().layout.page_bytes() == 0)
     fail(ErrorCode::kInternal, "[kv] a store without a tier, or of empty pages");
-  for (const int64_t chunk : geometry_.chunk)
+  for (size_t layer = 0; layer < this->geometry().chunk.size(); ++layer) {
+    const int64_t chunk = this->geometry().chunk[layer];
     if (chunk < 0) fail(ErrorCode::kInternal, "[kv] an attention chunk of ", chunk, " tokens");
+    if (chunk == 0) globals_.push_back(static_cast<int64_t>(layer));
+  }
+  if (!options_.disk.empty()) open_disk();
 }
 
-KvStore::~KvStore() = default;
+KvStore::~KvStore() {
+  // Threads first, then what they hold on to, then what that lies in.
+  reader_.reset();
+  writer_.reset();
+  failed_.clear();
+  kept_.clear();
+  sequences_.clear();
+  ring_.clear();
+}
 
 KvStore::State& KvStore::state(Sequence sequence) const {
   const auto found = sequences_.find(sequence);
@@ -80,13 +47,15 @@ KvStore::State& KvStore::state(Sequence sequence) const {
 
 KvStore::Sequence KvStore::create() {
   auto fresh = std::make_unique<State>();
-  fresh->layers.resize(geometry_.chunk.size());
+  fresh->layers.resize(geometry().chunk.size());
   sequences_.emplace(next_, std::move(fresh));
   return next_++;
 }
 
 KvStore::Sequence KvStore::fork(Sequence source) {
+  end_pass();
   auto copy = std::make_unique<State>(state(source));
+  copy->session.reset();
   // Pages that apply() made but commit() never filled stay with the source: shared, both would
   // write them.
   for (size_t i = 0; i < copy->layers.size(); ++i) keep(*copy, i, copy->length);
@@ -95,8 +64,11 @@ KvStore::Sequence KvStore::fork(Sequence source) {
 }
 
 void KvStore::release(Sequence sequence) {
+  end_pass();
   state(sequence);
+  std::erase(pass_, sequence);
   sequences_.erase(sequence);
+  std::erase_if(by_name_, [](const auto& entry) { return entry.second.expired(); });
 }
 
 int64_t KvStore::length(Sequence sequence) const { return state(sequence).length; }
@@ -104,7 +76,7 @@ int64_t KvStore::length(Sequence sequence) const { return state(sequence).length
 int64_t KvStore::room(Sequence sequence) const {
   const int64_t length = state(sequence).length;
   int64_t room = std::numeric_limits<int64_t>::max() - length;
-  for (const int64_t chunk : geometry_.chunk)
+  for (const int64_t chunk : geometry().chunk)
     if (chunk > 0) room = std::min(room, chunk - length % chunk);
   return room;
 }
@@ -116,17 +88,22 @@ int64_t KvStore::restorable(Sequence sequence, int64_t length) const {
   // boundary of all.
   for (bool moved = true; moved;) {
     moved = false;
-    for (size_t i = 0; i < geometry_.chunk.size(); ++i) {
-      const int64_t chunk = geometry_.chunk[i];
+    for (size_t i = 0; i < geometry().chunk.size(); ++i) {
+      const int64_t chunk = geometry().chunk[i];
       int64_t past = 0;
       if (chunk > 0 && length < current.layers[i].first_position)
         past = length % chunk;
-      else if (chunk == 0 && geometry_.seal != KvSeal::kNone &&
+      else if (chunk == 0 && geometry().seal != KvSeal::kNone &&
                length < current.length / kPageTokens * kPageTokens)
         past = length % kPageTokens;
       length -= past;
       moved |= past > 0;
     }
+    if (unit_ == 0 || length % unit_ == 0) continue;
+    const auto chunk = static_cast<size_t>(length / unit_);
+    if (chunk >= current.chunks.size() || current.chunks[chunk]->resident()) continue;
+    length -= length % unit_;
+    moved = true;
   }
   return length;
 }
@@ -134,7 +111,7 @@ int64_t KvStore::restorable(Sequence sequence, int64_t length) const {
 // Forgets what a layer holds beyond `length`, which is restorable.
 void KvStore::keep(State& current, size_t layer, int64_t length) const {
   Layer& of = current.layers[layer];
-  if (geometry_.chunk[layer] > 0) {
+  if (geometry().chunk[layer] > 0) {
     of.first_position = std::min(of.first_position, length);
     of.open.keep(pages_for(length - of.first_position));
     return;
@@ -143,10 +120,10 @@ void KvStore::keep(State& current, size_t layer, int64_t length) const {
   if (full < committed) {
     of.open.keep(0);
     // A page sealed as it was is open again.
-    if (length % kPageTokens != 0) of.open.push(of.sealed.owners[full]);
+    if (length % kPageTokens != 0) of.open.push(of.tail[full - of.chunk_pages()]);
   }
   of.open.keep(pages_for(length) - full);
-  of.sealed.keep(full);
+  of.keep_sealed(full);
 }
 
 void KvStore::truncate(Sequence sequence, int64_t length) {
@@ -154,34 +131,39 @@ void KvStore::truncate(Sequence sequence, int64_t length) {
   if (length < 0 || length > current.length || restorable(sequence, length) != length)
     fail(ErrorCode::kInternal, "[kv] a sequence of ", current.length, " tokens cannot go back to ",
          length, "; the nearest below is ", restorable(sequence, length));
+  end_pass();
+  while (length < static_cast<int64_t>(current.chunks.size()) * unit_)
+    take_back_last_chunk(current, length);
   for (size_t i = 0; i < current.layers.size(); ++i) keep(current, i, length);
   current.length = length;
 }
 
 KvStore::Growth KvStore::growth(const State& current, size_t layer, int64_t tokens) const {
   const Layer& of = current.layers[layer];
-  const bool global = geometry_.chunk[layer] == 0;
+  const bool global = geometry().chunk[layer] == 0;
   const int64_t held = current.length - of.first_position;
   const int64_t first_open = global ? held / kPageTokens : 0;
   Growth growth;
   growth.open = pages_for(held + tokens) - pages_for(held);
-  if (global && geometry_.seal != KvSeal::kNone)
+  if (global && geometry().seal != KvSeal::kNone)
     growth.sealed = (held + tokens) / kPageTokens - held / kPageTokens;
-  growth.left_over =
-      (of.open.count() - (pages_for(held) - first_open)) *
-          static_cast<int64_t>(geometry_.open_bytes()) +
-      (of.sealed.count() - first_open) * static_cast<int64_t>(geometry_.sealed_bytes());
+  growth.left_over = (of.open.count() - (pages_for(held) - first_open)) *
+                         static_cast<int64_t>(geometry().open_bytes()) +
+                     (of.sealed_count() - (global ? first_open : 0)) *
+                         static_cast<int64_t>(geometry().sealed_bytes());
   if (held % kPageTokens != 0) growth.at_hand = &of.open.owners[held / kPageTokens - first_open];
   return growth;
 }
 
-KvStore::Plan KvStore::plan(std::span<const Append> appends) const {
+KvStore::Plan KvStore::plan(std::span<const Append> appends) {
+  report_failures(appends);
   Plan plan{{appends.begin(), appends.end()}};
   // Owners of each shared page that would be written, less those that get a copy of their own: the
   // last one may write in place.
   std::unordered_map<const void*, int64_t> owners;
+  int64_t new_chunks = 0;
   for (size_t i = 0; i < appends.size(); ++i) {
-    const auto [sequence, tokens] = appends[i];
+    const auto& [sequence, tokens, text] = appends[i];
     const State& current = state(sequence);
     if (tokens < 1 || tokens > room(sequence))
       fail(ErrorCode::kInternal, "[kv] ", tokens, " tokens at once, expected 1 to ",
@@ -189,6 +171,12 @@ KvStore::Plan KvStore::plan(std::span<const Append> appends) const {
     for (size_t j = 0; j < i; ++j)
       if (appends[j].sequence == sequence)
         fail(ErrorCode::kInternal, "[kv] sequence ", sequence, " is appended to twice");
+    if ((directory_ || current.session) &&
+        static_cast<int64_t>(text.tokens.size()) < current.length + tokens)
+      fail(ErrorCode::kInternal, "[kv] the text has ", text.tokens.size(), " tokens, the sequence ",
+           current.length + tokens);
+    if (unit_ > 0)
+      new_chunks += (current.length + tokens) / unit_ - static_cast<int64_t>(current.chunks.size());
     for (size_t l = 0; l < current.layers.size(); ++l) {
       const Growth needed = growth(current, l, tokens);
       plan.open_pages += needed.open;
@@ -202,62 +190,68 @@ KvStore::Plan KvStore::plan(std::span<const Append> appends) const {
       ++plan.open_pages;
     }
   }
-  plan.new_bytes += plan.open_pages * static_cast<int64_t>(geometry_.open_bytes()) +
-                    plan.sealed_pages * static_cast<int64_t>(geometry_.sealed_bytes());
-  if (plan.new_bytes > tier_->bytes_left())
-    fail(ErrorCode::kOutOfMemory, {.asked = plan.new_bytes, .limit = tier_->bytes_left()}, "[kv] ",
-         plan.new_bytes, " bytes of keys and values are needed, ", tier_->bytes_left(),
-         " bytes of the cache's budget are left; close a session, shorten the text or raise the "
-         "budget");
+  plan.new_bytes += plan.open_pages * static_cast<int64_t>(geometry().open_bytes()) +
+                    plan.sealed_pages * static_cast<int64_t>(geometry().sealed_bytes());
+  if (plan.new_bytes > tier_->bytes_left()) {
+    const int64_t left = tier_->bytes_left() + evictable_bytes();
+    if (plan.new_bytes > left)
+      fail(ErrorCode::kOutOfMemory, {.asked = plan.new_bytes, .limit = left}, "[kv] ",
+           plan.new_bytes, " bytes of keys and values are needed, ", left,
+           " bytes of the cache's budget are left; close a session, shorten the text or raise the "
+           "budget");
+  }
+  check_disk(new_chunks);
   return plan;
 }
 
-std::shared_ptr<void> KvStore::new_page(size_t bytes) {
-  KvTier* const tier = tier_.get();
-  void* const memory = tier->allocate(bytes);
+KvStore::Page KvStore::new_page(size_t bytes) {
+  void* const memory = tier_->allocate(bytes);
   if (memory == nullptr)
     fail(ErrorCode::kOutOfMemory, "[kv] the system refused a page of ", bytes,
          " bytes for keys and values");
+  return owned(memory, bytes);
+}
+
+KvStore::Page KvStore::owned(void* memory, size_t bytes) {
+  KvTier* const tier = tier_.get();
   return {memory, [tier, bytes](void* page) { tier->free(page, bytes); }};
 }
 
 void KvStore::apply(const Plan& plan) {
+  end_pass();
+  pass_.clear();
+  for (const Append& append : plan.appends) pass_.push_back(append.sequence);
   // Pages of a pass that was not committed go back. The plan may be older than the store's last
   // change: what it needs is counted anew. All pages first, so that a refusal leaves every sequence
   // as it was.
-  for (const auto& [sequence, tokens] : plan.appends) {
+  for (const auto& [sequence, tokens, text] : plan.appends) {
     State& current = state(sequence);
     for (size_t l = 0; l < current.layers.size(); ++l) keep(current, l, current.length);
   }
   const Plan now = this->plan(plan.appends);
-  std::vector<std::shared_ptr<void>> open(now.open_pages), sealed(now.sealed_pages);
-  for (std::shared_ptr<void>& page : open) page = new_page(geometry_.open_bytes());
-  for (std::shared_ptr<void>& page : sealed) page = new_page(geometry_.sealed_bytes());
-  const auto take = [](std::vector<std::shared_ptr<void>>& from) {
-    std::shared_ptr<void> page = std::move(from.back());
+  std::vector<Page> open(now.open_pages), sealed(now.sealed_pages);
+  make_room(now.new_bytes);
+  for (Page& page : open) page = new_page(geometry().open_bytes());
+  for (Page& page : sealed) page = new_page(geometry().sealed_bytes());
+  const auto take = [](std::vector<Page>& from) {
+    Page page = std::move(from.back());
     from.pop_back();
     return page;
   };
-  for (const auto& [sequence, tokens] : plan.appends) {
+  for (const auto& [sequence, tokens, text] : plan.appends) {
     State& current = state(sequence);
     for (size_t l = 0; l < current.layers.size(); ++l) {
       const Growth needed = growth(current, l, tokens);
       Layer& layer = current.layers[l];
       if (needed.at_hand != nullptr && needed.at_hand->use_count() > 1) {
-        std::shared_ptr<void> own = take(open);
-        tier_->copy(own.get(), needed.at_hand->get(), geometry_.open_bytes());
+        Page own = take(open);
+        tier_->copy(own.get(), needed.at_hand->get(), geometry().open_bytes());
         layer.open.replace(needed.at_hand - layer.open.owners.data(), std::move(own));
       }
       for (int64_t i = 0; i < needed.open; ++i) layer.open.push(take(open));
-      for (int64_t i = 0; i < needed.sealed; ++i) layer.sealed.push(take(sealed));
+      for (int64_t i = 0; i < needed.sealed; ++i) layer.push_sealed(take(sealed));
     }
   }
-}
-
-void KvStore::begin_pass(std::span<const int64_t> layers) {
-  for (const int64_t layer : layers)
-    if (layer < 0 || layer >= static_cast<int64_t>(geometry_.chunk.size()))
-      fail(ErrorCode::kInternal, "[kv] layer ", layer, " of ", geometry_.chunk.size());
 }
 
 KvView KvStore::view(Sequence sequence, int64_t layer) const {
@@ -267,49 +261,62 @@ KvView KvStore::view(Sequence sequence, int64_t layer) const {
   const Layer& found = current.layers[layer];
   KvView view;
   view.first_position = found.first_position;
-  view.sealed = found.sealed.table;
-  view.first_open = geometry_.chunk[layer] == 0 ? current.length / kPageTokens : 0;
+  view.sealed = found.sealed;
+  view.first_open =
+      geometry().global(static_cast<size_t>(layer)) ? current.length / kPageTokens : 0;
   view.open = found.open.table;
+  const auto at = order_.find(layer);
+  if (reader_ && at != order_.end()) reader_->finish_before(at->second);
+  if (const auto stream = stream_of_.find({sequence, layer}); stream != stream_of_.end())
+    view.stream = reader_->stream(stream->second);
   return view;
 }
 
 void KvStore::commit(const Plan& plan) {
-  for (const auto& [sequence, tokens] : plan.appends) {
+  end_pass();
+  for (const auto& [sequence, tokens, text] : plan.appends) {
     State& current = state(sequence);
     const int64_t full = (current.length + tokens) / kPageTokens - current.length / kPageTokens;
     current.length += tokens;
     for (size_t l = 0; l < current.layers.size(); ++l) {
       Layer& layer = current.layers[l];
-      const int64_t chunk = geometry_.chunk[l];
+      const int64_t chunk = geometry().chunk[l];
       if (chunk == 0) {
         // Sealed as they are, or read in their sealed form from now on.
-        layer.open.move_front(full, geometry_.seal == KvSeal::kNone ? &layer.sealed : nullptr);
+        const bool as_they_are = geometry().seal == KvSeal::kNone;
+        for (int64_t i = 0; as_they_are && i < full; ++i)
+          layer.push_sealed(std::move(layer.open.owners[i]));
+        layer.open.drop_front(full);
       } else if (current.length % chunk == 0) {
         layer.open.keep(0);
         layer.first_position = current.length;
       }
     }
+    finish_chunks(current, text);
   }
 }
 
 int64_t KvStore::bytes_in_use() const { return tier_->bytes_in_use(); }
 
-int64_t KvStore::bytes_for(int64_t tokens, int64_t pass) const {
+KvFootprint KvStore::footprint(int64_t tokens, int64_t pass) const {
+  const auto open_bytes = static_cast<int64_t>(geometry().open_bytes());
+  const auto sealed_bytes = static_cast<int64_t>(geometry().sealed_bytes());
   // A pass may begin anywhere in a page.
   const int64_t open = std::min(pages_for(tokens), pages_for(pass + kPageTokens - 1));
-  int64_t bytes = 0;
-  for (const int64_t chunk : geometry_.chunk) {
-    const auto open_bytes = static_cast<int64_t>(geometry_.open_bytes());
-    if (chunk > 0) {
-      bytes += pages_for(std::min(chunk, tokens)) * open_bytes;
-    } else if (geometry_.seal == KvSeal::kNone) {
-      bytes += pages_for(tokens) * open_bytes;
-    } else {
-      bytes +=
-          tokens / kPageTokens * static_cast<int64_t>(geometry_.sealed_bytes()) + open * open_bytes;
-    }
+  // While one chunk is written, the next is filled.
+  const int64_t at_hand = unit_ > 0 ? std::min(tokens, 2 * unit_) : tokens;
+  const auto global_bytes = [&](int64_t held) {
+    if (geometry().seal == KvSeal::kNone) return pages_for(held) * open_bytes;
+    return held / kPageTokens * sealed_bytes + open * open_bytes;
+  };
+  KvFootprint footprint;
+  for (const int64_t chunk : geometry().chunk) {
+    const int64_t chunked = pages_for(std::min(chunk, tokens)) * open_bytes;
+    footprint.memory += chunk > 0 ? chunked : global_bytes(tokens);
+    footprint.least_memory += chunk > 0 ? chunked : global_bytes(at_hand);
   }
-  return bytes;
+  if (unit_ > 0) footprint.disk = tokens / unit_ * chunk_file_bytes();
+  return footprint;
 }
 
 }  // namespace puna

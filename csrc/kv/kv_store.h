@@ -1,42 +1,62 @@
-// Keys and values of all live sequences: a page table over tiers.
+// Keys and values of all live sequences: a page table over memory and files.
 //
 // Layers that attend in absolute chunks keep the current chunk only; its pages are dropped whole
 // when the sequence steps over a multiple of the chunk length. Other layers ("global" ones) keep
 // everything: full pages in their sealed form, and the last, unfinished one open. Pages are shared
 // between forks; the open page is copied when one of the owners writes.
 //
+// Global pages come in chunks of KvGeometry::unit() tokens. With a directory for them (`disk`), a
+// finished chunk is written to a file behind the computation, and gives up its memory when that is
+// needed: the last one first, so that a fixed prefix of what every pass reads from beginning to end
+// stays in memory and the rest streams. (Least recently used first would keep nothing that is
+// needed next.) Where memory is left, chunks that pass through stay.
+//
 // Use: plan() says what an append needs and refuses what cannot be had, changing nothing; apply()
 // makes the room; the forward pass announces with begin_pass() the layers it will read, in order,
-// and reads and writes through view(); commit() moves the length on.
+// and reads and writes through view(); commit() moves the length on. One thread at a time.
 #pragma once
 
+#include <sys/types.h>
+
+#include <atomic>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "backend/backend.h"
-#include "backend/kv_layout.h"
+#include "kv/chunk.h"
+#include "kv/chunk_reader.h"
+#include "kv/chunk_writer.h"
+#include "kv/kv_chain.h"
+#include "kv/kv_geometry.h"
 #include "kv/kv_tier.h"
+#include "kv/session_file.h"
+#include "platform/file_system.h"
+#include "platform/private_directory.h"
+#include "platform/read_queue.h"
 
 namespace puna {
 
-struct KvGeometry {
-  KvPageLayout layout;          // of open pages
-  std::vector<int64_t> chunk;   // per layer: length of its absolute chunks, 0 = global
-  KvSeal seal = KvSeal::kNone;  // what full pages of global layers are sealed into
-
-  KvSealedLayout sealed_layout() const { return {seal, layout.kv_heads, layout.head_dim}; }
-  // Bytes that a page takes in memory.
-  size_t open_bytes() const { return whole_blocks(layout.page_bytes()); }
-  size_t sealed_bytes() const {
-    return seal == KvSeal::kNone ? open_bytes() : sealed_layout().page_bytes();
-  }
+struct KvStoreOptions {
+  // Of all that keys and values are computed from; pages of another one are never read.
+  Digest model{};
+  // Where chunks that do not fit into memory go; "": nowhere.
+  std::string disk;
+  int64_t disk_budget = 0;  // bytes; 0: what the file system has
+  // Memory for pages on their way from the disk; a few more if pages are large.
+  int64_t read_ahead = int64_t{64} << 20;
+  // For tests.
+  FileSystem* files = nullptr;
+  std::function<std::unique_ptr<ReadQueue>()> reads;
+  bool poison = false;
 };
 
-// One layer of one sequence, as AttentionSegment wants it. Valid until the next apply(), commit()
-// or release().
+// One layer of one sequence, as AttentionSegment wants it. Valid until the next apply(), commit(),
+// truncate() or release().
 struct KvView {
   int64_t first_position = 0;  // of token 0 of page 0
   std::span<void* const> sealed;
@@ -45,12 +65,30 @@ struct KvView {
   std::span<void* const> open;
 };
 
+// What one sequence takes at most.
+struct KvFootprint {
+  int64_t memory = 0;        // if everything is in memory
+  int64_t least_memory = 0;  // if all chunks but the one at hand are on disk
+  int64_t disk = 0;          // of those
+};
+
+struct KvStatistics {
+  int64_t memory_bytes = 0;          // pages and read-ahead
+  int64_t disk_bytes = 0;            // chunk files of this process
+  int64_t read_bytes = 0;            // from chunk files so far
+  double waited_seconds = 0;         // by attention, for pages on their way
+  int64_t chunks = 0, resident = 0;  // of all sequences, each once; wholly in memory
+};
+
 class KvStore {
  public:
   using Sequence = int64_t;
   struct Append {
     Sequence sequence;
     int64_t tokens;
+    // The text up to the end of the append at least, valid until commit(). May be left out where
+    // chunks go to no file.
+    KvText text = {};
   };
   struct Plan {
     std::vector<Append> appends;
@@ -59,12 +97,12 @@ class KvStore {
   };
 
   // The store owns the tier.
-  KvStore(KvGeometry geometry, std::unique_ptr<KvTier> tier);
+  KvStore(KvGeometry geometry, std::unique_ptr<KvTier> tier, KvStoreOptions options = {});
   ~KvStore();
   KvStore(const KvStore&) = delete;
   KvStore& operator=(const KvStore&) = delete;
 
-  const KvGeometry& geometry() const { return geometry_; }
+  const KvGeometry& geometry() const { return identity_.geometry; }
 
   Sequence create();
   Sequence fork(Sequence source);  // shares every page
@@ -76,37 +114,115 @@ class KvStore {
   // The longest length <= `length` that truncate() can restore exactly. Chunked layers cannot go
   // back into a chunk whose pages were dropped, so below the current chunk only its boundaries can
   // be reached (where those layers hold nothing). Where pages are sealed into fewer bits, the open
-  // form of a sealed one is gone, so below the open page only page boundaries can be.
+  // form of a sealed one is gone, so below the open page only page boundaries can be; and where a
+  // chunk's pages are in a file, only its begin and its end.
   int64_t restorable(Sequence sequence, int64_t length) const;
   void truncate(Sequence sequence, int64_t length);  // `length` must be restorable
 
-  // Throws OutOfMemory, with the bytes asked and left, if the pages cannot be had.
-  Plan plan(std::span<const Append> appends) const;
+  // Throws OutOfMemory, with the bytes asked and left, if the pages cannot be had, and StorageError
+  // if a chunk of one of the sequences could not be written; that is tried again then, so that the
+  // next call goes on where the cause is gone. The sequence is as it was, and can go back to before
+  // the chunk.
+  Plan plan(std::span<const Append> appends);
+  // Waits for chunks to be written where their memory is needed.
   void apply(const Plan& plan);
   // `layers`: those whose pages this forward pass will read, in that order.
   void begin_pass(std::span<const int64_t> layers);
   KvView view(Sequence sequence, int64_t layer) const;
   void commit(const Plan& plan);
 
+  // --- sessions (kv/session_file.h) ---
+  // Writes the sequence to a directory, so that open() finds it with all its tokens. One that is
+  // there is brought up to date: what it shares with this one is not written again.
+  void save(Sequence sequence, const std::string& path, const KvText& text);
+  // From now on, each chunk is in the session's journal soon after it is finished.
+  void attach(Sequence sequence, const std::string& path, const KvText& text);
+  // Waits until all finished chunks of the sequence are durable; throws what kept one from it.
+  void flush(Sequence sequence);
+  struct Opened {
+    Sequence sequence = 0;
+    std::vector<int32_t> tokens;
+    std::vector<KvImageRun> images;
+  };
+  // A sequence as it was saved, or up to the last chunk in the journal. Pages are read when they
+  // are needed, from the directory, which must stay. `resume`: attached to it as well.
+  Opened open(const std::string& path, bool resume);
+  VerifyReport verify(const std::string& path, Verify extent) const;
+  // Cuts a session on disk down to whole chunks within its first `tokens` tokens; also one that is
+  // damaged behind them. Returns what is left.
+  int64_t truncate_session(const std::string& path, int64_t tokens) const;
+
   int64_t bytes_in_use() const;
-  // The most bytes that one sequence takes while it grows to `tokens` tokens by passes of at most
-  // `pass` tokens.
-  int64_t bytes_for(int64_t tokens, int64_t pass = 1) const;
+  KvStatistics statistics() const;
+  // Of a sequence that grows to `tokens` tokens by passes of at most `pass` tokens.
+  KvFootprint footprint(int64_t tokens, int64_t pass = 1) const;
+  int64_t bytes_for(int64_t tokens, int64_t pass = 1) const {
+    return footprint(tokens, pass).memory;
+  }
 
  private:
+  using Page = std::shared_ptr<void>;
   struct Pages;
   struct Layer;
   struct State;
   struct Growth;
+  struct Kept;
+
+  // kv_store.cpp: sequences and pages
   State& state(Sequence sequence) const;
   Growth growth(const State& current, size_t layer, int64_t tokens) const;
   void keep(State& current, size_t layer, int64_t length) const;
-  std::shared_ptr<void> new_page(size_t bytes);
+  Page new_page(size_t bytes);
+  Page owned(void* memory, size_t bytes);  // a page of the tier
 
-  KvGeometry geometry_;
+  // kv_chunks.cpp: chunks in memory and in files
+  void open_disk();
+  void open_reader();
+  void finish_chunks(State& current, const KvText& text);
+  void write(const std::shared_ptr<KvChunk>& chunk,
+             const std::shared_ptr<SessionDirectory>& session, const KvText& text);
+  PageFileHeader header_of(const KvChunk& chunk) const;
+  std::vector<const void*> pages_of(const KvChunk& chunk) const;
+  void set_pages(const KvChunk& chunk, size_t global);
+  void take_back_last_chunk(State& current, int64_t length) const;
+  void collect();
+  void report_failures(std::span<const Append> appends);
+  void wait_for_writes(const State& current);
+  int64_t evictable_bytes() const;
+  bool evict_one();
+  void make_room(int64_t bytes);
+  void end_pass();
+  void keep_what_fits(std::vector<StreamPlan>& plans);
+  int64_t chunk_file_bytes() const;
+  void check_disk(int64_t new_chunks);
+  void require_same_process() const;
+
+  // kv_sessions.cpp
+  void name_chunks(State& current, const KvText& text);
+  void read_tail(State& fresh, const SessionContents& contents);
+
+  const KvIdentity identity_;
+  const KvStoreOptions options_;
+  FileSystem& files_;
+  const int64_t unit_;            // tokens of a chunk, 0: there are none
+  const pid_t process_;           // threads do not survive a fork
+  std::vector<int64_t> globals_;  // global layers, ascending
   std::unique_ptr<KvTier> tier_;
+  std::unique_ptr<PrivateDirectory> directory_;
+  const std::shared_ptr<std::atomic<int64_t>> disk_bytes_;
+  std::vector<Page> ring_;
+  std::map<Digest, std::weak_ptr<KvChunk>> by_name_;
   std::map<Sequence, std::unique_ptr<State>> sequences_;
   Sequence next_ = 1;
+  std::vector<ChunkJob> failed_;
+  std::unique_ptr<ChunkWriter> writer_;
+
+  // The pass at hand.
+  std::vector<Sequence> pass_;
+  std::map<int64_t, int64_t> order_;                          // of each layer in it
+  std::map<std::pair<Sequence, int64_t>, size_t> stream_of_;  // by sequence and layer
+  std::vector<Kept> kept_;
+  std::unique_ptr<ChunkReader> reader_;
 };
 
 }  // namespace puna

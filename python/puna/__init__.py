@@ -21,6 +21,7 @@ from puna.errors import (
     ModelNotFound,
     OutOfMemory,
     SessionMismatch,
+    StorageError,
     UnsupportedError,
 )
 from puna.evaluation import evaluate
@@ -59,6 +60,7 @@ __all__ = [
     "Score",
     "Session",
     "SessionMismatch",
+    "StorageError",
     "StreamDecoder",
     "Timings",
     "Tokenizer",

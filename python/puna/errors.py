@@ -78,5 +78,9 @@ class SessionMismatch(Error, ValueError):
     """A saved session belongs to another model or is damaged."""
 
 
+class StorageError(Error, OSError):
+    """A disk is full, fails, or a file on it that is needed is missing."""
+
+
 class EngineClosed(Error, RuntimeError):
     """The engine was closed."""

@@ -1,0 +1,45 @@
+// A chunk of the cache: one unit of tokens of one prefix, the sealed pages of all global layers.
+// Its pages are in memory, in a file, or both; sequences that share the prefix share the chunk.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kv/page_file.h"
+#include "platform/file_system.h"
+
+namespace puna {
+
+// The file of a chunk, whole and durable.
+struct ChunkFile {
+  std::string path;
+  PageFileHeader header;
+  FileFacts facts;  // as it was written; another file under its name is not read
+};
+
+struct KvChunk {
+  int64_t index = 0;        // of the unit
+  bool named = false;       // the text is known
+  Digest parent{}, name{};  // names of the prefixes up to its begin and end
+  // pages[g]: of the g-th global layer, in order; empty if they are in the file alone.
+  std::vector<std::vector<std::shared_ptr<void>>> pages;
+  std::shared_ptr<const ChunkFile> file;     // null until durable
+  int writing = 0;                           // jobs of the writer that need its pages
+  std::shared_ptr<const ChunkFile> written;  // the same, for the writer's thread alone
+
+  // Whether every page is in memory; whether any is.
+  bool resident() const {
+    for (const auto& layer : pages)
+      if (layer.empty()) return false;
+    return true;
+  }
+  bool holds_memory() const {
+    for (const auto& layer : pages)
+      if (!layer.empty()) return true;
+    return false;
+  }
+};
+
+}  // namespace puna

@@ -1,0 +1,37 @@
+// Names for prefixes of token sequences: a hash over the model, the format of the pages, and every
+// token and picture so far. Equal names mean equal keys and values.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "base/sha256.h"
+#include "kv/kv_geometry.h"
+
+namespace puna {
+
+// Rows that stand for a picture: their features are told apart by `key`.
+struct KvImageRun {
+  int64_t position = 0, rows = 0;
+  uint64_t key = 0;
+  bool operator==(const KvImageRun&) const = default;
+};
+
+// The text of a sequence from its beginning.
+struct KvText {
+  std::span<const int32_t> tokens;
+  std::span<const KvImageRun> images;  // ascending, not overlapping
+};
+
+// What must agree between pages and whoever reads them.
+struct KvIdentity {
+  Digest model{};  // of all that keys and values are computed from: weights, configuration
+  KvGeometry geometry;
+  // The name of the empty prefix.
+  Digest root() const;
+};
+
+// The name of a prefix that goes on from one named `parent` by the rows [begin, end).
+Digest chain_hash(const Digest& parent, const KvText& text, int64_t begin, int64_t end);
+
+}  // namespace puna

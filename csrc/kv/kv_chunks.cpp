@@ -1,0 +1,369 @@
+// KvStore's chunks: how they are made, written, dropped from memory, and streamed back.
+#include <unistd.h>
+
+#include <algorithm>
+#include <set>
+#include <utility>
+
+#include "base/error.h"
+#include "kv/kv_state.h"
+#include "kv/kv_store.h"
+
+namespace puna {
+namespace {
+
+// One read: from here on a disk gives what it can, with several under way.
+constexpr int64_t kReadBytes = int64_t{1} << 20;
+// Places of the ring beyond what attention may hold: for reads under way.
+constexpr int64_t kLeastAhead = 4;
+
+}  // namespace
+
+void KvStore::open_disk() {
+  if (unit_ == 0)
+    fail(
+        ErrorCode::kUnsupported,
+        "[kv] the attention chunks of this model's layers have no useful common multiple, at which "
+        "keys and values could go to disk");
+  directory_ = std::make_unique<PrivateDirectory>(files_, options_.disk);
+  open_reader();
+}
+
+void KvStore::open_reader() {
+  if (reader_) return;
+  const auto page = static_cast<int64_t>(geometry().sealed_bytes());
+  const int64_t slot_pages = std::clamp<int64_t>((kReadBytes + page - 1) / page, 1,
+                                                 std::max<int64_t>(1, unit_ / kPageTokens));
+  const int64_t held = (KvStream::kHeld + slot_pages - 1) / slot_pages + kLeastAhead;
+  const int64_t slots = std::max(held, options_.read_ahead / (slot_pages * page));
+  std::vector<void*> memory;
+  if (!globals_.empty()) {
+    make_room(slots * slot_pages * page);
+    for (int64_t i = 0; i < slots; ++i) {
+      ring_.push_back(new_page(static_cast<size_t>(slot_pages * page)));
+      memory.push_back(ring_.back().get());
+    }
+  }
+  reader_ =
+      std::make_unique<ChunkReader>(files_, options_.reads ? options_.reads() : make_read_queue(),
+                                    std::move(memory), slot_pages, options_.poison);
+}
+
+void KvStore::require_same_process() const {
+  if (getpid() != process_)
+    fail(ErrorCode::kUnsupported,
+         "[kv] the process was forked; load the model anew there to use sessions or a cache on "
+         "disk");
+}
+
+int64_t KvStore::chunk_file_bytes() const {
+  return static_cast<int64_t>(page_file_bytes(chunk_sections(geometry())));
+}
+
+void KvStore::check_disk(int64_t new_chunks) {
+  if (!directory_ || options_.disk_budget == 0 || new_chunks <= 0) return;
+  const int64_t needed = new_chunks * chunk_file_bytes();
+  int64_t left = 0;
+  do {
+    // What nobody needs any more may still be on its way to the disk.
+    collect();
+    const int64_t pending = writer_ ? writer_->pending() : 0;
+    left = options_.disk_budget - *disk_bytes_ - pending * chunk_file_bytes();
+    if (needed <= left) return;
+  } while (writer_ && writer_->wait());
+  fail(ErrorCode::kOutOfMemory, {.asked = needed, .limit = std::max<int64_t>(0, left)}, "[kv] ",
+       needed, " bytes of keys and values are to be written, ", std::max<int64_t>(0, left),
+       " bytes of the disk's budget of ", options_.disk_budget,
+       " are left; close a session, shorten the text or raise the budget");
+}
+
+// --- making and writing
+// ----------------------------------------------------------------------------
+
+PageFileHeader KvStore::header_of(const KvChunk& chunk) const {
+  PageFileHeader header;
+  header.kind = PageFileKind::kChunk;
+  header.begin = chunk.index * unit_;
+  header.end = header.begin + unit_;
+  header.parent = chunk.parent;
+  header.chain = chunk.name;
+  header.sections = chunk_sections(geometry());
+  return header;
+}
+
+std::vector<const void*> KvStore::pages_of(const KvChunk& chunk) const {
+  std::vector<const void*> pages;
+  for (const std::vector<Page>& layer : chunk.pages)
+    for (const Page& page : layer) pages.push_back(page.get());
+  return pages;
+}
+
+// Moves what is finished from the sequence's own pages to chunks, which others may share.
+void KvStore::finish_chunks(State& current, const KvText& text) {
+  if (unit_ == 0) return;
+  const auto count = static_cast<size_t>(unit_ / kPageTokens);
+  while (current.length >= static_cast<int64_t>(current.chunks.size() + 1) * unit_) {
+    auto chunk = std::make_shared<KvChunk>();
+    chunk->index = static_cast<int64_t>(current.chunks.size());
+    for (const int64_t l : globals_) {
+      std::vector<Page>& tail = current.layers[l].tail;
+      const auto end = tail.begin() + static_cast<ptrdiff_t>(count);
+      chunk->pages.emplace_back(std::make_move_iterator(tail.begin()),
+                                std::make_move_iterator(end));
+      tail.erase(tail.begin(), end);
+    }
+    const bool after_named = current.chunks.empty() || current.chunks.back()->named;
+    if (after_named && static_cast<int64_t>(text.tokens.size()) >= (chunk->index + 1) * unit_) {
+      chunk->named = true;
+      chunk->parent = current.chunks.empty() ? identity_.root() : current.chunks.back()->name;
+      chunk->name =
+          chain_hash(chunk->parent, text, chunk->index * unit_, (chunk->index + 1) * unit_);
+      std::weak_ptr<KvChunk>& known = by_name_[chunk->name];
+      if (std::shared_ptr<KvChunk> same = known.lock())
+        chunk = std::move(same);  // equal names, equal pages
+      else
+        known = chunk;
+    }
+    current.chunks.push_back(chunk);
+    for (size_t g = 0; g < globals_.size(); ++g) set_pages(*chunk, g);
+    const bool new_file = directory_ && chunk->file == nullptr && chunk->writing == 0;
+    if (new_file || current.session) write(chunk, current.session, text);
+  }
+}
+
+void KvStore::write(const std::shared_ptr<KvChunk>& chunk,
+                    const std::shared_ptr<SessionDirectory>& session, const KvText& text) {
+  require_same_process();
+  if (!writer_)
+    writer_ = std::make_unique<ChunkWriter>(files_, directory_ ? directory_->path() : "", identity_,
+                                            disk_bytes_);
+  ChunkJob job;
+  job.chunk = chunk;
+  job.header = header_of(*chunk);
+  job.pages = pages_of(*chunk);
+  job.session = session;
+  if (session) job.text = UnitText::of(text, job.header.begin, job.header.end);
+  ++chunk->writing;
+  writer_->add(std::move(job));
+}
+
+// Puts the chunk's pages of a layer, or their absence, into the tables of all who have it.
+void KvStore::set_pages(const KvChunk& chunk, size_t global) {
+  const int64_t count = unit_ / kPageTokens;
+  const std::vector<Page>& pages = chunk.pages[global];
+  for (const auto& [id, other] : sequences_) {
+    if (chunk.index >= static_cast<int64_t>(other->chunks.size()) ||
+        other->chunks[chunk.index].get() != &chunk)
+      continue;
+    void** const table = other->layers[globals_[global]].sealed.data() + chunk.index * count;
+    for (int64_t i = 0; i < count; ++i)
+      table[i] = pages.empty() ? nullptr : pages[static_cast<size_t>(i)].get();
+  }
+}
+
+// Makes the last chunk, within which or before which `length` lies, the sequence's own pages again.
+void KvStore::take_back_last_chunk(State& current, int64_t length) const {
+  const std::shared_ptr<KvChunk> chunk = std::move(current.chunks.back());
+  current.chunks.pop_back();
+  const auto before = static_cast<size_t>(chunk->index * (unit_ / kPageTokens));
+  for (size_t g = 0; g < globals_.size(); ++g) {
+    Layer& layer = current.layers[globals_[g]];
+    layer.tail.clear();
+    layer.sealed.resize(before);
+    if (length <= chunk->index * unit_) continue;
+    for (const Page& page : chunk->pages[g]) layer.push_sealed(page);
+  }
+}
+
+void KvStore::collect() {
+  if (!writer_) return;
+  for (ChunkJob& job : writer_->collect()) {
+    KvChunk& chunk = *job.chunk;
+    --chunk.writing;
+    if (job.file) chunk.file = job.file;
+    if (job.failure) failed_.push_back(std::move(job));
+  }
+  // Nobody has the chunk any more, so nobody misses the file.
+  std::erase_if(failed_, [](const ChunkJob& job) { return job.chunk.use_count() == 1; });
+}
+
+// Throws what kept a chunk of one of the sequences from its file, after a new try was begun.
+void KvStore::report_failures(std::span<const Append> appends) {
+  collect();
+  if (failed_.empty()) return;
+  std::exception_ptr failure;
+  for (const Append& append : appends) {
+    const State& current = state(append.sequence);
+    for (const ChunkJob& job : failed_) {
+      const auto index = static_cast<size_t>(job.chunk->index);
+      if (index < current.chunks.size() && current.chunks[index] == job.chunk &&
+          (job.session == nullptr || job.session == current.session))
+        failure = failure ? failure : job.failure;
+    }
+  }
+  if (!failure) return;
+  for (ChunkJob& job : std::exchange(failed_, {})) {
+    job.failure = nullptr;
+    ++job.chunk->writing;
+    writer_->add(std::move(job));
+  }
+  std::rethrow_exception(failure);
+}
+
+void KvStore::wait_for_writes(const State& current) {
+  const auto writing = [&] {
+    return std::any_of(current.chunks.begin(), current.chunks.end(),
+                       [](const auto& chunk) { return chunk->writing > 0; });
+  };
+  for (collect(); writing() && writer_->wait();) collect();
+}
+
+// --- memory
+// ------------------------------------------------------------------------------------------
+
+// What the chunks that are, or will be, in files would give back.
+int64_t KvStore::evictable_bytes() const {
+  std::set<const KvChunk*> seen;
+  int64_t pages = 0;
+  for (const auto& [id, current] : sequences_) {
+    for (const auto& chunk : current->chunks) {
+      if (!chunk->file && !(directory_ && chunk->writing > 0)) continue;
+      if (!chunk->holds_memory() || !seen.insert(chunk.get()).second) continue;
+      for (const std::vector<Page>& layer : chunk->pages)
+        pages += std::count_if(layer.begin(), layer.end(),
+                               [](const Page& page) { return page.use_count() == 1; });
+    }
+  }
+  return pages * static_cast<int64_t>(geometry().sealed_bytes());
+}
+
+// Drops the pages of the last chunk that has a file, of all sequences; false if there is none, or
+// if later ones are about to have one: the first chunks shall stay. (One chunk is let go early, so
+// that the next can be filled while the last is written.)
+bool KvStore::evict_one() {
+  KvChunk* last = nullptr;
+  int64_t last_writing = 0;
+  for (const auto& [id, current] : sequences_) {
+    for (const auto& chunk : current->chunks) {
+      if (!chunk->holds_memory()) continue;
+      if (chunk->writing > 0 && directory_)
+        last_writing = std::max(last_writing, chunk->index);
+      else if (chunk->file && (last == nullptr || chunk->index > last->index))
+        last = chunk.get();
+    }
+  }
+  if (last == nullptr || last->index < last_writing - 1) return false;
+  for (size_t g = 0; g < globals_.size(); ++g) {
+    last->pages[g].clear();
+    set_pages(*last, g);
+  }
+  return true;
+}
+
+void KvStore::make_room(int64_t bytes) {
+  while (bytes > tier_->bytes_left()) {
+    collect();
+    if (evict_one()) continue;
+    if (writer_ && writer_->wait()) continue;
+    if (!failed_.empty()) std::rethrow_exception(failed_.front().failure);
+    fail(ErrorCode::kOutOfMemory, {.asked = bytes, .limit = tier_->bytes_left()}, "[kv] ", bytes,
+         " bytes of keys and values are needed, ", tier_->bytes_left(),
+         " bytes of the cache's budget are left; close a session, shorten the text or raise the "
+         "budget");
+  }
+}
+
+// --- passes
+// ------------------------------------------------------------------------------------------
+
+void KvStore::begin_pass(std::span<const int64_t> layers) {
+  end_pass();
+  std::vector<StreamPlan> plans;
+  for (size_t order = 0; order < layers.size(); ++order) {
+    const int64_t layer = layers[order];
+    if (layer < 0 || layer >= static_cast<int64_t>(geometry().chunk.size()))
+      fail(ErrorCode::kInternal, "[kv] layer ", layer, " of ", geometry().chunk.size());
+    order_[layer] = static_cast<int64_t>(order);
+    const auto found = std::find(globals_.begin(), globals_.end(), layer);
+    if (found == globals_.end()) continue;
+    const auto g = static_cast<size_t>(found - globals_.begin());
+    // Sequences share a stream if the chunks that one misses are the first of those that the other
+    // does.
+    std::vector<std::pair<std::vector<std::shared_ptr<KvChunk>>, std::vector<Sequence>>> groups;
+    for (const Sequence sequence : pass_) {
+      std::vector<std::shared_ptr<KvChunk>> missing;
+      for (const auto& chunk : state(sequence).chunks)
+        if (chunk->pages[g].empty()) missing.push_back(chunk);
+      if (missing.empty()) continue;
+      const auto group = std::find_if(groups.begin(), groups.end(), [&](const auto& candidate) {
+        const size_t common = std::min(candidate.first.size(), missing.size());
+        return std::equal(missing.begin(), missing.begin() + static_cast<ptrdiff_t>(common),
+                          candidate.first.begin());
+      });
+      if (group == groups.end()) {
+        groups.push_back({std::move(missing), {sequence}});
+      } else {
+        if (missing.size() > group->first.size()) group->first = std::move(missing);
+        group->second.push_back(sequence);
+      }
+    }
+    for (const auto& [missing, sequences] : groups) {
+      StreamPlan& plan = plans.emplace_back();
+      plan.order = static_cast<int64_t>(order);
+      for (const auto& chunk : missing) {
+        kept_.push_back({chunk, g, plans.size() - 1, plan.parts.size()});
+        const PageSection* section = chunk->file->header.find(layer, PageKind::kSealed);
+        plan.parts.push_back({chunk->file, section, chunk->index * (unit_ / kPageTokens), {}, 0});
+      }
+      for (const Sequence sequence : sequences) stream_of_[{sequence, layer}] = plans.size() - 1;
+    }
+  }
+  if (plans.empty()) return;
+  require_same_process();
+  keep_what_fits(plans);
+  reader_->begin(std::move(plans));
+}
+
+// Gives memory that is left to the first chunks of those that stream: they stay. On entry, kept_
+// has all that stream, on return those that stay.
+void KvStore::keep_what_fits(std::vector<StreamPlan>& plans) {
+  std::stable_sort(kept_.begin(), kept_.end(), [](const Kept& a, const Kept& b) {
+    return std::pair(a.chunk->index, a.chunk.get()) < std::pair(b.chunk->index, b.chunk.get());
+  });
+  // Growing sequences would at once push out what took the last bytes.
+  const auto page = static_cast<int64_t>(geometry().sealed_bytes());
+  const int64_t reserve = 2 * unit_ / kPageTokens * static_cast<int64_t>(globals_.size()) * page;
+  const auto count = static_cast<size_t>(unit_ / kPageTokens);
+  std::vector<Kept> staying;
+  std::set<std::pair<const KvChunk*, size_t>> seen;  // a chunk in two streams stays once
+  for (Kept& kept : kept_) {
+    if (!seen.insert({kept.chunk.get(), kept.global}).second) continue;
+    if (tier_->bytes_left() - static_cast<int64_t>(count) * page < reserve) break;
+    std::vector<Page> stay;
+    while (stay.size() < count) {
+      void* const memory = tier_->allocate(static_cast<size_t>(page));
+      if (memory == nullptr) break;
+      stay.push_back(owned(memory, static_cast<size_t>(page)));
+    }
+    if (stay.size() < count) break;
+    plans[kept.plan].parts[kept.part].stay = std::move(stay);
+    staying.push_back(std::move(kept));
+  }
+  kept_ = std::move(staying);
+}
+
+void KvStore::end_pass() {
+  order_.clear();
+  stream_of_.clear();
+  if (!reader_) return;
+  std::vector<StreamPlan> plans = reader_->end();
+  for (const Kept& kept : std::exchange(kept_, {})) {
+    if (plans.empty()) break;  // begin_pass() did not come to its end
+    ChunkPart& part = plans[kept.plan].parts[kept.part];
+    if (part.stayed < static_cast<int64_t>(part.stay.size())) continue;
+    kept.chunk->pages[kept.global] = std::move(part.stay);
+    set_pages(*kept.chunk, kept.global);
+  }
+}
+
+}  // namespace puna
