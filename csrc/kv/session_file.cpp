@@ -174,23 +174,27 @@ Journal read_journal(FileSystem& files, const std::string& path, const KvIdentit
                      " tokens keeps what is good");
 }
 
-std::vector<KvImageRun> read_images(FileSystem& files, const std::string& path, int64_t count) {
+// The pictures that begin before `length`. The journal says that there are `recorded`; those of the
+// tail come after them, and what may follow was about to be added.
+std::vector<KvImageRun> read_images(FileSystem& files, const std::string& path, int64_t recorded,
+                                    int64_t length) {
   std::vector<KvImageRun> images;
-  if (count == 0) return images;
+  if (!files.exists(path + "/images")) return images;
   const auto file = files.open(path + "/images", OpenMode::kRead);
-  const std::vector<std::byte> bytes =
-      read_up_to(*file, 0, static_cast<size_t>(count) * kImageBytes);
-  if (bytes.size() != static_cast<size_t>(count) * kImageBytes)
-    mismatch(path, "is damaged: its list of pictures is cut short");
-  for (int64_t i = 0; i < count; ++i) {
-    const auto one = std::span(bytes).subspan(static_cast<size_t>(i) * kImageBytes, kImageBytes);
+  const std::vector<std::byte> bytes = read_up_to(*file, 0, file->facts().bytes);
+  for (size_t at = 0; at + kImageBytes <= bytes.size(); at += kImageBytes) {
+    const auto one = std::span(bytes).subspan(at, kImageBytes);
     ByteReader in(one);
-    KvImageRun& image = images.emplace_back();
+    KvImageRun image;
     image.position = in.get<int64_t>();
     image.rows = in.get<int64_t>();
     image.key = in.get<uint64_t>();
-    if (!intact(one)) mismatch(path, "is damaged: its list of pictures has another checksum");
+    if (!intact(one) || image.position >= length) break;
+    images.push_back(image);
   }
+  if (static_cast<int64_t>(images.size()) < recorded)
+    mismatch(path, "is damaged: of its " + std::to_string(recorded) + " pictures " +
+                       std::to_string(images.size()) + " are listed");
   return images;
 }
 
@@ -205,12 +209,8 @@ void read_text(FileSystem& files, const std::string& path, const KvIdentity& ide
   const auto file = files.open(path + "/tokens", OpenMode::kRead);
   if (file->read(contents.tokens.data(), bytes, 0) != bytes)
     mismatch(path, "is damaged: its text is cut short");
-  int64_t images = contents.records.empty() ? 0 : contents.records.back().images;
-  if (contents.tail && files.exists(path + "/images")) {
-    const uint64_t there = files.open(path + "/images", OpenMode::kRead)->facts().bytes;
-    images = std::max(images, static_cast<int64_t>(there / kImageBytes));
-  }
-  contents.images = read_images(files, path, images);
+  contents.images = read_images(
+      files, path, contents.records.empty() ? 0 : contents.records.back().images, length);
   const KvText text{contents.tokens, contents.images};
   Digest name = identity.root();
   int64_t begin = 0;
@@ -385,13 +385,7 @@ void SessionDirectory::append(int64_t index, const UnitText& text, const ChunkFi
   if (index > static_cast<int64_t>(records_.size()))
     fail(ErrorCode::kStorage, "[session] ", path_, " has ", records_.size(), " chunks, so chunk ",
          index, " cannot be added; an earlier one could not be written");
-  // A tail of another text than this chunk's would not be told from a damaged one.
-  if (tail_ && index == static_cast<int64_t>(records_.size())) {
-    const int64_t held = tail_->end - tail_->begin;
-    if (held > static_cast<int64_t>(text.tokens.size()) ||
-        chain_hash(header.parent, text.view(), 0, held) != tail_->chain)
-      remove_tail();
-  }
+  if (index == static_cast<int64_t>(records_.size())) keep_tail_before(header.parent, text);
   if (index < static_cast<int64_t>(records_.size())) truncate(index);
 
   const std::string name = hex(header.chain), path = chunk_path(header.chain);
@@ -448,11 +442,20 @@ void SessionDirectory::remove_unused_chunks() {
 
 void SessionDirectory::write_tail(const UnitText& text, PageFileHeader header,
                                   std::span<const void* const> pages) {
-  // The text of the old one is about to be overwritten.
-  remove_tail();
+  keep_tail_before(header.parent, text);
   write_text(header.begin, records_.empty() ? 0 : records_.back().images, text);
   write_page_file(files_, path_, "tail", identity_, header, pages);
   tail_ = std::move(header);
+}
+
+// The text after the last chunk is about to be overwritten by one that may go further. The tail
+// stays good if it is of the same text as far as it goes; of another, it would look damaged.
+void SessionDirectory::keep_tail_before(const Digest& parent, const UnitText& text) {
+  if (!tail_) return;
+  const int64_t held = tail_->end - tail_->begin;
+  if (held > static_cast<int64_t>(text.tokens.size()) ||
+      chain_hash(parent, text.view(), 0, held) != tail_->chain)
+    remove_tail();
 }
 
 void SessionDirectory::remove_tail() {

@@ -102,6 +102,7 @@ class SessionDirectory {
   std::string chunk_path(const Digest& name) const;
   void create();
   void find_tail(bool repair);
+  void keep_tail_before(const Digest& parent, const UnitText& text);
   void remove_unused_chunks();
   void write_text(int64_t begin, int64_t images, const UnitText& text);
   Digest last_record_digest() const;
