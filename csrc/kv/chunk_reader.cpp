@@ -13,7 +13,7 @@ namespace puna {
 namespace {
 
 constexpr std::align_val_t kAlignment{kPageAlignment};
-constexpr int kPoison = 0xa5;
+constexpr int kPoison = 0xff;  // not a number in every format
 
 }  // namespace
 

@@ -12,7 +12,7 @@
 namespace puna {
 namespace {
 
-constexpr uint64_t kHeaderMagic = 0x3153'5345'5341'4e55;  // "UNASESS1"
+constexpr uint64_t kHeaderMagic = 0x3153'4553'414e'5550;  // "PUNASES1"
 constexpr uint32_t kRecordMagic = 0x3152'4a50;            // "PJR1"
 constexpr uint32_t kVersion = 1;
 constexpr size_t kHeaderCopy = 4096, kRecordBytes = 144, kImageBytes = 32;
