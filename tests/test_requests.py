@@ -219,8 +219,11 @@ LOADING: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"isa": "avx9"}, puna.InvalidRequest, "no instruction set 'avx9' in this build; it has"),
     ({"isa": 2}, puna.InvalidRequest, "isa is 2; it must be a string"),
     ({"quant": 4}, puna.InvalidRequest, "quant is 4; it must be a string"),
-    ({"kv": "int8"}, puna.UnsupportedError, "kv='int8' is not available yet"),
-    ({"kv": "q4"}, puna.InvalidRequest, "kv is 'q4'; it must be 'auto', 'bf16' or 'fp32'"),
+    (
+        {"kv": "q4"},
+        puna.InvalidRequest,
+        "kv is 'q4'; it must be 'auto', 'bf16', 'fp32', 'int8' or 'int4'",
+    ),
     ({"kv": 8}, puna.InvalidRequest, "kv is 8; it must be a string"),
     ({"kv_offload": "disk:/x"}, puna.UnsupportedError, "kv_offload='disk:/x' is not available"),
     ({"experts": "disk"}, puna.UnsupportedError, "experts='disk' is not available yet"),

@@ -68,18 +68,17 @@ py::object finish_name(FinishReason reason) {
 py::dict info_of(const Engine& engine) {
   const ModelInfo& info = engine.info();
   using namespace py::literals;  // NOLINT
-  return py::dict(
-      "path"_a = info.path, "device"_a = info.device, "dtype"_a = info.dtype,
-      "kv_dtype"_a = info.kv_dtype, "parameters"_a = info.parameters,
-      "active_parameters"_a = info.active_parameters, "weight_bytes"_a = info.weight_bytes,
-      "memory_bytes"_a = info.memory_bytes, "context"_a = info.context,
-      "max_context"_a = info.max_context, "kv_bytes_per_token"_a = info.kv_bytes_per_token,
-      "vocab_size"_a = info.vocab_size, "hidden_size"_a = info.hidden_size,
-      "layers"_a = info.layers, "image_size"_a = info.image_size,
-      "tokens_per_tile"_a = info.tokens_per_tile, "bos_token"_a = info.bos_token,
-      "image_token"_a = info.image_token, "eos_tokens"_a = info.eos_tokens,
-      "load_seconds"_a = info.load_seconds, "warnings"_a = info.warnings,
-      "temperature"_a = info.temperature, "top_p"_a = info.top_p, "top_k"_a = info.top_k);
+  return py::dict("path"_a = info.path, "device"_a = info.device, "dtype"_a = info.dtype,
+                  "kv_dtype"_a = info.kv_dtype, "parameters"_a = info.parameters,
+                  "active_parameters"_a = info.active_parameters,
+                  "weight_bytes"_a = info.weight_bytes, "max_context"_a = info.max_context,
+                  "vocab_size"_a = info.vocab_size, "hidden_size"_a = info.hidden_size,
+                  "layers"_a = info.layers, "image_size"_a = info.image_size,
+                  "tokens_per_tile"_a = info.tokens_per_tile, "bos_token"_a = info.bos_token,
+                  "image_token"_a = info.image_token, "eos_tokens"_a = info.eos_tokens,
+                  "load_seconds"_a = info.load_seconds, "warnings"_a = info.warnings,
+                  "temperature"_a = info.temperature, "top_p"_a = info.top_p,
+                  "top_k"_a = info.top_k);
 }
 
 py::dict timings_of(const Session& session) {
@@ -272,7 +271,10 @@ void bind_engine(py::module_& module) {
       .def("timings", &timings_of, "Times, token counts and memory of the current turn.");
 
   py::class_<Engine, std::shared_ptr<Engine>>(module, "Engine", "A loaded checkpoint.")
-      .def("info", &info_of, "Facts about the model, the memory and the context.")
+      .def("info", &info_of, "Facts about the model.")
+      .def(
+          "plan", [](const Engine& engine) { return dict_of(engine.plan()); },
+          "What was planned before loading: bytes by kind.")
       .def(
           "tokenizer", [](const Engine& engine) { return engine.tokenizer(); },
           py::return_value_policy::reference_internal, "The tokenizer, or None.")

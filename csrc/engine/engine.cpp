@@ -8,63 +8,13 @@
 
 #include "engine/factory.h"
 #include "engine/model_files.h"
+#include "engine/plan.h"
 #include "engine/state.h"
 #include "model/open_model.h"
 #include "model/packed.h"
 #include "platform/system.h"
 
 namespace puna {
-
-namespace {
-
-// Memory left to everything else when the context is sized by what is free.
-constexpr double kShareOfFreeMemory = 0.9;
-
-std::string in_words(int64_t bytes) {
-  constexpr std::array<const char*, 5> kUnits{"bytes", "KiB", "MiB", "GiB", "TiB"};
-  double amount = static_cast<double>(bytes);
-  size_t unit = 0;
-  for (; amount >= 1024 && unit + 1 < kUnits.size(); ++unit) amount /= 1024;
-  std::ostringstream text;
-  text.precision(amount < 1000 ? 3 : 4);
-  text << amount << ' ' << kUnits[unit];
-  return text.str();
-}
-
-DType kv_dtype(const std::string& wanted, DType weights) {
-  const bool wide = weights == DType::kF32 || weights == DType::kF16;
-  if (wanted == "bf16" || (wanted == "auto" && !wide)) return DType::kBF16;
-  if (wanted == "fp32" || wanted == "auto") return DType::kF32;
-  if (wanted == "int8" || wanted == "int4") {
-    fail(ErrorCode::kUnsupported, "kv='", wanted,
-         "' is not available yet; use 'auto', 'bf16' or 'fp32'");
-  }
-  fail(ErrorCode::kInvalidRequest, "kv is '", wanted, "'; it must be 'auto', 'bf16' or 'fp32'");
-}
-
-KvGeometry geometry_of(const ModelSpec& spec, DType dtype) {
-  KvGeometry geometry{{dtype, spec.kv_heads, spec.head_dim}, {}};
-  for (const LayerSpec& layer : spec.layers) geometry.chunk.push_back(layer.chunk);
-  return geometry;
-}
-
-int64_t bytes_per_token(const KvGeometry& geometry) {
-  const int64_t layers = std::count(geometry.chunk.begin(), geometry.chunk.end(), 0);
-  return layers * static_cast<int64_t>(geometry.layout.page_bytes()) / kPageTokens;
-}
-
-// Largest context, at most `limit`, whose KV cache fits in `bytes`.
-int64_t context_within(const KvStore& kv, int64_t limit, int64_t bytes) {
-  if (static_cast<int64_t>(kv.bytes_for(limit)) <= bytes) return limit;
-  int64_t fits = 0, too_long = limit;
-  while (too_long - fits > 1) {
-    const int64_t middle = fits + (too_long - fits) / 2;
-    (static_cast<int64_t>(kv.bytes_for(middle)) <= bytes ? fits : too_long) = middle;
-  }
-  return fits;
-}
-
-}  // namespace
 
 Engine::Engine(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Engine::~Engine() = default;
@@ -90,44 +40,21 @@ std::shared_ptr<Engine> Engine::load(const LoadOptions& options) {
   const ModelWeights weights =
       packed ? packed->weights(spec) : resolve_weights(spec, *impl->checkpoint);
   const DType weight_type = stored_type(weights.text);
-  const DType kv_type = kv_dtype(options.kv, weight_type);
 
   // What will be needed, before a weight is read.
+  const Planner planner(spec, weights, packed ? std::optional(packed->sizes()) : std::nullopt);
+  impl->plan = planner.plan(options, /*disk=*/0);
+  const Plan& plan = impl->plan;
+  require_fit(plan);
+  const PackedBytes& sizes = planner.weights(options);
   const bool vision = options.vision && spec.vision.has_value();
-  const PackedBytes sizes = packed ? packed->sizes() : packed_bytes_of(spec, weights, recipe);
-  const int64_t needed = sizes.text_packed + (vision ? sizes.vision_packed : 0);
-  const int64_t budget = options.memory > 0 ? options.memory : available_memory_bytes();
-  if (needed > budget) {
-    const bool can_leave_vision = vision && sizes.text_packed <= budget;
-    fail(ErrorCode::kOutOfMemory, {.asked = needed, .limit = budget}, "[load] the weights need ",
-         in_words(needed), " of memory, ",
-         options.memory > 0 ? "the budget given by memory= is " : "the system has free ",
-         in_words(budget),
-         can_leave_vision ? "; vision=False leaves the vision tower on disk and needs "
-                          : "; use a machine with more, or a smaller checkpoint",
-         can_leave_vision ? in_words(sizes.text_packed) : "");
-  }
-  if (options.context > spec.max_position) {
-    fail(ErrorCode::kContextOverflow, {.asked = options.context, .limit = spec.max_position},
-         "[load] context=", options.context, " was asked for, the model allows ",
-         spec.max_position);
-  }
   impl->tokenizer = tokenizer_of(*impl->checkpoint);
   impl->backend = make_backend(options.device, {options.isa, options.threads});
-  const KvGeometry geometry = geometry_of(spec, kv_type);
+  const int64_t weight_bytes = plan.text_bytes + plan.vision_bytes;
   impl->kv = std::make_unique<KvStore>(
-      geometry, make_memory_tier(options.memory > 0 ? options.memory - needed : 0));
-  const auto room = static_cast<int64_t>(kShareOfFreeMemory * static_cast<double>(budget - needed));
-  const int64_t fits = context_within(*impl->kv, spec.max_position, room);
-  if (options.context > fits || fits < 1) {
-    const int64_t asked = std::max<int64_t>(options.context, 1);
-    const auto cache = static_cast<int64_t>(impl->kv->bytes_for(asked));
-    fail(ErrorCode::kOutOfMemory, {.asked = needed + cache, .limit = needed + room},
-         "[load] a context of ", asked, " tokens needs ", in_words(cache), " of KV cache beside ",
-         in_words(needed), " of weights, and ", in_words(room),
-         " is left; the largest context that fits is ", fits,
-         fits > 0 ? ": use context=" : ": give more memory", fits > 0 ? std::to_string(fits) : "");
-  }
+      kv_geometry(spec, kv_format(options.kv, weight_type)),
+      make_memory_tier(options.memory > 0 ? options.memory - weight_bytes - plan.scratch_bytes
+                                          : 0));
 
   const int64_t source_bytes = sizes.text_source + (vision ? sizes.vision_source : 0);
   const auto progress = [&options, source_bytes](int64_t done) {
@@ -147,14 +74,13 @@ std::shared_ptr<Engine> Engine::load(const LoadOptions& options) {
   info.path = options.path;
   info.device = impl->backend->description();
   info.dtype = name_of(weight_type);
-  info.kv_dtype = name_of(kv_type);
+  const KvGeometry& geometry = impl->kv->geometry();
+  info.kv_dtype = geometry.seal == KvSeal::kNone ? name_of(geometry.layout.dtype) : plan.kv;
   info.parameters = parameters.total;
   info.active_parameters = parameters.active;
   info.weight_bytes = loader.bytes();
-  info.memory_bytes = budget - needed;
-  info.context = options.context > 0 ? options.context : fits;
+  info.context = plan.context;
   info.max_context = spec.max_position;
-  info.kv_bytes_per_token = bytes_per_token(geometry);
   info.vocab_size = spec.vocab_size;
   info.hidden_size = spec.hidden;
   info.layers = static_cast<int64_t>(spec.layers.size());
@@ -175,6 +101,8 @@ std::shared_ptr<Engine> Engine::load(const LoadOptions& options) {
 }
 
 const ModelInfo& Engine::info() const { return impl_->info; }
+
+const Plan& Engine::plan() const { return impl_->plan; }
 
 const Tokenizer* Engine::tokenizer() const {
   return impl_->tokenizer ? &*impl_->tokenizer : nullptr;

@@ -12,6 +12,7 @@
 
 #include "backend/backend.h"
 #include "engine/fair_mutex.h"
+#include "engine/plan.h"
 #include "engine/sampler.h"
 #include "io/checkpoint.h"
 #include "kv/kv_store.h"
@@ -82,6 +83,7 @@ struct Engine::Impl {
   std::unique_ptr<KvStore> kv;
   std::optional<Tokenizer> tokenizer;
   ModelInfo info;
+  Plan plan;
 
   FairMutex turn;  // held around every use of backend, models and kv
   std::atomic<bool> closed{false};
@@ -106,10 +108,6 @@ struct Engine::Impl {
   StepResult emit(Session::State& session, std::span<float> logits);
 };
 
-// Rows of one forward pass: enough for every expert of Scout to see some 64 of them, so that
-// reading its weights is paid for, and few enough that the activations stay within a few hundred
-// MB.
-constexpr int64_t kBatchRows = 1024;
 // When every row's logits are wanted: 256 rows of 202,048 logits are 207 MB.
 constexpr int64_t kEvaluationRows = 256;
 

@@ -149,6 +149,7 @@ AdoptingLoader::AdoptingLoader(const Checkpoint& checkpoint) : checkpoint_(check
     const auto bytes = static_cast<int64_t>(packed_bytes(found.format, found.rows, found.cols));
     found.data = place(name, DType::kU8, bytes);
     (name.starts_with("vision.") ? vision_bytes_ : text_bytes_) += bytes;
+    if (of_expert(name)) expert_bytes_ += bytes;
     matrices_.emplace(name, found);
   }
   for (const auto& [name, size] : part("vectors").items()) {

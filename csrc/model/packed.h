@@ -26,7 +26,9 @@ class AdoptingLoader : public WeightLoader {
   // The shapes that the checkpoint's configuration asks for, and the token embedding.
   ModelWeights weights(const ModelSpec& spec) const;
   // Nothing is packed: source and packed bytes are the same.
-  PackedBytes sizes() const { return {text_bytes_, text_bytes_, vision_bytes_, vision_bytes_}; }
+  PackedBytes sizes() const {
+    return {text_bytes_, text_bytes_, vision_bytes_, vision_bytes_, expert_bytes_};
+  }
 
   // The parts give the shape that is expected; their data are not read.
   std::vector<WeightRef> matrices(const std::string& name, std::span<const MatrixSource> parts,
@@ -50,7 +52,7 @@ class AdoptingLoader : public WeightLoader {
   Backend* backend_ = nullptr;
   std::map<std::string, Matrix> matrices_;
   std::map<std::string, Vector> vectors_;
-  int64_t text_bytes_ = 0, vision_bytes_ = 0;
+  int64_t text_bytes_ = 0, vision_bytes_ = 0, expert_bytes_ = 0;
 };
 
 // Quantises a checkpoint, whose weights are given, to `path` (a model.safetensors that does not

@@ -154,7 +154,8 @@ PackedBytes packed_bytes_of(const ModelSpec& spec, const ModelWeights& weights,
   MeasuringLoader text(recipe), vision(recipe);
   load_text(spec, weights.text, text);
   if (weights.vision) load_vision(*weights.vision, vision);
-  return {text.source_bytes(), text.bytes(), vision.source_bytes(), vision.bytes()};
+  return {text.source_bytes(), text.bytes(), vision.source_bytes(), vision.bytes(),
+          text.expert_bytes()};
 }
 
 }  // namespace puna

@@ -47,6 +47,7 @@ VisionParameters load_vision(const VisionWeights& weights, WeightLoader& loader)
 struct PackedBytes {
   int64_t text_source = 0, text_packed = 0;
   int64_t vision_source = 0, vision_packed = 0;
+  int64_t experts_packed = 0;  // of text_packed, that of routed experts
 };
 PackedBytes packed_bytes_of(const ModelSpec& spec, const ModelWeights& weights,
                             const QuantRecipe& recipe);

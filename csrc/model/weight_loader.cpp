@@ -48,7 +48,9 @@ std::vector<WeightRef> MeasuringLoader::matrices(const std::string& name,
     const WeightFormat format = target_format(shape, piece.options);
     weights.push_back(
         {format, shape.rows, shape.cols, packed_bytes(format, shape.rows, shape.cols), nullptr});
-    bytes_ += static_cast<int64_t>(weights.back().bytes);
+    const auto bytes = static_cast<int64_t>(weights.back().bytes);
+    bytes_ += bytes;
+    if (of_expert(name)) expert_bytes_ += bytes;
     source_bytes_ += piece.source_bytes();
   }
   return weights;

@@ -6,6 +6,7 @@
 #include <map>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "backend/backend.h"
@@ -31,6 +32,11 @@ class WeightLoader {
   }
   int64_t bytes() const { return bytes_; }  // of the matrices so far, packed
 
+  // Whether a matrix is one of a routed expert's, by its name.
+  static bool of_expert(std::string_view name) {
+    return name.find(".experts.") != std::string_view::npos;
+  }
+
  protected:
   int64_t bytes_ = 0;
 };
@@ -43,10 +49,11 @@ class MeasuringLoader : public WeightLoader {
                                   bool split) override;
   VectorRef vector(const std::string&, std::span<const TensorRef>) override { return {}; }
   int64_t source_bytes() const { return source_bytes_; }
+  int64_t expert_bytes() const { return expert_bytes_; }  // of bytes(), that of routed experts
 
  private:
   const QuantRecipe& recipe_;
-  int64_t source_bytes_ = 0;
+  int64_t source_bytes_ = 0, expert_bytes_ = 0;
 };
 
 // Called as weights are packed, with the bytes of the checkpoint that were done; what it throws

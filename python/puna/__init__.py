@@ -25,14 +25,14 @@ from puna.errors import (
     UnsupportedError,
 )
 from puna.evaluation import evaluate
-from puna.loading import load, quantize
+from puna.loading import load, plan, quantize
+from puna.planning import Plan, Remedy
 from puna.types import (
     Chunk,
     Comparison,
     Completion,
     Evaluation,
     ModelInfo,
-    Plan,
     Score,
     Timings,
     Usage,
@@ -57,6 +57,7 @@ __all__ = [
     "ModelNotFound",
     "OutOfMemory",
     "Plan",
+    "Remedy",
     "Score",
     "Session",
     "SessionMismatch",
@@ -72,5 +73,6 @@ __all__ = [
     "evaluate",
     "isas",
     "load",
+    "plan",
     "quantize",
 ]

@@ -33,10 +33,8 @@ class _Info(TypedDict):
     parameters: int
     active_parameters: int
     weight_bytes: int
-    memory_bytes: int
     context: int
     max_context: int
-    kv_bytes_per_token: int
     vocab_size: int
     hidden_size: int
     layers: int
@@ -50,6 +48,30 @@ class _Info(TypedDict):
     temperature: float | None
     top_p: float | None
     top_k: int | None
+
+class _Plan(TypedDict):
+    kv: str
+    context: int
+    max_context: int
+    largest_context: int
+    weight_bytes: int
+    vision_bytes: int
+    scratch_bytes: int
+    kv_sealed_bytes: int
+    kv_open_bytes: int
+    kv_local_bytes: int
+    kv_bytes_per_token: int
+    kv_memory_bytes: int
+    kv_disk_bytes: int
+    memory_needed: int
+    memory_bytes: int
+    memory_given: bool
+    disk_needed: int
+    disk_bytes: int
+    fits: bool
+    step_memory_bytes: int
+    step_disk_bytes: int
+    remedies: list[tuple[str, int, int]]
 
 class _Timings(TypedDict):
     load_seconds: float
@@ -179,6 +201,7 @@ class Session(metaclass=_PybindType):
 class Engine(metaclass=_PybindType):
     def __init__(self, *args: Never, **kwargs: Never) -> None: ...
     def info(self) -> _Info: ...
+    def plan(self) -> _Plan: ...
     def tokenizer(self) -> Tokenizer | None: ...
     def session(self) -> Session: ...
     def check(self, options: Sampling) -> None: ...
@@ -206,6 +229,19 @@ def load(
     quant_overrides: Sequence[tuple[str, str]],
     progress: Callable[[int, int], object] | None,
 ) -> Engine: ...
+def plan(
+    *,
+    path: str,
+    mmproj: str,
+    kv: str,
+    context: int,
+    memory: int,
+    disk: int,
+    vision: bool,
+    quant: str,
+    quant_overrides: Sequence[tuple[str, str]],
+) -> _Plan: ...
+def memory_bandwidth() -> float: ...
 def quantize(
     *,
     path: str,

@@ -17,7 +17,9 @@ from typing import Any
 import puna
 from puna import _core
 from puna.loading import demo_directory
+from puna.planning import size
 
+_KV_FORMATS = ("auto", "bf16", "fp32", "int8", "int4")
 _INTERRUPTED = 130  # the shell's convention: 128 + SIGINT
 
 
@@ -81,6 +83,20 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--tensors", action="store_true", help="list every tensor")
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_inspect)
+
+    plan = commands.add_parser("plan", help="show what a model needs, and how to make it fit")
+    _add_model(plan)
+    plan.add_argument("--context", help='tokens, or like "10M"; the largest that fits')
+    plan.add_argument("--kv", default="auto", choices=_KV_FORMATS, help="format of the KV cache")
+    plan.add_argument("--memory", help='bytes, or like "24G"; what is free')
+    plan.add_argument("--disk", help="for what of the KV cache memory does not hold, in bytes")
+    plan.add_argument("--memory-bandwidth", help="bytes a second, measured if left out")
+    plan.add_argument("--disk-bandwidth", help="bytes a second")
+    _add_quant(plan)
+    plan.add_argument("--no-vision", action="store_true", help="without the vision tower")
+    _add_mmproj(plan)
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.set_defaults(run=_plan)
 
     tokenize = commands.add_parser("tokenize", help="show the tokens of a text")
     _add_model(tokenize)
@@ -188,7 +204,7 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_computing(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--kv", default="auto", choices=("auto", "bf16", "fp32"))
+    group.add_argument("--kv", default="auto", choices=_KV_FORMATS)
     group.add_argument("--threads", type=int)
     group.add_argument("--device", default="auto")
     group.add_argument("--isa", help="instruction set, see puna doctor")
@@ -221,10 +237,9 @@ def _quant(options: argparse.Namespace) -> dict[str, str] | str | None:
 
 
 def _load(options: argparse.Namespace) -> puna.Engine:
-    context = options.context
     llm = puna.load(
         options.model,
-        context=int(context) if context and context.isdigit() else context,
+        context=options.context,
         quant=_quant(options),
         kv=options.kv,
         memory=options.memory,
@@ -386,6 +401,27 @@ def _inspect(options: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(options: argparse.Namespace) -> int:
+    """Exit status 1 says that it does not fit."""
+    plan = puna.plan(
+        options.model,
+        context=options.context,
+        kv=options.kv,
+        quant=_quant(options),
+        memory=options.memory,
+        disk=options.disk,
+        vision=not options.no_vision,
+        mmproj=options.mmproj,
+        memory_bandwidth=options.memory_bandwidth,
+        disk_bandwidth=options.disk_bandwidth,
+    )
+    if options.json:
+        print(json.dumps(asdict(plan) | {"tokens_per_second": plan.tokens_per_second}, indent=2))
+    else:
+        print(plan)
+    return 0 if plan.fits else 1
+
+
 def _describe(report: Mapping[str, Any]) -> list[str]:
     moe = f"{report['moe_layers']} MoE ({report['experts']} experts, top {report['top_k']})"
     lines = [
@@ -409,15 +445,6 @@ def _describe(report: Mapping[str, Any]) -> list[str]:
     for context, needed in report["memory"]:
         lines.append(f"memory       {size(needed)} with {context:,} tokens of context")
     return lines
-
-
-def size(count: float) -> str:
-    """Bytes for people, in powers of 1024."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
 
 
 def _tokenize(options: argparse.Namespace) -> int:

@@ -33,7 +33,7 @@ def examine() -> dict[str, Any]:
 
 def explain(report: dict[str, Any]) -> str:
     """The report for people."""
-    from puna.cli import size
+    from puna.planning import size
 
     packages = ", ".join(f"{name} {version}" for name, version in report["packages"].items())
     chosen = next(isa["name"] for isa in report["isas"] if isa["available"])

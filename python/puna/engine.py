@@ -37,13 +37,13 @@ from puna.chat_template import (
 from puna.errors import EngineClosed, InvalidRequest, UnsupportedError
 from puna.images import to_rgb
 from puna.options import Request, parse_request
+from puna.planning import Plan
 from puna.types import (
     Chunk,
     Completion,
     FinishReason,
     Logprobs,
     ModelInfo,
-    Plan,
     Score,
     Timings,
     TokenLogprob,
@@ -88,15 +88,7 @@ class Engine:
             image_token=_token(raw["image_token"]),
             defaults=defaults,
         )
-        self.plan = Plan(
-            weight_bytes=raw["weight_bytes"],
-            kv_bytes_per_token=raw["kv_bytes_per_token"],
-            context=raw["context"],
-            max_context=raw["max_context"],
-            memory_bytes=raw["memory_bytes"],
-            device=raw["device"],
-            warnings=tuple(raw["warnings"]),
-        )
+        self.plan = Plan.of(core.plan(), device=raw["device"], warnings=tuple(raw["warnings"]))
 
     # --- generation ------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Loading and quantising checkpoints."""
+"""Planning, loading and quantising checkpoints."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from puna.arguments import amount, quant_recipe, token_ids, truth, whole
 from puna.engine import Engine
 from puna.errors import InvalidRequest, UnsupportedError
 from puna.options import LOAD_NAMES, unknown_keyword
+from puna.planning import Plan
 from puna.progress import ProgressBar
 
 _DEMO_NAME = "demo"
@@ -47,7 +48,8 @@ def load(
             vision tower are never quantised.
         context: Tokens a session may hold, as a number or like "128k" or "1M" (powers of 1024);
             None is the largest that fits.
-        kv: Format of the KV cache: "auto" (as the weights), "bf16" or "fp32".
+        kv: Format of the KV cache: "auto" (as the weights), "bf16", "fp32", or "int8" or "int4",
+            in which the layers that attend to everything keep full pages.
         kv_offload: Where the KV cache may live besides memory: "auto" or "none" so far.
         device: "auto", "cpu", or "ref": the slow double-precision reference.
         experts: Where expert weights live: "auto" or "cpu" so far.
@@ -79,7 +81,7 @@ def load(
         )
     if experts not in ("auto", "cpu"):
         raise UnsupportedError(f"experts={experts!r} is not available yet; use 'auto'")
-    path = demo_directory() if os.fspath(model) == _DEMO_NAME else Path(model).expanduser()
+    path = _path(model)
     bar = ProgressBar(f"Loading {path.name}", "B") if progress else None
     try:
         core = _core.load(
@@ -100,6 +102,58 @@ def load(
         if bar:
             bar.close()
     return Engine(core, path)
+
+
+def plan(
+    model: str | os.PathLike[str],
+    *,
+    context: int | str | None = None,
+    kv: str = "auto",
+    quant: str | Mapping[str, str] | None = None,
+    memory: int | str | None = None,
+    disk: int | str | None = None,
+    vision: bool = True,
+    mmproj: str | os.PathLike[str] | None = None,
+    memory_bandwidth: int | str | None = None,
+    disk_bandwidth: int | str | None = None,
+) -> Plan:
+    """What `load` would need with these arguments, without reading weights.
+
+    Args:
+        model: As for `load`.
+        context: Tokens, as a number or like "10M"; None is the largest that fits.
+        kv: As for `load`.
+        quant: As for `load`.
+        memory: Bytes, as a number or like "24G"; None is what the system has free.
+        disk: Bytes of files for what of the KV cache does not fit into memory; None is none.
+        vision: As for `load`.
+        mmproj: As for `load`.
+        memory_bandwidth: Bytes a second; None measures this machine's.
+        disk_bandwidth: Bytes a second; None assumes a slow disk.
+
+    Raises:
+        ContextOverflow: The model does not allow such a context.
+        ModelNotFound, ModelFormatError, UnsupportedError, InvalidRequest: As for `load`.
+    """
+    if not isinstance(kv, str):
+        raise InvalidRequest(f"kv is {kv!r:.80}; it must be a string", param="kv")
+    recipe, overrides = quant_recipe(quant)
+    raw = _core.plan(
+        path=os.fspath(_path(model)),
+        mmproj=os.fspath(Path(mmproj).expanduser()) if mmproj is not None else "",
+        kv=kv,
+        context=amount("context", context),
+        memory=amount("memory", memory),
+        disk=amount("disk", disk),
+        vision=truth("vision", vision),
+        quant=recipe,
+        quant_overrides=overrides,
+    )
+    return Plan.of(
+        raw,
+        memory_bandwidth=float(amount("memory_bandwidth", memory_bandwidth)),
+        disk_bandwidth=float(amount("disk_bandwidth", disk_bandwidth)),
+    )
 
 
 def quantize(
@@ -134,7 +188,7 @@ def quantize(
         InvalidRequest: The output is in use, or the disk has no room; nothing has been written.
     """
     recipe, overrides = quant_recipe(quant)
-    path = demo_directory() if os.fspath(model) == _DEMO_NAME else Path(model).expanduser()
+    path = _path(model)
     ids = _calibration_ids(path, calibration, truth("allow_special", allow_special))
     first = ProgressBar(f"Calibrating {path.name}", " tokens") if progress else None
     bar = ProgressBar(f"Quantising {path.name}", "B") if progress else None
@@ -168,6 +222,10 @@ def _calibration_ids(
     if not ids:
         raise InvalidRequest("the calibration text has no tokens", param="calibration")
     return ids
+
+
+def _path(model: str | os.PathLike[str]) -> Path:
+    return demo_directory() if os.fspath(model) == _DEMO_NAME else Path(model).expanduser()
 
 
 def demo_directory() -> Path:

@@ -178,29 +178,6 @@ class Evaluation:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What a loaded model occupies, and how far its context reaches.
-
-    Attributes:
-        weight_bytes: Packed weights in memory.
-        kv_bytes_per_token: Growth of the KV cache per token (the layers that attend to everything).
-        context: Tokens that a session may hold.
-        max_context: Tokens that the model was made for.
-        memory_bytes: Memory that the system reported as free after loading, or the budget given.
-        device: The device and how it computes.
-        warnings: What looked odd in the checkpoint.
-    """
-
-    weight_bytes: int
-    kv_bytes_per_token: int
-    context: int
-    max_context: int
-    memory_bytes: int
-    device: str
-    warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """Facts about a loaded checkpoint, from its configuration and its tensors."""
 

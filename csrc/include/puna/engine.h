@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "puna/plan.h"
 #include "puna/types.h"
 
 namespace puna {
@@ -42,6 +43,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   ~Engine();
 
   const ModelInfo& info() const;
+  const Plan& plan() const;            // by which it was loaded
   const Tokenizer* tokenizer() const;  // null: the checkpoint has none
 
   std::shared_ptr<Session> session();

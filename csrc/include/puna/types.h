@@ -19,7 +19,7 @@ struct LoadOptions {
   int threads = 0;              // 0 = the physical cores allowed to this process
   std::string quant;            // "" = weights as stored; else a recipe or format (model/recipe.h)
   std::vector<std::pair<std::string, std::string>> quant_overrides;  // (pattern, format)
-  std::string kv = "auto";  // "auto" (as the weights) | "bf16" | "fp32"
+  std::string kv = "auto";  // "auto" (as the weights) | "bf16" | "fp32" | "int8" | "int4"
   int64_t context = 0;      // tokens; 0 = the largest that fits
   int64_t memory = 0;       // bytes for weights and KV together; 0 = what the system has free
   bool vision = true;       // false = leave the vision tower on disk
@@ -84,9 +84,7 @@ struct ModelInfo {
   std::string path, device, dtype, kv_dtype;
   int64_t parameters = 0, active_parameters = 0;
   int64_t weight_bytes = 0;
-  int64_t memory_bytes = 0;  // free (or the budget left) for the KV cache after loading
   int64_t context = 0, max_context = 0;
-  int64_t kv_bytes_per_token = 0;  // of the layers that keep everything
   int64_t vocab_size = 0, hidden_size = 0, layers = 0;
   int64_t image_size = 0,
           tokens_per_tile = 0;  // 0: the checkpoint has no vision tower, or it was not loaded

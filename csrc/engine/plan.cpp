@@ -1,0 +1,282 @@
+#include "engine/plan.h"
+
+#include <algorithm>
+#include <array>
+#include <sstream>
+
+#include "base/error.h"
+#include "engine/factory.h"
+#include "model/open_model.h"
+#include "model/packed.h"
+#include "platform/system.h"
+
+namespace puna {
+namespace {
+
+// Memory left to everything else when what is free sets the bound: this share of what the weights
+// leave is used.
+constexpr double kShareOfFreeMemory = 0.9;
+constexpr size_t kMostRemedies = 3;
+
+// The activations of a forward pass: those of TextModel, and what a backend keeps of one layer's
+// feed-forward block, all as fp32, beside the logits of one row.
+int64_t scratch_bytes(const ModelSpec& spec, int64_t rows) {
+  const int64_t attention = 2 * spec.hidden + (2 * spec.heads + 2 * spec.kv_heads) * spec.head_dim;
+  int64_t feed_forward = 0;
+  for (const LayerSpec& layer : spec.layers) {
+    // Of each expert that sees the row, the shared one too: its input, gate and up, and what they
+    // become.
+    const int64_t experts = 1 + (layer.moe ? layer.top_k : 0);
+    feed_forward = std::max(feed_forward, experts * (spec.hidden + 3 * layer.intermediate));
+  }
+  const int64_t floats = rows * (attention + feed_forward) + spec.vocab_size;
+  return floats * static_cast<int64_t>(sizeof(float));
+}
+
+int64_t global_layers(const KvGeometry& geometry) {
+  return std::count(geometry.chunk.begin(), geometry.chunk.end(), 0);
+}
+
+// Of the text model's weights, those that one token uses.
+int64_t active_bytes(const ModelSpec& spec, const PackedBytes& sizes) {
+  for (const LayerSpec& layer : spec.layers) {
+    if (layer.moe)
+      return sizes.text_packed -
+             sizes.experts_packed / layer.experts * (layer.experts - layer.top_k);
+  }
+  return sizes.text_packed;
+}
+
+std::string joined(const std::vector<std::string>& parts) {
+  std::string text;
+  for (const std::string& part : parts) text += (text.empty() ? "" : ", ") + part;
+  return text;
+}
+
+}  // namespace
+
+std::string in_words(int64_t bytes) {
+  constexpr std::array<const char*, 5> kUnits{"bytes", "KiB", "MiB", "GiB", "TiB"};
+  double amount = static_cast<double>(bytes);
+  size_t unit = 0;
+  for (; amount >= 1024 && unit + 1 < kUnits.size(); ++unit) amount /= 1024;
+  std::ostringstream text;
+  text.precision(amount < 1000 ? 3 : 4);
+  text << amount << ' ' << kUnits[unit];
+  return text.str();
+}
+
+KvFormat kv_format(const std::string& wanted, DType weights) {
+  const bool wide = weights == DType::kF32 || weights == DType::kF16;
+  if (wanted == "auto") return kv_format(wide ? "fp32" : "bf16", weights);
+  if (wanted == "fp32") return {wanted, DType::kF32, KvSeal::kNone};
+  if (wanted == "bf16") return {wanted, DType::kBF16, KvSeal::kNone};
+  if (wanted == "int8") return {wanted, DType::kBF16, KvSeal::kInt8};
+  if (wanted == "int4") return {wanted, DType::kBF16, KvSeal::kInt4};
+  fail(ErrorCode::kInvalidRequest, "kv is '", wanted,
+       "'; it must be 'auto', 'bf16', 'fp32', 'int8' or 'int4'");
+}
+
+KvGeometry kv_geometry(const ModelSpec& spec, const KvFormat& format) {
+  KvGeometry geometry{{format.open, spec.kv_heads, spec.head_dim}, {}, format.seal};
+  for (const LayerSpec& layer : spec.layers) geometry.chunk.push_back(layer.chunk);
+  return geometry;
+}
+
+Planner::Planner(const ModelSpec& spec, const ModelWeights& weights,
+                 std::optional<PackedBytes> packed)
+    : spec_(spec), weights_(weights), packed_(packed), free_memory_(available_memory_bytes()) {}
+
+const PackedBytes& Planner::weights(const LoadOptions& options) const {
+  if (packed_) return *packed_;
+  const auto found = sizes_.find(options.quant);
+  if (found != sizes_.end()) return found->second;
+  const QuantRecipe recipe(options.quant, options.quant_overrides);
+  return sizes_.emplace(options.quant, packed_bytes_of(spec_, weights_, recipe)).first->second;
+}
+
+Plan Planner::evaluate(const LoadOptions& options, int64_t disk) const {
+  const PackedBytes& sizes = weights(options);
+  const KvFormat format = kv_format(options.kv, stored_type(weights_.text));
+  const KvGeometry geometry = kv_geometry(spec_, format);
+  const KvStore kv(geometry, make_memory_tier(0));
+
+  Plan plan;
+  plan.kv = format.name;
+  plan.max_context = spec_.max_position;
+  plan.text_bytes = sizes.text_packed;
+  plan.vision_bytes = options.vision && spec_.vision ? sizes.vision_packed : 0;
+  plan.memory_given = options.memory > 0;
+  plan.memory_budget = plan.memory_given ? options.memory : free_memory_;
+  plan.disk_budget = disk;
+  const int64_t weight_bytes = plan.text_bytes + plan.vision_bytes;
+  const int64_t left = plan.memory_budget - weight_bytes;
+  const int64_t room = plan.memory_given
+                           ? left
+                           : static_cast<int64_t>(kShareOfFreeMemory *
+                                                  static_cast<double>(std::max<int64_t>(left, 0)));
+
+  const auto pass = [](int64_t tokens) { return std::min(tokens, kBatchRows); };
+  const auto footprint = [&](int64_t tokens) {
+    KvFootprint cache = kv.footprint(tokens, pass(tokens));
+    // With pages on their way from the disk.
+    cache.least_memory = std::min(cache.memory, cache.least_memory + KvStoreOptions().read_ahead);
+    return cache;
+  };
+  const auto fits = [&](int64_t tokens) {
+    const KvFootprint cache = footprint(tokens);
+    const int64_t cache_room = room - scratch_bytes(spec_, pass(tokens));
+    return cache.memory <= cache_room || (cache.least_memory <= cache_room && cache.disk <= disk);
+  };
+  int64_t too_long = spec_.max_position + 1;
+  while (too_long - plan.largest_context > 1) {
+    const int64_t middle = plan.largest_context + (too_long - plan.largest_context) / 2;
+    (fits(middle) ? plan.largest_context : too_long) = middle;
+  }
+  plan.context = options.context > 0 ? options.context : std::max<int64_t>(plan.largest_context, 1);
+  plan.fits = plan.context <= plan.largest_context;
+
+  const KvFootprint cache = footprint(plan.context);
+  const int64_t layers = global_layers(geometry);
+  const auto page = static_cast<int64_t>(geometry.sealed_bytes());
+  KvGeometry local = geometry;
+  std::erase(local.chunk, 0);
+  plan.scratch_bytes = scratch_bytes(spec_, pass(plan.context));
+  plan.kv_local_bytes = KvStore(local, make_memory_tier(0)).bytes_for(plan.context);
+  plan.kv_sealed_bytes = layers * (plan.context / kPageTokens) * page;
+  plan.kv_open_bytes = cache.memory - plan.kv_local_bytes - plan.kv_sealed_bytes;
+  plan.kv_bytes_per_token = layers * page / kPageTokens;
+
+  const int64_t cache_room = room - plan.scratch_bytes;
+  const bool spills = cache.memory > cache_room && disk > 0;
+  plan.kv_memory_bytes = spills ? std::max(cache_room, cache.least_memory) : cache.memory;
+  plan.kv_disk_bytes = plan.disk_needed = spills ? cache.disk : 0;
+  plan.memory_needed =
+      weight_bytes + plan.scratch_bytes + (spills ? cache.least_memory : cache.memory);
+  plan.step_disk_bytes = cache.memory - plan.kv_memory_bytes;
+  plan.step_memory_bytes = active_bytes(spec_, sizes) + plan.kv_memory_bytes;
+  return plan;
+}
+
+// All sets of changes but a shorter context, and what would be needed then.
+std::vector<Planner::Choice> Planner::choices(const LoadOptions& options, const Plan& plan) const {
+  std::vector<std::string> formats{""}, quants{""};
+  if (plan.kv != "int8" && plan.kv != "int4") formats.emplace_back("int8");
+  if (plan.kv != "int4") formats.emplace_back("int4");
+  if (!packed_ && options.quant != "int4") {
+    if (options.quant != "int8") quants.emplace_back("int8");
+    quants.emplace_back("int4");
+  }
+  constexpr int64_t kAnyDisk = int64_t{1} << 60;  // what is needed is said
+  std::vector<Choice> all;
+  for (const bool drop_vision : {false, true}) {
+    if (drop_vision && plan.vision_bytes == 0) continue;
+    for (const std::string& quant : quants) {
+      for (const bool add_disk : {false, true}) {
+        if (add_disk && plan.disk_budget > 0) continue;
+        for (const std::string& kv : formats) {
+          Choice& choice = all.emplace_back();
+          LoadOptions changed = options;
+          changed.context = plan.context;
+          if (!kv.empty()) {
+            changed.kv = kv;
+            choice.changes.push_back("kv='" + kv + "'");
+          }
+          if (add_disk) choice.changes.emplace_back("kv_offload='disk:DIR'");
+          if (!quant.empty()) {
+            changed.quant = quant;
+            choice.changes.push_back("quant='" + quant + "'");
+          }
+          if (drop_vision) {
+            changed.vision = false;
+            choice.changes.emplace_back("vision=False");
+          }
+          choice.plan = evaluate(changed, add_disk ? kAnyDisk : plan.disk_budget);
+        }
+      }
+    }
+  }
+  return all;
+}
+
+std::vector<Remedy> Planner::remedies(const LoadOptions& options, const Plan& plan) const {
+  std::vector<Remedy> found;
+  const auto add = [&found](std::vector<std::string> changes, const Plan& result) {
+    if (!result.fits) changes.push_back("memory=" + std::to_string(result.memory_needed));
+    Remedy remedy{joined(changes), result.memory_needed, result.disk_needed};
+    const bool known = std::any_of(found.begin(), found.end(), [&](const Remedy& other) {
+      return other.change == remedy.change;
+    });
+    if (!known && found.size() < kMostRemedies) found.push_back(std::move(remedy));
+  };
+  if (plan.largest_context > 0) {
+    LoadOptions shorter = options;
+    shorter.context = plan.largest_context;
+    add({"context=" + std::to_string(plan.largest_context)}, evaluate(shorter, plan.disk_budget));
+  }
+  // Those that change least first.
+  std::vector<Choice> all = choices(options, plan);
+  std::stable_sort(all.begin(), all.end(), [](const Choice& a, const Choice& b) {
+    return a.changes.size() < b.changes.size();
+  });
+  for (const Choice& choice : all)
+    if (choice.plan.fits) add(choice.changes, choice.plan);
+  // With more memory: as it is, with the best of the single changes, and with all that helps.
+  for (const size_t most : {all.back().changes.size(), size_t{1}, size_t{0}}) {
+    const Choice* least = nullptr;
+    for (const Choice& choice : all)
+      if (!choice.plan.fits && choice.changes.size() <= most &&
+          (least == nullptr || choice.plan.memory_needed < least->plan.memory_needed))
+        least = &choice;
+    if (least != nullptr) add(least->changes, least->plan);
+  }
+  return found;
+}
+
+Plan Planner::plan(const LoadOptions& options, int64_t disk) const {
+  if (options.context > spec_.max_position) {
+    fail(ErrorCode::kContextOverflow, {.asked = options.context, .limit = spec_.max_position},
+         "[load] context=", options.context, " was asked for, the model allows ",
+         spec_.max_position);
+  }
+  Plan plan = evaluate(options, disk);
+  if (!plan.fits) plan.remedies = remedies(options, plan);
+  return plan;
+}
+
+void require_fit(const Plan& plan) {
+  if (plan.fits) return;
+  const int64_t weights = plan.text_bytes + plan.vision_bytes;
+  if (weights > plan.memory_budget) {
+    const bool can_leave_vision = plan.vision_bytes > 0 && plan.text_bytes <= plan.memory_budget;
+    fail(ErrorCode::kOutOfMemory, {.asked = weights, .limit = plan.memory_budget},
+         "[load] the weights need ", in_words(weights), " of memory, ",
+         plan.memory_given ? "the budget given by memory= is " : "the system has free ",
+         in_words(plan.memory_budget),
+         can_leave_vision ? "; vision=False leaves the vision tower on disk and needs "
+                          : "; use a machine with more, or a smaller checkpoint",
+         can_leave_vision ? in_words(plan.text_bytes) : "");
+  }
+  const int64_t beside = weights + plan.scratch_bytes;
+  const int64_t fits = plan.largest_context;
+  fail(ErrorCode::kOutOfMemory, {.asked = plan.memory_needed, .limit = plan.memory_budget},
+       "[load] a context of ", plan.context, " tokens needs ",
+       in_words(plan.memory_needed - beside), " of KV cache beside ", in_words(weights),
+       " of weights and ", in_words(plan.scratch_bytes), " of activations, and ",
+       plan.memory_given ? "the budget given by memory= is " : "the system has free ",
+       in_words(plan.memory_budget), "; the largest context that fits is ", fits,
+       fits > 0 ? ": use context=" : ": give more memory", fits > 0 ? std::to_string(fits) : "");
+}
+
+Plan plan(const LoadOptions& options, int64_t disk) {
+  const OpenedModel opened = open_model(options.path, options.mmproj);
+  std::optional<AdoptingLoader> packed;
+  if (is_packed(*opened.checkpoint)) packed.emplace(*opened.checkpoint);
+  const ModelWeights weights =
+      packed ? packed->weights(opened.spec) : resolve_weights(opened.spec, *opened.checkpoint);
+  const Planner planner(opened.spec, weights,
+                        packed ? std::optional(packed->sizes()) : std::nullopt);
+  return planner.plan(options, disk);
+}
+
+}  // namespace puna

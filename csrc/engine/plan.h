@@ -1,0 +1,61 @@
+// The arithmetic of what fits: one for planning and for load().
+#pragma once
+
+#include <map>
+#include <optional>
+#include <string>
+
+#include "kv/kv_store.h"
+#include "model/parameters.h"
+#include "model/spec.h"
+#include "puna/plan.h"
+
+namespace puna {
+
+// Rows of one forward pass: enough for every expert of Scout to see some 64 of them, so that
+// reading its weights is paid for, and few enough that the activations stay within a few hundred
+// MB.
+constexpr int64_t kBatchRows = 1024;
+
+std::string in_words(int64_t bytes);
+
+struct KvFormat {
+  std::string name;
+  DType open = DType::kF32;  // of the pages that are written
+  KvSeal seal = KvSeal::kNone;
+};
+// "bf16", "fp32", "int8", "int4", or "auto": as weights of this type. Throws InvalidRequest.
+KvFormat kv_format(const std::string& wanted, DType weights);
+KvGeometry kv_geometry(const ModelSpec& spec, const KvFormat& format);
+
+class Planner {
+ public:
+  // `packed`: what a checkpoint in the packed form holds; without, the weights are packed as the
+  // options say. What is referred to must outlive it.
+  Planner(const ModelSpec& spec, const ModelWeights& weights, std::optional<PackedBytes> packed);
+
+  // Throws ContextOverflow.
+  Plan plan(const LoadOptions& options, int64_t disk) const;
+  // The weights alone.
+  const PackedBytes& weights(const LoadOptions& options) const;
+
+ private:
+  struct Choice {
+    std::vector<std::string> changes;  // keywords of load()
+    Plan plan;
+  };
+  Plan evaluate(const LoadOptions& options, int64_t disk) const;
+  std::vector<Choice> choices(const LoadOptions& options, const Plan& plan) const;
+  std::vector<Remedy> remedies(const LoadOptions& options, const Plan& plan) const;
+
+  const ModelSpec& spec_;
+  const ModelWeights& weights_;
+  const std::optional<PackedBytes> packed_;
+  const int64_t free_memory_;
+  mutable std::map<std::string, PackedBytes> sizes_;  // by quant
+};
+
+// Throws OutOfMemory, with the numbers and what to do, if the plan does not fit.
+void require_fit(const Plan& plan);
+
+}  // namespace puna

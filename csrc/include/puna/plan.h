@@ -1,0 +1,50 @@
+// Public: what a model needs, worked out from its configuration and headers before a weight is
+// read. load() refuses what does not fit by the same arithmetic.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "puna/types.h"
+
+namespace puna {
+
+// Something to change so that it fits.
+struct Remedy {
+  std::string change;            // keywords of load(), as Python writes them
+  int64_t memory = 0, disk = 0;  // bytes needed then
+};
+
+struct Plan {
+  std::string kv;           // format of the KV cache
+  int64_t context = 0;      // tokens: as asked, or the largest that fits
+  int64_t max_context = 0;  // of the model
+  int64_t largest_context = 0;
+
+  // Bytes.
+  int64_t text_bytes = 0, vision_bytes = 0;  // weights
+  int64_t scratch_bytes = 0;                 // activations of one forward pass
+  int64_t kv_sealed_bytes = 0;               // full pages of the layers that keep everything
+  int64_t kv_open_bytes = 0;                 // their pages that a pass writes
+  int64_t kv_local_bytes = 0;                // layers that keep one chunk
+  int64_t kv_bytes_per_token = 0;            // by which the cache grows
+  int64_t kv_memory_bytes = 0;               // of the cache, in memory
+  int64_t kv_disk_bytes = 0;                 // of its files
+  int64_t memory_needed = 0, memory_budget = 0;
+  bool memory_given = false;                 // or what the system has free
+  int64_t disk_needed = 0, disk_budget = 0;  // disk_budget 0: no disk
+
+  bool fits = false;
+  std::vector<Remedy> remedies;  // three at most, if it does not
+
+  // What a token after a full context reads: the weights it uses and all keys and values. Divided
+  // by the bandwidths, the time that it takes at least.
+  int64_t step_memory_bytes = 0, step_disk_bytes = 0;
+};
+
+// Throws what load() throws for a checkpoint that cannot be read, and ContextOverflow. `disk`:
+// bytes for pages that do not fit into memory, 0 = none may go there.
+Plan plan(const LoadOptions& options, int64_t disk = 0);
+
+}  // namespace puna

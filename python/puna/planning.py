@@ -1,0 +1,160 @@
+"""What a model needs, and whether this machine has it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from puna import _core
+
+# Of a disk, where nothing is given: a solid-state one behind SATA, or a small share of a fast one.
+_ASSUMED_DISK = 0.5e9
+
+
+def size(count: float) -> str:
+    """Bytes for people, in powers of 1024."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+@dataclass(frozen=True, slots=True)
+class Remedy:
+    """Keywords of `load` with which a model would fit, and the bytes it needs then."""
+
+    change: str
+    memory_bytes: int
+    disk_bytes: int = 0
+
+    def __str__(self) -> str:
+        disk = f" and {size(self.disk_bytes)} of disk" if self.disk_bytes else ""
+        return f"{self.change}: {size(self.memory_bytes)} of memory{disk}"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a model occupies, how far its context reaches, and how fast it can be at best.
+
+    `str(plan)` is a table of it.
+
+    Attributes:
+        context: Tokens that a session may hold: as asked, or the largest number that fits.
+        largest_context: The largest number that fits.
+        max_context: Tokens that the model was made for.
+        kv: Format of the KV cache: "bf16", "fp32", "int8" or "int4".
+        weight_bytes: Packed weights in memory, the vision tower among them.
+        vision_bytes: Of them, the vision tower.
+        scratch_bytes: Activations of one forward pass.
+        kv_sealed_bytes: Full pages of the layers that attend to everything, at `context` tokens.
+        kv_open_bytes: Their pages that are being written.
+        kv_local_bytes: Layers that keep the current chunk only.
+        kv_bytes_per_token: Growth of the KV cache per token.
+        kv_memory_bytes: Of the KV cache, in memory.
+        kv_disk_bytes: Of the KV cache, in files.
+        memory_needed: Weights, activations and what of the KV cache must be in memory.
+        memory_bytes: Memory there is: the budget given, or what the system had free.
+        memory_given: Which of the two.
+        disk_needed: Bytes of files.
+        disk_bytes: Disk that may be used; 0 is none.
+        fits: Whether what is needed is there.
+        step_memory_bytes: What is read from memory for a token after a full context: the weights it
+            uses and the keys and values that are there.
+        step_disk_bytes: The keys and values that are read from files for it.
+        memory_bandwidth: Bytes a second, as given; 0 means that it is measured when it is needed.
+        disk_bandwidth: Bytes a second, as given; 0 means a guess.
+        remedies: Up to three ways to make it fit if it does not.
+        device: The device and how it computes, of a loaded model.
+        warnings: What looked odd in the checkpoint, of a loaded model.
+    """
+
+    context: int
+    largest_context: int
+    max_context: int
+    kv: str
+    weight_bytes: int
+    vision_bytes: int
+    scratch_bytes: int
+    kv_sealed_bytes: int
+    kv_open_bytes: int
+    kv_local_bytes: int
+    kv_bytes_per_token: int
+    kv_memory_bytes: int
+    kv_disk_bytes: int
+    memory_needed: int
+    memory_bytes: int
+    memory_given: bool
+    disk_needed: int
+    disk_bytes: int
+    fits: bool
+    step_memory_bytes: int
+    step_disk_bytes: int
+    memory_bandwidth: float = 0.0
+    disk_bandwidth: float = 0.0
+    remedies: tuple[Remedy, ...] = ()
+    device: str = ""
+    warnings: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(raw: Mapping[str, Any], **more: Any) -> Plan:
+        """From what the core says, and fields that it does not know."""
+        remedies = tuple(Remedy(*remedy) for remedy in raw["remedies"])
+        return Plan(**{**raw, "remedies": remedies, **more})
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The most tokens a second after a full context, if nothing but reading took time.
+
+        By the bandwidths given, or that of the memory as measured now, once in a process.
+        """
+        memory = self.step_memory_bytes / (self.memory_bandwidth or _core.memory_bandwidth())
+        disk = self.step_disk_bytes / (self.disk_bandwidth or _ASSUMED_DISK)
+        return 1 / max(memory, disk, 1e-12)  # both are read at the same time
+
+    def __str__(self) -> str:
+        given = "given" if self.memory_given else "free"
+        rows = [
+            (
+                "context",
+                f"{self.context:,} tokens of {self.max_context:,}; {self.kv} keys and values,"
+                f" {self.kv_bytes_per_token:,} bytes a token",
+            ),
+            ("weights", size(self.weight_bytes) + self._part(self.vision_bytes, "vision tower")),
+            (
+                "KV cache",
+                f"{size(self.kv_sealed_bytes)} of full pages, {size(self.kv_open_bytes)} of open"
+                f" ones, {size(self.kv_local_bytes)} for the current chunk",
+            ),
+            ("activations", size(self.scratch_bytes)),
+            ("memory", f"{size(self.memory_needed)} of {size(self.memory_bytes)} {given}"),
+        ]
+        if self.disk_bytes:
+            where = f"; {size(self.kv_memory_bytes)} of the KV cache stay in memory"
+            rows.append(("disk", f"{size(self.disk_needed)} of {size(self.disk_bytes)}{where}"))
+        rows.append(("speed", self._speed()))
+        lines = [f"{name:<12} {text}" for name, text in rows]
+        if self.fits:
+            lines.append("It fits.")
+        else:
+            lines.append("It does not fit. It would with")
+            lines += [f"  {remedy}" for remedy in self.remedies]
+        return "\n".join(lines)
+
+    @staticmethod
+    def _part(count: int, name: str) -> str:
+        return f", {size(count)} of them the {name}" if count else ""
+
+    def _speed(self) -> str:
+        bandwidth = self.memory_bandwidth or _core.memory_bandwidth()
+        source = "given" if self.memory_bandwidth else "measured"
+        text = (
+            f"at most {self.tokens_per_second:.3g} tokens/s after a full context:"
+            f" {size(self.step_memory_bytes)} a token at {bandwidth / 1e9:.3g} GB/s ({source})"
+        )
+        if self.step_disk_bytes:
+            disk = self.disk_bandwidth or _ASSUMED_DISK
+            source = "given" if self.disk_bandwidth else "a guess"
+            text += f", {size(self.step_disk_bytes)} from disk at {disk / 1e9:.3g} GB/s ({source})"
+        return text

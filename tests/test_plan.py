@@ -1,0 +1,191 @@
+"""`puna plan` and `llm.plan`: the bytes of models of the true size, and what load() makes of them.
+
+The checkpoints are those of test_inspect: true headers before holes.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import puna
+from oracle.ledger import Ledger
+from puna.cli import main
+from test_inspect import GIB, GUARD, SCOUT, write_sparse
+
+TOKENS = 10_485_760
+GLOBAL, LOCAL = 12, 36
+PAGE = 256
+# Of one page of one layer: 8 heads of 128 channels. Sealed: codes, and 4 bytes of scale and zero
+# point for each channel of the keys and each token's values.
+OPEN = 8 * 2 * PAGE * 128 * 2
+SEALED = {"int8": 8 * (2 * PAGE * 128 + (128 + PAGE) * 4)}
+SEALED["int4"] = SEALED["int8"] - 8 * PAGE * 128
+RING = LOCAL * 8192 // PAGE * OPEN
+
+
+@pytest.fixture(scope="module")
+def scout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sparse") / "scout"
+    write_sparse(path, SCOUT)
+    return path
+
+
+@pytest.mark.parametrize("kv", ["bf16", "int8", "int4"])
+def test_kv_cache_of_scout(scout: Path, kv: str) -> None:
+    plan = puna.plan(scout, context="10M", kv=kv, memory="4T")
+    assert (plan.context, plan.max_context, plan.kv) == (TOKENS, TOKENS, kv)
+    page = SEALED.get(kv, OPEN)
+    assert page % 4096 == 0
+    assert plan.kv_sealed_bytes == GLOBAL * TOKENS // PAGE * page
+    assert plan.kv_bytes_per_token == GLOBAL * page // PAGE
+    assert plan.kv_local_bytes == RING
+    # A pass of 1024 tokens that begins anywhere in a page; unsealed pages are counted above.
+    assert plan.kv_open_bytes == (0 if kv == "bf16" else GLOBAL * 5 * OPEN)
+    cache = plan.kv_sealed_bytes + plan.kv_open_bytes + plan.kv_local_bytes
+    assert plan.kv_memory_bytes == cache
+    assert plan.memory_needed == plan.weight_bytes + plan.scratch_bytes + cache
+    assert plan.fits and plan.disk_needed == 0 and plan.remedies == ()
+    assert plan.largest_context == TOKENS
+    # Nothing but the weights of one token (17 billion parameters, without the embedding) and the
+    # cache is read.
+    weights = plan.step_memory_bytes - cache
+    assert weights == pytest.approx(2 * (17_172_894_720 - 1_034_485_760), rel=0.005)
+
+
+def test_weights_by_format_and_without_vision(scout: Path) -> None:
+    options: dict[str, Any] = {"context": "128k", "memory": "1T"}
+    stored = puna.plan(scout, **options)
+    assert stored.vision_bytes > GIB
+    text = puna.plan(scout, vision=False, **options)
+    assert text.weight_bytes == stored.weight_bytes - stored.vision_bytes
+    assert text.vision_bytes == 0
+    small = puna.plan(scout, quant="int4", vision=False, **options)
+    assert small.weight_bytes < 0.3 * text.weight_bytes
+    cache = text.kv_memory_bytes
+    assert small.step_memory_bytes - cache < 0.4 * (text.step_memory_bytes - cache)
+    assert small.scratch_bytes == text.scratch_bytes < GIB
+
+
+def test_the_largest_context_is_the_largest(scout: Path) -> None:
+    options: dict[str, Any] = {"quant": "int4", "kv": "int8", "memory": "80G"}
+    plan = puna.plan(scout, **options)
+    assert plan.fits and plan.context == plan.largest_context < TOKENS
+    assert puna.plan(scout, context=plan.context, **options) == plan
+    more = puna.plan(scout, context=plan.context + 2 * PAGE, **options)
+    assert not more.fits
+    assert more.largest_context == plan.context
+    assert more.memory_needed > more.memory_bytes >= plan.memory_needed
+
+
+def test_a_disk_holds_what_memory_does_not(scout: Path) -> None:
+    options: dict[str, Any] = {"context": "10M", "quant": "int4", "kv": "int4", "memory": "80G"}
+    assert not puna.plan(scout, **options).fits
+    plan = puna.plan(scout, disk="200G", **options)
+    assert plan.fits
+    assert plan.kv_sealed_bytes <= plan.disk_needed <= plan.disk_bytes == 200 * GIB
+    assert plan.memory_needed <= plan.memory_bytes == 80 * GIB
+    cache = plan.kv_sealed_bytes + plan.kv_open_bytes + plan.kv_local_bytes
+    assert plan.kv_memory_bytes + plan.step_disk_bytes == cache
+    assert plan.weight_bytes + plan.scratch_bytes + plan.kv_memory_bytes <= 80 * GIB
+    assert not puna.plan(scout, disk="100G", **options).fits
+    # Where all fits into memory there is no use for it.
+    assert puna.plan(scout, disk="200G", **options | {"memory": "1T"}).disk_needed == 0
+
+
+def test_remedies_work(scout: Path) -> None:
+    """Each is a set of keywords with which it fits, in the bytes that were said."""
+    cases: list[dict[str, Any]] = [
+        {"context": "1M", "memory": "230G"},  # weights fit
+        {"context": "10M", "memory": "230G", "kv": "int4"},
+        {"context": "1M", "memory": "120G"},  # they do not
+        {"context": "10M", "memory": "24G", "kv": "int4", "disk": "200G"},  # in no format
+    ]
+    for options in cases:
+        plan = puna.plan(scout, **options)
+        assert not plan.fits
+        assert len(plan.remedies) == 3, options
+        for remedy in plan.remedies:
+            changed = dict(options)
+            for part in remedy.change.split(", "):
+                name, _, text = part.partition("=")
+                value = ast.literal_eval(text)
+                if name == "kv_offload":
+                    assert value == "disk:DIR"
+                    changed["disk"] = remedy.disk_bytes
+                else:
+                    changed[name] = value
+            better = puna.plan(scout, **changed)
+            assert better.fits, (options, remedy)
+            assert better.memory_needed == remedy.memory_bytes
+            assert better.disk_needed == remedy.disk_bytes
+            assert f"{remedy.memory_bytes / GIB:.1f} GiB" in str(remedy)
+    assert "memory=" not in puna.plan(scout, **cases[0]).remedies[0].change
+
+
+def test_speed(scout: Path) -> None:
+    options: dict[str, Any] = {"context": "1M", "quant": "int4", "kv": "int8", "disk": "100G"}
+    plan = puna.plan(scout, memory="66G", memory_bandwidth=100 * 10**9, disk_bandwidth=10**9,
+                     **options)  # fmt: skip
+    assert plan.step_disk_bytes > 0
+    slower = max(plan.step_memory_bytes / 100e9, plan.step_disk_bytes / 1e9)
+    assert plan.tokens_per_second == pytest.approx(1 / slower)
+    assert "100 GB/s (given)" in str(plan) and "1 GB/s (given)" in str(plan)
+    measured = puna.plan(scout, memory="66G", **options)
+    assert 0 < measured.tokens_per_second < 1000
+    assert "GB/s (measured)" in str(measured) and "GB/s (a guess)" in str(measured)
+
+
+def test_guard_has_no_chunks(tmp_path: Path) -> None:
+    write_sparse(tmp_path / "guard", GUARD)
+    plan = puna.plan(tmp_path / "guard", memory="64G")
+    assert plan.context == 8192
+    assert plan.kv_local_bytes == 0
+    assert plan.kv_sealed_bytes == 48 * 8192 // PAGE * OPEN
+
+
+def test_errors(scout: Path, tmp_path: Path) -> None:
+    with pytest.raises(puna.ContextOverflow):
+        puna.plan(scout, context="20M")
+    with pytest.raises(puna.InvalidRequest, match="kv is 'int3'"):
+        puna.plan(scout, kv="int3")
+    with pytest.raises(puna.InvalidRequest, match="disk"):
+        puna.plan(scout, disk="much")
+    with pytest.raises(puna.ModelNotFound):
+        puna.plan(tmp_path / "nothing")
+
+
+def test_command_line(scout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", str(scout), "--context", "10M", "--kv", "int4", "--memory", "24G"]
+    assert main([*arguments, "--disk", "200G"]) == 1
+    text = capsys.readouterr().out
+    for part in ("10,485,760 tokens", "of 24.0 GiB given", "of 200.0 GiB", "It does not fit"):
+        assert part in text
+    assert text.count(" of memory") == 3
+    assert main([*arguments[:-1], "1T", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["fits"] and report["context"] == TOKENS
+    assert report["tokens_per_second"] > 0
+    assert main(["plan", "demo"]) == 0
+    assert "It fits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kv", ["fp32", "bf16"])
+def test_loading_goes_by_the_plan(tmp_path: Path, kv: str) -> None:
+    path = Ledger().write(tmp_path, "bfloat16")
+    options: dict[str, Any] = {"context": 4096, "kv": kv}
+    plan = puna.plan(path, memory="1G", **options)
+    with pytest.raises(puna.OutOfMemory) as caught:
+        puna.load(path, memory=plan.memory_needed - 1, progress=False, **options)
+    assert caught.value.needed == plan.memory_needed
+    assert caught.value.available == plan.memory_needed - 1
+    with puna.load(path, memory=plan.memory_needed, progress=False, **options) as llm:
+        assert (llm.plan.kv, llm.plan.context) == (kv, 4096)
+        assert llm.plan.memory_needed == llm.plan.memory_bytes == plan.memory_needed
+        assert llm.plan.weight_bytes == plan.weight_bytes
+        tokens = Ledger().records(1365).ravel()
+        llm.generate(tokens, max_tokens=1)  # up to the last page
