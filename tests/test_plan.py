@@ -124,7 +124,9 @@ def test_remedies_work(scout: Path) -> None:
             assert better.memory_needed == remedy.memory_bytes
             assert better.disk_needed == remedy.disk_bytes
             assert f"{remedy.memory_bytes / GIB:.1f} GiB" in str(remedy)
-    assert "memory=" not in puna.plan(scout, **cases[0]).remedies[0].change
+    shorter, fewer_bits, files = puna.plan(scout, **cases[0]).remedies
+    assert shorter.change.startswith("context=") and fewer_bits.change == "kv='int8'"
+    assert files.change == "kv_offload='disk:DIR'" and files.disk_bytes > 0
 
 
 def test_speed(scout: Path) -> None:

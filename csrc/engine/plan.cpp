@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <set>
 #include <sstream>
 
 #include "base/error.h"
@@ -201,13 +202,13 @@ std::vector<Planner::Choice> Planner::choices(const LoadOptions& options, const 
 
 std::vector<Remedy> Planner::remedies(const LoadOptions& options, const Plan& plan) const {
   std::vector<Remedy> found;
-  const auto add = [&found](std::vector<std::string> changes, const Plan& result) {
+  std::set<std::string> kinds;  // of changes: a second one of a kind is no other way
+  const auto add = [&](std::vector<std::string> changes, const Plan& result) {
     if (!result.fits) changes.push_back("memory=" + std::to_string(result.memory_needed));
-    Remedy remedy{joined(changes), result.memory_needed, result.disk_needed};
-    const bool known = std::any_of(found.begin(), found.end(), [&](const Remedy& other) {
-      return other.change == remedy.change;
-    });
-    if (!known && found.size() < kMostRemedies) found.push_back(std::move(remedy));
+    std::string kind;
+    for (const std::string& change : changes) kind += change.substr(0, change.find('=') + 1);
+    if (found.size() < kMostRemedies && kinds.insert(kind).second)
+      found.push_back({joined(changes), result.memory_needed, result.disk_needed});
   };
   if (plan.largest_context > 0) {
     LoadOptions shorter = options;
