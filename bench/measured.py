@@ -3,8 +3,8 @@
     python bench/measured.py            prints it
     python bench/measured.py --write    puts it in README.md between its marks
 
-Results: `llama_cpp_*.json` of compare_llama_cpp.py, and `model_*.json` of
-`puna-bench model --json`.
+Results: `llama_cpp_*.json` of compare_llama_cpp.py, `model_*.json` of `puna-bench model --json`,
+and `tokenizer.json` of tokenizer.py.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ def table() -> str:
     models = sorted(RESULTS.glob("model_*.json"))
     if models:
         parts.append("\n".join(_unquantised(models)))
+    tokenizer = RESULTS / "tokenizer.json"
+    if tokenizer.exists():
+        parts.append("\n".join(_tokenizer(tokenizer)))
     return "\n\n".join(parts)
 
 
@@ -83,6 +86,28 @@ def _unquantised(paths: list[Path]) -> Iterator[str]:
                 f"| {facts['shape']} | {facts['layers made']} | {row['phase']} {row['tokens']} "
                 f"at {row['depth']} | {row['tokens/s']:.1f} | {rate} |"
             )
+
+
+def _tokenizer(path: Path) -> Iterator[str]:
+    result = json.loads(path.read_text(encoding="utf-8"))
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    names = ["puna", "puna_stream", *result["versions"]]
+    heads = ["puna", "puna, 1 KB at a time", *result["versions"]]
+    yield (
+        f"Tokenizers, Llama 4's vocabulary, {result['processor']} ({result['date']}; {versions}). "
+        "MB/s of UTF-8 encoded by one thread in one cold pass; `*`: wrong ids:"
+    )
+    yield ""
+    yield "| | " + " | ".join(heads) + " |"
+    yield "|---|" + "---|" * len(heads)
+    for row in result["rows"]:
+        cells = []
+        for name in names:
+            wrong = "*" if name in row["differs"] else ""
+            fails = "fails" if name in row["failed"] else "-"
+            speed = row["MB/s"].get(name)
+            cells.append(fails if speed is None else _number(speed) + wrong)
+        yield f"| {row['text']}, {row['bytes'] / 1e6:.1f} MB | " + " | ".join(cells) + " |"
 
 
 def main() -> None:

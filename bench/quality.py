@@ -206,7 +206,7 @@ def demo_subject(folder: Path) -> Subject:
     with puna.load("demo", **LOADING) as llm:
         directory = Path(llm.info.path)
         texts = [
-            llm.tokenizer.encode(demo_text(seed), allowed_special="all")
+            llm.tokenizer.encode(demo_text(seed), allowed_special="all").tolist()
             for seed in (STORY_SEED, STORY_SEED + 1)
         ]
     config = json.loads((directory / "config.json").read_text())

@@ -307,12 +307,12 @@ def test_tokenize() -> None:
     with puna.load("demo", progress=False) as llm:
         tokenizer = llm.tokenizer
     text = "Once upon a time<|eot|>"
-    ids = tokenizer.encode(text)
+    ids = tokenizer.encode(text).tolist()
     assert json.loads(run("tokenize", "demo", text, "--json").stdout) == ids
     assert json.loads(run("tokenize", "demo", "--json", stdin=text).stdout) == ids
     assert run("tokenize", "demo", text, "--count").stdout == f"{len(ids)}\n"
     special = json.loads(run("tokenize", "demo", text, "--special", "--json").stdout)
-    assert special == tokenizer.encode(text, allowed_special="all")
+    assert special == tokenizer.encode(text, allowed_special="all").tolist()
     assert special[-1] == tokenizer.special_tokens["<|eot|>"]
     table = run("tokenize", "demo", "Once").stdout.splitlines()
     assert len(table) == len(tokenizer.encode("Once"))

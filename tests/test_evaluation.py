@@ -41,7 +41,7 @@ def windows_of(ids: list[int], bos: int, context: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("context", [2, 17, 40, 10_000])
 def test_against_the_formulas(llm: puna.Engine, coarse: puna.Engine, context: int) -> None:
-    ids = llm.tokenizer.encode(TEXT)
+    ids = llm.tokenizer.encode(TEXT).tolist()
     bos = llm.info.bos_token
     assert bos is not None
     nll, other_nll, kl, agree = [], [], [], []

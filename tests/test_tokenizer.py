@@ -9,11 +9,13 @@ import importlib.resources
 import itertools
 import json
 import random
+import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import puna
@@ -67,6 +69,40 @@ EDGE_CASES = [
 ]
 
 
+def package_texts(limit: int) -> Iterator[str]:
+    """Texts of about 1 MB, up to `limit` characters, out of what is installed: code and its English
+    comments, translations, and data."""
+    folders = [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib")]
+    folders += [Path(path) for path in sys.path if path.endswith("site-packages")]
+    kinds = ("*.py", "*.po", "*.md", "*.rst", "*.json", "*.pyi", "*.h", "*.txt")
+    files = (file for folder in dict.fromkeys(folders) for kind in kinds
+             for file in sorted(folder.rglob(kind)))  # fmt: skip
+    text, total = "", 0
+    for file in files:
+        try:
+            text += file.read_bytes()[:2_000_000].decode("utf-8", "replace")
+        except OSError:
+            continue
+        if len(text) > 1_000_000:
+            yield text
+            total += len(text)
+            if total > limit:
+                return
+            text = ""
+    if text:
+        yield text
+
+
+# Prose, code, and characters of many scripts: the standard library's own texts.
+CORPUS_SAMPLE = [
+    (Path(sysconfig.get_path("stdlib")) / name).read_text("utf-8", "replace")[:200_000]
+    for name in ("argparse.py", "html/entities.py", "pydoc_data/topics.py", "encodings/cp1251.py")
+] + [
+    "".join(map(chr, range(0xA0, 0x3000))),
+    "日本語のテキスト、中文文本。Русский текст и ещё. " * 300,
+]
+
+
 @pytest.fixture(scope="module")
 def meta_file() -> Path:
     try:
@@ -104,7 +140,7 @@ def fuzzed(count: int, alphabet: list[str], seed: int = 0) -> Iterator[str]:
 
 def assert_same_ids(tokenizer: puna.Tokenizer, reference: Any, texts: Iterable[str]) -> None:
     different = [
-        text for text in texts if tokenizer.encode(text) != reference.encode_ordinary(text)
+        text for text in texts if tokenizer.encode(text).tolist() != reference.encode_ordinary(text)
     ]
     assert not different, f"{len(different)} texts differ, the shortest: " + ascii(
         sorted(different, key=len)[:5]
@@ -191,17 +227,17 @@ def test_special_tokens_of_text(tokenizer: puna.Tokenizer, reference: Any, meta:
     texts += fuzzed(2_000, [*ALPHABET, "<|eot|>", "<|eot|", "<|image|>", "<|begin_of_text|>"])
     for text in texts:
         ids = tokenizer.encode(text, allowed_special="all")
-        assert ids == reference.encode(text, allowed_special="all")
+        assert ids.tolist() == reference.encode(text, allowed_special="all")
         some = {"<|eot|>", "<|image|>"}
         wanted = reference.encode(text, allowed_special=some, disallowed_special=())
-        assert tokenizer.encode(text, allowed_special=some) == wanted
+        assert tokenizer.encode(text, allowed_special=some).tolist() == wanted
 
 
 def test_plain_text_never_becomes_special(tokenizer: puna.Tokenizer, meta: Any) -> None:
     special = set(meta.special_tokens.values())
     for name in meta.special_tokens:
         ids = tokenizer.encode(f"a{name}b")
-        assert not special & set(ids)
+        assert not special & set(ids.tolist())
         assert tokenizer.decode(ids) == f"a{name}b"
 
 
@@ -244,7 +280,8 @@ def test_bytes_are_read_as_python_replaces_them(tokenizer: puna.Tokenizer) -> No
     for _ in range(2000):
         raw = bytes(rng.choice([0x41, 0x80, 0xC3, 0xE0, 0xED, 0xA0, 0xF0, 0x9F, 0xF4, 0xFF])
                     for _ in range(rng.randint(1, 12)))  # fmt: skip
-        assert tokenizer.encode(raw) == tokenizer.encode(raw.decode("utf-8", "replace"))
+        replaced = tokenizer.encode(raw.decode("utf-8", "replace"))
+        assert np.array_equal(tokenizer.encode(raw), replaced)
 
 
 def test_bad_arguments(tokenizer: puna.Tokenizer) -> None:
@@ -256,8 +293,18 @@ def test_bad_arguments(tokenizer: puna.Tokenizer) -> None:
         tokenizer.stream_decoder(stop=[""])
     with pytest.raises(puna.InvalidRequest, match="no_such"):
         tokenizer.encode("a", allowed_special={"<|no_such|>"})
+    with pytest.raises(puna.InvalidRequest, match='"all of it"'):
+        tokenizer.encode("a", cut="all of it")
+    with pytest.raises(puna.InvalidRequest, match="threads is 0"):
+        tokenizer.encode("a", threads=0)
+    for wrong in (3, ["a", 3]):
+        with pytest.raises(TypeError):
+            tokenizer.encode(wrong)  # type: ignore[call-overload]
     with pytest.raises(TypeError):
-        tokenizer.encode(3)  # type: ignore[arg-type]
+        tokenizer.decode(["a"])  # type: ignore[list-item]
+    for unknown in ([1 << 40], [-1], np.array([1 << 40]), np.array([-1], np.int64)):
+        with pytest.raises(puna.InvalidRequest):
+            tokenizer.decode(unknown)
 
 
 def test_lone_surrogates_are_refused(tokenizer: puna.Tokenizer) -> None:
@@ -293,7 +340,7 @@ def test_tokenizer_json_gives_the_same_ids(
     assert converted.vocab_size == tokenizer.vocab_size
     assert converted.special_tokens == tokenizer.special_tokens
     for text in itertools.chain(EDGE_CASES, fuzzed(20_000, ALPHABET), probes_of_code_points(101)):
-        assert converted.encode(text) == tokenizer.encode(text)
+        assert np.array_equal(converted.encode(text), tokenizer.encode(text))
 
 
 def test_special_tokens_of_tokenizer_config(tmp_path: Path, meta_file: Path) -> None:
@@ -303,3 +350,228 @@ def test_special_tokens_of_tokenizer_config(tmp_path: Path, meta_file: Path) -> 
     tokenizer = puna.Tokenizer.from_file(str(tmp_path))
     assert tokenizer.special_tokens == {"<|only|>": 200_000}
     assert tokenizer.encode("a<|only|>", allowed_special="all")[-1] == 200_000
+
+
+def test_lists_counts_and_threads(tokenizer: puna.Tokenizer) -> None:
+    texts = [*EDGE_CASES, *fuzzed(500, ALPHABET), *CORPUS_SAMPLE]
+    expected = [tokenizer.encode(text) for text in texts]
+    for threads in (1, 2, None):
+        found = tokenizer.encode(texts, threads=threads)
+        assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert tokenizer.encode([], threads=threads) == []
+    assert expected[0].dtype == np.uint32
+    for text, ids in zip(texts, expected, strict=True):
+        assert tokenizer.count(text) == len(ids)
+    long = "".join(texts) * 20
+    for special in ("none", "all"):
+        alone = tokenizer.encode(long, allowed_special=special)
+        assert np.array_equal(tokenizer.encode(long, allowed_special=special, threads=3), alone)
+        assert tokenizer.count(long, allowed_special=special, threads=2) == len(alone)
+
+
+def test_decoding_takes_any_form_of_ids(tokenizer: puna.Tokenizer) -> None:
+    text = "Forms of ids: 日本語, \U0001f600 <|eot|>"
+    ids = tokenizer.encode(text)
+    wide = ids.astype(np.int64)
+    for form in (ids, ids.tolist(), tuple(ids.tolist()), wide, ids[::-1][::-1], iter(ids)):
+        assert tokenizer.decode(form) == text  # type: ignore[arg-type]
+
+
+def stream(
+    tokenizer: puna.Tokenizer, text: str | bytes, cuts: Iterable[int], **options: Any
+) -> tuple[list[int], int]:
+    """Ids of a text fed in parts, and the most bytes that ever waited."""
+    encoder = tokenizer.stream_encoder(**options)
+    ids: list[int] = []
+    begin = most = 0
+    for end in [*cuts, len(text)]:
+        ids += encoder.feed(text[begin:end]).tolist()
+        most = max(most, encoder.pending_bytes)
+        begin = end
+    ids += encoder.finish().tolist()
+    assert encoder.pending_bytes == 0
+    return ids, most
+
+
+def short_texts(count: int) -> list[str]:
+    special = [*ALPHABET, "<|eot|>", "<|eo", "<|image|>", "    ", "\n \n", "AAA", "日AB"]
+    return [*(text for text in EDGE_CASES if len(text) < 40), *fuzzed(count, special, seed=5)]
+
+
+@pytest.mark.parametrize("special", ["none", "all"])
+def test_streaming_at_every_cut(tokenizer: puna.Tokenizer, special: str) -> None:
+    for text in short_texts(2000):
+        expected = tokenizer.encode(text, allowed_special=special).tolist()
+        raw = text.encode()
+        for cut in range(len(raw) + 1):
+            assert stream(tokenizer, raw, [cut], allowed_special=special)[0] == expected
+        one_by_one = stream(tokenizer, raw, range(len(raw)), allowed_special=special)[0]
+        assert one_by_one == expected
+
+
+def random_cuts(size: int, longest: int, seed: int = 0) -> list[int]:
+    rng = random.Random(seed)
+    cuts = [0]
+    while cuts[-1] < size:
+        cuts.append(cuts[-1] + rng.randint(1, longest))
+    return cuts[:-1]
+
+
+def test_streaming_keeps_little(tokenizer: puna.Tokenizer) -> None:
+    """No more than 256 bytes wait, in texts and in runs that never end."""
+    rng = random.Random(0)
+    runs = [unit * (20_000 // len(unit)) for unit in (
+        *("a", " ", "\n", "-", "=", "7", "A", "\t ", "\r\n", "日A", "ab日A", "'s", "/", "\u3000"),
+    )]  # fmt: skip
+    alphabets = ("abcdefghijklmnopqrstuvwxyz", " \t", " \t\n", "ABCDEFGH", "-=_.!/#*", "日本語AB")
+    runs += ["".join(rng.choices(alphabet, k=20_000)) for alphabet in alphabets]
+    starts = ("", "x\n", "日", "!")
+    texts = [start + run for run in runs for start in starts] + CORPUS_SAMPLE
+    for text in texts:
+        ids, most = stream(tokenizer, text, random_cuts(len(text), 64))
+        assert most <= 256, (text[:20], most)
+        assert ids == tokenizer.encode(text).tolist(), text[:20]
+
+
+def test_streaming_tokens_cut_short(tokenizer: puna.Tokenizer) -> None:
+    """What waits longest: the beginnings of long tokens."""
+    lengths = {t: len(tokenizer.decode_bytes([t])) for t in range(200_000)}
+    longest = sorted(lengths, key=lengths.__getitem__)[-1000:]
+    for token in longest:
+        text = tokenizer.decode_bytes([token])[:-1] * 4
+        ids, most = stream(tokenizer, text, range(0, len(text), 7))
+        assert most <= 256
+        assert ids == tokenizer.encode(text).tolist()
+
+
+def test_provisional_ids_are_those_of_the_text_so_far(tokenizer: puna.Tokenizer) -> None:
+    for text in short_texts(300):
+        encoder = tokenizer.stream_encoder()
+        given: list[int] = []
+        for at in range(len(text)):
+            given += encoder.feed(text[at]).tolist()
+            ids = given + encoder.provisional().tolist()
+            assert ids == tokenizer.encode(text[: at + 1]).tolist()
+
+
+def meta_boundaries() -> Iterator[str]:
+    """Around the 25,000 characters of a run and the 400,000 of a text."""
+    for size in (24_999, 25_000, 25_001, 50_000, 50_001):
+        for unit in ("a", " ", "日", "\x1c", "\u3000"):
+            yield unit * size
+            yield "b " + unit * size + "\x1fc d"
+    for size in (399_999, 400_000, 400_001):
+        yield ("words and more words, " * (size // 22 + 1))[:size] + "x y"
+    yield "<|eot|>" * 8000
+
+
+def test_meta_cuts_are_metas(tokenizer: puna.Tokenizer, meta: Any) -> None:
+    for text in [*meta_boundaries(), *EDGE_CASES]:
+        for special in (set(), "all"):
+            wanted = meta.encode(text, bos=False, eos=False, allowed_special=special)
+            name = "all" if special else "none"
+            options = {"allowed_special": name, "cut": "meta"}
+            assert tokenizer.encode(text, **options).tolist() == wanted
+            ids, _ = stream(tokenizer, text, random_cuts(len(text), 30_000), **options)
+            assert ids == wanted
+
+
+def test_corpora(tokenizer: puna.Tokenizer, reference: Any) -> None:
+    for text in CORPUS_SAMPLE:
+        expected = reference.encode_ordinary(text)
+        assert tokenizer.encode(text).tolist() == expected
+        raw = text.encode()
+        for longest in (7, 4096):
+            assert stream(tokenizer, raw, random_cuts(len(raw), longest))[0] == expected
+
+
+@pytest.fixture(scope="module")
+def hugging_face(meta: Any, meta_file: Path) -> Any:
+    """The same ranks as a tokenizer of Hugging Face's library."""
+    try:
+        from transformers.convert_slow_tokenizer import TikTokenConverter
+    except ModuleNotFoundError as missing:
+        skip_or_fail(f"{missing.name} is not installed")
+    names = sorted(meta.special_tokens, key=meta.special_tokens.__getitem__)
+    options = {"pattern": meta.O200K_PATTERN, "extra_special_tokens": names}
+    return TikTokenConverter(str(meta_file), **options).converted()
+
+
+@pytest.mark.nightly
+@pytest.mark.filterwarnings("ignore")
+def test_hugging_face_gives_the_same_ids(tokenizer: puna.Tokenizer, hugging_face: Any) -> None:
+    texts = [*EDGE_CASES, *probes_of_code_points(1), *fuzzed(1_000_000, ALPHABET, seed=2)]
+    for begin in range(0, len(texts), 10_000):
+        part = texts[begin : begin + 10_000]
+        wanted = hugging_face.encode_batch_fast(part, add_special_tokens=False)
+        found = tokenizer.encode(part, allowed_special="all", threads=None)
+        for text, theirs, ours in zip(part, wanted, found, strict=True):
+            assert ours.tolist() == theirs.ids, ascii(text)
+
+
+@pytest.mark.nightly
+@pytest.mark.filterwarnings("ignore")
+def test_all_corpora(tokenizer: puna.Tokenizer, reference: Any, hugging_face: Any) -> None:
+    """100 MB of text out of installed packages, whole and in random parts."""
+    done = 0
+    for text in package_texts(100_000_000):
+        expected = reference.encode_ordinary(text)
+        assert tokenizer.encode(text, threads=None).tolist() == expected
+        raw = text.encode()
+        assert stream(tokenizer, raw, random_cuts(len(raw), 4096, seed=done))[0] == expected
+        if done % 10 == 0:
+            plain = text.replace("<|", "<")
+            theirs = hugging_face.encode(plain, add_special_tokens=False).ids
+            assert tokenizer.encode(plain).tolist() == theirs
+        done += 1
+    assert done > 50
+
+
+@pytest.mark.nightly
+def test_a_long_soak_keeps_memory_flat(tokenizer: puna.Tokenizer) -> None:
+    """1 GB in parts of 1 KB; the ids of a part are looked at and dropped."""
+    import resource
+
+    parts = [text.encode() for text in CORPUS_SAMPLE]
+    parts = [raw[i : i + 1024] for raw in parts for i in range(0, len(raw), 1024)]
+    encoder = tokenizer.stream_encoder()
+    fed = most = 0
+    peak = 0
+    for part in itertools.cycle(parts):
+        encoder.feed(part)
+        most = max(most, encoder.pending_bytes)
+        fed += len(part)
+        if fed > 50_000_000 and not peak:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        if fed > 1_000_000_000:
+            break
+    assert most <= 256
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss <= peak + 1024  # KiB
+
+
+@pytest.mark.nightly
+def test_many_random_ids_decode_as_tiktoken(tokenizer: puna.Tokenizer, reference: Any) -> None:
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, tokenizer.vocab_size, 1_000_000)
+    assert tokenizer.decode_bytes(ids) == reference.decode_bytes(ids.tolist())
+    decoder = tokenizer.stream_decoder(skip_special=False)
+    shown = "".join(decoder.push(token) for token in ids.tolist())
+    assert shown + decoder.finish() == reference.decode(ids.tolist())
+    few = ids[:2000].tolist()
+    for end in range(len(few)):
+        assert tokenizer.decode(few[:end]) == reference.decode(few[:end])
+
+
+def test_decoder_tells_of_stops_and_events(tokenizer: puna.Tokenizer) -> None:
+    ids = tokenizer.encode("One, two, three.<|eot|> Four", allowed_special="all").tolist()
+    eot = tokenizer.special_tokens["<|eot|>"]
+    decoder = tokenizer.stream_decoder(stop=[" Four"], events=True, include_stop=True)
+    events = []
+    shown = ""
+    for token in ids:
+        shown += decoder.push(token)
+        events.append(decoder.event)
+    assert shown == "One, two, three. Four"
+    assert [event for event in events if event is not None] == [eot]
+    assert decoder.stop_token == ids.index(eot) + 1
+    assert tokenizer.stream_decoder().stop_token is None

@@ -1,11 +1,17 @@
-// Tokenizer and StreamDecoder as Python sees them.
+// Tokenizer, StreamEncoder and StreamDecoder as Python sees them.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+
+#include <cstring>
+#include <limits>
+#include <optional>
 
 #include "bindings/module.h"
 #include "engine/model_files.h"
 #include "puna/error.h"
 #include "text/stream_decoder.h"
+#include "text/stream_encoder.h"
 #include "text/tokenizer.h"
 
 namespace py = pybind11;
@@ -36,31 +42,223 @@ AllowedSpecial allowed_of(const Tokenizer& tokenizer, const py::object& allowed)
   return names;
 }
 
-std::vector<int32_t> encode(const Tokenizer& tokenizer, const py::object& text,
-                            const py::object& allowed_special) {
-  const AllowedSpecial allowed = allowed_of(tokenizer, allowed_special);
-  if (!py::isinstance<py::str>(text) && !py::isinstance<py::bytes>(text)) {
-    throw py::type_error("encode() takes str or bytes, not " +
-                         py::str(py::type::of(text).attr("__name__")).cast<std::string>());
+EncodeOptions options_of(const Tokenizer& tokenizer, const py::object& allowed_special,
+                         const std::string& cut, std::optional<int> threads) {
+  if (cut != "none" && cut != "meta") {
+    fail(ErrorCode::kInvalidRequest, "[tokenizer] cut is \"", cut,
+         "\"; it must be \"none\" or \"meta\"");
   }
-  std::string bytes;
-  if (py::isinstance<py::bytes>(text)) {
-    bytes = text.cast<std::string>();
-  } else {
-    Py_ssize_t size = 0;
-    const char* data = PyUnicode_AsUTF8AndSize(text.ptr(), &size);
-    if (!data) throw py::error_already_set();  // UnicodeEncodeError: half of a surrogate pair
-    bytes.assign(data, static_cast<size_t>(size));
+  if (threads && *threads < 1) {
+    fail(ErrorCode::kInvalidRequest, "[tokenizer] threads is ", *threads,
+         "; it must be at least 1");
   }
-  const py::gil_scoped_release release;
-  return tokenizer.encode(bytes, {.special = allowed});
+  EncodeOptions options;
+  options.special = allowed_of(tokenizer, allowed_special);
+  options.cut = cut == "meta" ? Cut::kMeta : Cut::kNone;
+  options.threads = threads.value_or(0);
+  return options;
 }
 
-py::str text_of(const std::string& bytes) {
+// The bytes of a str or bytes, which live as long as this. Those of an ASCII str are its own.
+class Text {
+ public:
+  explicit Text(const py::handle& text) {
+    PyObject* object = text.ptr();
+    if (PyUnicode_Check(object) && PyUnicode_IS_COMPACT_ASCII(object)) {
+      owner_ = py::reinterpret_borrow<py::object>(text);
+      bytes_ = {static_cast<const char*>(PyUnicode_DATA(object)),
+                static_cast<size_t>(PyUnicode_GET_LENGTH(object))};
+      return;
+    }
+    if (PyUnicode_Check(object)) {
+      // UnicodeEncodeError: half of a surrogate pair.
+      owner_ = py::reinterpret_steal<py::object>(PyUnicode_AsUTF8String(object));
+      if (!owner_) throw py::error_already_set();
+    } else if (PyBytes_Check(object)) {
+      owner_ = py::reinterpret_borrow<py::object>(text);
+      is_valid_utf8_ = false;
+    } else {
+      throw py::type_error("a text is str or bytes, not " +
+                           py::str(py::type::of(text).attr("__name__")).cast<std::string>());
+    }
+    bytes_ = {PyBytes_AS_STRING(owner_.ptr()), static_cast<size_t>(PyBytes_GET_SIZE(owner_.ptr()))};
+  }
+  std::string_view bytes() const { return bytes_; }
+  bool is_valid_utf8() const { return is_valid_utf8_; }
+
+ private:
+  py::object owner_;
+  std::string_view bytes_;
+  bool is_valid_utf8_ = true;
+};
+
+using Ids = py::array_t<uint32_t>;
+
+Ids array_of(IdBuffer ids) {
+  const auto count = static_cast<py::ssize_t>(ids.size());
+  // The memory of a long list becomes the array's; a short one is cheaper to copy.
+  constexpr py::ssize_t kShort = 4096;
+  if (count <= kShort) {
+    Ids array(count);
+    std::memcpy(array.mutable_data(), ids.ids().data(), ids.ids().size_bytes());
+    return array;
+  }
+  auto* memory = reinterpret_cast<uint32_t*>(ids.release());
+  const py::capsule owner(memory, [](void* pointer) { std::free(pointer); });
+  return Ids(count, memory, owner);
+}
+
+py::object encode(const Tokenizer& tokenizer, const py::object& text,
+                  const py::object& allowed_special, const std::string& cut,
+                  std::optional<int> threads) {
+  EncodeOptions options = options_of(tokenizer, allowed_special, cut, threads);
+  if (!py::isinstance<py::list>(text) && !py::isinstance<py::tuple>(text)) {
+    const Text one(text);
+    options.is_valid_utf8 = one.is_valid_utf8();
+    IdBuffer ids(IdBuffer::kKeep, one.bytes().size() / 4);  // about as many as English has
+    {
+      const py::gil_scoped_release release;
+      tokenizer.encode(one.bytes(), options, ids);
+    }
+    return array_of(std::move(ids));
+  }
+  std::vector<Text> texts;
+  std::vector<std::string_view> views;
+  options.is_valid_utf8 = true;
+  for (const py::handle& one : text) {
+    texts.emplace_back(one);
+    views.push_back(texts.back().bytes());
+    options.is_valid_utf8 &= texts.back().is_valid_utf8();
+  }
+  std::vector<IdBuffer> all;
+  {
+    const py::gil_scoped_release release;
+    all = tokenizer.encode_all(views, options);
+  }
+  py::list arrays;
+  for (IdBuffer& ids : all) arrays.append(array_of(std::move(ids)));
+  return arrays;
+}
+
+size_t count(const Tokenizer& tokenizer, const py::object& text, const py::object& allowed_special,
+             const std::string& cut, std::optional<int> threads) {
+  EncodeOptions options = options_of(tokenizer, allowed_special, cut, threads);
+  const Text one(text);
+  options.is_valid_utf8 = one.is_valid_utf8();
+  const py::gil_scoped_release release;
+  return tokenizer.count(one.bytes(), options);
+}
+
+// Ids out of an array or a sequence of numbers; one that is none becomes -1, which is no token.
+class IdList {
+ public:
+  explicit IdList(const py::object& ids) {
+    if (py::isinstance<Ids>(ids)) {
+      array_ = Ids::ensure(ids);
+      view_ = {reinterpret_cast<const int32_t*>(array_.data()), static_cast<size_t>(array_.size())};
+      return;
+    }
+    const auto narrow = [&](int64_t id) {
+      own_.push_back(id < 0 || id > std::numeric_limits<int32_t>::max() ? -1
+                                                                        : static_cast<int32_t>(id));
+    };
+    if (PyList_CheckExact(ids.ptr()) || PyTuple_CheckExact(ids.ptr())) {
+      const Py_ssize_t size = PySequence_Fast_GET_SIZE(ids.ptr());
+      PyObject** items = PySequence_Fast_ITEMS(ids.ptr());
+      own_.reserve(static_cast<size_t>(size));
+      for (Py_ssize_t i = 0; i < size; ++i) {
+        int overflow = 0;
+        const long long id = PyLong_AsLongLongAndOverflow(items[i], &overflow);
+        if (id == -1 && PyErr_Occurred()) throw py::error_already_set();
+        narrow(overflow ? -1 : id);
+      }
+    } else {
+      for (const py::handle& id : ids) narrow(id.cast<int64_t>());
+    }
+    view_ = own_;
+  }
+  std::span<const int32_t> view() const { return view_; }
+
+ private:
+  Ids array_;
+  std::vector<int32_t> own_;
+  std::span<const int32_t> view_;
+};
+
+py::str text_of(std::string_view bytes) {
   PyObject* text =
       PyUnicode_DecodeUTF8(bytes.data(), static_cast<Py_ssize_t>(bytes.size()), "replace");
   if (!text) throw py::error_already_set();
   return py::reinterpret_steal<py::str>(text);
+}
+
+std::string decode(const Tokenizer& tokenizer, const py::object& ids, bool skip_special) {
+  const IdList list(ids);
+  const py::gil_scoped_release release;
+  return tokenizer.decode(list.view(), skip_special);
+}
+
+void bind_encoder(py::module_& module) {
+  py::class_<StreamEncoder>(module, "StreamEncoder",
+                            "Text to token ids as it comes; made by Tokenizer.stream_encoder.")
+      .def(
+          "feed",
+          [](StreamEncoder& encoder, const py::object& text) {
+            const Text part(text);
+            IdBuffer ids;
+            {
+              const py::gil_scoped_release release;
+              encoder.feed(part.bytes(), ids);
+            }
+            return array_of(std::move(ids));
+          },
+          "text"_a,
+          "Ids that no further text can change (str, or bytes, which may end within a character).")
+      .def(
+          "finish",
+          [](StreamEncoder& encoder) {
+            IdBuffer ids;
+            encoder.finish(ids);
+            return array_of(std::move(ids));
+          },
+          "The remaining ids. A new text may follow.")
+      .def(
+          "provisional",
+          [](const StreamEncoder& encoder) {
+            IdBuffer ids;
+            encoder.provisional(ids);
+            return array_of(std::move(ids));
+          },
+          "What finish() would give now; the text may go on.")
+      .def_property_readonly("pending_bytes", &StreamEncoder::pending_bytes,
+                             "Bytes of the text whose ids have not been given out.");
+}
+
+void bind_decoder(py::module_& module) {
+  py::class_<StreamDecoder>(module, "StreamDecoder",
+                            "Token ids to text as they come; made by Tokenizer.stream_decoder.")
+      .def("push", &StreamDecoder::push, "id"_a,
+           "Text that can be shown now: whole characters, and nothing that may become a stop "
+           "string.")
+      .def("finish", &StreamDecoder::finish, "What was held back.")
+      .def(
+          "copy", [](const StreamDecoder& decoder) { return StreamDecoder(decoder); },
+          py::keep_alive<0, 1>(), "A decoder in the same state.")
+      .def_property_readonly("stopped", &StreamDecoder::stopped, "Whether a stop string was met.")
+      .def_property_readonly(
+          "stop_token",
+          [](const StreamDecoder& decoder) {
+            return decoder.stopped() ? std::optional(decoder.stop_token()) : std::nullopt;
+          },
+          "How many ids came before the one in which the stop string began, or None.")
+      .def_property_readonly(
+          "event",
+          [](const StreamDecoder& decoder) {
+            return decoder.event() < 0 ? std::nullopt : std::optional(decoder.event());
+          },
+          "With `events`, the special token that the last push() was given, or None.")
+      .def_property_readonly("stop", &StreamDecoder::stop,
+                             "The stop string that was met, or empty.");
 }
 
 }  // namespace
@@ -89,48 +287,62 @@ void bind_text(py::module_& module) {
           "Raises ModelNotFound, ModelFormatError, or UnsupportedError for a tokenizer of another "
           "kind.")
       .def("encode", &encode, "text"_a, py::kw_only(), "allowed_special"_a = "none",
-           "Ids of a text (str, or bytes read as UTF-8 with replacement).\n\n"
+           "cut"_a = "none", "threads"_a = 1,
+           "Ids of a text (str, or bytes read as UTF-8 with replacement) as an array of uint32, or "
+           "of a list of texts as a list.\n\n"
            "allowed_special: \"none\" (special tokens in the text are plain text), \"all\", or a "
-           "set of names.")
+           "set of names.\n"
+           "cut: \"meta\" cuts long texts as Meta's own tokenizer does, which changes ids there.\n"
+           "threads: how many to use, None for all cores; ids do not depend on it.")
+      .def("count", &count, "text"_a, py::kw_only(), "allowed_special"_a = "none", "cut"_a = "none",
+           "threads"_a = 1, "How many ids encode() would give.")
       .def(
           "decode",
-          [](const Tokenizer& tokenizer, const std::vector<int32_t>& ids, bool skip_special) {
-            return text_of(tokenizer.decode(ids, skip_special));
+          [](const Tokenizer& tokenizer, const py::object& ids, bool skip_special) {
+            return text_of(decode(tokenizer, ids, skip_special));
           },
           "ids"_a, py::kw_only(), "skip_special"_a = false,
           "Text of ids; bytes that are not UTF-8 become U+FFFD. Raises InvalidRequest for an "
           "unknown id.")
       .def(
           "decode_bytes",
-          [](const Tokenizer& tokenizer, const std::vector<int32_t>& ids, bool skip_special) {
-            return py::bytes(tokenizer.decode(ids, skip_special));
+          [](const Tokenizer& tokenizer, const py::object& ids, bool skip_special) {
+            return py::bytes(decode(tokenizer, ids, skip_special));
           },
           "ids"_a, py::kw_only(), "skip_special"_a = false, "Bytes of ids.")
       .def(
+          "stream_encoder",
+          [](const Tokenizer& tokenizer, const py::object& allowed_special, const std::string& cut,
+             size_t max_pending) {
+            return StreamEncoder(tokenizer, options_of(tokenizer, allowed_special, cut, 1),
+                                 max_pending);
+          },
+          py::kw_only(), "allowed_special"_a = "none", "cut"_a = "none",
+          "max_pending"_a = StreamEncoder::kMaxPending, py::keep_alive<0, 1>(),
+          "An encoder that takes a text in parts and gives the ids of the whole.\n\n"
+          "max_pending: how many bytes may wait for their ids; with Llama 4's vocabulary it is "
+          "never more than 256.")
+      .def(
           "stream_decoder",
-          [](const Tokenizer& tokenizer, const std::vector<std::string>& stop, bool skip_special) {
-            return StreamDecoder(tokenizer, stop, skip_special);
+          [](const Tokenizer& tokenizer, const std::vector<std::string>& stop, bool skip_special,
+             bool events, bool include_stop) {
+            const SpecialText special = events         ? SpecialText::kEvent
+                                        : skip_special ? SpecialText::kSkip
+                                                       : SpecialText::kShow;
+            return StreamDecoder(tokenizer, stop, special, include_stop);
           },
           py::kw_only(), "stop"_a = std::vector<std::string>(), "skip_special"_a = true,
-          py::keep_alive<0, 1>(), "A decoder that gives out text as ids come.")
+          "events"_a = false, "include_stop"_a = false, py::keep_alive<0, 1>(),
+          "A decoder that gives out text as ids come.\n\n"
+          "events: text ends at each special token, which `event` then tells; none is shown.\n"
+          "include_stop: the text ends behind the stop string instead of before it.")
       .def("is_special", &Tokenizer::is_special, "id"_a, "Whether an id is a special token.")
       .def_property_readonly("vocab_size", &Tokenizer::vocab_size,
                              "Number of ids, special tokens included.")
       .def_property_readonly("special_tokens", &Tokenizer::special_tokens,
                              "Special tokens: name to id.");
-
-  py::class_<StreamDecoder>(module, "StreamDecoder",
-                            "Token ids to text as they come; made by Tokenizer.stream_decoder.")
-      .def("push", &StreamDecoder::push, "id"_a,
-           "Text that can be shown now: whole characters, and nothing that may become a stop "
-           "string.")
-      .def("finish", &StreamDecoder::finish, "What was held back.")
-      .def(
-          "copy", [](const StreamDecoder& decoder) { return StreamDecoder(decoder); },
-          py::keep_alive<0, 1>(), "A decoder in the same state.")
-      .def_property_readonly("stopped", &StreamDecoder::stopped, "Whether a stop string was met.")
-      .def_property_readonly("stop", &StreamDecoder::stop,
-                             "The stop string that was met, or empty.");
+  bind_encoder(module);
+  bind_decoder(module);
 }
 
 }  // namespace puna::bindings

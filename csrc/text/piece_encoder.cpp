@@ -3,9 +3,17 @@
 #include <algorithm>
 #include <array>
 
+#include "text/incremental_bpe.h"
 #include "text/pretokenizer.h"
 
 namespace puna {
+
+namespace {
+
+// So that places stay in the processor's nearest cache.
+constexpr size_t kPlacesAtOnce = 1024;
+
+}  // namespace
 
 PieceEncoder::PieceEncoder(const BpeModel& model) : model_(&model), lines_(kLines) {}
 
@@ -83,9 +91,18 @@ int32_t* PieceEncoder::encode_unknown(std::string_view piece, int32_t* out) {
 }
 
 int32_t* PieceEncoder::merge(std::string_view piece, int32_t* out) {
-  if (const RankedBpe* ranked = model_->ranked()) return ranked->encode(piece, memo_, dead_, out);
   merged_.clear();
-  model_->merge(piece, symbols_, merged_);
+  if (const RankedBpe* ranked = model_->ranked()) {
+    if (int32_t* end = ranked->encode(piece, memo_, dead_, out)) return end;
+    IncrementalBpe places(*ranked);
+    for (size_t at = 0; at < piece.size(); at += kPlacesAtOnce) {
+      places.push(piece.substr(at, kPlacesAtOnce), memo_);
+      places.drain(merged_);
+    }
+    places.complete(merged_);
+  } else {
+    model_->merge(piece, symbols_, merged_);
+  }
   return std::copy(merged_.begin(), merged_.end(), out);
 }
 

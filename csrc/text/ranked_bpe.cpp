@@ -137,44 +137,52 @@ struct DeadWords {
   void set(size_t i) { words[i / 64] |= uint64_t{1} << (i % 64); }
 };
 
+// Up to here a piece's places are the bits of a word.
+constexpr size_t kWordPlaces = 63;
+// Bytes looked at for each byte of a piece, and for its beginning, before another way is taken.
+// Ordinary text needs two or three, random letters five, a run of blanks more than twenty.
+constexpr size_t kStepsPerByte = 12, kFreeSteps = 1024;
+
 // Every beginning has one encoding only, so a place is reached by one sequence of tokens: that no
 // token fits after it is found at most once. The work is linear in the length.
 template <class Dead>
 int32_t* encode_stepping_back(const RankedBpe& bpe, std::string_view bytes, PairMemo& memo,
                               Dead dead, int32_t* out) {
   int32_t* end = out;
-  size_t at = 0;
-  uint32_t token = bpe.longest_start(bytes);
+  size_t at = 0, steps = 0;
+  uint32_t token = bpe.longest_start(bytes, &steps);
   for (;;) {
-    const size_t next = at + bpe.length(token);
-    if (!dead.at(next) &&
-        (end == out || bpe.is_pair(static_cast<uint32_t>(end[-1]), token, memo))) {
-      *end++ = static_cast<int32_t>(token);
-      at = next;
-      if (at == bytes.size()) return end;
-      token = bpe.longest_start(bytes.substr(at));
-      continue;
+    if (end != out && token != RankedBpe::kNone) {
+      token = bpe.longest_fit(static_cast<uint32_t>(end[-1]), token, memo);
     }
-    token = bpe.shorter_start(token);
-    while (token == RankedBpe::kNone) {
+    if (token == RankedBpe::kNone) {
       if (end == out) fail_no_encoding(bytes.size());
       dead.set(at);
       token = static_cast<uint32_t>(*--end);
       at -= bpe.length(token);
       token = bpe.shorter_start(token);
+      continue;
     }
+    const size_t next = at + bpe.length(token);
+    if (dead.at(next)) {
+      token = bpe.shorter_start(token);
+      continue;
+    }
+    *end++ = static_cast<int32_t>(token);
+    at = next;
+    if (at == bytes.size()) return end;
+    if (steps > kFreeSteps + kStepsPerByte * at) return nullptr;
+    token = bpe.longest_start(bytes.substr(at), &steps);
   }
 }
 
 }  // namespace
 
-int32_t* RankedBpe::encode_short(std::string_view bytes, PairMemo& memo, int32_t* out) const {
-  return encode_stepping_back(*this, bytes, memo, DeadWord{}, out);
-}
-
 int32_t* RankedBpe::encode(std::string_view bytes, PairMemo& memo, std::vector<uint64_t>& dead,
                            int32_t* out) const {
-  if (bytes.size() <= kShort) return encode_short(bytes, memo, out);
+  if (bytes.size() <= kWordPlaces) {
+    return encode_stepping_back(*this, bytes, memo, DeadWord{}, out);
+  }
   dead.assign(bytes.size() / 64 + 1, 0);
   return encode_stepping_back(*this, bytes, memo, DeadWords{dead}, out);
 }

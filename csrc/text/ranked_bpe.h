@@ -17,14 +17,19 @@
 
 namespace puna {
 
-// Remembers answers of is_pair(). Of a thread.
+// Remembers answers of is_pair() and longest_fit(). Of a thread.
 class PairMemo {
  public:
-  PairMemo() : entries_(kEntries, ~uint64_t{0}) {}
+  PairMemo() : fits_(kFits, Fit{~uint64_t{0}, 0}), entries_(kEntries, ~uint64_t{0}) {}
 
  private:
   friend class RankedBpe;
-  static constexpr size_t kEntries = 1 << 14;
+  static constexpr size_t kEntries = 1 << 14, kFits = 1 << 13;
+  struct Fit {
+    uint64_t key;  // left << 32 | longest
+    uint32_t token;
+  };
+  std::vector<Fit> fits_;
   std::vector<uint64_t> entries_;  // left << 33 | right << 1 | answer
 };
 
@@ -51,16 +56,28 @@ class RankedBpe {
   bool all_reachable() const { return all_reachable_; }
   uint32_t length(uint32_t token) const { return lengths_[token]; }
 
-  // The longest reachable token with which `bytes` begin; they must not be empty.
-  uint32_t longest_start(std::string_view bytes) const {
+  // The longest reachable token with which `bytes` begin; they must not be empty. *steps grows by
+  // the bytes looked at.
+  uint32_t longest_start(std::string_view bytes, size_t* steps) const {
     uint32_t node = trie_.root(), found = kNone;
     for (const char byte : bytes) {
       node = trie_.child(node, static_cast<uint8_t>(byte));
       if (node == kNone) break;
+      ++*steps;
       const uint32_t token = trie_.token_at(node);
       if (token != kNone && is_reachable(token)) found = token;
     }
     return found;
+  }
+  // Of a token and those that it begins with, the longest that may follow `left`, or kNone.
+  uint32_t longest_fit(uint32_t left, uint32_t token, PairMemo& memo) const {
+    const uint64_t key = static_cast<uint64_t>(left) << 32 | token;
+    PairMemo::Fit& fit = memo.fits_[key * 0x9e3779b97f4a7c15ull >> 51];
+    if (fit.key != key) {
+      while (token != kNone && !is_pair(left, token, memo)) token = shorter_start_[token];
+      fit = {key, token};
+    }
+    return fit.token;
   }
   // The next shorter reachable token with which a token begins, or kNone.
   uint32_t shorter_start(uint32_t token) const { return shorter_start_[token]; }
@@ -77,11 +94,10 @@ class RankedBpe {
   }
   const TokenTrie& trie() const { return trie_; }
 
-  // Ids of a piece, by trying the longest token first and stepping back. `bytes` are at most
-  // kShort; out has room for as many ids. Returns the end of the ids.
-  static constexpr size_t kShort = 63;
-  int32_t* encode_short(std::string_view bytes, PairMemo& memo, int32_t* out) const;
-  // The same for any piece. `dead` is scratch.
+  // Ids of a piece, by trying the longest token first and stepping back; out has room for an id for
+  // each byte. Returns the end of the ids, or null if the piece is one of those, like long runs of
+  // blanks, in which many tokens fit everywhere: IncrementalBpe is better at them. `dead` is
+  // scratch.
   int32_t* encode(std::string_view bytes, PairMemo& memo, std::vector<uint64_t>& dead,
                   int32_t* out) const;
 

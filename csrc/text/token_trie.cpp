@@ -61,9 +61,10 @@ struct TokenTrie::Builder {
   // The free places as a ring in ascending order; 0 stands for its head.
   std::vector<uint32_t> next_free, previous_free;
 
-  std::string_view bytes_of(size_t i) const {
-    return vocabulary.bytes_of(static_cast<int32_t>(tokens[i]));
-  }
+  // Of the tokens in order, one after the other: every level reads them from front to back.
+  ByteStrings sorted;
+
+  std::string_view bytes_of(size_t i) const { return sorted[i]; }
 
   void add_block() {
     const auto begin = static_cast<uint32_t>(trie.nodes_.size());
@@ -118,6 +119,7 @@ struct TokenTrie::Builder {
   };
 
   void build() {
+    for (const uint32_t token : tokens) sorted.add(vocabulary.ordinary(token));
     add_block();
     trie.nodes_[0].parent = kNone - 1;  // taken, and nobody's child
     // Breadth first: a node comes before its children, and what is common is near the front.
@@ -158,7 +160,7 @@ struct TokenTrie::Builder {
 TokenTrie::TokenTrie(const Vocabulary& vocabulary) {
   node_of_.assign(vocabulary.size(), kNone);
   longest_prefix_.assign(vocabulary.size(), kNone);
-  Builder builder{vocabulary, *this, sorted_tokens(vocabulary), {}, {}};
+  Builder builder{vocabulary, *this, sorted_tokens(vocabulary), {}, {}, {}};
   builder.build();
   link();
 }

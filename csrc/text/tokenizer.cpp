@@ -217,11 +217,29 @@ bool Tokenizer::is_special(int32_t id) const {
 }
 
 std::string Tokenizer::decode(std::span<const int32_t> ids, bool skip_special) const {
-  std::string bytes;
+  const Vocabulary& vocabulary = model().vocabulary();
+  const auto shows = [&](int32_t id) {
+    return !skip_special || !is_special_[static_cast<size_t>(id)];
+  };
+  size_t size = 0;
   for (const int32_t id : ids) {
-    const std::string_view token = bytes_of(id);
-    if (!skip_special || !is_special_[static_cast<size_t>(id)]) bytes += token;
+    if (id < 0 || id >= vocab_size()) bytes_of(id);  // throws
+    if (shows(id)) size += vocabulary.length(id);
   }
+  // A short token is written as the 16 bytes of its key, of which the next overwrites the rest.
+  std::string bytes(size + sizeof(ShortKey), '\0');
+  char* end = bytes.data();
+  for (const int32_t id : ids) {
+    if (!shows(id)) continue;
+    const size_t length = vocabulary.length(id);
+    if (length <= ShortKey::kBytes) {
+      std::memcpy(end, &vocabulary.key_of(id), sizeof(ShortKey));
+    } else {
+      std::memcpy(end, vocabulary.bytes_of(id).data(), length);
+    }
+    end += length;
+  }
+  bytes.resize(size);
   return bytes;
 }
 

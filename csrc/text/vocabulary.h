@@ -88,6 +88,10 @@ class Vocabulary {
   // The first 15 bytes of a token and their number, or kLong in the place of the number.
   const ShortKey& key_of(int32_t id) const { return keys_[static_cast<size_t>(id)]; }
   static constexpr uint8_t kLong = 0xff;
+  size_t length(int32_t id) const {
+    const auto length = static_cast<uint8_t>(key_of(id).high >> 56);
+    return length != kLong ? length : bytes_of(id).size();
+  }
 
   int32_t find(std::string_view bytes) const {
     if (bytes.size() <= ShortKey::kBytes) {

@@ -7,7 +7,7 @@ print(llm.chat("Tell me a story about a fox."))
 """
 
 from puna import errors
-from puna._core import StreamDecoder, Tokenizer, backends, isas
+from puna._core import StreamDecoder, StreamEncoder, Tokenizer, backends, isas
 from puna._core import version as _version
 from puna.engine import Engine, Session
 from puna.errors import (
@@ -63,6 +63,7 @@ __all__ = [
     "SessionMismatch",
     "StorageError",
     "StreamDecoder",
+    "StreamEncoder",
     "Timings",
     "Tokenizer",
     "UnsupportedError",

@@ -1,5 +1,5 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal, TypedDict, final, type_check_only
+from typing import Any, Literal, TypedDict, final, overload, type_check_only
 
 import numpy as np
 from numpy.typing import NDArray
@@ -120,19 +120,67 @@ class Tokenizer(metaclass=_PybindType):
     def __init__(self, *args: Never, **kwargs: Never) -> None: ...
     @staticmethod
     def from_file(path: str) -> Tokenizer: ...
+    @overload
     def encode(
-        self, text: str | bytes, *, allowed_special: str | Iterable[str] = "none"
-    ) -> list[int]: ...
-    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str: ...
-    def decode_bytes(self, ids: Sequence[int], *, skip_special: bool = False) -> bytes: ...
+        self,
+        text: str | bytes,
+        *,
+        allowed_special: str | Iterable[str] = "none",
+        cut: str = "none",
+        threads: int | None = 1,
+    ) -> NDArray[np.uint32]: ...
+    @overload
+    def encode(
+        self,
+        text: list[str] | list[bytes] | tuple[str, ...],
+        *,
+        allowed_special: str | Iterable[str] = "none",
+        cut: str = "none",
+        threads: int | None = 1,
+    ) -> list[NDArray[np.uint32]]: ...
+    def count(
+        self,
+        text: str | bytes,
+        *,
+        allowed_special: str | Iterable[str] = "none",
+        cut: str = "none",
+        threads: int | None = 1,
+    ) -> int: ...
+    def decode(
+        self, ids: Sequence[int] | NDArray[np.integer[Any]], *, skip_special: bool = False
+    ) -> str: ...
+    def decode_bytes(
+        self, ids: Sequence[int] | NDArray[np.integer[Any]], *, skip_special: bool = False
+    ) -> bytes: ...
+    def stream_encoder(
+        self,
+        *,
+        allowed_special: str | Iterable[str] = "none",
+        cut: str = "none",
+        max_pending: int = 1048576,
+    ) -> StreamEncoder: ...
     def stream_decoder(
-        self, *, stop: Sequence[str] = [], skip_special: bool = True
+        self,
+        *,
+        stop: Sequence[str] = [],
+        skip_special: bool = True,
+        events: bool = False,
+        include_stop: bool = False,
     ) -> StreamDecoder: ...
     def is_special(self, id: int) -> bool: ...
     @property
     def vocab_size(self) -> int: ...
     @property
     def special_tokens(self) -> dict[str, int]: ...
+
+@final
+class StreamEncoder(metaclass=_PybindType):
+    def __init__(self, *args: Never, **kwargs: Never) -> None: ...
+    def feed(self, text: str | bytes) -> NDArray[np.uint32]: ...
+    def finish(self) -> NDArray[np.uint32]: ...
+    def provisional(self) -> NDArray[np.uint32]: ...
+    @property
+    def pending_bytes(self) -> int: ...
 
 @final
 class StreamDecoder(metaclass=_PybindType):
@@ -144,6 +192,10 @@ class StreamDecoder(metaclass=_PybindType):
     def stopped(self) -> bool: ...
     @property
     def stop(self) -> str: ...
+    @property
+    def stop_token(self) -> int | None: ...
+    @property
+    def event(self) -> int | None: ...
 
 @final
 class Step(metaclass=_PybindType):
@@ -160,6 +212,10 @@ class Step(metaclass=_PybindType):
     def finish(self) -> Literal["stop", "length", "cancelled"] | None: ...
     @property
     def stop(self) -> str: ...
+    @property
+    def stop_token(self) -> int | None: ...
+    @property
+    def event(self) -> int | None: ...
 
 @final
 class Sampling(metaclass=_PybindType):

@@ -456,7 +456,7 @@ def _tokenize(options: argparse.Namespace) -> int:
     if options.count:
         print(len(ids))
     elif options.json:
-        print(json.dumps([int(token) for token in ids]))
+        print(json.dumps(ids.tolist()))
     else:
         for token in ids:
             print(f"{token:>8}  {tokenizer.decode_bytes([token])!r}")

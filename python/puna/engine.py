@@ -341,7 +341,7 @@ class Engine:
         ids = tokenizer.encode(prompt, allowed_special="all" if allow_special else "none")
         if tokens and len(ids) and ids[0] == tokens[0]:
             ids = ids[1:]  # the text brought its own begin-of-text
-        return _BuiltPrompt(tokens + list(ids), pixels)
+        return _BuiltPrompt(tokens + ids.tolist(), pixels)
 
     def _warn_of_markup(self, text: str, tokenizer: _core.Tokenizer) -> None:
         """Says once that special tokens typed into a raw prompt are plain text."""
@@ -378,7 +378,7 @@ class Engine:
             elif isinstance(part, ImagePlaceholder):
                 self._place_image(rendered.images[part.index], tokens, pixels)
             else:
-                tokens.extend(tokenizer.encode(part))
+                tokens.extend(tokenizer.encode(part).tolist())
         return _BuiltPrompt(tokens, pixels)
 
     def _place_image(

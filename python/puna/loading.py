@@ -216,7 +216,8 @@ def _calibration_ids(
         return []
     if isinstance(calibration, str):
         tokenizer = _core.Tokenizer.from_file(os.fspath(path))
-        ids = tokenizer.encode(calibration, allowed_special="all" if allow_special else "none")
+        special = "all" if allow_special else "none"
+        ids = tokenizer.encode(calibration, allowed_special=special).tolist()
     else:
         ids = token_ids(calibration, 1 << 31, "calibration")
     if not ids:

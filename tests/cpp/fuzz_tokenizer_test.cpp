@@ -171,7 +171,7 @@ TEST(random_bytes_as_text) {
     const AllowedSpecial allowed{random() % 2 == 0, {}};
     const std::vector<int32_t> ids = tokenizer.encode(text, {.special = allowed});
     CHECK(tokenizer.decode(ids) == puna::to_valid_utf8(text));
-    puna::StreamDecoder decoder(tokenizer, {}, /*skip_special=*/false);
+    puna::StreamDecoder decoder(tokenizer, {}, puna::SpecialText::kShow);
     std::string streamed;
     for (const int32_t id : ids) streamed += decoder.push(id);
     CHECK(streamed + decoder.finish() == puna::to_valid_utf8(text));

@@ -8,6 +8,7 @@
 #include "tokenizer_fixture.h"
 
 using puna::ErrorCode;
+using puna::SpecialText;
 using puna::StreamDecoder;
 using puna::Tokenizer;
 namespace fixture = tokenizer_fixture;
@@ -89,7 +90,7 @@ TEST(what_cannot_become_a_character_comes_out_at_once) {
 TEST(special_tokens_are_skipped_or_shown) {
   const int32_t eot = fixture::special().at("<|eot|>");
   CHECK_EQ(stream(StreamDecoder(small()), {byte('a'), eot, byte('b')}).text, std::string("ab"));
-  CHECK_EQ(stream(StreamDecoder(small(), {}, false), {byte('a'), eot, byte('b')}).text,
+  CHECK_EQ(stream(StreamDecoder(small(), {}, SpecialText::kShow), {byte('a'), eot, byte('b')}).text,
            std::string("a<|eot|>b"));
   CHECK_THROWS(ErrorCode::kInvalidRequest, StreamDecoder(small()).push(1 << 20));
   CHECK_THROWS(ErrorCode::kInvalidRequest, StreamDecoder(small()).push(-1));
@@ -125,6 +126,43 @@ TEST(the_longest_of_stops_at_one_place_wins) {
   CHECK_EQ(ended.stop(), std::string("a"));
 }
 
+TEST(the_earliest_of_stops_wins_even_if_met_later) {
+  StreamDecoder decoder(small(), {"abcd", "bc"});
+  CHECK_EQ(push_bytes(decoder, "abc"), std::string());
+  CHECK(!decoder.stopped());
+  StreamDecoder other = decoder;
+  push_bytes(decoder, "d");
+  CHECK_EQ(decoder.stop(), std::string("abcd"));
+  CHECK_EQ(push_bytes(other, "x"), std::string("a"));
+  CHECK_EQ(other.stop(), std::string("bc"));
+}
+
+TEST(a_stop_can_be_shown_and_knows_its_token) {
+  // "x" "the" " w" "or": the stop begins in the second and ends in the third.
+  const auto ids = small().encode("xthe wor");
+  for (const bool include : {false, true}) {
+    StreamDecoder decoder(small(), {"he w"}, SpecialText::kSkip, include);
+    std::string text;
+    for (const int32_t id : ids) text += decoder.push(id);
+    CHECK_EQ(text, std::string(include ? "xthe w" : "xt"));
+    const std::string before =
+        small().decode(std::span(ids).first(static_cast<size_t>(decoder.stop_token())));
+    CHECK_EQ(before, std::string("x"));
+  }
+  CHECK_EQ(StreamDecoder(small()).stop_token(), int64_t{-1});
+}
+
+TEST(special_tokens_are_events) {
+  const int32_t eot = fixture::special().at("<|eot|>");
+  StreamDecoder decoder(small(), {"abc"}, SpecialText::kEvent);
+  CHECK_EQ(push_bytes(decoder, "xab"), std::string("x"));
+  CHECK_EQ(decoder.push(eot), std::string("ab"));  // the text ends before it
+  CHECK_EQ(decoder.event(), eot);
+  CHECK_EQ(decoder.push(byte('c')), std::string("c"));
+  CHECK_EQ(decoder.event(), -1);
+  CHECK(!decoder.stopped());
+}
+
 TEST(a_copy_goes_its_own_way) {
   StreamDecoder one(small(), {"lo w"});
   one.push(byte('l'));
@@ -146,7 +184,8 @@ TEST(any_ids_stream_as_they_decode) {
                         : static_cast<int32_t>(random() % vocabulary);
     }
     const bool skip = random() % 2;
-    const Decoded streamed = stream(StreamDecoder(small(), {}, skip), ids);
+    const Decoded streamed =
+        stream(StreamDecoder(small(), {}, skip ? SpecialText::kSkip : SpecialText::kShow), ids);
     CHECK_EQ(streamed.text, puna::to_valid_utf8(small().decode(ids, skip)));
   }
 }

@@ -1,0 +1,176 @@
+"""Measures one tokenizer on one text, in CPU time of one thread: NAME MODEL JSON TEXT.
+
+MODEL is tokenizer.model, JSON the same vocabulary as tokenizer.json. Prints one line of JSON:
+seconds of loading and of one pass over a text that the process has not seen before, a digest of the
+ids, seconds of decoding them, and the peak of the resident memory. Runs with an interpreter that
+has the tokenizer's package.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PATTERN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CHUNK = 1024
+
+Encode = Callable[[str], Any]
+Decode = Callable[[Any], Any]
+
+
+def ranks(model: str) -> dict[bytes, int]:
+    """The lines of tokenizer.model."""
+    lines = (line.split() for line in Path(model).read_bytes().splitlines() if line)
+    return {base64.b64decode(token): int(rank) for token, rank in lines}
+
+
+def puna(model: str, document: str) -> tuple[Encode, Decode]:
+    """This project's."""
+    from puna import Tokenizer
+
+    tokenizer = Tokenizer.from_file(model)
+    return tokenizer.encode, tokenizer.decode
+
+
+def puna_threads(model: str, document: str) -> tuple[Encode, Decode]:
+    """This project's, with two threads; to be timed by the clock."""
+    from puna import Tokenizer
+
+    tokenizer = Tokenizer.from_file(model)
+    return (lambda text: tokenizer.encode(text, threads=2)), tokenizer.decode
+
+
+def puna_stream(model: str, document: str) -> tuple[Encode, Decode]:
+    """This project's, fed 1 KB at a time."""
+    from puna import Tokenizer
+
+    tokenizer = Tokenizer.from_file(model)
+
+    def encode(text: str) -> Any:
+        encoder = tokenizer.stream_encoder()
+        raw = text.encode()
+        parts = [encoder.feed(raw[at : at + CHUNK]) for at in range(0, len(raw), CHUNK)]
+        return np.concatenate([*parts, encoder.finish()])
+
+    return encode, tokenizer.decode
+
+
+def tiktoken(model: str, document: str) -> tuple[Encode, Decode]:
+    """OpenAI's."""
+    from tiktoken import Encoding
+
+    encoding = Encoding("llama4", pat_str=PATTERN, mergeable_ranks=ranks(model), special_tokens={})
+    return encoding.encode_ordinary, encoding.decode
+
+
+def tokenizers(model: str, document: str) -> tuple[Encode, Decode]:
+    """Hugging Face's."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(document)
+    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids, tokenizer.decode
+
+
+def gigatoken(model: str, document: str) -> tuple[Encode, Decode]:
+    """The package gigatoken."""
+    from gigatoken import Tokenizer
+
+    tokenizer = Tokenizer.from_json(Path(document).read_bytes())
+    return tokenizer.encode, tokenizer.decode
+
+
+def fastokens(model: str, document: str) -> tuple[Encode, Decode]:
+    """The package fastokens."""
+    from fastokens import _native
+
+    tokenizer = _native.Tokenizer.from_file(document)
+    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids, tokenizer.decode
+
+
+def quicktok(model: str, document: str) -> tuple[Encode, Decode]:
+    """The package quicktok-v1; it keeps an imported vocabulary, which is made once."""
+    from quicktok import get_encoding, import_tokenizer
+
+    folder = Path(document).parent / "quicktok"
+    if not folder.exists():
+        import_tokenizer(document, "llama4", data_dir=str(folder))
+    encoding = get_encoding("llama4", str(folder))
+    return encoding.encode_ordinary, encoding.decode
+
+
+def splintr(model: str, document: str) -> tuple[Encode, Decode]:
+    """The package splintr-rs."""
+    from splintr import from_json
+
+    tokenizer = from_json(document)
+    return tokenizer.encode, tokenizer.decode
+
+
+def riptoken(model: str, document: str) -> tuple[Encode, Decode]:
+    """The package riptoken."""
+    from riptoken import CoreBPE
+
+    return CoreBPE(ranks(model), {}, PATTERN).encode_ordinary, None  # type: ignore[return-value]
+
+
+OPEN = {
+    function.__name__: function
+    for function in (
+        *(puna, puna_stream, puna_threads),
+        *(tiktoken, tokenizers, gigatoken, fastokens, quicktok, splintr, riptoken),
+    )
+}
+
+
+def main() -> None:
+    """Reads the command line and measures."""
+    name, model, document, path = sys.argv[1:5]
+    clock = time.perf_counter if name == "puna_threads" else time.process_time
+    if name != "puna_threads":
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    text = Path(path).read_text(encoding="utf-8", newline="")
+    start = time.process_time()
+    encode, decode = OPEN[name](model, document)
+    load = time.process_time() - start
+    encode("Warm up: hello, 123.")
+    start = clock()
+    ids = encode(text)
+    seconds = clock() - start
+    array = np.asarray(ids, dtype=np.uint32)
+    row = {
+        "load": load,
+        "encode": seconds,
+        "bytes": len(text.encode()),
+        "tokens": len(array),
+        "digest": hashlib.sha256(array.tobytes()).hexdigest()[:16],
+    }
+    if decode is not None:
+        # From what its own encode() gives: an array, or a list of numbers.
+        own = (
+            ids if isinstance(ids, np.ndarray) and name.startswith(("puna", "giga")) else list(ids)
+        )
+        start = time.process_time()
+        decode(own)
+        row["decode"] = time.process_time() - start
+    row["rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()

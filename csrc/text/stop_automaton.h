@@ -1,0 +1,39 @@
+// Stop strings as an automaton of Aho and Corasick over bytes.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+namespace puna {
+
+// A node is the longest end of the text so far with which a stop string begins. Node 0: none.
+class StopAutomaton {
+ public:
+  // Throws InvalidRequest for an empty stop string.
+  explicit StopAutomaton(std::vector<std::string> stops);
+
+  bool empty() const { return stops_.empty(); }
+  uint32_t step(uint32_t node, uint8_t byte) const;
+  // The text that a node stands for.
+  const std::string& text(uint32_t node) const { return nodes_[node].text; }
+  bool may_grow(uint32_t node) const { return !nodes_[node].children.empty(); }
+  // The longest stop string with which a node's text ends, or -1.
+  int32_t stop_at(uint32_t node) const { return nodes_[node].stop; }
+  const std::string& stop(int32_t index) const { return stops_[static_cast<size_t>(index)]; }
+
+ private:
+  struct Node {
+    std::string text;
+    std::map<uint8_t, uint32_t> children;
+    uint32_t fail = 0;
+    int32_t stop = -1;
+  };
+  uint32_t child(uint32_t node, uint8_t byte) const;
+
+  std::vector<std::string> stops_;
+  std::vector<Node> nodes_;
+};
+
+}  // namespace puna
