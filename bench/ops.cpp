@@ -85,14 +85,15 @@ KernelCase product(const Machine& machine, int64_t rows, int64_t outputs, int64_
 KernelCase quantized_product(const Machine& machine, WeightFormat format, int64_t rows,
                              int64_t outputs, int64_t cols) {
   const int64_t panels = outputs / kPanelRows, groups = cols / group_of(format);
+  const int64_t spans = cols / kActivationGroup;
   const auto bytes = static_cast<int64_t>(panel_bytes(format, cols));
   const bool one = rows == 1;
   const int64_t matrices = one ? Ceilings::kBytes / (panels * bytes) : 1;
   const auto gemm = machine.kernels.gemm_quantized[quantized_index(format)];
 
-  auto run = [machine, gemm, rows, outputs, cols, panels, groups, bytes, matrices,
+  auto run = [machine, gemm, rows, outputs, cols, panels, spans, groups, bytes, matrices,
               codes = std::vector<int8_t>(rows * cols, 1),
-              scales = std::vector<float>(rows * groups, 1.0f),
+              scales = std::vector<float>(rows * spans, 1.0f),
               sums = std::vector<int32_t>(rows * groups, static_cast<int32_t>(cols / groups)),
               out = std::vector<float>(rows * outputs)]() mutable {
     machine.pool.run([&](Lane& lane) {
@@ -100,7 +101,7 @@ KernelCase quantized_product(const Machine& machine, WeightFormat format, int64_
       for (int64_t matrix = 0; matrix < matrices; ++matrix) {
         for (int64_t panel = part.begin; panel < part.end; ++panel) {
           gemm(out.data() + panel * kPanelRows, outputs,
-               {codes.data(), scales.data(), sums.data(), cols, groups},
+               {codes.data(), scales.data(), sums.data(), cols, spans, groups},
                machine.memory + (matrix * panels + panel) * bytes, nullptr, rows, kPanelRows);
         }
         lane.barrier();

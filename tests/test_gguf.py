@@ -167,8 +167,8 @@ def test_quantised(tmp_path: Path, kind: str) -> None:
         np.testing.assert_allclose(llm.logits(tokens), expected, rtol=0, atol=2e-5 * spread)
         assert llm.info.kv_dtype == "float32"
     with load(path, device="cpu") as llm:
-        # Activations are rounded to 8 bits per block: half a step of 1/127 of the largest of 32 is
-        # about 1% of a typical one, and each of the products of 4 layers adds its share. A row near
+        # Activations are rounded to 8 bits: half a step of 1/127 of the largest of 128 is about 1%
+        # of a typical one, and each of the products of 4 layers adds its share. A row near
         # a tie of the router may take another expert, so that the median is what is judged.
         error = np.abs(llm.logits(tokens) - expected).mean(axis=1) / spread
         assert np.median(error) < 0.08

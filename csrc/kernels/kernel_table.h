@@ -82,13 +82,17 @@ constexpr int64_t kSealedDim = 256;
 // A row's scores, the whole numbers it is multiplied with, and some numbers more.
 constexpr int64_t kSealedScratch = kSealedTokens * 6 + 64;
 
-// Activations for a product with quantised weights: codes -127 .. 127 and one scale per row and
-// group of columns, the group being that of the weights' format.
+// Columns of a row of quantised activations that share a scale (the last ones of a row may be
+// fewer). A multiple of every format's group, whose sums are added up before they are scaled. A
+// scale for each group of 32 would be one more multiplication for every 8 dot products of four.
+constexpr int64_t kActivationGroup = 128;
+
+// Activations for a product with quantised weights: codes -127 .. 127.
 struct QuantizedRows {
-  const int8_t* codes;   // [rows][cols], cols rounded up to whole blocks of the format
-  const float* scales;   // [rows][groups]
-  const int32_t* sums;   // [rows][groups]: of the group's codes
-  int64_t cols, groups;  // strides of the above
+  const int8_t* codes;  // [rows][cols], cols rounded up to whole blocks of the weights' format
+  const float* scales;  // [rows][spans], one for kActivationGroup columns
+  const int32_t* sums;  // [rows][groups]: of the codes of one group of the weights' format
+  int64_t cols, spans, groups;  // strides of the above
 };
 
 constexpr int kQuantizedKernels = 0
@@ -120,19 +124,22 @@ struct KernelTable {
   void (*gemm_fp8)(float* out, int64_t out_stride, const float* x, int64_t x_stride,
                    const void* panel, const float* bias, int64_t rows, int64_t cols, int64_t width);
 
-  // The same for one panel of quantised weights, by place in quant/formats.inc. With the groups g
-  // in ascending order, and all rounding as in fp32:
-  //   dot  = sum over the group of code_x * (value(code_w) - kZero)          exact, in int32
-  //   acc  = fma(dot, scale_w * scale_x, acc)
-  //   acc  = fma(offset_w, scale_x * sum_x, acc)                             if kOffset
+  // The same for one panel of quantised weights, by place in quant/formats.inc. For each
+  // kActivationGroup columns, in order, with their groups in order and all rounding as in fp32:
+  //   part = 0, and for each group
+  //     dot  = sum over the group of code_x * (value(code_w) - kZero)        exact, in int32
+  //     part = fma(dot, scale_w, part)
+  //     part = fma(offset_w, sum_x, part)                                    if kOffset
+  //   acc  = fma(part, scale_x, acc)
   // so that every instruction set gives the same bits.
   using GemmQuantized = void (*)(float* out, int64_t out_stride, const QuantizedRows& x,
                                  const void* panel, const float* bias, int64_t rows, int64_t width);
   GemmQuantized gemm_quantized[kQuantizedKernels];
-  // Quantises one row: each group's scale is its largest magnitude / 127, codes are rounded to
-  // nearest, ties to even. A group whose largest magnitude is below 2^-100 counts as zeros: scale
-  // and codes 0. A group with a value that is not finite has a scale of NaN and any codes. `padded`
-  // is `cols` rounded up to whole blocks; codes past `cols` are 0.
+  // Quantises one row: the scale of kActivationGroup columns is their largest magnitude / 127,
+  // codes are rounded to nearest, ties to even. Where the largest magnitude is below 2^-100 all
+  // count as zeros: scale and codes 0. With a value that is not finite the scale is NaN and the
+  // codes are any. Sums are of `group` codes. `padded` is `cols` rounded up to whole blocks; codes
+  // past `cols` are 0.
   void (*quantize_row)(int8_t* codes, float* scales, int32_t* sums, const float* x, int64_t cols,
                        int64_t padded, int64_t group);
 

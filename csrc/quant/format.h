@@ -65,7 +65,7 @@ size_t panel_bytes(WeightFormat format, int64_t cols);
 // Bytes of a packed matrix.
 size_t packed_bytes(WeightFormat format, int64_t rows, int64_t cols);
 
-// Columns that share a scale: of a quantised format, and of the activations it is multiplied with.
+// Columns of a quantised format that share a scale.
 int64_t group_of(WeightFormat format);
 // Columns rounded up to whole blocks (pairs for bf16).
 int64_t padded_cols(WeightFormat format, int64_t cols);

@@ -66,12 +66,13 @@ void check_product(const std::string& what, Backend& backend, const WeightRef& w
   const bool plain = takes_fp32(weight.format);
   const int64_t rows = 3, cols = weight.cols, group = plain ? cols : group_of(weight.format);
   const int64_t padded = plain ? cols : padded_cols(weight.format, cols), groups = padded / group;
+  const int64_t spans = (padded + kActivationGroup - 1) / kActivationGroup;
   const std::vector<float> x = randoms(random, rows * cols);
   std::vector<float> got(rows * weight.rows), expected(got.size());
   std::vector<double> bound(got.size());
   backend.matmul({got.data(), rows, weight.rows}, {x.data(), rows, cols}, weight, {});
   std::vector<int8_t> codes(padded);
-  std::vector<float> scales(groups);
+  std::vector<float> scales(spans);
   std::vector<int32_t> sums(groups);
   for (int64_t r = 0; r < rows; ++r) {
     resolve_isa("scalar").quantize_row(codes.data(), scales.data(), sums.data(),
@@ -79,8 +80,9 @@ void check_product(const std::string& what, Backend& backend, const WeightRef& w
     for (int64_t n = 0; n < weight.rows; ++n) {
       double sum = 0, size = 0;
       for (int64_t c = 0; c < cols; ++c) {
-        const double activation = plain ? static_cast<double>(x[r * cols + c])
-                                        : static_cast<double>(codes[c]) * scales[c / group];
+        const double activation =
+            plain ? static_cast<double>(x[r * cols + c])
+                  : static_cast<double>(codes[c]) * scales[c / kActivationGroup];
         const double term = activation * values[n * cols + c];
         sum += term;
         size += std::abs(term);

@@ -179,6 +179,7 @@ TEST(plain_product_is_close_to_double) {
       const int64_t blocks = Format::kBlock == 256 ? 2 : 5, padded = blocks * Format::kBlock;
       const int64_t cols = padded - random_int(0, Format::kBlock - 1), rows = 3, width = 37;
       const int64_t groups = padded / Format::kGroup;
+      const int64_t spans = (padded + kActivationGroup - 1) / kActivationGroup;
       std::vector<uint8_t> panel(blocks * Layout::kBytes);
       std::vector<double> weights(width * padded);
       for (int64_t n = 0; n < kPanelRows; ++n)
@@ -194,17 +195,17 @@ TEST(plain_product_is_close_to_double) {
           }
         }
       std::vector<int8_t> codes(rows * padded, 99);
-      std::vector<float> scales(rows * groups), out(rows * 40, 7.0f), bias(width);
+      std::vector<float> scales(rows * spans), out(rows * 40, 7.0f), bias(width);
       std::vector<int32_t> sums(rows * groups);
       std::vector<double> x(rows * padded);
       for (float& b : bias) b = random_normal();
       for (int64_t r = 0; r < rows; ++r) {
         std::vector<float> row(cols);
         for (float& value : row) value = random_normal();
-        kernels.quantize_row(&codes[r * padded], &scales[r * groups], &sums[r * groups], row.data(),
+        kernels.quantize_row(&codes[r * padded], &scales[r * spans], &sums[r * groups], row.data(),
                              cols, padded, Format::kGroup);
         for (int64_t c = 0; c < padded; ++c) {
-          const float scale = scales[r * groups + c / Format::kGroup];
+          const float scale = scales[r * spans + c / kActivationGroup];
           x[r * padded + c] = static_cast<double>(codes[r * padded + c]) * scale;
           if (c < cols)
             CHECK(std::fabs(x[r * padded + c] - row[c]) <= 0.5000001 * scale);
@@ -213,8 +214,8 @@ TEST(plain_product_is_close_to_double) {
         }
       }
       kernels.gemm_quantized[quantized_index(format)](
-          out.data(), 40, {codes.data(), scales.data(), sums.data(), padded, groups}, panel.data(),
-          bias.data(), rows, width);
+          out.data(), 40, {codes.data(), scales.data(), sums.data(), padded, spans, groups},
+          panel.data(), bias.data(), rows, width);
       for (int64_t r = 0; r < rows; ++r) {
         for (int64_t n = 0; n < width; ++n) {
           double sum = bias[n], size = std::fabs(bias[n]);
@@ -223,8 +224,10 @@ TEST(plain_product_is_close_to_double) {
             sum += term;
             size += std::fabs(term);
           }
-          // Two roundings a group with an offset, one for each product of scales, one for the bias.
-          const double tolerance = size * std::ldexp(static_cast<double>(3 * groups + 2), -24);
+          // Two roundings a group with an offset, one for each scale of the activations, one for
+          // the bias.
+          const double tolerance =
+              size * std::ldexp(static_cast<double>(2 * groups + spans + 2), -24);
           CHECK(std::fabs(out[r * 40 + n] - sum) <= tolerance);
         }
         for (int64_t n = width; n < 40; ++n) CHECK(out[r * 40 + n] == 7.0f);

@@ -24,7 +24,7 @@ enum class Values { kRandom, kExtreme, kTop };
 
 struct Product {
   WeightFormat format;
-  int64_t rows, padded, groups, width;
+  int64_t rows, padded, spans, groups, width;
   std::vector<uint8_t> panel;
   std::vector<int8_t> codes;
   std::vector<float> scales, bias;
@@ -43,6 +43,7 @@ struct Product {
       constexpr int64_t kTop = (1 << Format::kBits) - 1;
       padded = blocks * Format::kBlock;
       groups = padded / Format::kGroup;
+      spans = (padded + kActivationGroup - 1) / kActivationGroup;
       panel.resize(blocks * Layout::kBytes);
       for (int64_t b = 0; b < blocks; ++b) {
         for (int64_t n = 0; n < kPanelRows; ++n) {
@@ -73,8 +74,8 @@ struct Product {
             sum += static_cast<int32_t>(code);
           }
           sums.push_back(sum);
-          scales.push_back(std::fabs(normal(random)) * 0.02f);
         }
+        for (int64_t i = 0; i < spans; ++i) scales.push_back(std::fabs(normal(random)) * 0.02f);
       }
     });
     if (draw(0, 1))
@@ -86,8 +87,8 @@ struct Product {
                          int64_t out_stride) const {
     std::vector<float> out(count * out_stride, 12345.0f);
     gemm(out.data(), out_stride,
-         {codes.data() + first * padded, scales.data() + first * groups,
-          sums.data() + first * groups, padded, groups},
+         {codes.data() + first * padded, scales.data() + first * spans,
+          sums.data() + first * groups, padded, spans, groups},
          panel.data(), bias.empty() ? nullptr : bias.data(), count, width);
     return out;
   }
@@ -171,6 +172,7 @@ inline void check_quantizing(const KernelTable& kernels, int trials) {
   for (int trial = 0; trial < trials; ++trial) {
     const int64_t group = int64_t{16} << draw(0, 3), block = std::max(group, draw(0, 1) * 256);
     const int64_t cols = draw(1, 700), padded = (cols + block - 1) / block * block;
+    const int64_t spans = (padded + kActivationGroup - 1) / kActivationGroup;
     std::vector<float> x(cols);
     for (float& value : x) value = normal(random);
     for (int i = 0; i < 8; ++i) {
@@ -179,12 +181,12 @@ inline void check_quantizing(const KernelTable& kernels, int trials) {
       if (trial % 4 == 0) x[draw(0, cols - 1)] = odd[draw(0, 5)];
     }
     if (trial % 5 == 0)
-      std::fill_n(x.begin(), std::min(cols, 2 * group), draw(0, 1) ? 0.0f : 1e-39f);
+      std::fill_n(x.begin(), std::min(cols, 2 * kActivationGroup), draw(0, 1) ? 0.0f : 1e-39f);
     if (trial % 3 == 0)  // halves, whose codes are ties
       for (float& value : x) value = std::rint(value * 40) * 0.5f;
     if (trial % 3 == 0) x[0] = 127.0f;
     const auto quantized = [&](const KernelTable& table) {
-      Quantized out{std::vector<int8_t>(padded, 99), std::vector<float>(padded / group, 99),
+      Quantized out{std::vector<int8_t>(padded, 99), std::vector<float>(spans, 99),
                     std::vector<int32_t>(padded / group, 99)};
       table.quantize_row(out.codes.data(), out.scales.data(), out.sums.data(), x.data(), cols,
                          padded, group);
@@ -193,17 +195,18 @@ inline void check_quantizing(const KernelTable& kernels, int trials) {
     const Quantized fast = quantized(kernels), truth = quantized(plain);
     bool same = true;
     for (int64_t g = 0; g < padded / group; ++g) {
-      if (std::isnan(truth.scales[g])) {
-        same &= std::isnan(fast.scales[g]);
+      const int64_t span = g * group / kActivationGroup;
+      if (std::isnan(truth.scales[span])) {
+        same &= std::isnan(fast.scales[span]);
         continue;
       }
-      same &= bits_of_float(fast.scales[g]) == bits_of_float(truth.scales[g]);
+      same &= bits_of_float(fast.scales[span]) == bits_of_float(truth.scales[span]);
       same &= fast.sums[g] == truth.sums[g];
       for (int64_t c = g * group; c < (g + 1) * group; ++c) same &= fast.codes[c] == truth.codes[c];
     }
     check::report(same, __FILE__, __LINE__,
                   std::string(kernels.isa) + ": quantising " + std::to_string(cols) +
-                      " columns in groups of " + std::to_string(group) +
+                      " columns, summed in groups of " + std::to_string(group) +
                       " differs from the plain form");
   }
 }

@@ -54,7 +54,7 @@ class CpuBackend final : public Backend {
 
  private:
   // Columns handled at once by elementwise steps, so that one row still occupies several lanes. A
-  // multiple of every format's block.
+  // multiple of every format's block and of kActivationGroup.
   static constexpr int64_t kPieceColumns = 1024;
 
   class Scratch {
@@ -75,9 +75,9 @@ class CpuBackend final : public Backend {
     WeightFormat format = WeightFormat::kF32;
     void* data = nullptr;  // float, uint16_t or int8_t [rows][stride]
     int64_t cols = 0, stride = 0;
-    float* scales = nullptr;  // [rows][groups]
+    float* scales = nullptr;  // [rows][spans]
     int32_t* sums = nullptr;  // [rows][groups]
-    int64_t groups = 0;
+    int64_t spans = 0, groups = 0;
   };
   // The gate_up and down products of some rows with one pair of weights.
   struct FeedForward {

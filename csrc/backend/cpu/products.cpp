@@ -22,11 +22,11 @@ CpuBackend::Operand CpuBackend::reserve_operand(WeightFormat format, int64_t row
     operand.data = scratch.reserve<uint16_t>(rows * operand.stride);
   } else {
     operand.groups = operand.stride / group_of(format);
-    const int64_t tables = rows * operand.groups;
-    auto* scales = scratch.reserve<float>(2 * tables + (rows * operand.stride + 3) / 4);
-    operand.scales = scales;
-    operand.sums = reinterpret_cast<int32_t*>(scales + tables);
-    operand.data = scales + 2 * tables;
+    operand.spans = (operand.stride + kActivationGroup - 1) / kActivationGroup;
+    const int64_t scales = rows * operand.spans, sums = rows * operand.groups;
+    operand.scales = scratch.reserve<float>(scales + sums + (rows * operand.stride + 3) / 4);
+    operand.sums = reinterpret_cast<int32_t*>(operand.scales + scales);
+    operand.data = operand.sums + sums;
   }
   return operand;
 }
@@ -45,9 +45,10 @@ void CpuBackend::write_operand(const Operand& operand, int64_t row, int64_t colu
     std::fill(to + count, to + padded, uint16_t{0});
   } else {
     const int64_t group = group_of(operand.format);
-    const int64_t table = row * operand.groups + column / group;
-    kernels_.quantize_row(static_cast<int8_t*>(operand.data) + place, operand.scales + table,
-                          operand.sums + table, values, count, padded, group);
+    kernels_.quantize_row(static_cast<int8_t*>(operand.data) + place,
+                          operand.scales + row * operand.spans + column / kActivationGroup,
+                          operand.sums + row * operand.groups + column / group, values, count,
+                          padded, group);
   }
 }
 
@@ -88,8 +89,11 @@ void CpuBackend::multiply(float* out, int64_t out_stride, const Operand& x, cons
     return;
   }
   const QuantizedRows rows{static_cast<const int8_t*>(x.data) + place,
-                           x.scales + tile.first * x.groups, x.sums + tile.first * x.groups,
-                           x.stride, x.groups};
+                           x.scales + tile.first * x.spans,
+                           x.sums + tile.first * x.groups,
+                           x.stride,
+                           x.spans,
+                           x.groups};
   for (int64_t column = 0; column < tile.width; column += kPanelRows, packed += panel)
     kernels_.gemm_quantized[quantized_index(weight.format)](
         out + column, out_stride, rows, packed, bias != nullptr ? bias + column : nullptr,

@@ -64,9 +64,7 @@ float peak(int64_t iterations, int64_t* operations) {
 #define PUNA_HIDE(value) asm volatile("" : "+v"(value))
 #endif
   const int8_t four[4] = {static_cast<int8_t>(iterations & 1), 1, 2, 3};
-  Codes w[kTileVectors], x[kTileRows];
-  for (Codes& codes : w) codes = four_codes(four);
-  for (Codes& codes : x) codes = four_codes(four);
+  Codes w = four_codes(four), x = w;
   Dots dots[kTileRows][kTileVectors], partial[kTileRows][kTileVectors];
 #pragma GCC unroll 8
   for (int r = 0; r < kTileRows; ++r) {
@@ -76,14 +74,14 @@ float peak(int64_t iterations, int64_t* operations) {
   for (int64_t n = 0; n < iterations; ++n) {
     unrolled<kSlabVectors>([&](auto index) __attribute__((always_inline)) {
       constexpr int kI = decltype(index)::value;
-#pragma GCC unroll 8
-      for (int v = 0; v < kTileVectors; ++v) PUNA_HIDE(w[v]);
+      PUNA_HIDE(w);
 #pragma GCC unroll 8
       for (int r = 0; r < kTileRows; ++r) {
-        PUNA_HIDE(x[r]);
 #pragma GCC unroll 8
-        for (int v = 0; v < kTileVectors; ++v)
-          multiply_codes<Int4G32, kI, kSlabVectors>(dots[r][v], partial[r][v], w[v], x[r]);
+        for (int v = 0; v < kTileVectors; ++v) {
+          PUNA_HIDE(x);
+          multiply_codes<Int4G32, kI, kSlabVectors>(dots[r][v], partial[r][v], w, x);
+        }
       }
     });
   }

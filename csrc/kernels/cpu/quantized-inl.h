@@ -14,43 +14,91 @@ namespace {
 
 #if defined(PUNA_DOT)
 
-// One row of activations, from some group on.
+// One row of activations, from some multiple of kActivationGroup columns on.
 struct QuantizedRow {
   const int8_t* codes;
   const float* scales;
   const int32_t* sums;
 };
-PUNA_INLINE QuantizedRow row_of(const QuantizedRows& x, int64_t row, int64_t column,
-                                int64_t group) {
-  return {x.codes + row * x.cols + column, x.scales + row * x.groups + group,
-          x.sums + row * x.groups + group};
+template <class Format>
+PUNA_INLINE QuantizedRow row_of(const QuantizedRows& x, int64_t row, int64_t column) {
+  return {x.codes + row * x.cols + column, x.scales + row * x.spans + column / kActivationGroup,
+          x.sums + row * x.groups + column / Format::kGroup};
 }
 
-// sums[r][v] += the group g (of the source and of the rows) for vectors v0 + v. The group's first
-// vector in its slab is FirstVector.
+// Memory that is needed next, asked for a little at a time: in a burst it would wait for the core's
+// few buffers of lines on the way.
+struct Ahead {
+  const uint8_t *next, *end;
+  int64_t step;  // bytes
+
+  PUNA_INLINE_MEMBER void ask() {
+    const uint8_t* to = end - next < step ? end : next + step;
+    for (; next < to; next += 64) __builtin_prefetch(next);
+  }
+};
+
+// Groups that share a slab, or 1; slabs of a group, or 1.
+template <class Format>
+constexpr int kGroupsOfSlab = Format::kGroup < kSlabCols ? kSlabCols / Format::kGroup : 1;
+template <class Format>
+constexpr int64_t kSlabsOfGroup = Format::kGroup > kSlabCols ? Format::kGroup / kSlabCols : 1;
+
+// What the dot products of group g start from: what kZero adds to them, taken off.
+template <class Format>
+PUNA_INLINE Dots first_dots(const QuantizedRow& x, int64_t g) {
+  constexpr int kZero = kIsSigned<Format> ? 0 : Format::kZero;
+  if constexpr (kZero == 0) {
+    return same_dots(0);
+  } else {
+    constexpr int kZeroBits = __builtin_ctz(kZero);
+    static_assert(kZero == 1 << kZeroBits);
+    return minus_shifted<kZeroBits>(same_dots(x.sums[g]));
+  }
+}
+
+// parts[r][v] += the dot products of group g, scaled as the weights are.
+template <class Source, int Rows, int Vectors>
+PUNA_INLINE void add_group(VF (&parts)[Rows][Vectors], const Dots (&dots)[Rows][Vectors],
+                           const Source& w, const QuantizedRow (&x)[Rows], int64_t g, int v0) {
+#pragma GCC unroll 16
+  for (int v = 0; v < Vectors; ++v) {
+    const VF scale = w.scale(g, v0 + v);
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) parts[r][v] = fma(to_float(dots[r][v]), scale, parts[r][v]);
+  }
+  if constexpr (Source::Format::kOffset) {
+    VF offsets[Vectors];
+#pragma GCC unroll 16
+    for (int v = 0; v < Vectors; ++v) offsets[v] = w.offset(g, v0 + v);
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+      const VF total = to_float(same_dots(x[r].sums[g]));
+#pragma GCC unroll 16
+      for (int v = 0; v < Vectors; ++v) parts[r][v] = fma(offsets[v], total, parts[r][v]);
+    }
+  }
+}
+
+// parts[r][v] += a group of the source times that of the rows for vectors v0 + v; the group's first
+// vector in its slab is FirstVector. Every vector of weights meets all rows while it is in its
+// register.
 template <class Source, int Rows, int Vectors, int FirstVector>
-PUNA_INLINE void multiply_group(VF (&sums)[Rows][Vectors], const Source& w,
+PUNA_INLINE void multiply_group(VF (&parts)[Rows][Vectors], const Source& w,
                                 const QuantizedRow (&x)[Rows], int64_t g, int v0) {
   using Format = typename Source::Format;
-  constexpr int64_t kSlabs = Format::kGroup > kSlabCols ? Format::kGroup / kSlabCols : 1;
-  constexpr int kCount = Format::kGroup < kSlabCols ? Format::kGroup / 4 : kSlabVectors;
+  constexpr int kCount = kSlabVectors / kGroupsOfSlab<Format>;
   constexpr bool kHalves = Source::kHalves && kCount == kSlabVectors;
-  constexpr int kZero = kIsSigned<Format> ? 0 : Format::kZero;
-  constexpr int kZeroBits = kZero == 0 ? 0 : __builtin_ctz(kZero);
-  static_assert(kZero == 0 || kZero == 1 << kZeroBits);
-
   Dots dots[Rows][Vectors], partial[Rows][Vectors];
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r) {
-    Dots start = same_dots(0);
-    if constexpr (kZero > 0) start = minus_shifted<kZeroBits>(same_dots(x[r].sums[g]));
+    const Dots start = first_dots<Format>(x[r], g);
 #pragma GCC unroll 8
     for (int v = 0; v < Vectors; ++v) partial[r][v] = dots[r][v] = start;
   }
 #pragma GCC unroll 1
-  for (int64_t i = 0; i < kSlabs; ++i) {
+  for (int64_t i = 0; i < kSlabsOfGroup<Format>; ++i) {
     const int64_t column = g * Format::kGroup + i * kSlabCols, slab = column / kSlabCols;
-    if constexpr (FirstVector == 0) w.template ask_ahead<Vectors>(slab, v0);
     unrolled<kCount>([&](auto index) __attribute__((always_inline)) {
       constexpr int kI = decltype(index)::value;
       constexpr int kS = FirstVector + (kHalves ? kI % 2 * 4 + kI / 2 : kI);
@@ -66,51 +114,113 @@ PUNA_INLINE void multiply_group(VF (&sums)[Rows][Vectors], const Source& w,
       }
     });
   }
-  VF scales[Vectors];
+  add_group(parts, dots, w, x, g, v0);
+}
+
+// The same for all vectors of the panel and the kGroupsOfSlab groups from g on, with the weights
+// read in the order of memory: for so few rows that reading them takes longest.
+template <class Source, int Rows>
+PUNA_INLINE void multiply_group_in_order(VF (&parts)[Rows][kPanelVectors], const Source& w,
+                                         const QuantizedRow (&x)[Rows], int64_t g) {
+  using Format = typename Source::Format;
+  constexpr int kGroups = kGroupsOfSlab<Format>, kCount = kSlabVectors / kGroups;
+  Dots dots[kGroups][Rows][kPanelVectors], partial[kGroups][Rows][kPanelVectors];
+#pragma GCC unroll 2
+  for (int i = 0; i < kGroups; ++i) {
 #pragma GCC unroll 8
-  for (int v = 0; v < Vectors; ++v) scales[v] = w.scale(g, v0 + v);
+    for (int r = 0; r < Rows; ++r) {
+      const Dots start = first_dots<Format>(x[r], g + i);
+#pragma GCC unroll 16
+      for (int v = 0; v < kPanelVectors; ++v) partial[i][r][v] = dots[i][r][v] = start;
+    }
+  }
+#pragma GCC unroll 1
+  for (int64_t i = 0; i < kSlabsOfGroup<Format>; ++i) {
+    const int64_t column = g * Format::kGroup + i * kSlabCols, slab = column / kSlabCols;
+    unrolled<kPanelVectors>([&](auto vector) __attribute__((always_inline)) {
+      constexpr int kV = decltype(vector)::value;
+      w.template ask_ahead<kV>(slab);
+      unrolled<kSlabVectors>([&](auto index) __attribute__((always_inline)) {
+        constexpr int kI = decltype(index)::value;
+        constexpr int kS = Source::kHalves ? kI % 2 * 4 + kI / 2 : kI;
+        constexpr int kG = kS / kCount;
+        constexpr int kPlace = kGroups == 1 ? kI : Source::kHalves ? kI / 2 : kS % kCount;
+        const Codes values = w.template values<kS>(slab, kV);
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r)
+          multiply_codes<Format, kPlace, kCount>(dots[kG][r][kV], partial[kG][r][kV], values,
+                                                 four_codes(x[r].codes + column + kS * 4));
+      });
+    });
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < kGroups; ++i) add_group(parts, dots[i], w, x, g + i, 0);
+}
+
+// sums[r][v] += scales[r] * parts[r][v]
+template <int Rows, int Vectors>
+PUNA_INLINE void add_parts(float* sums, const VF (&parts)[Rows][Vectors],
+                           const QuantizedRow (&x)[Rows], int64_t span, int v0) {
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r) {
-    const VF scale = set1(x[r].scales[g]);
-#pragma GCC unroll 8
-    for (int v = 0; v < Vectors; ++v)
-      sums[r][v] = fma(to_float(dots[r][v]), scales[v] * scale, sums[r][v]);
-    if constexpr (Format::kOffset) {
-      const VF total = scale * to_float(same_dots(x[r].sums[g]));
-#pragma GCC unroll 8
-      for (int v = 0; v < Vectors; ++v) sums[r][v] = fma(w.offset(g, v0 + v), total, sums[r][v]);
+    const VF scale = set1(x[r].scales[span]);
+#pragma GCC unroll 16
+    for (int v = 0; v < Vectors; ++v) {
+      float* sum = sums + r * kPanelRows + (v0 + v) * kCodeRows;
+      store(sum, fma(parts[r][v], scale, load(sum)));
     }
   }
 }
 
-// sums[Rows][kPanelRows] += `groups` groups of the source times as many of the rows, for vectors
+// body(span, first group, groups) for the spans of kActivationGroup columns in `cols` columns.
+template <class Format, class Body>
+PUNA_INLINE void for_spans(int64_t cols, const Body& body) {
+  constexpr int64_t kGroups = kActivationGroup / Format::kGroup;
+  const int64_t groups = cols / Format::kGroup;
+  for (int64_t g = 0; g < groups; g += kGroups)
+    body(g / kGroups, g, groups - g < kGroups ? groups - g : kGroups);
+}
+
+// sums[Rows][kPanelRows] += `cols` columns of the source times as many of the rows, for vectors
 // [v0, v0 + Vectors).
 template <class Source, int Rows, int Vectors>
-PUNA_INLINE void multiply_groups(float* sums, const Source& w, const QuantizedRow (&x)[Rows],
-                                 int64_t groups, int v0) {
-  VF tile[Rows][Vectors];
+PUNA_INLINE void multiply_vectors(float* sums, const Source& w, const QuantizedRow (&x)[Rows],
+                                  int64_t cols, int v0, Ahead& ahead) {
+  using Format = typename Source::Format;
+  for_spans<Format>(
+      cols, [&](int64_t span, int64_t first, int64_t groups) __attribute__((always_inline)) {
+        VF parts[Rows][Vectors];
 #pragma GCC unroll 8
-  for (int r = 0; r < Rows; ++r) {
+        for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < Vectors; ++v)
-      tile[r][v] = load(sums + r * kPanelRows + (v0 + v) * kCodeRows);
+          for (int v = 0; v < Vectors; ++v) parts[r][v] = set1(0.0f);
+        }
+        for (int64_t g = first; g < first + groups; g += kGroupsOfSlab<Format>) {
+          ahead.ask();
+          multiply_group<Source, Rows, Vectors, 0>(parts, w, x, g, v0);
+          if constexpr (kGroupsOfSlab<Format> == 2)
+            multiply_group<Source, Rows, Vectors, kSlabVectors / 2>(parts, w, x, g + 1, v0);
+        }
+        add_parts(sums, parts, x, span, v0);
+      });
+}
+
+// A tile of at most Rows rows, `rows` of which exist: its width is what its sums leave registers
+// for.
+template <int Rows = kTileRows, class Source>
+void multiply_rows(float* sums, const Source& w, const QuantizedRows& x, int64_t first,
+                   int64_t rows, int64_t column, int64_t cols, Ahead& ahead) {
+  constexpr int kFewer = Rows > 2 ? Rows - 2 : 1;
+  if constexpr (Rows > 1) {
+    if (rows <= kFewer) return multiply_rows<kFewer>(sums, w, x, first, rows, column, cols, ahead);
   }
-  // Two groups of 16 columns share a slab.
-  if constexpr (Source::Format::kGroup == kSlabCols / 2) {
-    for (int64_t g = 0; g < groups; g += 2) {
-      multiply_group<Source, Rows, Vectors, 0>(tile, w, x, g, v0);
-      multiply_group<Source, Rows, Vectors, 4>(tile, w, x, g + 1, v0);
-    }
-  } else {
-    for (int64_t g = 0; g < groups; ++g)
-      multiply_group<Source, Rows, Vectors, 0>(tile, w, x, g, v0);
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < Vectors; ++v)
-      store(sums + r * kPanelRows + (v0 + v) * kCodeRows, tile[r][v]);
-  }
+  constexpr int kVectors =
+      kTileVectors < kPanelVectors && 2 * Rows <= kTileRows ? 2 * kTileVectors : kTileVectors;
+  QuantizedRow row[Rows];  // the last one stands in for one past it
+  for (int64_t r = 0; r < Rows; ++r)
+    row[r] = row_of<typename Source::Format>(x, first + (r < rows ? r : rows - 1), column);
+  for (int v = 0; v < kPanelVectors; v += kVectors)
+    multiply_vectors<Source, Rows, kVectors>(sums, w, row, cols, v, ahead);
 }
 
 PUNA_INLINE void write_rows(float* out, int64_t out_stride, const float* sums, const float* bias,
@@ -123,51 +233,64 @@ PUNA_INLINE void write_rows(float* out, int64_t out_stride, const float* sums, c
   }
 }
 
-// Few rows: weights are taken apart in registers, and memory is read in order. The last row stands
-// in for rows past it.
+// One or two rows.
 template <class Format, int Rows>
-void multiply_few(float* out, int64_t out_stride, const QuantizedRows& x, const uint8_t* panel,
-                  const float* bias, int64_t rows, int64_t width) {
-  using Layout = PanelLayout<Format>;
+void multiply_in_order(float* out, int64_t out_stride, const QuantizedRows& x, const uint8_t* panel,
+                       const float* bias, int64_t width) {
+  const PackedPanel<Format> packed{panel};
   alignas(64) float sums[Rows * kPanelRows] = {};
-  for (int64_t block = 0; block < x.cols / Format::kBlock; ++block) {
-    const PackedBlock<Format> packed{panel + block * Layout::kBytes};
-    QuantizedRow row[Rows];
-    for (int64_t r = 0; r < Rows; ++r)
-      row[r] = row_of(x, r < rows ? r : rows - 1, block * Format::kBlock, block * Layout::kGroups);
-    for (int v = 0; v < kPanelVectors; v += kTileVectors)
-      multiply_groups<PackedBlock<Format>, Rows, kTileVectors>(sums, packed, row, Layout::kGroups,
-                                                               v);
-  }
-  write_rows(out, out_stride, sums, bias, rows, width);
+  QuantizedRow row[Rows];
+  for (int64_t r = 0; r < Rows; ++r) row[r] = row_of<Format>(x, r, 0);
+  for_spans<Format>(
+      x.cols, [&](int64_t span, int64_t first, int64_t groups) __attribute__((always_inline)) {
+        VF parts[Rows][kPanelVectors];
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 16
+          for (int v = 0; v < kPanelVectors; ++v) parts[r][v] = set1(0.0f);
+        }
+        for (int64_t g = first; g < first + groups; g += kGroupsOfSlab<Format>)
+          multiply_group_in_order(parts, packed, row, g);
+        add_parts(sums, parts, row, span, 0);
+      });
+  write_rows(out, out_stride, sums, bias, Rows, width);
 }
 
 // Rows that pass by a chunk of weights: their sums take 32 KiB.
 constexpr int64_t kQuantizedRowBlock = 128;
-static_assert(kQuantizedRowBlock % kTileRows == 0);
 
-// Many rows: weights are taken apart once for a block of rows.
+// More rows: chunk by chunk of the columns. Codes of other than 4 or 8 bits are taken apart once
+// for all of them if they are more than one tile; the others in registers.
 template <class Format>
-void multiply_many(float* out, int64_t out_stride, const QuantizedRows& x, const uint8_t* panel,
-                   const float* bias, int64_t rows, int64_t width) {
-  using Layout = PanelLayout<Format>;
-  constexpr int64_t kBlocks = kChunkCols / Format::kBlock;
-  const int64_t blocks = x.cols / Format::kBlock;
-  Chunk<Format> chunk;
+void multiply_tiles(float* out, int64_t out_stride, const QuantizedRows& x, int64_t first_row,
+                    const uint8_t* panel, const float* bias, int64_t rows, int64_t width) {
+  constexpr bool kUnpacks = Format::kBits != 4 && Format::kBits != 8;
   alignas(64) float sums[kQuantizedRowBlock * kPanelRows];
-  for (int64_t i = 0; i < kQuantizedRowBlock * kPanelRows; ++i) sums[i] = 0.0f;
-  for (int64_t block = 0; block < blocks; block += kBlocks) {
-    const int64_t count = blocks - block < kBlocks ? blocks - block : kBlocks;
-    for (int64_t b = 0; b < count; ++b)
-      chunk.unpack(b, PackedBlock<Format>{panel + (block + b) * Layout::kBytes});
-    for (int64_t first = 0; first < rows; first += kTileRows) {
-      QuantizedRow row[kTileRows];
-      for (int64_t r = 0; r < kTileRows; ++r)
-        row[r] = row_of(x, first + r < rows ? first + r : rows - 1, block * Format::kBlock,
-                        block * Layout::kGroups);
-      for (int v = 0; v < kPanelVectors; v += kTileVectors)
-        multiply_groups<Chunk<Format>, kTileRows, kTileVectors>(sums + first * kPanelRows, chunk,
-                                                                row, count * Layout::kGroups, v);
+  for (int64_t i = 0; i < rows * kPanelRows; ++i) sums[i] = 0.0f;
+  [[maybe_unused]] Chunk<Format> chunk;
+  for (int64_t column = 0; column < x.cols; column += kChunkCols) {
+    const int64_t cols = x.cols - column < kChunkCols ? x.cols - column : kChunkCols;
+    const PackedPanel<Format> packed{panel + PackedPanel<Format>::bytes(column)};
+    const int64_t bytes = PackedPanel<Format>::bytes(cols);
+    // The next chunk is asked for; past the last panel this touches nothing.
+    const int64_t steps = (rows + kTileRows - 1) / kTileRows * (kPanelVectors / kTileVectors) *
+                          (cols / (Format::kGroup < kSlabCols ? kSlabCols : Format::kGroup));
+    Ahead ahead{packed.panel + bytes, packed.panel + 2 * bytes, bytes / steps + 64};
+    const auto multiply = [&](const auto& source) __attribute__((always_inline)) {
+      for (int64_t row = 0; row < rows; row += kTileRows) {
+        // Rows lie too far apart for the processor to see what comes next.
+        for (int64_t r = row + kTileRows; r < row + 2 * kTileRows && r < rows; ++r)
+          for (int64_t c = 0; c < cols; c += 64)
+            __builtin_prefetch(x.codes + (first_row + r) * x.cols + column + c);
+        multiply_rows(sums + row * kPanelRows, source, x, first_row + row, rows - row, column, cols,
+                      ahead);
+      }
+    };
+    if (kUnpacks && rows > kTileRows) {
+      chunk.unpack(packed, cols);
+      multiply(chunk);
+    } else {
+      multiply(packed);
     }
   }
   write_rows(out, out_stride, sums, bias, rows, width);
@@ -177,32 +300,25 @@ template <class Format>
 void gemm_quantized(float* out, int64_t out_stride, const QuantizedRows& x, const void* panel,
                     const float* bias, int64_t rows, int64_t width) {
   const auto* weights = static_cast<const uint8_t*>(panel);
-  for (int64_t first = 0; first < rows; first += kQuantizedRowBlock) {
-    const int64_t count = rows - first < kQuantizedRowBlock ? rows - first : kQuantizedRowBlock;
-    const QuantizedRow row = row_of(x, first, 0, 0);
-    const QuantizedRows part{row.codes, row.scales, row.sums, x.cols, x.groups};
-    float* to = out + first * out_stride;
-    if (count == 1)
-      multiply_few<Format, 1>(to, out_stride, part, weights, bias, count, width);
-    else if (count == 2)
-      multiply_few<Format, 2>(to, out_stride, part, weights, bias, count, width);
-    else if (count <= kTileRows)
-      multiply_few<Format, kTileRows>(to, out_stride, part, weights, bias, count, width);
-    else
-      multiply_many<Format>(to, out_stride, part, weights, bias, count, width);
-  }
+  if (rows == 1) return multiply_in_order<Format, 1>(out, out_stride, x, weights, bias, width);
+  if (rows == 2) return multiply_in_order<Format, 2>(out, out_stride, x, weights, bias, width);
+  for (int64_t first = 0; first < rows; first += kQuantizedRowBlock)
+    multiply_tiles<Format>(out + first * out_stride, out_stride, x, first, weights, bias,
+                           rows - first < kQuantizedRowBlock ? rows - first : kQuantizedRowBlock,
+                           width);
 }
 
 [[maybe_unused]] void quantize_row(int8_t* codes, float* scales, int32_t* sums, const float* x,
                                    int64_t cols, int64_t padded, int64_t group) {
-  for (int64_t first = 0; first < padded; first += group) {
-    const int64_t count = cols - first < group ? (cols > first ? cols - first : 0) : group;
+  for (int64_t first = 0; first < padded; first += kActivationGroup) {
+    const int64_t end = padded - first < kActivationGroup ? padded - first : kActivationGroup;
+    const int64_t count = cols - first;
     const auto part = [&](int64_t c) __attribute__((always_inline)) {
       const int64_t left = count - c;
       return left >= VF::N ? load(x + first + c) : left > 0 ? load_n(x + first + c, left) : set1(0);
     };
     VF most = set1(0.0f), poisons = set1(0.0f);
-    for (int64_t c = 0; c < group; c += VF::N) {
+    for (int64_t c = 0; c < end; c += VF::N) {
       const VF values = part(c);
       most = max(abs(values), most);
       poisons = fma(values, set1(0.0f), poisons);  // NaN if a value is not finite
@@ -213,13 +329,15 @@ void gemm_quantized(float* out, int64_t out_stride, const QuantizedRows& x, cons
     const float poison = sum(poisons);
     const bool zeros = largest < 0x1p-100f;
     const float inverse = zeros || !(poison == 0) ? 0.0f : 127.0f / largest;
-    Dots totals = same_dots(0);
-    // Codes of 0 where there is nothing to scale: NaN has no integer.
-    for (int64_t c = 0; c < group; c += VF::N)
-      totals = add_dots(
-          totals, store_i8(codes + first + c, inverse > 0 ? part(c) * set1(inverse) : set1(0.0f)));
-    scales[first / group] = (zeros ? 0.0f : largest / 127.0f) + poison;
-    sums[first / group] = sum_of(totals);
+    scales[first / kActivationGroup] = (zeros ? 0.0f : largest / 127.0f) + poison;
+    for (int64_t g = 0; g < end; g += group) {
+      Dots totals = same_dots(0);
+      // Codes of 0 where there is nothing to scale: NaN has no integer.
+      for (int64_t c = g; c < g + group; c += VF::N)
+        totals = add_dots(totals, store_i8(codes + first + c,
+                                           inverse > 0 ? part(c) * set1(inverse) : set1(0.0f)));
+      sums[(first + g) / group] = sum_of(totals);
+    }
   }
 }
 
