@@ -107,9 +107,10 @@ CpuBackend::Tiling CpuBackend::tiling(int64_t rows, int64_t columns) const {
   const int64_t strip =
       rows <= kStreamedRows ? 1 : std::clamp<int64_t>(panels / wanted, 1, kStripPanels);
   const int64_t strips = (panels + strip - 1) / strip;
-  const int64_t blocks = (wanted + strips - 1) / strips;
-  return {rows, columns, std::clamp((rows + blocks - 1) / blocks, kLeastRows, kTileRows),
-          strip * kPanelRows};
+  // Blocks of one size: a small last one would be as much work per row as few rows are.
+  const int64_t blocks =
+      std::max((wanted + strips - 1) / strips, (rows + kTileRows - 1) / kTileRows);
+  return {rows, columns, std::max((rows + blocks - 1) / blocks, kLeastRows), strip * kPanelRows};
 }
 
 void CpuBackend::matmul(Rows out, ConstRows x, const WeightRef& weight,

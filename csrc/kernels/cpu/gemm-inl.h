@@ -113,9 +113,13 @@ void gemm_many(float* out, int64_t out_stride, const typename Product::X* x, int
   constexpr int64_t kTiles = kPanelRows / B::kTileCols;
   const int64_t padded = (cols + Product::kDepth - 1) / Product::kDepth * Product::kDepth;
   const int64_t panels = (width + kPanelRows - 1) / kPanelRows;
+  // Blocks of one size, but for what whole tiles leave to the last.
+  const int64_t row_blocks = (rows + kRowBlock - 1) / kRowBlock;
+  const int64_t most_rows =
+      ((rows + row_blocks - 1) / row_blocks + kTileRows - 1) / kTileRows * kTileRows;
   B block;
-  for (int64_t first = 0; first < rows; first += kRowBlock) {
-    const int64_t block_rows = rows - first < kRowBlock ? rows - first : kRowBlock;
+  for (int64_t first = 0; first < rows; first += most_rows) {
+    const int64_t block_rows = rows - first < most_rows ? rows - first : most_rows;
     const int64_t tiles = (block_rows + kTileRows - 1) / kTileRows;
     for (int64_t panel = 0; panel < panels; ++panel) {
       for (int64_t i = 0; i < block_rows * kPanelRows; ++i) block.sums[panel][i] = 0.0f;

@@ -28,13 +28,13 @@ PUNA_INLINE QuantizedRow row_of(const QuantizedRows& x, int64_t row, int64_t col
 
 // Memory that is needed next, asked for a little at a time: in a burst it would wait for the core's
 // few buffers of lines on the way.
-struct Ahead {
-  const uint8_t *next, *end;
+struct NextChunk {
+  const uint8_t *at, *end;
   int64_t step;  // bytes
 
   PUNA_INLINE_MEMBER void ask() {
-    const uint8_t* to = end - next < step ? end : next + step;
-    for (; next < to; next += 64) __builtin_prefetch(next);
+    const uint8_t* to = end - at < step ? end : at + step;
+    for (; at < to; at += 64) __builtin_prefetch(at);
   }
 };
 
@@ -185,7 +185,7 @@ PUNA_INLINE void for_spans(int64_t cols, const Body& body) {
 // [v0, v0 + Vectors).
 template <class Source, int Rows, int Vectors>
 PUNA_INLINE void multiply_vectors(float* sums, const Source& w, const QuantizedRow (&x)[Rows],
-                                  int64_t cols, int v0, Ahead& ahead) {
+                                  int64_t cols, int v0, NextChunk& next) {
   using Format = typename Source::Format;
   for_spans<Format>(
       cols, [&](int64_t span, int64_t first, int64_t groups) __attribute__((always_inline)) {
@@ -196,7 +196,7 @@ PUNA_INLINE void multiply_vectors(float* sums, const Source& w, const QuantizedR
           for (int v = 0; v < Vectors; ++v) parts[r][v] = set1(0.0f);
         }
         for (int64_t g = first; g < first + groups; g += kGroupsOfSlab<Format>) {
-          ahead.ask();
+          next.ask();
           multiply_group<Source, Rows, Vectors, 0>(parts, w, x, g, v0);
           if constexpr (kGroupsOfSlab<Format> == 2)
             multiply_group<Source, Rows, Vectors, kSlabVectors / 2>(parts, w, x, g + 1, v0);
@@ -209,10 +209,10 @@ PUNA_INLINE void multiply_vectors(float* sums, const Source& w, const QuantizedR
 // for.
 template <int Rows = kTileRows, class Source>
 void multiply_rows(float* sums, const Source& w, const QuantizedRows& x, int64_t first,
-                   int64_t rows, int64_t column, int64_t cols, Ahead& ahead) {
+                   int64_t rows, int64_t column, int64_t cols, NextChunk& next) {
   constexpr int kFewer = Rows > 2 ? Rows - 2 : 1;
   if constexpr (Rows > 1) {
-    if (rows <= kFewer) return multiply_rows<kFewer>(sums, w, x, first, rows, column, cols, ahead);
+    if (rows <= kFewer) return multiply_rows<kFewer>(sums, w, x, first, rows, column, cols, next);
   }
   constexpr int kVectors =
       kTileVectors < kPanelVectors && 2 * Rows <= kTileRows ? 2 * kTileVectors : kTileVectors;
@@ -220,7 +220,7 @@ void multiply_rows(float* sums, const Source& w, const QuantizedRows& x, int64_t
   for (int64_t r = 0; r < Rows; ++r)
     row[r] = row_of<typename Source::Format>(x, first + (r < rows ? r : rows - 1), column);
   for (int v = 0; v < kPanelVectors; v += kVectors)
-    multiply_vectors<Source, Rows, kVectors>(sums, w, row, cols, v, ahead);
+    multiply_vectors<Source, Rows, kVectors>(sums, w, row, cols, v, next);
 }
 
 PUNA_INLINE void write_rows(float* out, int64_t out_stride, const float* sums, const float* bias,
@@ -275,7 +275,7 @@ void multiply_tiles(float* out, int64_t out_stride, const QuantizedRows& x, int6
     // The next chunk is asked for; past the last panel this touches nothing.
     const int64_t steps = (rows + kTileRows - 1) / kTileRows * (kPanelVectors / kTileVectors) *
                           (cols / (Format::kGroup < kSlabCols ? kSlabCols : Format::kGroup));
-    Ahead ahead{packed.panel + bytes, packed.panel + 2 * bytes, bytes / steps + 64};
+    NextChunk next{packed.panel + bytes, packed.panel + 2 * bytes, bytes / steps + 64};
     const auto multiply = [&](const auto& source) __attribute__((always_inline)) {
       for (int64_t row = 0; row < rows; row += kTileRows) {
         // Rows lie too far apart for the processor to see what comes next.
@@ -283,7 +283,7 @@ void multiply_tiles(float* out, int64_t out_stride, const QuantizedRows& x, int6
           for (int64_t c = 0; c < cols; c += 64)
             __builtin_prefetch(x.codes + (first_row + r) * x.cols + column + c);
         multiply_rows(sums + row * kPanelRows, source, x, first_row + row, rows - row, column, cols,
-                      ahead);
+                      next);
       }
     };
     if (kUnpacks && rows > kTileRows) {
