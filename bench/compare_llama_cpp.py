@@ -7,7 +7,10 @@ It installs nothing. The peers are built from their source packages, with the fl
     python -m venv ik && CMAKE_ARGS="-DGGML_NATIVE=ON -DGGML_IQK_FA_ALL_QUANTS=OFF" \\
         ik/bin/pip install --no-binary ik-llama-cpp-python ik-llama-cpp-python==0.1.5
 
-(the second flag of each leaves out parts that are not measured), and then, with puna, gguf and
+(the second flag of each leaves out parts that are not measured; where the source package of the
+second lacks vendor/ik_llama.cpp/common/cmake/build-info-gen-cpp.cmake, unpack it, write that file
+with a configure_file() of common/build-info.cpp.in to common/build-info.cpp, and install the
+folder), and then, with puna, gguf and
 numpy installed:
 
     python bench/compare_llama_cpp.py --llama-cpp llama/bin/python --ik ik/bin/python
