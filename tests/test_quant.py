@@ -47,7 +47,10 @@ def test_packed_form_is_what_load_computes(
         exact = llm.logits(tokens, pixels)
     choices_kept = variant == "guard_like"  # without experts, no choice can flip
     if choices_kept:
-        assert np.sqrt(np.mean((exact - expected) ** 2)) < 0.03 * np.std(exact)
+        # The largest of 128 values is about 2.8 of a typical one: steps of 1/127 of it are noise of
+        # 2.8 / 127 / sqrt(12) = 0.64 % in each of 33 products (4 in 8 layers, the head), 3.7 % of
+        # all if they add up as independent.
+        assert np.sqrt(np.mean((exact - expected) ** 2)) < 0.045 * np.std(exact)
 
 
 def test_recipes_and_overrides(checkpoint: MakeCheckpoint, engine: MakeEngine) -> None:
