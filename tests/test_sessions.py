@@ -42,7 +42,7 @@ def test_turns_are_those_of_the_whole_conversation(llm: puna.Engine) -> None:
         assert answer.tokens == whole.tokens
         assert answer.text == whole.text
         assert answer.usage.prompt == whole.usage.prompt
-        assert whole.usage.cached == 0
+        assert whole.usage.cached <= whole.usage.prompt - 1
         # Everything is kept but the token whose logits choose the next one.
         assert answer.usage.cached >= held - 1
         held = len(session)
@@ -187,11 +187,3 @@ def test_streams_run_in_the_order_they_are_read(llm: puna.Engine) -> None:
     text = "".join(str(chunk) for chunk in second)
     assert text == alone(llm, session.messages[:-1], **GREEDY).text
     assert len(session.messages) == 4
-
-
-def test_saving_is_refused_plainly(llm: puna.Engine, tmp_path: Path) -> None:
-    with pytest.raises(puna.UnsupportedError, match="sessions cannot be saved yet"):
-        llm.session().save(tmp_path / "a.puna")
-    with pytest.raises(puna.UnsupportedError, match="saved or opened"):
-        llm.session(tmp_path / "a.puna")
-    assert list(tmp_path.iterdir()) == []

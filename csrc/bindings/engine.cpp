@@ -34,6 +34,10 @@ Poll signal_poll() {
   };
 }
 
+using Ids = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;
+
+std::vector<int32_t> vector_of(const Ids& ids) { return {ids.data(), ids.data() + ids.size()}; }
+
 Prompt prompt_of(std::vector<int32_t> tokens, const std::vector<Pixels>& images) {
   Prompt prompt;
   prompt.tokens = std::move(tokens);
@@ -110,7 +114,8 @@ std::function<void(int64_t, int64_t)> reporting(const py::object& progress) {
 
 std::shared_ptr<Engine> load(const std::string& path, const std::string& mmproj,
                              const std::string& device, const std::string& isa, int threads,
-                             const std::string& kv, int64_t context, int64_t memory, bool vision,
+                             const std::string& kv, const std::string& kv_disk,
+                             int64_t kv_disk_bytes, int64_t context, int64_t memory, bool vision,
                              const std::string& quant, QuantOverrides quant_overrides,
                              const py::object& progress) {
   LoadOptions options;
@@ -122,6 +127,8 @@ std::shared_ptr<Engine> load(const std::string& path, const std::string& mmproj,
   options.isa = isa;
   options.threads = threads;
   options.kv = kv;
+  options.kv_disk = kv_disk;
+  options.kv_disk_bytes = kv_disk_bytes;
   options.context = context;
   options.memory = memory;
   options.vision = vision;
@@ -144,6 +151,21 @@ void quantize_directory(const std::string& path, const std::string& out, const s
                                 reporting(calibration_progress)};
   const py::gil_scoped_release release;
   quantize(options);
+}
+
+int64_t prefill(Session& session, double seconds) {
+  struct Late {};
+  const auto start = std::chrono::steady_clock::now();
+  const py::gil_scoped_release release;
+  try {
+    return session.prefill(std::numeric_limits<int64_t>::max(), [&, signals = signal_poll()] {
+      const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - start;
+      if (spent.count() >= seconds) throw Late{};
+      signals();
+    });
+  } catch (const Late&) {
+    return -1;
+  }
 }
 
 // One token each; sessions that are not done after `seconds` are cancelled within a layer.
@@ -173,9 +195,9 @@ py::array_t<float> array_of(std::vector<float> values, int64_t columns) {
   return py::array_t<float>({rows, columns}, data, owner);
 }
 
-py::array_t<float> logits(Engine& engine, std::vector<int32_t> tokens,
-                          const std::vector<Pixels>& images, const std::vector<int64_t>& cuts) {
-  const Prompt prompt = prompt_of(std::move(tokens), images);
+py::array_t<float> logits(Engine& engine, const Ids& tokens, const std::vector<Pixels>& images,
+                          const std::vector<int64_t>& cuts) {
+  const Prompt prompt = prompt_of(vector_of(tokens), images);
   std::vector<float> values;
   {
     const py::gil_scoped_release release;
@@ -241,13 +263,26 @@ void bind_engine(py::module_& module) {
   py::class_<Session, std::shared_ptr<Session>>(module, "Session", "One sequence of tokens.")
       .def(
           "prompt",
-          [](Session& session, std::vector<int32_t> tokens, const std::vector<Pixels>& images) {
-            const Prompt prompt = prompt_of(std::move(tokens), images);
+          [](Session& session, const Ids& tokens, const std::vector<Pixels>& images, bool reuse) {
+            const Prompt prompt = prompt_of(vector_of(tokens), images);
             const py::gil_scoped_release release;
-            session.prompt(prompt);
+            session.prompt(prompt, reuse);
           },
-          "tokens"_a, "images"_a,
-          "Makes (tokens, tiles per image) the session's text, keeping what it shares with it.")
+          "tokens"_a, "images"_a, "reuse"_a = false,
+          "Makes (tokens, tiles per image) the session's text, keeping what it shares with it; "
+          "with "
+          "reuse, also what it shares with sessions that have ended.")
+      .def(
+          "append",
+          [](Session& session, const Ids& tokens) {
+            const std::vector<int32_t> ids = vector_of(tokens);
+            const py::gil_scoped_release release;
+            session.append(ids);
+          },
+          "tokens"_a, "Adds tokens after all that the session holds.")
+      .def("prefill", &prefill, "seconds"_a = std::numeric_limits<double>::infinity(),
+           "Computes one pass of the text, never its last token; returns how many are left to "
+           "compute before that one, or -1 if the seconds ran out.")
       .def("begin", &Session::begin, "options"_a, py::call_guard<py::gil_scoped_release>(),
            "Starts a turn with these sampling options.")
       .def(
@@ -264,10 +299,18 @@ void bind_engine(py::module_& module) {
           "float32 [n, vocab]: logits at each of the next tokens of the prompt, at most so many; "
           "n is 0 when none is left.")
       .def("cancel", &Session::cancel, "Ends the turn at the next step; from any thread.")
+      .def("save", &Session::save, "path"_a, py::call_guard<py::gil_scoped_release>(),
+           "Writes what is computed to a directory.")
+      .def("flush", &Session::flush, py::call_guard<py::gil_scoped_release>(),
+           "Waits until whole chunks are durable.")
+      .def("close", &Session::close, py::call_guard<py::gil_scoped_release>(),
+           "Empties the session and lets go of its directory.")
       .def("fork", &Session::fork, py::call_guard<py::gil_scoped_release>(),
            "A session that shares everything computed so far.")
       .def("tokens", &Session::tokens, "Ids held: computed and pending.")
       .def_property_readonly("length", &Session::length, "Number of ids held.")
+      .def("pending", &Session::pending, py::call_guard<py::gil_scoped_release>(),
+           "How many of them are not computed yet.")
       .def("timings", &timings_of, "Times, token counts and memory of the current turn.");
 
   py::class_<Engine, std::shared_ptr<Engine>>(module, "Engine", "A loaded checkpoint.")
@@ -280,6 +323,22 @@ void bind_engine(py::module_& module) {
           py::return_value_policy::reference_internal, "The tokenizer, or None.")
       .def("session", &Engine::session, py::call_guard<py::gil_scoped_release>(),
            "Opens a session.")
+      .def("open", &Engine::open, "path"_a, "resume"_a, py::call_guard<py::gil_scoped_release>(),
+           "Opens a session from a directory; to go on with it there, or only to read.")
+      .def(
+          "verify",
+          [](Engine& engine, const std::string& path, const std::string& extent) {
+            SessionReport report;
+            {
+              const py::gil_scoped_release release;
+              report = engine.verify(path, extent);
+            }
+            return py::dict("chunks"_a = report.chunks, "pages"_a = report.pages,
+                            "good_tokens"_a = report.good_tokens, "fault"_a = report.fault);
+          },
+          "path"_a, "extent"_a, "What of a saved session is good.")
+      .def("truncate_session", &Engine::truncate_session, "path"_a, "tokens"_a,
+           py::call_guard<py::gil_scoped_release>(), "Cuts a saved session down to whole chunks.")
       .def("check", &Engine::check, "options"_a,
            "Raises InvalidRequest if a sampling option is out of range for this model.")
       .def("step", &step, "sessions"_a, "seconds"_a = std::numeric_limits<double>::infinity(),
@@ -288,9 +347,10 @@ void bind_engine(py::module_& module) {
       .def("logits", &logits, "tokens"_a, "images"_a, "cuts"_a, "float32 [tokens, vocab].")
       .def(
           "score",
-          [](Engine& engine, const std::vector<int32_t>& tokens) {
+          [](Engine& engine, const Ids& tokens) {
+            const std::vector<int32_t> ids = vector_of(tokens);
             const py::gil_scoped_release release;
-            return engine.score(tokens, signal_poll());
+            return engine.score(ids, signal_poll());
           },
           "tokens"_a, "Log-probability of each token given those before it.")
       .def("close", &Engine::close, py::call_guard<py::gil_scoped_release>(),
@@ -298,8 +358,8 @@ void bind_engine(py::module_& module) {
       .def_property_readonly("closed", &Engine::closed, "Whether close() was called.");
 
   module.def("load", &load, py::kw_only(), "path"_a, "mmproj"_a, "device"_a, "isa"_a, "threads"_a,
-             "kv"_a, "context"_a, "memory"_a, "vision"_a, "quant"_a, "quant_overrides"_a,
-             "progress"_a, "Loads a checkpoint.");
+             "kv"_a, "kv_disk"_a, "kv_disk_bytes"_a, "context"_a, "memory"_a, "vision"_a, "quant"_a,
+             "quant_overrides"_a, "progress"_a, "Loads a checkpoint.");
   module.def("quantize", &quantize_directory, py::kw_only(), "path"_a, "out"_a, "quant"_a,
              "quant_overrides"_a, "threads"_a, "calibration"_a, "progress"_a,
              "calibration_progress"_a, "Writes a checkpoint directory in the packed form.");

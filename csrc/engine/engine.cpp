@@ -5,8 +5,10 @@
 #include <array>
 #include <chrono>
 #include <cmath>
+#include <filesystem>
 
 #include "engine/factory.h"
+#include "engine/fingerprint.h"
 #include "engine/model_files.h"
 #include "engine/plan.h"
 #include "engine/state.h"
@@ -15,6 +17,22 @@
 #include "platform/system.h"
 
 namespace puna {
+
+namespace {
+
+// Bytes that pages may take on disk: as given, or what is free where they go.
+int64_t disk_budget(const LoadOptions& options) {
+  if (options.kv_disk.empty()) return 0;
+  if (options.kv_disk_bytes > 0) return options.kv_disk_bytes;
+  std::error_code error;
+  std::filesystem::path place = std::filesystem::absolute(options.kv_disk, error);
+  while (place.has_relative_path() && !std::filesystem::exists(place, error))
+    place = place.parent_path();
+  const auto space = std::filesystem::space(place, error);
+  return error ? 0 : static_cast<int64_t>(space.available);
+}
+
+}  // namespace
 
 Engine::Engine(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Engine::~Engine() = default;
@@ -43,18 +61,20 @@ std::shared_ptr<Engine> Engine::load(const LoadOptions& options) {
 
   // What will be needed, before a weight is read.
   const Planner planner(spec, weights, packed ? std::optional(packed->sizes()) : std::nullopt);
-  impl->plan = planner.plan(options, /*disk=*/0);
+  impl->plan = planner.plan(options, disk_budget(options));
   const Plan& plan = impl->plan;
   require_fit(plan);
   const PackedBytes& sizes = planner.weights(options);
   const bool vision = options.vision && spec.vision.has_value();
   impl->tokenizer = tokenizer_of(*impl->checkpoint);
   impl->backend = make_backend(options.device, {options.isa, options.threads});
-  const int64_t weight_bytes = plan.text_bytes + plan.vision_bytes;
-  impl->kv = std::make_unique<KvStore>(
-      kv_geometry(spec, kv_format(options.kv, weight_type)),
-      make_memory_tier(options.memory > 0 ? options.memory - weight_bytes - plan.scratch_bytes
-                                          : 0));
+  KvStoreOptions kv;
+  kv.model = model_fingerprint(spec, *impl->checkpoint, options);
+  kv.disk = options.kv_disk;
+  kv.disk_budget = options.kv_disk_bytes;
+  // Prefixes of past requests stay until the room is needed, so there is always a bound.
+  impl->kv = std::make_unique<KvStore>(kv_geometry(spec, kv_format(options.kv, weight_type)),
+                                       make_memory_tier(plan.kv_room), std::move(kv));
 
   const int64_t source_bytes = sizes.text_source + (vision ? sizes.vision_source : 0);
   const auto progress = [&options, source_bytes](int64_t done) {
@@ -196,6 +216,7 @@ void Engine::close() {
   impl_->text.reset();
   impl_->vision.reset();
   impl_->features = {};
+  impl_->prefixes.clear();
   impl_->logits = {};
   impl_->kv.reset();
   impl_->backend.reset();

@@ -148,7 +148,7 @@ Plan Planner::evaluate(const LoadOptions& options, int64_t disk) const {
   plan.kv_open_bytes = cache.memory - plan.kv_local_bytes - plan.kv_sealed_bytes;
   plan.kv_bytes_per_token = layers * page / kPageTokens;
 
-  const int64_t cache_room = room - plan.scratch_bytes;
+  const int64_t cache_room = plan.kv_room = room - plan.scratch_bytes;
   const bool spills = cache.memory > cache_room && disk > 0;
   plan.kv_memory_bytes = spills ? std::max(cache_room, cache.least_memory) : cache.memory;
   plan.kv_disk_bytes = plan.disk_needed = spills ? cache.disk : 0;

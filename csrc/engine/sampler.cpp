@@ -90,14 +90,16 @@ Sampler::Sampler(const SamplingOptions& options) : options_(options) {}
 
 void Sampler::accept(int32_t token) { ++emitted_[token]; }
 
-int32_t Sampler::sample(std::span<float> logits, std::span<const int32_t> context,
+int32_t Sampler::sample(std::span<float> logits, const TokenList& context,
                         std::span<const int32_t> banned) {
   const uint64_t index = drawn_++;
   if (options_.repetition_penalty != 1.0) {
     // Keskar et al. 2019 (CTRL): a seen token's logit is divided if positive and multiplied if
     // negative.
     const float penalty = static_cast<float>(options_.repetition_penalty);
-    for (const int32_t token : std::unordered_set<int32_t>(context.begin(), context.end())) {
+    std::unordered_set<int32_t> seen;
+    context.each(context.size(), [&](int32_t token) { seen.insert(token); });
+    for (const int32_t token : seen) {
       float& x = logits[token];
       x = x > 0 ? x / penalty : x * penalty;
     }

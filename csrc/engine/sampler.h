@@ -12,6 +12,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "base/token_list.h"
 #include "puna/types.h"
 
 namespace puna {
@@ -26,7 +27,7 @@ class Sampler {
 
   // `context` are the tokens seen so far (prompt and output) for the repetition penalty; `banned`
   // ids are never drawn. `logits` is overwritten.
-  int32_t sample(std::span<float> logits, std::span<const int32_t> context,
+  int32_t sample(std::span<float> logits, const TokenList& context,
                  std::span<const int32_t> banned);
   // To be told of every token that is emitted (presence and frequency count the output only).
   void accept(int32_t token);

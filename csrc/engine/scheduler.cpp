@@ -44,19 +44,31 @@ void Engine::Impl::require_open() const {
 }
 
 void Engine::Impl::release_dropped() {
-  const std::lock_guard guard(dropped_mutex);
-  for (const KvStore::Sequence sequence : dropped) kv->release(sequence);
-  dropped.clear();
+  std::vector<Dropped> gone;
+  {
+    const std::lock_guard guard(dropped_mutex);
+    gone.swap(dropped);
+  }
+  for (Dropped& item : gone) {
+    if (item.reuse && kv->length(item.text.sequence) > 0)
+      prefixes.put(std::move(item.text), *kv);
+    else
+      kv->release(item.text.sequence);
+  }
 }
 
-TokenSequence Engine::Impl::place(const Prompt& prompt) const {
-  TokenSequence text;
-  text.tokens = prompt.tokens;
-  if (text.tokens.empty()) {
-    fail(ErrorCode::kInvalidRequest, {.param = "prompt"},
-         "[prompt] the prompt has no tokens; give at least one");
+KvStore::Plan Engine::Impl::plan_appends(std::span<const KvStore::Append> appends) {
+  for (;;) {
+    try {
+      return kv->plan(appends);
+    } catch (const Error& error) {
+      if (error.code() != ErrorCode::kOutOfMemory || !prefixes.drop(*kv)) throw;
+    }
   }
-  const int64_t length = static_cast<int64_t>(text.tokens.size());
+}
+
+void Engine::Impl::check_tokens(std::span<const int32_t> tokens, int64_t held) const {
+  const int64_t length = held + static_cast<int64_t>(tokens.size());
   if (length > info.context) {
     const ErrorFacts facts{.asked = length, .limit = info.context};
     if (length > info.max_context) {
@@ -68,14 +80,23 @@ TokenSequence Engine::Impl::place(const Prompt& prompt) const {
          " tokens, the context holds ", info.context, " (the model allows ", info.max_context,
          "); shorten it or load with context=", length, " or more");
   }
-  int64_t places = 0;
-  for (const int32_t token : text.tokens) {
+  for (const int32_t token : tokens) {
     if (token < 0 || token >= info.vocab_size) {
       fail(ErrorCode::kInvalidRequest, "[prompt] token id ", token,
            " is outside the vocabulary of ", info.vocab_size);
     }
-    places += token == info.image_token;
   }
+}
+
+TokenSequence Engine::Impl::place(const Prompt& prompt) const {
+  if (prompt.tokens.empty()) {
+    fail(ErrorCode::kInvalidRequest, {.param = "prompt"},
+         "[prompt] the prompt has no tokens; give at least one");
+  }
+  check_tokens(prompt.tokens, 0);
+  TokenSequence text;
+  text.tokens = TokenList(prompt.tokens);
+  const int64_t places = std::count(prompt.tokens.begin(), prompt.tokens.end(), info.image_token);
   int64_t rows = 0;
   for (const auto& pixels : prompt.images) {
     if (!vision) {
@@ -120,22 +141,25 @@ ConstRows Engine::Impl::forward(std::span<TokenSequence* const> sequences,
   std::vector<int32_t> ids;
   std::vector<TextBatch::Segment> segments;
   std::vector<KvStore::Append> appends;
+  std::vector<std::vector<int32_t>> texts;
   std::vector<TextBatch::Features> placed;
   std::vector<std::shared_ptr<const ImageFeatures>> alive;
   for (size_t i = 0; i < sequences.size(); ++i) {
-    const TokenSequence& text = *sequences[i];
+    TokenSequence& text = *sequences[i];
     const int64_t begin = kv->length(text.sequence);
     segments.push_back({text.sequence, begin, rows[i]});
-    appends.push_back({text.sequence, rows[i]});
-    const auto first = text.tokens.begin() + begin;
-    int64_t image_row =
-        text.images.empty() ? 0 : std::count(text.tokens.begin(), first, info.image_token);
+    int64_t first = 0;
+    texts.push_back(unit_tokens(text, rows[i], &first));
+    appends.push_back({text.sequence, rows[i], {texts.back(), runs_of(text), first}});
+    const auto first_row = static_cast<int64_t>(ids.size());
+    text.tokens.copy_to(ids, begin, rows[i]);
+    if (text.images.empty()) continue;
+    int64_t image_row = 0;
+    text.tokens.each(begin, [&](int32_t token) { image_row += token == info.image_token; });
     const PlacedImage* last = nullptr;
     for (int64_t r = 0; r < rows[i]; ++r) {
-      const int32_t token = first[r];
-      const auto batch_row = static_cast<int32_t>(ids.size());
-      ids.push_back(token);
-      if (token != info.image_token || text.images.empty()) continue;
+      const auto batch_row = static_cast<int32_t>(first_row + r);
+      if (ids[batch_row] != info.image_token) continue;
       for (const PlacedImage& image : text.images) {
         if (image_row < image.first_row || image_row >= image.first_row + image.rows) continue;
         if (last != &image) {
@@ -152,7 +176,7 @@ ConstRows Engine::Impl::forward(std::span<TokenSequence* const> sequences,
   for (TextBatch::Features& part : placed) {
     part.features.rows = static_cast<int64_t>(part.rows.size());
   }
-  const KvStore::Plan plan = kv->plan(appends);
+  const KvStore::Plan plan = plan_appends(appends);
   const int64_t count = static_cast<int64_t>(logit_rows.size());
   const size_t bytes = static_cast<size_t>(count * info.vocab_size) * sizeof(float);
   if (logits.bytes() < bytes) logits = backend->allocate(bytes);
@@ -191,7 +215,7 @@ StepResult Engine::Impl::emit(Session::State& session, std::span<float> row) {
       session.stop = session.decoder->stop();
     }
   }
-  const bool full = static_cast<int64_t>(session.text.tokens.size()) >= info.context;
+  const bool full = session.text.tokens.size() >= info.context;
   if (session.finish == FinishReason::kNone &&
       (full || (options.max_tokens > 0 && session.emitted >= options.max_tokens))) {
     session.finish = FinishReason::kLength;
@@ -202,6 +226,23 @@ StepResult Engine::Impl::emit(Session::State& session, std::span<float> row) {
   result.finish = session.finish;
   result.stop = session.stop;
   return result;
+}
+
+int64_t Engine::Impl::prefill(Session::State& session, int64_t most, const Poll& poll) {
+  TokenSequence& text = session.text;
+  // The last token's logits choose the next one: it is left to step().
+  const int64_t pending = text.tokens.size() - kv->length(text.sequence) - 1;
+  const int64_t rows = std::min({most, pending, kv->room(text.sequence), kBatchRows});
+  if (rows <= 0) return std::max<int64_t>(pending, 0);
+  const Clock::time_point start = Clock::now();
+  TokenSequence* const one = &text;
+  forward({&one, 1}, {&rows, 1}, {}, [&] {
+    require_open();
+    if (poll) poll();
+  });
+  session.timings.prefill_seconds += seconds_since(start);
+  session.timings.prefill_tokens += rows;
+  return pending - rows;
 }
 
 std::vector<StepResult> Engine::Impl::step(std::span<Session::State* const> sessions,
@@ -226,8 +267,7 @@ std::vector<StepResult> Engine::Impl::step(std::span<Session::State* const> sess
       results[i].stop = session.stop;
     } else if (session.cancelled) {
       finish_cancelled(i);
-    } else if (kv->length(session.text.sequence) ==
-               static_cast<int64_t>(session.text.tokens.size())) {
+    } else if (kv->length(session.text.sequence) == session.text.tokens.size()) {
       fail(ErrorCode::kInvalidRequest,
            "[step] logits() has computed every token of the session; give it a prompt again");
     } else {
@@ -252,7 +292,7 @@ std::vector<StepResult> Engine::Impl::step(std::span<Session::State* const> sess
     int64_t used = 0;
     for (const size_t i : waiting) {
       TokenSequence& text = sessions[i]->text;
-      const int64_t pending = static_cast<int64_t>(text.tokens.size()) - kv->length(text.sequence);
+      const int64_t pending = text.tokens.size() - kv->length(text.sequence);
       const int64_t take = std::min({pending, kv->room(text.sequence), kBatchRows - used});
       if (take <= 0) continue;
       used += take;

@@ -10,20 +10,17 @@ namespace puna {
 namespace {
 
 // Index in `tokens` of the n-th image token (counted from 0), or the size if there are fewer.
-int64_t place_of_image_row(const std::vector<int32_t>& tokens, int32_t image_token, int64_t n) {
-  for (size_t i = 0; i < tokens.size(); ++i) {
-    if (tokens[i] == image_token && n-- == 0) return static_cast<int64_t>(i);
+int64_t place_of_image_row(const TokenList& tokens, int32_t image_token, int64_t n) {
+  for (int64_t i = 0; i < tokens.size(); ++i) {
+    if (tokens[i] == image_token && n-- == 0) return i;
   }
-  return static_cast<int64_t>(tokens.size());
+  return tokens.size();
 }
 
-// Length of the common start of two sequences, images included.
+}  // namespace
+
 int64_t common_length(const TokenSequence& a, const TokenSequence& b, int32_t image_token) {
-  const size_t shorter = std::min(a.tokens.size(), b.tokens.size());
-  int64_t common = std::mismatch(a.tokens.begin(), a.tokens.begin() + static_cast<int64_t>(shorter),
-                                 b.tokens.begin())
-                       .first -
-                   a.tokens.begin();
+  int64_t common = a.tokens.common_length(b.tokens);
   for (size_t i = 0; i < std::max(a.images.size(), b.images.size()); ++i) {
     if (i < a.images.size() && i < b.images.size() && a.images[i].key == b.images[i].key) continue;
     const PlacedImage& image = i < a.images.size() ? a.images[i] : b.images[i];
@@ -34,7 +31,33 @@ int64_t common_length(const TokenSequence& a, const TokenSequence& b, int32_t im
   return common;
 }
 
-}  // namespace
+PrefixCache::Match PrefixCache::find(const TokenSequence& text, int64_t most, int32_t image_token,
+                                     const KvStore& kv) {
+  Match best;
+  auto found = entries_.end();
+  for (auto entry = entries_.begin(); entry != entries_.end(); ++entry) {
+    const int64_t common =
+        std::min({common_length(*entry, text, image_token), most, kv.length(entry->sequence)});
+    const int64_t length = kv.restorable(entry->sequence, common);
+    if (length <= best.length) continue;
+    best = {entry->sequence, length};
+    found = entry;
+  }
+  if (found != entries_.end()) entries_.splice(entries_.begin(), entries_, found);
+  return best;
+}
+
+void PrefixCache::put(TokenSequence text, KvStore& kv) {
+  entries_.push_front(std::move(text));
+  if (entries_.size() > kEntries) drop(kv);
+}
+
+bool PrefixCache::drop(KvStore& kv) {
+  if (entries_.empty()) return false;
+  kv.release(entries_.back().sequence);
+  entries_.pop_back();
+  return true;
+}
 
 Session::Session(std::shared_ptr<Engine> engine, std::unique_ptr<State> state)
     : engine_(std::move(engine)), state_(std::move(state)) {}
@@ -42,10 +65,10 @@ Session::Session(std::shared_ptr<Engine> engine, std::unique_ptr<State> state)
 Session::~Session() {
   Engine::Impl& impl = *engine_->impl_;
   const std::lock_guard guard(impl.dropped_mutex);
-  impl.dropped.push_back(state_->text.sequence);
+  impl.dropped.push_back({std::move(state_->text), state_->reuse});
 }
 
-void Session::prompt(const Prompt& prompt) {
+void Session::prompt(const Prompt& prompt, bool reuse) {
   Engine::Impl& impl = *engine_->impl_;
   const std::lock_guard turn(impl.turn);
   impl.require_open();
@@ -54,16 +77,58 @@ void Session::prompt(const Prompt& prompt) {
   TokenSequence& text = state_->text;
   next.sequence = text.sequence;
   // The last token is always computed: its logits choose the next one.
-  const int64_t last = static_cast<int64_t>(next.tokens.size()) - 1;
+  const int64_t last = next.tokens.size() - 1;
   const int64_t common = std::min(
       {common_length(text, next, impl.info.image_token), last, impl.kv->length(text.sequence)});
-  const int64_t kept = impl.kv->restorable(text.sequence, common);
-  impl.kv->truncate(text.sequence, kept);
+  int64_t kept = impl.kv->restorable(text.sequence, common);
+  const PrefixCache::Match found =
+      reuse ? impl.prefixes.find(next, last, impl.info.image_token, *impl.kv)
+            : PrefixCache::Match{};
+  if (found.length > kept) {
+    next.sequence = impl.kv->fork(found.sequence);
+    kept = found.length;
+    impl.kv->release(text.sequence);
+  }
+  impl.kv->truncate(next.sequence, kept);
   text = std::move(next);
+  state_->reuse = reuse;
+  state_->prefilled = false;
   state_->begun = false;
   state_->timings = {};
   state_->timings.cached_tokens = kept;
   for (const PlacedImage& image : text.images) state_->timings.image_tokens += image.rows;
+}
+
+void Session::append(std::span<const int32_t> tokens) {
+  Engine::Impl& impl = *engine_->impl_;
+  const std::lock_guard turn(impl.turn);
+  impl.require_open();
+  TokenSequence& text = state_->text;
+  impl.check_tokens(tokens, text.tokens.size());
+  text.tokens.append(tokens);
+  state_->begun = false;
+  if (!state_->prefilled) return;  // still the same turn
+  state_->prefilled = false;
+  state_->timings = {};
+  state_->timings.cached_tokens = impl.kv->length(text.sequence);
+}
+
+int64_t Session::pending() const {
+  Engine::Impl& impl = *engine_->impl_;
+  const std::lock_guard turn(impl.turn);
+  impl.require_open();
+  return state_->text.tokens.size() - impl.kv->length(state_->text.sequence);
+}
+
+int64_t Session::prefill(int64_t most, const Poll& poll) {
+  if (most < 1)
+    fail(ErrorCode::kInvalidRequest, "[prefill] ", most,
+         " tokens were asked for; ask for 1 or more");
+  Engine::Impl& impl = *engine_->impl_;
+  const std::lock_guard turn(impl.turn);
+  impl.require_open();
+  impl.release_dropped();
+  return impl.prefill(*state_, most, poll);
 }
 
 void Session::begin(const SamplingOptions& options) {
@@ -100,7 +165,7 @@ std::vector<float> Session::logits(int64_t most, const Poll& poll) {
   impl.require_open();
   impl.release_dropped();
   TokenSequence& text = state_->text;
-  const int64_t pending = static_cast<int64_t>(text.tokens.size()) - impl.kv->length(text.sequence);
+  const int64_t pending = text.tokens.size() - impl.kv->length(text.sequence);
   if (pending == 0) return {};
   const int64_t rows = std::min({most, pending, impl.kv->room(text.sequence), kEvaluationRows});
   std::vector<int32_t> wanted(static_cast<size_t>(rows));
@@ -124,12 +189,18 @@ std::shared_ptr<Session> Session::fork() {
   auto state = std::make_unique<State>();
   state->text = state_->text;
   state->text.sequence = impl.kv->fork(state_->text.sequence);
+  state->timings.cached_tokens = impl.kv->length(state->text.sequence);
   return std::shared_ptr<Session>(new Session(engine_, std::move(state)));
 }
 
-int64_t Session::length() const { return static_cast<int64_t>(state_->text.tokens.size()); }
+int64_t Session::length() const { return state_->text.tokens.size(); }
 
-std::vector<int32_t> Session::tokens() const { return state_->text.tokens; }
+std::vector<int32_t> Session::tokens() const {
+  std::vector<int32_t> tokens;
+  tokens.reserve(static_cast<size_t>(length()));
+  state_->text.tokens.copy_to(tokens, 0, length());
+  return tokens;
+}
 
 Timings Session::timings() const {
   Timings timings = state_->timings;

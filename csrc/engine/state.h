@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "base/token_list.h"
 #include "engine/fair_mutex.h"
 #include "engine/plan.h"
 #include "engine/sampler.h"
@@ -54,12 +55,38 @@ struct PlacedImage {
 // A sequence of tokens, of which the store holds the first length(sequence).
 struct TokenSequence {
   KvStore::Sequence sequence = 0;
-  std::vector<int32_t> tokens;
+  TokenList tokens;
   std::vector<PlacedImage> images;
+  std::vector<KvImageRun> runs;  // where their rows stand; made when it is needed
+};
+
+// Length of the common start of two sequences, images included.
+int64_t common_length(const TokenSequence& a, const TokenSequence& b, int32_t image_token);
+
+// Sequences that no session holds any more, kept for what a later prompt may share with them; used
+// least recently first out.
+class PrefixCache {
+ public:
+  // How much of `text` can be taken over from the best sequence held, at most `most` tokens; 0:
+  // nothing. The sequence counts as used.
+  struct Match {
+    KvStore::Sequence sequence = 0;
+    int64_t length = 0;
+  };
+  Match find(const TokenSequence& text, int64_t most, int32_t image_token, const KvStore& kv);
+  void put(TokenSequence text, KvStore& kv);
+  // Gives up the sequence used least recently; false if there is none.
+  bool drop(KvStore& kv);
+  void clear() { entries_.clear(); }
+
+ private:
+  static constexpr size_t kEntries = 32;
+  std::list<TokenSequence> entries_;  // used most recently first
 };
 
 struct Session::State {
   TokenSequence text;
+  bool reuse = false;  // shares with other sessions what it computes
   SamplingOptions options;
   Sampler sampler;
   std::optional<StreamDecoder> decoder;
@@ -88,23 +115,39 @@ struct Engine::Impl {
   FairMutex turn;  // held around every use of backend, models and kv
   std::atomic<bool> closed{false};
   FeatureCache features;
+  PrefixCache prefixes;
   Buffer logits;  // of the last forward pass
 
-  // Sessions may be dropped while another thread computes; their sequences are released at the next
-  // turn, so that dropping never waits.
+  // Sessions may be dropped while another thread computes; their sequences go to the prefix cache,
+  // or are released, at the next turn, so that dropping never waits.
   std::mutex dropped_mutex;
-  std::vector<KvStore::Sequence> dropped;
+  struct Dropped {
+    TokenSequence text;
+    bool reuse;
+  };
+  std::vector<Dropped> dropped;
 
   // --- scheduler.cpp: the caller holds `turn` ---
   void require_open() const;
   void release_dropped();
+  // --- persistence.cpp ---
+  // The tokens of a pass over the next `rows` of a text and those of its unit before; *first: the
+  // position of the first of them.
+  std::vector<int32_t> unit_tokens(const TokenSequence& text, int64_t rows, int64_t* first) const;
+  const std::vector<KvImageRun>& runs_of(TokenSequence& text) const;
+
+  // --- scheduler.cpp, continued ---
   // Checks a prompt against the model and gives its parts their places.
   TokenSequence place(const Prompt& prompt) const;
+  void check_tokens(std::span<const int32_t> tokens, int64_t held) const;
+  // What the store needs for the appends; cached prefixes make room if they must.
+  KvStore::Plan plan_appends(std::span<const KvStore::Append> appends);
   // One forward pass over the next rows[i] tokens of sequences[i]. logit_rows: batch rows wanted.
   ConstRows forward(std::span<TokenSequence* const> sequences, std::span<const int64_t> rows,
                     std::span<const int32_t> logit_rows, const Poll& poll);
   std::shared_ptr<const ImageFeatures> features_of(const PlacedImage& image, const Poll& poll);
   std::vector<StepResult> step(std::span<Session::State* const> sessions, const Poll& poll);
+  int64_t prefill(Session::State& session, int64_t most, const Poll& poll);
   StepResult emit(Session::State& session, std::span<float> logits);
 };
 

@@ -25,13 +25,18 @@ Digest KvIdentity::root() const {
   return hash.digest();
 }
 
+std::span<const int32_t> KvText::part(int64_t from, int64_t to) const {
+  if (from < first || to > end())
+    fail(ErrorCode::kInternal, "[kv] tokens ", from, " to ", to, " are needed, those from ", first,
+         " to ", end(), " were given");
+  return tokens.subspan(static_cast<size_t>(from - first), static_cast<size_t>(to - from));
+}
+
 Digest chain_hash(const Digest& parent, const KvText& text, int64_t begin, int64_t end) {
-  if (static_cast<int64_t>(text.tokens.size()) < end)
-    fail(ErrorCode::kInternal, "[kv] the text has ", text.tokens.size(), " tokens, the sequence ",
-         end);
+  const std::span<const int32_t> tokens = text.part(begin, end);
   Sha256 hash;
   hash.update(parent.data(), parent.size()).number(static_cast<uint64_t>(end - begin));
-  hash.update(text.tokens.data() + begin, static_cast<size_t>(end - begin) * sizeof(int32_t));
+  hash.update(tokens.data(), tokens.size_bytes());
   for (const KvImageRun& image : text.images) {
     const int64_t first = std::max(begin, image.position);
     const int64_t last = std::min(end, image.position + image.rows);

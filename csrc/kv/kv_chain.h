@@ -17,10 +17,15 @@ struct KvImageRun {
   bool operator==(const KvImageRun&) const = default;
 };
 
-// The text of a sequence from its beginning.
+// The text of a sequence, or what of it is asked for.
 struct KvText {
-  std::span<const int32_t> tokens;
+  std::span<const int32_t> tokens;     // from position `first` on
   std::span<const KvImageRun> images;  // ascending, not overlapping
+  int64_t first = 0;
+
+  int64_t end() const { return first + static_cast<int64_t>(tokens.size()); }
+  // The tokens [from, to). Throws Error(kInternal) if they are not all there.
+  std::span<const int32_t> part(int64_t from, int64_t to) const;
 };
 
 // What must agree between pages and whoever reads them.

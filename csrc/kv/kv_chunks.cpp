@@ -113,7 +113,7 @@ void KvStore::finish_chunks(State& current, const KvText& text) {
       tail.erase(tail.begin(), end);
     }
     const bool after_named = current.chunks.empty() || current.chunks.back()->named;
-    if (after_named && static_cast<int64_t>(text.tokens.size()) >= (chunk->index + 1) * unit_) {
+    if (after_named && text.end() >= (chunk->index + 1) * unit_) {
       chunk->named = true;
       chunk->parent = current.chunks.empty() ? identity_.root() : current.chunks.back()->name;
       chunk->name =

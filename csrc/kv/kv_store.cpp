@@ -171,10 +171,8 @@ KvStore::Plan KvStore::plan(std::span<const Append> appends) {
     for (size_t j = 0; j < i; ++j)
       if (appends[j].sequence == sequence)
         fail(ErrorCode::kInternal, "[kv] sequence ", sequence, " is appended to twice");
-    if ((directory_ || current.session) &&
-        static_cast<int64_t>(text.tokens.size()) < current.length + tokens)
-      fail(ErrorCode::kInternal, "[kv] the text has ", text.tokens.size(), " tokens, the sequence ",
-           current.length + tokens);
+    if (directory_ || current.session)
+      text.part(static_cast<int64_t>(current.chunks.size()) * unit_, current.length + tokens);
     if (unit_ > 0)
       new_chunks += (current.length + tokens) / unit_ - static_cast<int64_t>(current.chunks.size());
     for (size_t l = 0; l < current.layers.size(); ++l) {

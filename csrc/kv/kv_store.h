@@ -86,8 +86,8 @@ class KvStore {
   struct Append {
     Sequence sequence;
     int64_t tokens;
-    // The text up to the end of the append at least, valid until commit(). May be left out where
-    // chunks go to no file.
+    // The text from the last multiple of geometry().unit() to the end of the append at least, valid
+    // until commit(). May be left out where chunks go to no file.
     KvText text = {};
   };
   struct Plan {

@@ -229,11 +229,9 @@ void read_text(FileSystem& files, const std::string& path, const KvIdentity& ide
 }  // namespace
 
 UnitText UnitText::of(const KvText& text, int64_t begin, int64_t end) {
-  if (static_cast<int64_t>(text.tokens.size()) < end)
-    fail(ErrorCode::kInternal, "[session] the text has ", text.tokens.size(),
-         " tokens, the sequence ", end);
   UnitText unit;
-  unit.tokens.assign(text.tokens.begin() + begin, text.tokens.begin() + end);
+  const std::span<const int32_t> tokens = text.part(begin, end);
+  unit.tokens.assign(tokens.begin(), tokens.end());
   for (const KvImageRun& image : text.images)
     if (image.position < end && image.position + image.rows > begin)
       unit.images.push_back({image.position - begin, image.rows, image.key});

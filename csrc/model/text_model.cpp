@@ -26,16 +26,21 @@ TextModel::TextModel(const ModelSpec& spec, const TensorRef& embedding, TextPara
   std::iota(layer_order_.begin(), layer_order_.end(), 0);
 }
 
-void TextModel::reserve(int64_t rows) {
-  if (rows <= capacity_) return;
-  const auto floats = [&](int64_t cols) {
-    return backend_.allocate(static_cast<size_t>(rows * cols) * sizeof(float));
+void TextModel::reserve(int64_t rows, int64_t wanted) {
+  const auto floats = [&](int64_t count, int64_t cols) {
+    return backend_.allocate(static_cast<size_t>(count * cols) * sizeof(float));
   };
-  hidden_ = floats(spec_.hidden);
-  normed_ = floats(spec_.hidden);
-  qkv_ = floats((spec_.heads + 2 * spec_.kv_heads) * spec_.head_dim);
-  attended_ = floats(spec_.heads * spec_.head_dim);
-  capacity_ = rows;
+  if (rows > capacity_) {
+    hidden_ = floats(rows, spec_.hidden);
+    normed_ = floats(rows, spec_.hidden);
+    qkv_ = floats(rows, (spec_.heads + 2 * spec_.kv_heads) * spec_.head_dim);
+    attended_ = floats(rows, spec_.heads * spec_.head_dim);
+    capacity_ = rows;
+  }
+  if (wanted > wanted_capacity_) {
+    wanted_ = floats(wanted, spec_.hidden);
+    wanted_capacity_ = wanted;
+  }
 }
 
 void TextModel::turn(int64_t position, float* cos, float* sin) const {
@@ -74,7 +79,8 @@ void TextModel::rotate_for(int64_t chunk) {
 }
 
 void TextModel::attend(const TextParameters::Layer& layer, int64_t index, const TextBatch& batch,
-                       KvStore& kv, ConstRows normed, Rows residual) {
+                       KvStore& kv, ConstRows normed, Rows residual,
+                       std::optional<std::span<const int32_t>> queries) {
   const LayerSpec& shape = spec_.layers[index];
   const int64_t rows = normed.rows;
   AttentionInput input;
@@ -113,19 +119,32 @@ void TextModel::attend(const TextParameters::Layer& layer, int64_t index, const 
     first_row += segment.rows;
   }
   input.segments = segments_;
+  input.queries = queries;
   int64_t column = 0;
   for (const WeightRef& piece : layer.qkv) {
     backend_.matmul({input.qkv.data + column, rows, piece.rows, input.qkv.stride}, normed, piece);
     column += piece.rows;
   }
-  const Rows attended(attended_.floats(), rows, spec_.heads * spec_.head_dim);
+  const Rows attended(attended_.floats(), residual.rows, spec_.heads * spec_.head_dim);
   backend_.attention(attended, input);
+  if (residual.rows == 0) return;
   backend_.matmul(residual, attended, layer.output, {.accumulate = true});
+}
+
+void TextModel::feed_forward(const TextParameters::Layer& layer, int64_t index, Rows normed,
+                             Rows residual) {
+  backend_.rms_norm(normed, residual, layer.post_norm, static_cast<float>(spec_.rms_eps));
+  if (spec_.layers[index].moe) {
+    backend_.moe(residual, normed, layer.moe);
+  } else {
+    backend_.mlp(residual, normed, layer.gate_up, layer.down);
+  }
 }
 
 void TextModel::forward(const TextBatch& batch, KvStore& kv, Rows out, const LayerPoll& poll) {
   const auto rows = static_cast<int64_t>(batch.ids.size());
-  reserve(rows);
+  const auto wanted_rows = static_cast<int64_t>(batch.logit_rows.size());
+  reserve(rows, wanted_rows);
   positions_.clear();
   for (const TextBatch::Segment& segment : batch.segments) {
     for (int64_t r = 0; r < segment.rows; ++r) positions_.push_back(segment.position + r);
@@ -133,6 +152,7 @@ void TextModel::forward(const TextBatch& batch, KvStore& kv, Rows out, const Lay
   rotation_chunk_ = -1;
   const Rows hidden(hidden_.floats(), rows, spec_.hidden);
   const Rows normed(normed_.floats(), rows, spec_.hidden);
+  const Rows wanted(wanted_.floats(), wanted_rows, spec_.hidden);
   const auto eps = static_cast<float>(spec_.rms_eps);
 
   backend_.embed(hidden, embedding_, batch.ids);
@@ -140,23 +160,25 @@ void TextModel::forward(const TextBatch& batch, KvStore& kv, Rows out, const Lay
     backend_.scatter(hidden, part.features, part.rows);
   }
   kv.begin_pass(layer_order_);
-  for (size_t l = 0; l < parameters_.layers.size(); ++l) {
+  const auto layers = static_cast<int64_t>(parameters_.layers.size());
+  for (int64_t l = 0; l < layers; ++l) {
     if (poll) poll();
     const TextParameters::Layer& layer = parameters_.layers[l];
     backend_.rms_norm(normed, hidden, layer.input_norm, eps);
-    attend(layer, static_cast<int64_t>(l), batch, kv, normed, hidden);
-    backend_.rms_norm(normed, hidden, layer.post_norm, eps);
-    if (spec_.layers[l].moe) {
-      backend_.moe(hidden, normed, layer.moe);
+    if (l + 1 == layers && !batch.whole_last_layer) {
+      // Later layers would need every row; the head needs the wanted ones.
+      if (wanted_rows > 0) backend_.gather(wanted, hidden, batch.logit_rows);
+      attend(layer, l, batch, kv, normed, wanted, batch.logit_rows);
+      if (wanted_rows > 0) feed_forward(layer, l, normed.slice(0, wanted_rows), wanted);
     } else {
-      backend_.mlp(hidden, normed, layer.gate_up, layer.down);
+      attend(layer, l, batch, kv, normed, hidden, std::nullopt);
+      feed_forward(layer, l, normed, hidden);
     }
   }
-  const auto wanted = static_cast<int64_t>(batch.logit_rows.size());
-  if (wanted == 0) return;
-  const Rows last = normed.slice(0, wanted);
-  backend_.gather(last, hidden, batch.logit_rows);
-  backend_.rms_norm(last, last, parameters_.norm, eps);
+  if (wanted_rows == 0) return;
+  if (batch.whole_last_layer) backend_.gather(wanted, hidden, batch.logit_rows);
+  const Rows last = normed.slice(0, wanted_rows);
+  backend_.rms_norm(last, wanted, parameters_.norm, eps);
   backend_.matmul(out, last, parameters_.head);
 }
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -33,7 +34,10 @@ struct TextBatch {
   std::span<const int32_t> ids;       // [rows]
   std::span<const Segment> segments;  // in row order, covering all rows
   std::span<const Features> features;
-  std::span<const int32_t> logit_rows;  // rows whose logits are wanted
+  std::span<const int32_t> logit_rows;  // rows whose logits are wanted, ascending
+  // The last layer, past its keys and values, is computed for the rows of logit_rows alone; with
+  // this, for all (calibration).
+  bool whole_last_layer = false;
 };
 
 class TextModel {
@@ -47,14 +51,17 @@ class TextModel {
   void forward(const TextBatch& batch, KvStore& kv, Rows out, const LayerPoll& poll);
 
  private:
-  // residual += attention of the normed rows, which also appends their keys and values.
+  // residual += attention of the normed rows, which also appends their keys and values. With
+  // `queries`, of those rows alone, to as many rows of `residual`.
   void attend(const TextParameters::Layer& layer, int64_t index, const TextBatch& batch,
-              KvStore& kv, ConstRows normed, Rows residual);
+              KvStore& kv, ConstRows normed, Rows residual,
+              std::optional<std::span<const int32_t>> queries);
+  void feed_forward(const TextParameters::Layer& layer, int64_t index, Rows normed, Rows residual);
   // Cosines and sines, [head_dim / 2], of the angles at a position.
   void turn(int64_t position, float* cos, float* sin) const;
   // Fills cos_ and sin_ for the batch's positions modulo `chunk` (0 = the positions themselves).
   void rotate_for(int64_t chunk);
-  void reserve(int64_t rows);
+  void reserve(int64_t rows, int64_t wanted);
 
   const ModelSpec& spec_;
   Backend& backend_;
@@ -64,9 +71,9 @@ class TextModel {
   std::vector<int64_t> layer_order_;          // in which forward() reads the pages
   std::vector<float> cos_table_, sin_table_;  // of the positions from 0 on that occurred
 
-  // Work space for `capacity_` rows.
-  int64_t capacity_ = 0;
-  Buffer hidden_, normed_, qkv_, attended_;
+  // Work space for `capacity_` rows, of which `wanted_capacity_` have their logits computed.
+  int64_t capacity_ = 0, wanted_capacity_ = 0;
+  Buffer hidden_, normed_, qkv_, attended_, wanted_;
   // Of the batch at hand: positions, and RoPE angles per distinct chunk length.
   std::vector<int64_t> positions_;
   int64_t rotation_chunk_ = -1;

@@ -9,7 +9,7 @@ print(llm.chat("Tell me a story about a fox."))
 from puna import errors
 from puna._core import StreamDecoder, StreamEncoder, Tokenizer, backends, isas
 from puna._core import version as _version
-from puna.engine import Engine, Session
+from puna.engine import Engine
 from puna.errors import (
     ContextOverflow,
     DeviceError,
@@ -27,6 +27,7 @@ from puna.errors import (
 from puna.evaluation import evaluate
 from puna.loading import load, plan, quantize
 from puna.planning import Plan, Remedy
+from puna.session import Session
 from puna.types import (
     Chunk,
     Comparison,

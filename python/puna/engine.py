@@ -5,13 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import os
-import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -32,22 +29,21 @@ from puna.chat_template import (
     find_template,
     image_list,
     render,
-    with_pictures,
 )
 from puna.errors import EngineClosed, InvalidRequest, UnsupportedError
 from puna.images import to_rgb
 from puna.options import Request, parse_request
 from puna.planning import Plan
+from puna.running import BuiltPrompt, Deadline, Job, prefill, timings, usage
+from puna.session import Session
 from puna.types import (
     Chunk,
     Completion,
-    FinishReason,
     Logprobs,
     ModelInfo,
     Score,
-    Timings,
+    SessionReport,
     TokenLogprob,
-    Usage,
 )
 
 _LOGGER = logging.getLogger("puna")
@@ -63,9 +59,10 @@ class Engine:
     `close()` stop within a token.
     """
 
-    def __init__(self, core: _core.Engine, path: Path) -> None:
+    def __init__(self, core: _core.Engine, path: Path, progress: bool) -> None:
         """Wraps a loaded core engine; use `puna.load`."""
         self._core = core
+        self._progress = progress
         self._template = find_template(path)
         self._warned_of_markup = False
         raw = core.info()
@@ -142,9 +139,10 @@ class Engine:
                     "images go with a single prompt, not with a list", param="images"
                 )
             prompts = [self._raw_prompt(item, allow_special, None) for item in prompt]  # type: ignore[arg-type]
-            return self._complete(prompts, request)
+            sessions = [self._open(item) for item in prompts]
+            return self._complete(sessions, request, Deadline(request.timeout))
         single = self._raw_prompt(prompt, allow_special, images)  # type: ignore[arg-type]
-        results = self._complete([single], request)
+        results = self._complete([self._open(single)], request, Deadline(request.timeout))
         return results[0] if request.n == 1 else results
 
     def chat(
@@ -168,7 +166,8 @@ class Engine:
             InvalidRequest, ContextOverflow, ImageError, EngineClosed: As for `generate`.
         """
         request = self._request("chat", options, ("images", "tools"))
-        results = self._complete([self._chat_prompt(messages, images, tools)], request)
+        session = self._open(self._chat_prompt(messages, images, tools))
+        results = self._complete([session], request, Deadline(request.timeout))
         return results[0] if request.n == 1 else results
 
     def stream(
@@ -203,23 +202,49 @@ class Engine:
             built = self._raw_prompt(prompt, allow_special, images)  # type: ignore[arg-type]
         else:
             built = self._chat_prompt(prompt, images, tools)  # type: ignore[arg-type]
-        session = self._core_engine().session()
-        session.prompt(
-            built.tokens, built.pixels
-        )  # refuses what is wrong now, not at the first step
-        return self._chunks(session, built, request)
+        session = self._open(built)  # refuses what is wrong now, not at the first step
+        return self._chunks(session, request, Deadline(request.timeout))
 
-    def session(self, path: str | os.PathLike[str] | None = None) -> Session:
-        """A conversation that keeps what it has computed; each turn costs only what is new.
+    def session(
+        self, path: str | os.PathLike[str] | None = None, *, readonly: bool = False
+    ) -> Session:
+        """A conversation or text that keeps what it has computed; a turn costs only what is new.
+
+        Args:
+            path: A directory, opened if a session was saved there and else made. From then on each
+                attention chunk (8192 tokens of Scout) is on disk soon after it is computed, so
+                that a crash loses less than one; `Session.save` keeps the rest too.
+            readonly: Only read what is at `path`, which must be there; several may do so at once.
 
         Raises:
-            UnsupportedError: `path` was given: saved sessions are not available yet.
+            SessionMismatch: What is at `path` is of another model or another format of keys and
+                values, damaged, or in use.
         """
-        if path is not None:
-            raise UnsupportedError(
-                "sessions cannot be saved or opened yet; use session() without a path"
+        core = self._core_engine()
+        if path is None:
+            return Session(self, core.session())
+        directory = Path(path).expanduser()
+        return Session(self, core.open(os.fspath(directory), not readonly), directory)
+
+    def verify(
+        self, path: str | os.PathLike[str], extent: Literal["journal", "sampled", "full"] = "full"
+    ) -> SessionReport:
+        """Reads a saved session and says what of it is good.
+
+        Args:
+            path: The directory.
+            extent: "journal": all but keys and values; "sampled": and a page of each layer of each
+                chunk; "full": and all pages.
+
+        Raises:
+            SessionMismatch: It is another model's.
+        """
+        if extent not in ("journal", "sampled", "full"):
+            raise InvalidRequest(
+                f"extent is {extent!r}; it must be 'journal', 'sampled' or 'full'", param="extent"
             )
-        return Session(self)
+        report = self._core_engine().verify(os.fspath(Path(path).expanduser()), extent)
+        return SessionReport(**report)
 
     # --- evaluation ------------------------------------------------------------------------------
 
@@ -321,8 +346,13 @@ class Engine:
         return request
 
     def _raw_prompt(
-        self, prompt: Prompt, allow_special: bool, images: Sequence[Any] | None
-    ) -> _BuiltPrompt:
+        self,
+        prompt: Prompt,
+        allow_special: bool,
+        images: Sequence[Any] | None,
+        first: bool = True,
+    ) -> BuiltPrompt:
+        """Raw text or ids; the `first` text of a session gets the begin-of-text token."""
         images = image_list(images)
         if not isinstance(prompt, str):
             if images:
@@ -330,18 +360,18 @@ class Engine:
                     "images go with text; with token ids use logits() and pixel_values",
                     param="images",
                 )
-            return _BuiltPrompt(token_ids(ids_of(prompt), self.info.vocab_size, "prompt"), [])
+            return BuiltPrompt(token_ids(ids_of(prompt), self.info.vocab_size, "prompt"), [])
         tokenizer = self.tokenizer
         if not allow_special:
             self._warn_of_markup(prompt, tokenizer)
-        tokens = [] if self.info.bos_token is None else [self.info.bos_token]
+        tokens = [self.info.bos_token] if first and self.info.bos_token is not None else []
         pixels: list[NDArray[np.float32]] = []
         for image in images:
             self._place_image(to_rgb(image), tokens, pixels)
         ids = tokenizer.encode(prompt, allowed_special="all" if allow_special else "none")
         if tokens and len(ids) and ids[0] == tokens[0]:
             ids = ids[1:]  # the text brought its own begin-of-text
-        return _BuiltPrompt(tokens + ids.tolist(), pixels)
+        return BuiltPrompt(tokens + ids.tolist(), pixels)
 
     def _warn_of_markup(self, text: str, tokenizer: _core.Tokenizer) -> None:
         """Says once that special tokens typed into a raw prompt are plain text."""
@@ -361,7 +391,7 @@ class Engine:
         messages: Messages,
         images: Sequence[Any] | None,
         tools: Sequence[Mapping[str, Any]] | None,
-    ) -> _BuiltPrompt:
+    ) -> BuiltPrompt:
         tokenizer = self.tokenizer
         rendered: RenderedPrompt = render(
             messages,
@@ -379,7 +409,7 @@ class Engine:
                 self._place_image(rendered.images[part.index], tokens, pixels)
             else:
                 tokens.extend(tokenizer.encode(part).tolist())
-        return _BuiltPrompt(tokens, pixels)
+        return BuiltPrompt(tokens, pixels)
 
     def _place_image(
         self, rgb: NDArray[np.uint8], tokens: list[int], pixels: list[NDArray[np.float32]]
@@ -401,18 +431,25 @@ class Engine:
         )
         pixels.append(tiles)
 
-    def _complete(self, prompts: Sequence[_BuiltPrompt], request: Request) -> list[Completion]:
-        """Runs n sessions per prompt as one batch."""
+    def _open(self, prompt: BuiltPrompt) -> _core.Session:
+        """A session that holds the prompt; what an earlier request computed of it is taken over."""
+        session = self._core_engine().session()
+        session.prompt(prompt.tokens, prompt.pixels, reuse=True)
+        return session
+
+    def _complete(
+        self, sessions: Sequence[_core.Session], request: Request, deadline: Deadline
+    ) -> list[Completion]:
+        """Continues each session n times, all as one batch."""
         engine = self._core_engine()
-        jobs: list[_Job] = []
-        for prompt in prompts:
-            for i in range(request.n):
-                job = _Job(engine.session(), prompt, request, seed=(request.seed + i) % (1 << 64))
-                job.session.prompt(prompt.tokens, prompt.pixels)
-                jobs.append(job)
-        for job in jobs:
-            job.begin()
-        deadline = _Deadline(request.timeout)
+        jobs: list[Job] = []
+        for session in sessions:
+            if request.n > 1 or session.length > _LONG_PROMPT:
+                prefill(session, deadline, self._progress)
+            # Before the first one adds tokens to what the others start from.
+            forks = [session, *(session.fork() for _ in range(1, request.n))]
+            for i, fork in enumerate(forks):
+                jobs.append(Job(fork, request, seed=(request.seed + i) % (1 << 64)))
         running = list(jobs)
         while running:
             steps = engine.step([job.session for job in running], deadline.left())
@@ -422,12 +459,12 @@ class Engine:
         return [self._completion(job) for job in jobs]
 
     def _chunks(
-        self, session: _core.Session, prompt: _BuiltPrompt, request: Request
+        self, session: _core.Session, request: Request, deadline: Deadline
     ) -> Iterator[Chunk]:
         engine = self._core_engine()
-        job = _Job(session, prompt, request, request.seed)
-        job.begin()
-        deadline = _Deadline(request.timeout)
+        if session.length > _LONG_PROMPT:
+            prefill(session, deadline, self._progress)
+        job = Job(session, request, request.seed)
         while job.finish is None:
             step = engine.step([session], deadline.left())[0]
             chunk = self._chunk(step)
@@ -440,9 +477,9 @@ class Engine:
             logprobs=chunk.logprobs,
             finish_reason=job.finish,
             stop=chunk.stop,
-            usage=_usage(job),
+            usage=usage(job),
             seed=job.seed,
-            timings=_timings(session.timings()),
+            timings=timings(session.timings()),
         )
 
     def _chunk(self, step: _core.Step) -> Chunk:
@@ -460,127 +497,22 @@ class Engine:
         raw = tokenizer.decode_bytes([token]) if tokenizer is not None and has_text else b""
         return TokenLogprob(token, logprob, raw.decode("utf-8", "replace"), raw)
 
-    def _completion(self, job: _Job) -> Completion:
+    def _completion(self, job: Job) -> Completion:
         assert job.finish is not None
         return Completion(
             text="".join(chunk.text for chunk in job.chunks),
             tokens=tuple(token for chunk in job.chunks for token in chunk.tokens),
             finish_reason=job.finish,
             stop=job.chunks[-1].stop if job.chunks else None,
-            usage=_usage(job),
+            usage=usage(job),
             logprobs=tuple(item for chunk in job.chunks for item in chunk.logprobs),
             seed=job.seed,
-            timings=_timings(job.session.timings()),
+            timings=timings(job.session.timings()),
         )
 
 
-class Session:
-    """A conversation with one model. Made by `Engine.session`.
-
-    The KV cache of everything said so far is kept, so a turn computes only its own tokens.
-    A session gives one answer at a time; fork() makes a second one that continues from here.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        """Opens an empty conversation; use `Engine.session`."""
-        self._engine = engine
-        self._session = engine._core_engine().session()
-        self._lock = threading.Lock()
-        self.messages: list[dict[str, Any]] = []
-
-    def chat(
-        self, message: Messages, *, images: Sequence[Any] | None = None, **options: Any
-    ) -> Completion:
-        """Says something and returns the answer; both become part of the conversation.
-
-        Args:
-            message: A string (a user message) or messages to add.
-            images: Pictures that go with it.
-            **options: As for `Engine.generate`, without n.
-        """
-        chunks = list(self._turn("chat", message, images, options))
-        last = chunks[-1]
-        assert last.finish_reason and last.usage and last.timings and last.seed is not None
-        return Completion(
-            text="".join(chunk.text for chunk in chunks),
-            tokens=tuple(token for chunk in chunks for token in chunk.tokens),
-            finish_reason=last.finish_reason,
-            stop=last.stop,
-            usage=last.usage,
-            logprobs=tuple(item for chunk in chunks for item in chunk.logprobs),
-            seed=last.seed,
-            timings=last.timings,
-        )
-
-    def stream(
-        self, message: Messages, *, images: Sequence[Any] | None = None, **options: Any
-    ) -> Iterator[Chunk]:
-        """As `chat`, piece by piece.
-
-        If the loop is left early, what was said so far stays; if the turn fails before the first
-        word, the conversation is as it was.
-        """
-        return self._turn("stream", message, images, options)
-
-    def _turn(
-        self,
-        function: str,
-        message: Messages,
-        images: Sequence[Any] | None,
-        options: Mapping[str, Any],
-    ) -> Iterator[Chunk]:
-        request = self._engine._request(function, options, ("images",))
-        if request.n != 1:
-            raise InvalidRequest(f"n is {request.n}; a session has one answer", param="n")
-        # Decoded once: the conversation is rendered again at every turn.
-        added = with_pictures(message, images)
-        prompt = self._engine._chat_prompt([*self.messages, *added], None, None)
-        return self._run(added, prompt, len(self.messages), request)
-
-    def _run(
-        self, added: list[dict[str, Any]], prompt: _BuiltPrompt, before: int, request: Request
-    ) -> Iterator[Chunk]:
-        if not self._lock.acquire(blocking=False):
-            raise InvalidRequest(
-                "this session is in the middle of an answer: finish or close() that stream first, "
-                "or fork() before it"
-            )
-        said: list[str] = []
-        try:
-            if (
-                len(self.messages) != before
-            ):  # another turn came between the call and its first step
-                prompt = self._engine._chat_prompt([*self.messages, *added], None, None)
-            self._session.prompt(prompt.tokens, prompt.pixels)
-            for chunk in self._engine._chunks(self._session, prompt, request):
-                said.append(chunk.text)
-                yield chunk
-        finally:
-            if said:
-                self.messages += [*added, {"role": "assistant", "content": "".join(said)}]
-            self._lock.release()
-
-    def fork(self) -> Session:
-        """A second conversation that continues from here; what was computed is shared."""
-        other = Session.__new__(Session)
-        other._engine = self._engine
-        other._session = self._session.fork()
-        other._lock = threading.Lock()
-        other.messages = list(self.messages)
-        return other
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Not available yet.
-
-        Raises:
-            UnsupportedError: Always.
-        """
-        raise UnsupportedError(f"sessions cannot be saved yet ({os.fspath(path)} was not written)")
-
-    def __len__(self) -> int:
-        """Tokens held by the conversation."""
-        return self._session.length
-
+# A prompt beyond this is computed pass by pass before the answer begins, with a progress bar.
+_LONG_PROMPT = 8192
 
 _IMAGE_TOKENS = (
     "image_start",
@@ -590,72 +522,6 @@ _IMAGE_TOKENS = (
     "image",
     "patch",
 )
-
-
-@dataclass(slots=True)
-class _BuiltPrompt:
-    """Token ids, and the normalised tiles [tiles, 3, S, S] of each image in order."""
-
-    tokens: list[int]
-    pixels: list[NDArray[np.float32]]
-
-
-class _Job:
-    """One session that is being stepped, and what came out of it so far."""
-
-    def __init__(self, session: _core.Session, prompt: _BuiltPrompt, request: Request, seed: int):
-        self.session = session
-        self.prompt = prompt
-        self.seed = seed
-        self.chunks: list[Chunk] = []
-        self.finish: FinishReason | None = None
-        self._options = _core.Sampling(**dict(request.core, seed=seed))
-
-    def begin(self) -> None:
-        self.session.begin(self._options)
-
-    def take(self, chunk: Chunk, finish: FinishReason | None) -> None:
-        self.chunks.append(chunk)
-        self.finish = finish
-
-
-class _Deadline:
-    """When a request must end. The core ends it within a layer, as if it were cancelled."""
-
-    def __init__(self, timeout: float | None) -> None:
-        self._end = math.inf if timeout is None else time.monotonic() + timeout
-
-    def left(self) -> float:
-        return self._end - time.monotonic()
-
-    def reason(self, finish: FinishReason | None) -> FinishReason | None:
-        return "timeout" if finish == "cancelled" and self.left() <= 0 else finish
-
-
-def _usage(job: _Job) -> Usage:
-    raw = job.session.timings()
-    return Usage(
-        prompt=len(job.prompt.tokens),
-        completion=sum(len(chunk.tokens) for chunk in job.chunks),
-        cached=raw["cached_tokens"],
-        image=raw["image_tokens"],
-    )
-
-
-def _timings(raw: Mapping[str, Any]) -> Timings:
-    def rate(tokens: int, seconds: float) -> float:
-        return tokens / seconds if seconds > 0 else 0.0
-
-    return Timings(
-        load_s=raw["load_seconds"],
-        first_token_s=raw["first_token_seconds"],
-        prefill_s=raw["prefill_seconds"],
-        decode_s=raw["decode_seconds"],
-        prefill_tps=rate(raw["prefill_tokens"], raw["prefill_seconds"]),
-        decode_tps=rate(raw["decode_tokens"], raw["decode_seconds"]),
-        kv_bytes=raw["kv_bytes"],
-        peak_bytes=raw["peak_bytes"],
-    )
 
 
 def _token(raw: int) -> int | None:

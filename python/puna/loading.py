@@ -25,6 +25,7 @@ def load(
     context: int | str | None = None,
     kv: str = "auto",
     kv_offload: str = "auto",
+    kv_disk: int | str | None = None,
     device: str = "auto",
     experts: str | float = "auto",
     memory: int | str | None = None,
@@ -50,7 +51,11 @@ def load(
             None is the largest that fits.
         kv: Format of the KV cache: "auto" (as the weights), "bf16", "fp32", or "int8" or "int4",
             in which the layers that attend to everything keep full pages.
-        kv_offload: Where the KV cache may live besides memory: "auto" or "none" so far.
+        kv_offload: Where the KV cache may live besides memory: "auto" and "none" are nowhere,
+            "disk:PATH" is files in that directory, which are gone when the process ends. What fits
+            into memory stays there; attention reads the rest each time, at the disk's speed.
+        kv_disk: Bytes that those files may take, as a number or like "200G"; None is what the disk
+            has free.
         device: "auto", "cpu", or "ref": the slow double-precision reference.
         experts: Where expert weights live: "auto" or "cpu" so far.
         memory: Bytes for weights and KV cache together, as a number or like "24G"; None is what the
@@ -60,7 +65,8 @@ def load(
         mmproj: The GGUF file of the vision tower that goes with a GGUF file; None takes the one
             beside it (*mmproj*.gguf) that fits.
         isa: Instruction set, e.g. "avx2"; None is the best the processor supports.
-        progress: Show a progress bar on stderr when loading takes more than a moment.
+        progress: Show a progress bar on stderr when loading, or reading a long prompt, takes more
+            than a moment.
 
     Raises:
         ModelNotFound: There is no checkpoint at `model`.
@@ -75,10 +81,7 @@ def load(
     for name, value in (("kv", kv), ("device", device), ("isa", "" if isa is None else isa)):
         if not isinstance(value, str):
             raise InvalidRequest(f"{name} is {value!r:.80}; it must be a string", param=name)
-    if kv_offload not in ("auto", "none"):
-        raise UnsupportedError(
-            f"kv_offload={kv_offload!r} is not available yet; use 'auto': the KV cache is in memory"
-        )
+    disk_path = _disk_path(kv_offload)
     if experts not in ("auto", "cpu"):
         raise UnsupportedError(f"experts={experts!r} is not available yet; use 'auto'")
     path = _path(model)
@@ -91,6 +94,8 @@ def load(
             isa=isa or "",
             threads=whole("threads", threads, most=(1 << 31) - 1),
             kv=kv,
+            kv_disk=disk_path,
+            kv_disk_bytes=amount("kv_disk", kv_disk),
             context=amount("context", context),
             memory=amount("memory", memory),
             vision=truth("vision", vision),
@@ -101,7 +106,7 @@ def load(
     finally:
         if bar:
             bar.close()
-    return Engine(core, path)
+    return Engine(core, path, progress)
 
 
 def plan(
@@ -153,6 +158,18 @@ def plan(
         raw,
         memory_bandwidth=float(amount("memory_bandwidth", memory_bandwidth)),
         disk_bandwidth=float(amount("disk_bandwidth", disk_bandwidth)),
+    )
+
+
+def _disk_path(kv_offload: Any) -> str:
+    """The directory of "disk:PATH"; "" for none."""
+    if kv_offload in ("auto", "none"):
+        return ""
+    if isinstance(kv_offload, str) and kv_offload.startswith("disk:") and kv_offload != "disk:":
+        return os.fspath(Path(kv_offload.removeprefix("disk:")).expanduser())
+    raise InvalidRequest(
+        f"kv_offload is {kv_offload!r:.80}; it must be 'auto', 'none' or 'disk:PATH'",
+        param="kv_offload",
     )
 
 

@@ -114,6 +114,23 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
+class SessionReport:
+    """What was found in a saved session.
+
+    Attributes:
+        chunks: Chunks looked at.
+        pages: Pages of keys and values read and checked.
+        good_tokens: Tokens up to the first fault.
+        fault: What is wrong, or "".
+    """
+
+    chunks: int
+    pages: int
+    good_tokens: int
+    fault: str
+
+
+@dataclass(frozen=True, slots=True)
 class Score:
     """Log-probability of a given text under the model.
 

@@ -47,6 +47,15 @@ class Engine : public std::enable_shared_from_this<Engine> {
   const Tokenizer* tokenizer() const;  // null: the checkpoint has none
 
   std::shared_ptr<Session> session();
+  // A session that was saved to a directory, or up to its last whole chunk if it was not. With
+  // `resume` it is made if there is none, and each chunk is durable there soon after it is
+  // computed; without, the directory is only read. Throws SessionMismatch.
+  std::shared_ptr<Session> open(const std::string& path, bool resume);
+  // What of a saved session is good. `extent`: "journal" | "sampled" | "full".
+  SessionReport verify(const std::string& path, const std::string& extent);
+  // Cuts a saved session, also one damaged behind them, down to whole chunks within its first
+  // `tokens` tokens; what is left.
+  int64_t truncate_session(const std::string& path, int64_t tokens);
 
   // Throws InvalidRequest if an option is out of range for this model; Session::begin checks too.
   void check(const SamplingOptions& options) const;
@@ -82,8 +91,15 @@ class Session {
   Session& operator=(const Session&) = delete;
 
   // Makes `prompt` the session's text. What it shares from the start with what the session holds is
-  // kept; the rest is computed by the next step.
-  void prompt(const Prompt& prompt);
+  // kept; the rest is computed by the next step. With `reuse`, so is what it shares with sessions
+  // that have ended (and were prompted so), and what this session computes is left to later ones.
+  void prompt(const Prompt& prompt, bool reuse = false);
+  // Adds tokens to the session's text, after all it holds. An image token stands for itself.
+  void append(std::span<const int32_t> tokens);
+  // Computes the next tokens of the text but the last, at most `most` of them and what one pass
+  // holds; how many are left. For long prompts, so that the caller sees how far it is; step() does
+  // the same by itself.
+  int64_t prefill(int64_t most, const Poll& poll = {});
   // Starts a turn: random state, limits, stop conditions.
   void begin(const SamplingOptions& options);
   // One token of this session alone.
@@ -94,10 +110,18 @@ class Session {
   // The next step ends the turn with kCancelled. From any thread.
   void cancel();
 
+  // Writes all that is computed to a directory, for Engine::open().
+  void save(const std::string& path);
+  // Waits until all whole chunks are durable where they go to a disk.
+  void flush();
+  // Empties the session and lets go of its directory now, not with the engine's next turn.
+  void close();
+
   // A session that shares everything computed so far.
   std::shared_ptr<Session> fork();
 
-  int64_t length() const;  // tokens held: computed and pending
+  int64_t length() const;   // tokens held: computed and pending
+  int64_t pending() const;  // of them
   std::vector<int32_t> tokens() const;
   Timings timings() const;  // of the current turn
   const Engine& engine() const { return *engine_; }

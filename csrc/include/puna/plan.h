@@ -30,6 +30,7 @@ struct Plan {
   int64_t kv_local_bytes = 0;                // layers that keep one chunk
   int64_t kv_bytes_per_token = 0;            // by which the cache grows
   int64_t kv_memory_bytes = 0;               // of the cache, in memory
+  int64_t kv_room = 0;                       // memory that the cache may take
   int64_t kv_disk_bytes = 0;                 // of its files
   int64_t memory_needed = 0, memory_budget = 0;
   bool memory_given = false;                 // or what the system has free

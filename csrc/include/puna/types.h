@@ -19,10 +19,12 @@ struct LoadOptions {
   int threads = 0;              // 0 = the physical cores allowed to this process
   std::string quant;            // "" = weights as stored; else a recipe or format (model/recipe.h)
   std::vector<std::pair<std::string, std::string>> quant_overrides;  // (pattern, format)
-  std::string kv = "auto";  // "auto" (as the weights) | "bf16" | "fp32" | "int8" | "int4"
-  int64_t context = 0;      // tokens; 0 = the largest that fits
-  int64_t memory = 0;       // bytes for weights and KV together; 0 = what the system has free
-  bool vision = true;       // false = leave the vision tower on disk
+  std::string kv = "auto";    // "auto" (as the weights) | "bf16" | "fp32" | "int8" | "int4"
+  std::string kv_disk;        // directory for pages that do not fit into memory; "" = none may go
+  int64_t kv_disk_bytes = 0;  // most that its files may take; 0 = what the disk has free
+  int64_t context = 0;        // tokens; 0 = the largest that fits
+  int64_t memory = 0;         // bytes for weights and KV together; 0 = what the system has free
+  bool vision = true;         // false = leave the vision tower on disk
   // Called as weights are packed (bytes done, bytes in all); what it throws ends the load.
   std::function<void(int64_t, int64_t)> progress;
 };
@@ -68,10 +70,17 @@ struct Timings {
   double first_token_seconds = 0;  // from the first step of the turn to its first token
   double prefill_seconds = 0, decode_seconds = 0;
   int64_t prefill_tokens = 0, decode_tokens = 0;
-  int64_t cached_tokens = 0;  // of the prompt, found in the session
+  int64_t cached_tokens = 0;  // of the prompt, found computed
   int64_t image_tokens = 0;
-  int64_t kv_bytes = 0;    // of all live sequences
+  int64_t kv_bytes = 0;    // of all sequences held
   int64_t peak_bytes = 0;  // peak resident set of the process
+};
+
+// What was found in a saved session: what was looked at, the tokens up to the first fault, and the
+// fault ("": none).
+struct SessionReport {
+  int64_t chunks = 0, pages = 0, good_tokens = 0;
+  std::string fault;
 };
 
 // Pixels of one image, cut into tiles and normalised: [tiles][3][size][size].

@@ -1,0 +1,258 @@
+"""A conversation, or a text, that keeps what it has computed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from puna.chat_template import with_pictures
+from puna.errors import InvalidRequest
+from puna.options import Request
+from puna.running import BuiltPrompt, Deadline, prefill
+from puna.session_notes import Notes, read_notes, write_notes
+from puna.types import Chunk, Completion
+
+if TYPE_CHECKING:
+    from puna import _core
+    from puna.engine import Engine, Messages, Prompt
+
+# Branches computed as one batch: their page tables are small beside what they share.
+_BRANCHES = 64
+
+
+class Session:
+    """A conversation with one model, or a text that it has read. Made by `Engine.session`.
+
+    The KV cache of everything so far is kept, so a turn computes only its own tokens. A session
+    does one thing at a time; fork() makes a second one that continues from here, branch() asks
+    many questions at once.
+    """
+
+    def __init__(self, engine: Engine, session: _core.Session, path: Path | None = None) -> None:
+        """Wraps a core session, kept at `path` if that is given; use `Engine.session`."""
+        self._engine = engine
+        self._session = session
+        self._path = path
+        self._lock = threading.Lock()
+        self._reads = False  # holds a text
+        self.messages: list[dict[str, Any]] = []
+        if path is not None:
+            notes = read_notes(path)
+            self.messages, self._reads = notes.messages, notes.reads
+            if notes.pending:
+                session.append(notes.pending)
+
+    # --- texts -----------------------------------------------------------------------------------
+
+    def append(self, text: Prompt, *, allow_special: bool = False) -> None:
+        """Reads text, or token ids, after all that the session holds, and computes it.
+
+        The first text gets the begin-of-text token in front; ids are taken as they are. Of a
+        session that was opened from a path, whole chunks are durable when this returns. With
+        Ctrl-C, what was read so far stays computed, and the next call goes on from there.
+
+        Raises:
+            InvalidRequest: The session holds a conversation, or the prompt makes no sense.
+            ContextOverflow: The text is longer than the context has room.
+        """
+        with self._busy():
+            self._append(self._session, text, allow_special)
+            self._reads = True
+            prefill(self._session, Deadline(None), self._engine._progress)
+            if self._path is not None:
+                self._session.flush()
+
+    def branch(
+        self, prompts: Sequence[Prompt], *, allow_special: bool = False, **options: Any
+    ) -> list[Completion]:
+        """Continues the session with each of the prompts, as if each were the only one.
+
+        The session itself stays as it is. All branches read the keys and values that they share
+        together, so that many questions about one long text cost little more than one.
+
+        Args:
+            prompts: What each branch adds: questions if the session is a conversation, else text
+                or token ids, as for `append`.
+            allow_special: Read special tokens written in a text, such as "<|eot|>", as such.
+            **options: As for `Engine.generate`.
+
+        Returns:
+            A Completion per prompt; with n > 1, n per prompt, in order.
+        """
+        request = self._engine._request("branch", options, ("allow_special",))
+        deadline = Deadline(request.timeout)
+        results: list[Completion] = []
+        with self._busy():
+            for first in range(0, len(prompts), _BRANCHES):
+                sessions = []
+                for prompt in prompts[first : first + _BRANCHES]:
+                    session = self._session.fork()
+                    if self.messages:
+                        built = self._question(prompt)
+                        session.prompt(built.tokens, built.pixels, reuse=False)
+                    else:
+                        self._append(session, prompt, allow_special)
+                    sessions.append(session)
+                results += self._engine._complete(sessions, request, deadline)
+        return results
+
+    def _append(self, session: _core.Session, text: Prompt, allow_special: bool) -> None:
+        if self.messages:
+            raise InvalidRequest(
+                "this session holds a conversation: go on with chat(), or open another session"
+            )
+        built = self._engine._raw_prompt(text, allow_special, None, first=session.length == 0)
+        session.append(built.tokens)
+
+    def _question(self, prompt: Prompt) -> BuiltPrompt:
+        if not isinstance(prompt, str):
+            raise InvalidRequest(
+                "this session holds a conversation: its branches are questions, not token ids",
+                param="prompts",
+            )
+        return self._engine._chat_prompt(
+            [*self.messages, {"role": "user", "content": prompt}], None, None
+        )
+
+    @contextlib.contextmanager
+    def _busy(self) -> Iterator[None]:
+        if not self._lock.acquire(blocking=False):
+            raise InvalidRequest(
+                "this session is in the middle of an answer: finish or close() that stream first, "
+                "or fork() before it"
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    # --- conversations ---------------------------------------------------------------------------
+
+    def chat(
+        self, message: Messages, *, images: Sequence[Any] | None = None, **options: Any
+    ) -> Completion:
+        """Says something and returns the answer; both become part of the conversation.
+
+        Args:
+            message: A string (a user message) or messages to add.
+            images: Pictures that go with it.
+            **options: As for `Engine.generate`, without n.
+        """
+        chunks = list(self._turn("chat", message, images, options))
+        last = chunks[-1]
+        assert last.finish_reason and last.usage and last.timings and last.seed is not None
+        return Completion(
+            text="".join(chunk.text for chunk in chunks),
+            tokens=tuple(token for chunk in chunks for token in chunk.tokens),
+            finish_reason=last.finish_reason,
+            stop=last.stop,
+            usage=last.usage,
+            logprobs=tuple(item for chunk in chunks for item in chunk.logprobs),
+            seed=last.seed,
+            timings=last.timings,
+        )
+
+    def stream(
+        self, message: Messages, *, images: Sequence[Any] | None = None, **options: Any
+    ) -> Iterator[Chunk]:
+        """As `chat`, piece by piece.
+
+        If the loop is left early, what was said so far stays; if the turn fails before the first
+        word, the conversation is as it was.
+        """
+        return self._turn("stream", message, images, options)
+
+    def _turn(
+        self,
+        function: str,
+        message: Messages,
+        images: Sequence[Any] | None,
+        options: Mapping[str, Any],
+    ) -> Iterator[Chunk]:
+        request = self._engine._request(function, options, ("images",))
+        if request.n != 1:
+            raise InvalidRequest(f"n is {request.n}; a session has one answer", param="n")
+        if self._reads:
+            raise InvalidRequest(
+                "this session holds a text, not a conversation: ask with branch(), or open another"
+            )
+        # Decoded once: the conversation is rendered again at every turn.
+        added = with_pictures(message, images)
+        prompt = self._engine._chat_prompt([*self.messages, *added], None, None)
+        return self._run(added, prompt, len(self.messages), request)
+
+    def _run(
+        self, added: list[dict[str, Any]], prompt: BuiltPrompt, before: int, request: Request
+    ) -> Iterator[Chunk]:
+        said: list[str] = []
+        with self._busy():
+            try:
+                if len(self.messages) != before:  # another turn came since the call
+                    prompt = self._engine._chat_prompt([*self.messages, *added], None, None)
+                self._session.prompt(prompt.tokens, prompt.pixels, reuse=True)
+                deadline = Deadline(request.timeout)
+                for chunk in self._engine._chunks(self._session, request, deadline):
+                    said.append(chunk.text)
+                    yield chunk
+            finally:
+                if said:
+                    self.messages += [*added, {"role": "assistant", "content": "".join(said)}]
+
+    # --- the rest --------------------------------------------------------------------------------
+
+    def fork(self) -> Session:
+        """A second conversation that continues from here; what was computed is shared."""
+        other = Session(self._engine, self._session.fork())
+        other._reads = self._reads
+        other.messages = list(self.messages)
+        return other
+
+    def save(self, path: str | os.PathLike[str] | None = None) -> None:
+        """Writes the session to a directory, from which `Engine.session` opens it again.
+
+        What is there already of the same text is not written again, and what other saved sessions
+        share with this one takes no more room on the same file system.
+
+        Args:
+            path: The directory; None is where the session was opened.
+
+        Raises:
+            SessionMismatch: There is another model's session at `path`, or one in use.
+            OSError: It cannot be written; what was saved there before is still good.
+        """
+        if path is None and self._path is None:
+            raise InvalidRequest("this session was not opened from a path: give one", param="path")
+        directory = self._path if path is None else Path(path).expanduser()
+        assert directory is not None
+        with self._busy():
+            self._session.save(os.fspath(directory))
+            tokens = self._session.tokens()
+            computed = len(tokens) - self._session.pending()
+            write_notes(directory, Notes(self.messages, self._reads, tokens[computed:]))
+
+    def close(self) -> None:
+        """Frees what the session holds and lets others write where it was opened.
+
+        What was not saved is lost. A session that is simply dropped does the same a little later.
+        """
+        with self._busy():
+            self._session.close()
+            self.messages, self._reads, self._path = [], False, None
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def tokens(self) -> list[int]:
+        """The ids held, in order."""
+        return self._session.tokens()
+
+    def __len__(self) -> int:
+        """Tokens held."""
+        return self._session.length

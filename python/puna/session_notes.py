@@ -1,0 +1,97 @@
+"""What a saved session holds besides tokens, keys and values: its messages."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from puna.errors import ImageError, SessionMismatch
+from puna.images import to_rgb
+
+_NAME = "conversation.json"
+_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Notes:
+    """The messages of a session; whether it holds a text instead; ids not computed yet."""
+
+    messages: list[dict[str, Any]]
+    reads: bool = False
+    pending: list[int] = field(default_factory=list)
+
+
+def write_notes(directory: Path, notes: Notes) -> None:
+    """Puts them beside a saved session, at once or not at all."""
+    content = {
+        "version": _VERSION,
+        "messages": [_with_content(message, _encoded) for message in notes.messages],
+        "reads": notes.reads,
+        "pending": notes.pending,
+    }
+    path = directory / _NAME
+    fresh = path.with_suffix(".new")
+    with fresh.open("w", encoding="utf-8") as file:
+        json.dump(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)
+
+
+def read_notes(directory: Path) -> Notes:
+    """What write_notes() put there; nothing if the session was never saved.
+
+    Raises:
+        SessionMismatch: The file is damaged or of a later version.
+    """
+    path = directory / _NAME
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["version"] != _VERSION:
+            raise SessionMismatch(
+                f"[session] {path} is of version {content['version']}, this puna reads {_VERSION}; "
+                "open the session with the puna that wrote it"
+            )
+        return Notes(
+            [_with_content(message, _decoded) for message in content["messages"]],
+            bool(content["reads"]),
+            [int(token) for token in content["pending"]],
+        )
+    except FileNotFoundError:
+        return Notes([])
+    except (ValueError, KeyError, TypeError, ImageError) as error:
+        if isinstance(error, SessionMismatch):
+            raise
+        raise SessionMismatch(
+            f"[session] {path} is damaged ({error}); delete it to go on from the tokens alone"
+        ) from error
+
+
+def _with_content(message: dict[str, Any], change: Any) -> dict[str, Any]:
+    content = message["content"]
+    if isinstance(content, str):
+        return message
+    return {**message, "content": [change(part) for part in content]}
+
+
+def _encoded(part: dict[str, Any]) -> dict[str, Any]:
+    """Pictures as PNG, which gives their pixels back exactly."""
+    if part["type"] != "image":
+        return part
+    file = io.BytesIO()
+    Image.fromarray(np.asarray(part["image"])).save(file, "PNG")
+    return {"type": "image", "image": base64.b64encode(file.getvalue()).decode("ascii")}
+
+
+def _decoded(part: dict[str, Any]) -> dict[str, Any]:
+    if part["type"] != "image":
+        return part
+    return {"type": "image", "image": to_rgb(base64.b64decode(part["image"]))}

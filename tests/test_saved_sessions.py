@@ -1,0 +1,137 @@
+"""Sessions on disk, and keys and values that do not fit into memory, through the public API."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import puna
+from puna.demo.scene import draw, random_scene
+
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
+STORY = "Once upon a time there was a fox who lived in a hollow tree near the river. "
+
+
+def load(**options: Any) -> puna.Engine:
+    return puna.load("demo", progress=False, threads=2, **options)
+
+
+@pytest.fixture(scope="module", params=["auto", "int8", "int4"])
+def llm(request: pytest.FixtureRequest) -> Iterator[puna.Engine]:
+    with load(kv=request.param) as llm:
+        yield llm
+
+
+def continuation(session: puna.Session, ids: list[int]) -> tuple[int, ...]:
+    return session.branch([ids], **GREEDY)[0].tokens
+
+
+def test_a_text_is_there_again(llm: puna.Engine, tmp_path: Path) -> None:
+    ids = llm.tokenizer.encode(STORY * 50)[:900]
+    session = llm.session()
+    session.append(ids)
+    session.save(tmp_path / "a")
+    held = session.tokens()
+    expected = continuation(session, [5, 6])
+    for readonly in (True, False):
+        again = llm.session(tmp_path / "a", readonly=readonly)
+        assert again.tokens() == held
+        answer = again.branch([[5, 6]], **GREEDY)[0]
+        assert answer.tokens == expected
+        assert answer.usage.cached == len(held) - 1  # only what had not been computed is
+        again.close()
+    with load(kv=llm.plan.kv) as other:
+        assert continuation(other.session(tmp_path / "a"), [5, 6]) == expected
+
+
+def test_a_conversation_goes_on(llm: puna.Engine, tmp_path: Path) -> None:
+    picture = draw(random_scene(random.Random(3)), llm.info.image_size)
+    session = llm.session()
+    session.chat("What is in this picture?", images=[picture], **GREEDY)
+    session.save(tmp_path / "a")
+    messages = list(session.messages)
+    expected = session.chat("Tell me a story about a fox.", **GREEDY)
+    again = llm.session(tmp_path / "a")
+    assert [m["role"] for m in again.messages] == [m["role"] for m in messages]
+    answer = again.chat("Tell me a story about a fox.", **GREEDY)
+    assert answer.tokens == expected.tokens
+    assert answer.usage.cached > llm.info.tokens_per_tile
+    again.save()
+    assert len(llm.session(tmp_path / "a", readonly=True).messages) == 4
+
+
+def test_what_was_not_saved_is_there_up_to_a_chunk(llm: puna.Engine, tmp_path: Path) -> None:
+    """The demo's chunks are of 256 tokens."""
+    script = (
+        "import os, sys, puna\n"
+        f"llm = puna.load('demo', progress=False, kv={llm.plan.kv!r})\n"
+        "session = llm.session(sys.argv[1])\n"
+        "session.append([5 + i % 600 for i in range(1000)])\n"
+        "session._session.flush()\n"
+        "os._exit(9)\n"
+    )
+    path = tmp_path / "a"
+    done = subprocess.run([sys.executable, "-c", script, str(path)], check=False, timeout=120)
+    assert done.returncode == 9
+    again = llm.session(path)
+    ids = [5 + i % 600 for i in range(1000)]
+    assert again.tokens() == ids[:768]
+    again.append(ids[768:])
+    fresh = llm.session()
+    fresh.append(ids)
+    assert continuation(again, [7, 8]) == continuation(fresh, [7, 8])
+
+
+def test_faults_are_found_and_named(llm: puna.Engine, tmp_path: Path) -> None:
+    session = llm.session()
+    session.append([5 + i % 600 for i in range(800)])
+    session.save(tmp_path / "a")
+    report = llm.verify(tmp_path / "a")
+    assert (report.chunks, report.good_tokens, report.fault) == (3, len(session) - 1, "")
+    chunk = max((tmp_path / "a" / "chunks").iterdir(), key=lambda path: path.stat().st_size)
+    data = bytearray(chunk.read_bytes())
+    data[len(data) // 2] ^= 4
+    copy = chunk.with_suffix(".copy")
+    copy.write_bytes(data)
+    copy.replace(chunk)
+    report = llm.verify(tmp_path / "a")
+    assert report.fault
+    assert report.good_tokens % 256 == 0
+    assert report.good_tokens < 768
+    with pytest.raises(puna.InvalidRequest, match="extent is 'all'"):
+        llm.verify(tmp_path / "a", "all")  # type: ignore[arg-type]
+
+
+def test_sessions_of_others_are_refused(llm: puna.Engine, tmp_path: Path) -> None:
+    session = llm.session()
+    session.append([5 + i % 600 for i in range(300)])
+    session.save(tmp_path / "a")
+    with load(kv="fp32") as other, pytest.raises(puna.SessionMismatch, match="session"):
+        other.session(tmp_path / "a")
+    with pytest.raises(puna.SessionMismatch, match="nowhere"):
+        llm.session(tmp_path / "nowhere", readonly=True)
+    with pytest.raises(puna.InvalidRequest, match="give one"):
+        llm.session().save()
+    notes = tmp_path / "a" / "conversation.json"
+    notes.write_text("{")
+    with pytest.raises(puna.SessionMismatch, match="is damaged"):
+        llm.session(tmp_path / "a")
+
+
+def test_pages_on_disk_give_the_same_answers(llm: puna.Engine, tmp_path: Path) -> None:
+    ids = [5 + i * i % 600 for i in range(6000)]
+    resident = llm.session()
+    resident.append(ids)
+    expected = [continuation(resident, [i, i + 1]) for i in (5, 50)]
+    tight = llm.plan.weight_bytes + llm.plan.scratch_bytes + (72 << 20)
+    with load(kv=llm.plan.kv, kv_offload=f"disk:{tmp_path}", memory=tight, context=7000) as small:
+        reader = small.session()
+        reader.append(ids)
+        assert [continuation(reader, [i, i + 1]) for i in (5, 50)] == expected
+    assert not list(tmp_path.iterdir())  # gone with the engine
