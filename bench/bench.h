@@ -107,6 +107,7 @@ class Report {
 // The subcommands; the table is in main.cpp.
 int run_ops(int argc, char** argv);
 int run_model(int argc, char** argv);
+int run_kv_decode(int argc, char** argv);
 int run_vision(int argc, char** argv);
 
 }  // namespace puna::bench

@@ -40,43 +40,21 @@ struct SealedRows {
   SealedRow* rows;
 };
 
-// Asks for lines of 128 bytes ahead of their use: those of keys (the upper and lower ones in
-// turns), of values, and of the keys of the page after this.
-template <class Format>
-class Ahead {
- public:
-  // As many lines are under way: 12 KiB, of memory that answers after 200 ns at 40 GB/s and more.
-  static constexpr int64_t kLines = 96;
+// What is asked for, into the second cache, while a block is read, so that it is there when its
+// turn comes: two pieces of memory, each half of the block's size.
+struct Ahead {
+  const uint8_t *first, *second;
 
-  Ahead(const AttendSealed& page, int64_t key_lines, int64_t value_lines)
-      : page_(page), keys_(key_lines), all_(key_lines + value_lines) {}
-
-  PUNA_INLINE_MEMBER void touch() {
-    if (at_ >= all_ + kLines) return;
-    const uint8_t* line;
-    if (at_ < keys_) {
-      line = key_line(page_.upper, page_.lower, at_);
-    } else if (at_ < all_) {
-      line = page_.values + (at_ - keys_) * kLineBytes;
-    } else if (page_.next_upper != nullptr) {
-      line = key_line(page_.next_upper, page_.next_lower, at_ - all_);
-    } else {
-      return;
+  template <int Lines>
+  PUNA_INLINE_MEMBER void ask() {
+#pragma GCC unroll 2
+    for (int i = 0; i < Lines; ++i) {
+      __builtin_prefetch(first + i * 64, 0, 2);
+      __builtin_prefetch(second + i * 64, 0, 2);
     }
-    ++at_;
-    __builtin_prefetch(line);
-    __builtin_prefetch(line + 64);
+    first += Lines * 64;
+    second += Lines * 64;
   }
-
- private:
-  static const uint8_t* key_line(const uint8_t* upper, const uint8_t* lower, int64_t at) {
-    if constexpr (Format::kPlanes == 1) return upper + at * kLineBytes;
-    return (at % 2 ? lower : upper) + at / 2 * kLineBytes;
-  }
-
-  const AttendSealed& page_;
-  int64_t keys_, all_;
-  int64_t at_ = kLines;  // the page before has asked for the first
 };
 
 // Turns numbers[count], of which `largest` is the magnitude of the largest, into words and returns
@@ -201,19 +179,17 @@ struct ValueTile {
   }
 };
 
-// The sums of one block for rows [row, row + Rows), over `lines` lines of it.
+// The sums of one block for rows [row, row + Rows), over `lines` lines of it. The first rows to
+// read it ask for memory ahead.
 template <class Format, class Source, template <class, int> class Tile, int Rows, bool Reads>
 PUNA_INLINE void multiply_block(const SealedRows& all, int64_t row, int64_t block, int64_t lines,
-                                const Source& source, Ahead<Format>& ahead) {
+                                const Source& source, Ahead ahead) {
   CodeSums<Rows> sums;
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) sums.start(r, all.rows[row + r].start);
   const int16_t* words = all.words + row * kSealedTokens;
   for (int64_t line = 0; line < lines; ++line) {
-    if constexpr (Reads) {
-#pragma GCC unroll 2
-      for (int i = 0; i < Source::kLines; ++i) ahead.touch();
-    }
+    if constexpr (Reads) ahead.ask<Source::kLines>();
     sums.add(source, (block * lines + line) * kLineBytes, words + line * Source::kWords * 2,
              kSealedTokens);
   }
@@ -223,7 +199,7 @@ PUNA_INLINE void multiply_block(const SealedRows& all, int64_t row, int64_t bloc
 template <class Format, class Source, template <class, int> class Tile, bool Reads,
           int Rows = kSealedRows>
 void multiply_block_up_to(int64_t rows, const SealedRows& all, int64_t row, int64_t block,
-                          int64_t lines, const Source& source, Ahead<Format>& ahead) {
+                          int64_t lines, const Source& source, Ahead ahead) {
   if constexpr (Rows > 1) {
     if (rows < Rows)
       return multiply_block_up_to<Format, Source, Tile, Reads, Rows - 1>(rows, all, row, block,
@@ -232,39 +208,66 @@ void multiply_block_up_to(int64_t rows, const SealedRows& all, int64_t row, int6
   multiply_block<Format, Source, Tile, Rows, Reads>(all, row, block, lines, source, ahead);
 }
 
+// One block for all rows.
 template <class Format, template <class, int> class Tile, class Source>
-void multiply_codes_of(const SealedRows& all, int64_t blocks, int64_t lines, const Source& source,
-                       Ahead<Format>& ahead) {
+void multiply_rows(const SealedRows& all, int64_t block, int64_t lines, const Source& source,
+                   Ahead ahead) {
   const int64_t rows = all.page.rows;
-  for (int64_t block = 0; block < blocks; ++block) {
-    multiply_block_up_to<Format, Source, Tile, true>(rows < kSealedRows ? rows : kSealedRows, all,
-                                                     0, block, lines, source, ahead);
-    for (int64_t row = kSealedRows; row < rows; row += kSealedRows) {
-      const int64_t left = rows - row;
-      multiply_block_up_to<Format, Source, Tile, false>(left < kSealedRows ? left : kSealedRows,
-                                                        all, row, block, lines, source, ahead);
-    }
+  multiply_block_up_to<Format, Source, Tile, true>(rows < kSealedRows ? rows : kSealedRows, all, 0,
+                                                   block, lines, source, ahead);
+  for (int64_t row = kSealedRows; row < rows; row += kSealedRows) {
+    const int64_t left = rows - row;
+    multiply_block_up_to<Format, Source, Tile, false>(left < kSealedRows ? left : kSealedRows, all,
+                                                      row, block, lines, source, ahead);
   }
 }
 
 template <class Format>
 void attend_sealed(const AttendSealed& page) {
-  const int64_t blocks = (page.head_dim + kLineRows - 1) / kLineRows;
-  // Lines of one block of keys, and of values.
-  const int64_t key_lines = blocks * kLineRows / 8, value_lines = kSealedTokens / Format::kTokens;
+  constexpr bool kBoth = Format::kPlanes == 2;
+  constexpr int64_t kKeyBlocks = kSealedTokens / kLineRows;
+  const int64_t value_blocks = (page.head_dim + kLineRows - 1) / kLineRows;
+  // Of one block.
+  const int64_t key_lines = value_blocks * kLineRows / 8;
+  const int64_t value_lines = kSealedTokens / Format::kTokens;
+  const int64_t plane_bytes = key_lines * kLineBytes, key_bytes = plane_bytes * Format::kPlanes;
+  const int64_t value_bytes = value_lines * kLineBytes;
+  // With 128 channels, kKeysAhead blocks of keys are as large as one of values.
+  constexpr int64_t kKeysAhead = 2;
+  const auto halves = [](const uint8_t* start, int64_t bytes) {
+    return Ahead{start, start + bytes / 2};
+  };
+
   const SealedRows all(page);
-  Ahead<Format> ahead(page, key_lines * Format::kPlanes * (kSealedTokens / kLineRows),
-                      value_lines * blocks);
   for (int64_t r = 0; r < page.rows; ++r) quantise_query<Format>(all, r);
-  multiply_codes_of<Format, ScoreTile>(all, kSealedTokens / kLineRows, key_lines,
-                                       typename Format::Keys{page.upper, page.lower}, ahead);
+  for (int64_t block = 0; block < kKeyBlocks; ++block) {
+    const int64_t later = block + kKeysAhead;
+    const Ahead ahead =
+        later >= kKeyBlocks ? halves(page.values + (later - kKeyBlocks) * key_bytes, key_bytes)
+        : kBoth ? Ahead{page.upper + later * plane_bytes, page.lower + later * plane_bytes}
+                : halves(page.upper + later * plane_bytes, plane_bytes);
+    multiply_rows<Format, ScoreTile>(all, block, key_lines,
+                                     typename Format::Keys{page.upper, page.lower}, ahead);
+  }
+  // Memory goes on reading meanwhile: with the first rows the second block of values, one more than
+  // is under way otherwise.
+  constexpr int64_t kAskingRows = 5;
+  const uint8_t* asked = page.values + value_bytes;
   for (int64_t r = 0; r < page.rows; ++r) {
-    // Memory goes on reading.
-    for (int64_t i = 0; i < 16; ++i) ahead.touch();
+    if (r < kAskingRows) {
+      for (int64_t line = 0; line < value_lines * 2 / kAskingRows; ++line, asked += 64)
+        __builtin_prefetch(asked, 0, 2);
+    }
     weigh_row<Format>(all, r);
   }
-  multiply_codes_of<Format, ValueTile>(all, blocks, value_lines,
-                                       typename Format::Values{page.values}, ahead);
+  for (int64_t block = 0; block < value_blocks; ++block) {
+    const bool last = block >= value_blocks - 2 && page.next_upper != nullptr;
+    const Ahead ahead = !last   ? halves(page.values + (block + 2) * value_bytes, value_bytes)
+                        : kBoth ? Ahead{page.next_upper, page.next_lower}
+                                : halves(page.next_upper, value_bytes);
+    multiply_rows<Format, ValueTile>(all, block, value_lines, typename Format::Values{page.values},
+                                     ahead);
+  }
 }
 
 [[maybe_unused]] void attend_sealed_int8(const AttendSealed& page) {

@@ -208,11 +208,16 @@ struct WeightStrides {
   int64_t step, vector;
 };
 
-// sums[r * sums_stride + v * kLanes + lane] += x[r] . w[v * kLanes + lane] over `steps` of k.
-template <class Product, int Rows, int Vectors>
+struct NothingEachStep {
+  PUNA_INLINE_MEMBER void operator()() const {}
+};
+
+// sums[r * sums_stride + v * kLanes + lane] += x[r] . w[v * kLanes + lane] over `steps` of k;
+// `each_step` may ask for memory ahead of its use.
+template <class Product, int Rows, int Vectors, class EachStep = NothingEachStep>
 PUNA_INLINE void multiply_tile(float* sums, int64_t sums_stride, const typename Product::X* x,
                                int64_t x_stride, const typename Product::W* w,
-                               WeightStrides strides, int64_t steps) {
+                               WeightStrides strides, int64_t steps, EachStep each_step = {}) {
   VF tile[Rows][Vectors];
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) {
@@ -222,6 +227,7 @@ PUNA_INLINE void multiply_tile(float* sums, int64_t sums_stride, const typename 
   for (int64_t k = 0; k < steps; ++k) {
     const typename Product::X* x_step = x + k * Product::kDepth;
     const typename Product::W* w_step = w + k * strides.step;
+    each_step();
     // The shorter side of the step stays in registers.
     if constexpr (Rows <= Vectors) {
       typename Product::Values values[Rows];
