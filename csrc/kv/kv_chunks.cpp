@@ -152,9 +152,7 @@ void KvStore::set_pages(const KvChunk& chunk, size_t global) {
   const int64_t count = unit_ / kPageTokens;
   const std::vector<Page>& pages = chunk.pages[global];
   for (const auto& [id, other] : sequences_) {
-    if (chunk.index >= static_cast<int64_t>(other->chunks.size()) ||
-        other->chunks[chunk.index].get() != &chunk)
-      continue;
+    if (!holds(*other, chunk)) continue;
     void** const table = other->layers[globals_[global]].sealed.data() + chunk.index * count;
     for (int64_t i = 0; i < count; ++i)
       table[i] = pages.empty() ? nullptr : pages[static_cast<size_t>(i)].get();
@@ -183,8 +181,22 @@ void KvStore::collect() {
     if (job.file) chunk.file = job.file;
     if (job.failure) failed_.push_back(std::move(job));
   }
-  // Nobody has the chunk any more, so nobody misses the file.
-  std::erase_if(failed_, [](const ChunkJob& job) { return job.chunk.use_count() == 1; });
+  // What nobody waits for any more is not tried again: a session that went another way must not get
+  // a chunk of the old one.
+  for (ChunkJob& job : failed_) {
+    const auto waits = [&](const auto& entry) {
+      return entry.second->session == job.session && holds(*entry.second, *job.chunk);
+    };
+    if (std::none_of(sequences_.begin(), sequences_.end(), waits)) job.session.reset();
+  }
+  std::erase_if(failed_, [&](const ChunkJob& job) {
+    return job.chunk.use_count() == 1 || (!directory_ && !job.session);
+  });
+}
+
+bool KvStore::holds(const State& current, const KvChunk& chunk) {
+  const auto index = static_cast<size_t>(chunk.index);
+  return index < current.chunks.size() && current.chunks[index].get() == &chunk;
 }
 
 // Throws what kept a chunk of one of the sequences from its file, after a new try was begun.
@@ -194,12 +206,10 @@ void KvStore::report_failures(std::span<const Append> appends) {
   std::exception_ptr failure;
   for (const Append& append : appends) {
     const State& current = state(append.sequence);
-    for (const ChunkJob& job : failed_) {
-      const auto index = static_cast<size_t>(job.chunk->index);
-      if (index < current.chunks.size() && current.chunks[index] == job.chunk &&
+    for (const ChunkJob& job : failed_)
+      if (!failure && holds(current, *job.chunk) &&
           (job.session == nullptr || job.session == current.session))
-        failure = failure ? failure : job.failure;
-    }
+        failure = job.failure;
   }
   if (!failure) return;
   for (ChunkJob& job : std::exchange(failed_, {})) {
@@ -210,12 +220,9 @@ void KvStore::report_failures(std::span<const Append> appends) {
   std::rethrow_exception(failure);
 }
 
-void KvStore::wait_for_writes(const State& current) {
-  const auto writing = [&] {
-    return std::any_of(current.chunks.begin(), current.chunks.end(),
-                       [](const auto& chunk) { return chunk->writing > 0; });
-  };
-  for (collect(); writing() && writer_->wait();) collect();
+// Until then a session's directory is the writer's: of chunks, too, that its sequence has given up.
+void KvStore::wait_for_writes() {
+  while (writer_ && writer_->wait()) collect();
 }
 
 // --- memory

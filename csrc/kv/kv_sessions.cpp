@@ -52,7 +52,7 @@ void KvStore::save(Sequence sequence, const std::string& path, const KvText& tex
   State& current = state(sequence);
   name_chunks(current, text);
   // A chunk that could not be written elsewhere may still be written here.
-  wait_for_writes(current);
+  wait_for_writes();
   std::shared_ptr<SessionDirectory> directory = current.session;
   if (!directory || directory->path() != path)
     directory = std::make_shared<SessionDirectory>(files_, path, identity_);
@@ -89,6 +89,7 @@ void KvStore::attach(Sequence sequence, const std::string& path, const KvText& t
   State& current = state(sequence);
   name_chunks(current, text);
   current.session.reset();
+  wait_for_writes();
   auto directory = std::make_shared<SessionDirectory>(files_, path, identity_);
   const int64_t common = common_chunks(*directory, current.chunks);
   if (common < static_cast<int64_t>(directory->records().size())) directory->truncate(common);
@@ -98,7 +99,8 @@ void KvStore::attach(Sequence sequence, const std::string& path, const KvText& t
 }
 
 void KvStore::flush(Sequence sequence) {
-  wait_for_writes(state(sequence));
+  state(sequence);
+  wait_for_writes();
   const Append append{sequence, 0};
   report_failures({&append, 1});
 }

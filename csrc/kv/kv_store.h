@@ -186,8 +186,9 @@ class KvStore {
   void set_pages(const KvChunk& chunk, size_t global);
   void take_back_last_chunk(State& current, int64_t length) const;
   void collect();
+  static bool holds(const State& current, const KvChunk& chunk);
   void report_failures(std::span<const Append> appends);
-  void wait_for_writes(const State& current);
+  void wait_for_writes();
   int64_t evictable_bytes() const;
   bool evict_one();
   void make_room(int64_t bytes);
