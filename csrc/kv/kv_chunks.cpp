@@ -38,11 +38,11 @@ void KvStore::open_reader() {
   const int64_t slots = std::max(held, options_.read_ahead / (slot_pages * page));
   std::vector<void*> memory;
   if (!globals_.empty()) {
-    make_room(slots * slot_pages * page);
-    for (int64_t i = 0; i < slots; ++i) {
-      ring_.push_back(new_page(static_cast<size_t>(slot_pages * page)));
-      memory.push_back(ring_.back().get());
-    }
+    const int64_t slot_bytes = slot_pages * page;
+    make_room(slots * slot_bytes);
+    ring_ = new_page(static_cast<size_t>(slots * slot_bytes));
+    for (int64_t i = 0; i < slots; ++i)
+      memory.push_back(static_cast<char*>(ring_.get()) + i * slot_bytes);
   }
   reader_ =
       std::make_unique<ChunkReader>(files_, options_.reads ? options_.reads() : make_read_queue(),
@@ -267,16 +267,30 @@ bool KvStore::evict_one() {
   return true;
 }
 
+// Throws OutOfMemory unless make_room() can make it, should the disk not fail.
+void KvStore::check_memory(int64_t bytes) {
+  if (bytes <= tier_->bytes_left()) return;
+  int64_t left = 0;
+  do {
+    // What nobody needs any more may still be on its way to the disk.
+    collect();
+    left = tier_->bytes_left() + evictable_bytes();
+    if (bytes <= left) return;
+  } while (writer_ && writer_->wait());
+  fail(ErrorCode::kOutOfMemory, {.asked = bytes, .limit = left}, "[kv] ", bytes,
+       " bytes of keys and values are needed, ", left,
+       " bytes of the cache's budget are left; close a session, shorten the text or raise the "
+       "budget");
+}
+
 void KvStore::make_room(int64_t bytes) {
+  check_memory(bytes);
   while (bytes > tier_->bytes_left()) {
     collect();
     if (evict_one()) continue;
     if (writer_ && writer_->wait()) continue;
     if (!failed_.empty()) std::rethrow_exception(failed_.front().failure);
-    fail(ErrorCode::kOutOfMemory, {.asked = bytes, .limit = tier_->bytes_left()}, "[kv] ", bytes,
-         " bytes of keys and values are needed, ", tier_->bytes_left(),
-         " bytes of the cache's budget are left; close a session, shorten the text or raise the "
-         "budget");
+    check_memory(bytes);
   }
 }
 

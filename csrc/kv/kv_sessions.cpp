@@ -186,12 +186,13 @@ void KvStore::read_tail(State& fresh, const SessionContents& contents) {
   }
 }
 
-VerifyReport KvStore::verify(const std::string& path, Verify extent) const {
+VerifyReport KvStore::verify(const std::string& path, Verify extent) {
   require_units(unit_);
+  wait_for_writes();  // it may be a session of this store
   return verify_session(files_, path, identity_, extent);
 }
 
-int64_t KvStore::truncate_session(const std::string& path, int64_t tokens) const {
+int64_t KvStore::truncate_session(const std::string& path, int64_t tokens) {
   require_units(unit_);
   if (!files_.exists(path + "/journal"))
     fail(ErrorCode::kSessionMismatch, "[session] ", path, " is not a session");

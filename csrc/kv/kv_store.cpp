@@ -36,7 +36,7 @@ KvStore::~KvStore() {
   failed_.clear();
   kept_.clear();
   sequences_.clear();
-  ring_.clear();
+  ring_.reset();
 }
 
 KvStore::State& KvStore::state(Sequence sequence) const {
@@ -190,14 +190,7 @@ KvStore::Plan KvStore::plan(std::span<const Append> appends) {
   }
   plan.new_bytes += plan.open_pages * static_cast<int64_t>(geometry().open_bytes()) +
                     plan.sealed_pages * static_cast<int64_t>(geometry().sealed_bytes());
-  if (plan.new_bytes > tier_->bytes_left()) {
-    const int64_t left = tier_->bytes_left() + evictable_bytes();
-    if (plan.new_bytes > left)
-      fail(ErrorCode::kOutOfMemory, {.asked = plan.new_bytes, .limit = left}, "[kv] ",
-           plan.new_bytes, " bytes of keys and values are needed, ", left,
-           " bytes of the cache's budget are left; close a session, shorten the text or raise the "
-           "budget");
-  }
+  check_memory(plan.new_bytes);
   check_disk(new_chunks);
   return plan;
 }

@@ -147,10 +147,10 @@ class KvStore {
   // A sequence as it was saved, or up to the last chunk in the journal. Pages are read when they
   // are needed, from the directory, which must stay. `resume`: attached to it as well.
   Opened open(const std::string& path, bool resume);
-  VerifyReport verify(const std::string& path, Verify extent) const;
+  VerifyReport verify(const std::string& path, Verify extent);
   // Cuts a session on disk down to whole chunks within its first `tokens` tokens; also one that is
   // damaged behind them. Returns what is left.
-  int64_t truncate_session(const std::string& path, int64_t tokens) const;
+  int64_t truncate_session(const std::string& path, int64_t tokens);
 
   int64_t bytes_in_use() const;
   KvStatistics statistics() const;
@@ -191,6 +191,7 @@ class KvStore {
   void wait_for_writes();
   int64_t evictable_bytes() const;
   bool evict_one();
+  void check_memory(int64_t bytes);
   void make_room(int64_t bytes);
   void end_pass();
   void keep_what_fits(std::vector<StreamPlan>& plans);
@@ -211,7 +212,7 @@ class KvStore {
   std::unique_ptr<KvTier> tier_;
   std::unique_ptr<PrivateDirectory> directory_;
   const std::shared_ptr<std::atomic<int64_t>> disk_bytes_;
-  std::vector<Page> ring_;
+  Page ring_;  // of the reader
   std::map<Digest, std::weak_ptr<KvChunk>> by_name_;
   std::map<Sequence, std::unique_ptr<State>> sequences_;
   Sequence next_ = 1;

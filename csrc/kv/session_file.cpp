@@ -250,9 +250,14 @@ SessionContents read_session(FileSystem& files, const std::string& path,
     contents.chunk_paths.push_back(path + "/chunks/" + hex(record.name));
   contents.tail_path = path + "/tail";
   if (files.exists(contents.tail_path)) {
-    PageFileHeader tail = read_page_file_header(files, contents.tail_path, identity);
-    // One that goes on from an earlier chunk was left behind by a session that has gone on itself.
-    if (tail.kind == PageFileKind::kTail && tail.parent == name) contents.tail = std::move(tail);
+    try {
+      PageFileHeader tail = read_page_file_header(files, contents.tail_path, identity);
+      // One that goes on from an earlier chunk was left behind by a session that has gone on
+      // itself.
+      if (tail.kind == PageFileKind::kTail && tail.parent == name) contents.tail = std::move(tail);
+    } catch (const Error&) {
+      if (files.exists(contents.tail_path)) throw;  // else whoever writes the session has gone on
+    }
   }
   read_text(files, path, identity, contents);
   return contents;

@@ -29,8 +29,9 @@ class ReadQueue {
   virtual const char* name() const = 0;  // "io_uring", "threads"
 };
 
-// Reads in flight at most; the ring of the kernel has as many places.
-constexpr int kReadsInFlight = 64;
+// Reads in flight at most; the ring of the kernel has as many places. A virtual disk that gives 3.4
+// GB/s with 8 reads of a MiB gives 3.1 with 32, and wants 16 of 64 KiB.
+constexpr int kReadsInFlight = 16;
 // Blocking reads at once, where there is no io_uring: a disk wants 16 or so of 64 KiB, or a few of
 // a MiB.
 constexpr int kReadThreads = 8;

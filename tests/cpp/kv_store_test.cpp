@@ -379,6 +379,23 @@ TEST(ram_tier_recycles_and_zeroes) {
   CHECK_THROWS(ErrorCode::kInternal, tier->allocate(100));
 }
 
+TEST(ram_tier_counts_large_pages_alike) {
+  constexpr int64_t kLarge = int64_t{5} << 20;
+  const auto tier = make_ram_tier(kLarge + 4096);
+  void* small = tier->allocate(4096);
+  void* large = tier->allocate(kLarge);
+  CHECK(small != nullptr && large != nullptr);
+  CHECK_EQ(reinterpret_cast<size_t>(large) % kPageAlignment, size_t{0});
+  CHECK_EQ(tier->bytes_left(), 0);
+  tier->free(small, 4096);
+  CHECK(tier->allocate(kLarge) == nullptr);
+  tier->free(large, kLarge);
+  CHECK_EQ(tier->bytes_in_use(), 0);
+  large = tier->allocate(kLarge);
+  CHECK_EQ(int{static_cast<char*>(large)[kLarge - 1]}, 0);
+  tier->free(large, kLarge);
+}
+
 // Many random steps against the plainest model: a map from position to mark per sequence.
 void live_randomly(KvSeal seal) {
   std::mt19937 random(1);

@@ -4,14 +4,18 @@
 #include <limits>
 #include <map>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "base/error.h"
+#include "platform/memory.h"
 
 namespace puna {
 namespace {
 
 constexpr std::align_val_t kAlignment{kPageAlignment};
+// From here on memory comes from the system in huge pages, and goes back at once.
+constexpr size_t kLarge = size_t{2} << 20;
 
 class RamTier final : public KvTier {
  public:
@@ -32,6 +36,7 @@ class RamTier final : public KvTier {
     if (bytes % kPageAlignment != 0 || bytes == 0)
       fail(ErrorCode::kInternal, "[kv] a page of ", bytes, " bytes");
     if (wanted > bytes_left()) return nullptr;
+    if (bytes >= kLarge) return allocate_large(bytes);
     Size& size = sizes_[bytes];
     void* page = nullptr;
     if (size.kept.empty()) {
@@ -52,6 +57,11 @@ class RamTier final : public KvTier {
   }
 
   void free(void* page, size_t bytes) override {
+    if (bytes >= kLarge) {
+      large_.erase(page);
+      in_use_ -= static_cast<int64_t>(bytes);
+      return;
+    }
     Size& size = sizes_.find(bytes)->second;
     size.kept.push_back(page);
     --size.in_use;
@@ -67,6 +77,19 @@ class RamTier final : public KvTier {
     int64_t in_use = 0;  // pages
   };
 
+  void* allocate_large(size_t bytes) {
+    make_room(static_cast<int64_t>(bytes));
+    try {
+      Memory memory(bytes);
+      void* const page = memory.data();
+      large_.emplace(page, std::move(memory));
+      in_use_ += static_cast<int64_t>(bytes);
+      return page;
+    } catch (const Error&) {
+      return nullptr;
+    }
+  }
+
   void drop(size_t bytes, Size& size) {
     ::operator delete(size.kept.back(), kAlignment);
     size.kept.pop_back();
@@ -81,6 +104,7 @@ class RamTier final : public KvTier {
 
   int64_t budget_, in_use_ = 0, kept_ = 0;
   std::map<size_t, Size> sizes_;  // by bytes of a page
+  std::map<void*, Memory> large_;
 };
 
 }  // namespace
