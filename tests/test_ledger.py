@@ -5,9 +5,13 @@ See oracle/ledger.py for the model.
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -270,6 +274,28 @@ def test_every_token_counts_once(load: Load, kv: str) -> None:
     bound = 2**-20 * np.abs(expected) + MARKERS * KV[kv].values * markers
     assert (np.abs(found - expected) <= bound).all()
     assert (mean == 0).sum() > length / 3
+
+
+# --- the benchmark --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tiers", [False, True])
+def test_benchmark(tmp_path: Path, tiers: bool) -> None:
+    """bench/ledger.py at a small scale; with a budget that sends pages to files, too."""
+    script = Path(__file__).parent.parent / "bench" / "ledger.py"
+    options = ["--tokens", "40000", "--queries", "60", "--threads", "2"]
+    # 64 MiB are for reading ahead; there is no room for all of the cache and 60 branches of it.
+    options += ["--kv", "bf16", "--ram", "98M", "--disk", str(tmp_path)] if tiers else []
+    done = subprocess.run(
+        [sys.executable, str(script), *options, "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (found["tokens"], found["queries"], found["right"]) == (39999, 60, 60)
+    assert (found["straddlers"], found["straddlers_found"]) == (3, 0)
+    assert found["seconds"] > 0 and found["peak_rss"] > 0
 
 
 # --- transformers ---------------------------------------------------------------------------------
