@@ -82,7 +82,7 @@ def test_the_largest_context_is_the_largest(scout: Path) -> None:
     assert more.memory_needed > more.memory_bytes >= plan.memory_needed
 
 
-def test_a_disk_holds_what_memory_does_not(scout: Path) -> None:
+def test_a_disk_holds_what_memory_does_not(scout: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"context": "10M", "quant": "int4", "kv": "int4", "memory": "80G"}
     assert not puna.plan(scout, **options).fits
     plan = puna.plan(scout, disk="200G", **options)
@@ -93,6 +93,10 @@ def test_a_disk_holds_what_memory_does_not(scout: Path) -> None:
     assert plan.kv_memory_bytes + plan.step_disk_bytes == cache
     assert plan.weight_bytes + plan.scratch_bytes + plan.kv_memory_bytes <= 80 * GIB
     assert not puna.plan(scout, disk="100G", **options).fits
+    # What is on its way from the disk is counted, too.
+    assert plan.memory_needed > plan.weight_bytes + plan.scratch_bytes + plan.kv_local_bytes
+    with pytest.raises(puna.OutOfMemory, match="the largest context that fits is"):
+        puna.load("demo", context=1024, memory="32M", kv_offload=f"disk:{tmp_path}", progress=False)
     # Where all fits into memory there is no use for it.
     assert puna.plan(scout, disk="200G", **options | {"memory": "1T"}).disk_needed == 0
 

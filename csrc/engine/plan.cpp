@@ -118,15 +118,12 @@ Plan Planner::evaluate(const LoadOptions& options, int64_t disk) const {
                                                   static_cast<double>(std::max<int64_t>(left, 0)));
 
   const auto pass = [](int64_t tokens) { return std::min(tokens, kBatchRows); };
-  const auto footprint = [&](int64_t tokens) {
-    KvFootprint cache = kv.footprint(tokens, pass(tokens));
-    // With pages on their way from the disk.
-    cache.least_memory = std::min(cache.memory, cache.least_memory + KvStoreOptions().read_ahead);
-    return cache;
-  };
+  const auto footprint = [&](int64_t tokens) { return kv.footprint(tokens, pass(tokens)); };
+  // For pages on their way from the disk; the store takes it as it is made.
+  const int64_t ahead = disk > 0 ? KvStoreOptions().read_ahead : 0;
   const auto fits = [&](int64_t tokens) {
     const KvFootprint cache = footprint(tokens);
-    const int64_t cache_room = room - scratch_bytes(spec_, pass(tokens));
+    const int64_t cache_room = room - scratch_bytes(spec_, pass(tokens)) - ahead;
     return cache.memory <= cache_room || (cache.least_memory <= cache_room && cache.disk <= disk);
   };
   int64_t too_long = spec_.max_position + 1;
@@ -148,12 +145,13 @@ Plan Planner::evaluate(const LoadOptions& options, int64_t disk) const {
   plan.kv_open_bytes = cache.memory - plan.kv_local_bytes - plan.kv_sealed_bytes;
   plan.kv_bytes_per_token = layers * page / kPageTokens;
 
-  const int64_t cache_room = plan.kv_room = room - plan.scratch_bytes;
+  plan.kv_room = room - plan.scratch_bytes;
+  const int64_t cache_room = plan.kv_room - ahead;
   const bool spills = cache.memory > cache_room && disk > 0;
   plan.kv_memory_bytes = spills ? std::max(cache_room, cache.least_memory) : cache.memory;
   plan.kv_disk_bytes = plan.disk_needed = spills ? cache.disk : 0;
   plan.memory_needed =
-      weight_bytes + plan.scratch_bytes + (spills ? cache.least_memory : cache.memory);
+      weight_bytes + plan.scratch_bytes + ahead + (spills ? cache.least_memory : cache.memory);
   plan.step_disk_bytes = cache.memory - plan.kv_memory_bytes;
   plan.step_memory_bytes = active_bytes(spec_, sizes) + plan.kv_memory_bytes;
   return plan;
