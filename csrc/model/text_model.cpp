@@ -159,8 +159,10 @@ void TextModel::forward(const TextBatch& batch, KvStore& kv, Rows out, const Lay
   for (const TextBatch::Features& part : batch.features) {
     backend_.scatter(hidden, part.features, part.rows);
   }
-  kv.begin_pass(layer_order_);
   const auto layers = static_cast<int64_t>(parameters_.layers.size());
+  // Where no logits are wanted, the last layer only adds to its pages.
+  const bool read_last = wanted_rows > 0 || batch.whole_last_layer;
+  kv.begin_pass(std::span(layer_order_).first(static_cast<size_t>(layers - !read_last)));
   for (int64_t l = 0; l < layers; ++l) {
     if (poll) poll();
     const TextParameters::Layer& layer = parameters_.layers[l];
