@@ -159,3 +159,23 @@ def test_a_text_read_in_pieces_is_the_text(llm: puna.Engine) -> None:
     with pytest.raises(puna.InvalidRequest, match="vocabulary"):
         whole.append([10**6])
     assert len(whole) == len(ids)
+
+
+def test_a_prompt_may_arrive_in_pieces(llm: puna.Engine) -> None:
+    """As it would be whole: text cut anywhere, and ids."""
+    text = STORY * 40
+    whole = generate(llm, text)
+    pieces = (text[first : first + 7] for first in range(0, len(text), 7))
+    arrived = generate(llm, pieces)
+    assert arrived.tokens == whole.tokens
+    assert arrived.usage.prompt == whole.usage.prompt
+    session, other = llm.session(), llm.session()
+    session.append(text)
+    other.append(iter([text[:11], text[11:]]))
+    assert session.tokens() == other.tokens()
+    ids = session.tokens()
+    assert generate(llm, iter([ids[:3], np.array(ids[3:])])).tokens == whole.tokens
+    with pytest.raises(puna.InvalidRequest, match="no tokens"):
+        llm.generate(iter([]))
+    with pytest.raises(puna.InvalidRequest, match="vocabulary"):
+        llm.generate(iter([[1, 2], [10**6]]))

@@ -5,7 +5,7 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Never
 
-_Ids: TypeAlias = NDArray[np.int32] | Sequence[int]
+_Ids: TypeAlias = NDArray[np.integer[Any]] | Sequence[int]
 
 class _Backend(TypedDict):
     name: str

@@ -34,7 +34,7 @@ from puna.errors import EngineClosed, InvalidRequest, UnsupportedError
 from puna.images import to_rgb
 from puna.options import Request, parse_request
 from puna.planning import Plan
-from puna.running import BuiltPrompt, Deadline, Job, prefill, timings, usage
+from puna.running import BuiltPrompt, Deadline, Job, prefill, read, timings, usage
 from puna.session import Session
 from puna.types import (
     Chunk,
@@ -48,7 +48,7 @@ from puna.types import (
 
 _LOGGER = logging.getLogger("puna")
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | NDArray[np.integer[Any]]
 Messages = str | Sequence[Mapping[str, Any]]
 
 
@@ -91,7 +91,7 @@ class Engine:
 
     def generate(
         self,
-        prompt: Prompt | Sequence[Prompt],
+        prompt: Prompt | Sequence[Prompt] | Iterator[Prompt],
         *,
         images: Sequence[Any] | None = None,
         allow_special: bool = False,
@@ -102,6 +102,7 @@ class Engine:
         Args:
             prompt: Text, or token ids, or a list of either: a list is computed as one batch and
                 gives a list. Text gets the begin-of-text token in front; ids are taken as they are.
+                An iterator of pieces of one text (or of ids) is computed while it arrives.
             images: Pictures for a single prompt, put in front of its text (paths, PIL images,
                 arrays, encoded bytes, base64).
             allow_special: Read special tokens written in the text, such as "<|eot|>", as such.
@@ -133,6 +134,16 @@ class Engine:
             EngineClosed: close() was called.
         """
         request = self._request("generate", options, ("images", "allow_special"))
+        if isinstance(prompt, Iterator):
+            if images is not None and image_list(images):
+                raise InvalidRequest("images go with a text that is complete", param="images")
+            deadline = Deadline(request.timeout)
+            session = self._core_engine().session()
+            read(session, self._arriving(prompt, allow_special, first=True), deadline)
+            if session.length == 0:
+                raise InvalidRequest("the prompt has no tokens; give at least one", param="prompt")
+            results = self._complete([session], request, deadline)
+            return results[0] if request.n == 1 else results
         if is_batch(prompt):
             if images is not None and image_list(images):
                 raise InvalidRequest(
@@ -372,6 +383,28 @@ class Engine:
         if tokens and len(ids) and ids[0] == tokens[0]:
             ids = ids[1:]  # the text brought its own begin-of-text
         return BuiltPrompt(tokens + ids.tolist(), pixels)
+
+    def _arriving(
+        self, pieces: Iterator[Prompt], allow_special: bool, first: bool
+    ) -> Iterator[NDArray[np.integer[Any]] | list[int]]:
+        """The ids of a text that comes in pieces, as soon as no later piece can change them."""
+        special = "all" if allow_special else "none"
+        encoder = None
+        for piece in pieces:
+            if isinstance(piece, str):
+                if encoder is None:
+                    encoder = self.tokenizer.stream_encoder(allowed_special=special)
+                    if first and self.info.bos_token is not None:
+                        yield [self.info.bos_token]
+                yield encoder.feed(piece)
+            else:
+                if encoder is not None:
+                    yield encoder.finish()
+                    encoder = None
+                yield token_ids(ids_of(piece), self.info.vocab_size, "prompt")
+            first = False
+        if encoder is not None:
+            yield encoder.finish()
 
     def _warn_of_markup(self, text: str, tokenizer: _core.Tokenizer) -> None:
         """Says once that special tokens typed into a raw prompt are plain text."""

@@ -234,7 +234,7 @@ def _calibration_ids(
     if isinstance(calibration, str):
         tokenizer = _core.Tokenizer.from_file(os.fspath(path))
         special = "all" if allow_special else "none"
-        ids = tokenizer.encode(calibration, allowed_special=special).tolist()
+        ids: list[int] = tokenizer.encode(calibration, allowed_special=special).tolist()
     else:
         ids = token_ids(calibration, 1 << 31, "calibration")
     if not ids:

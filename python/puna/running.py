@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +86,23 @@ def timings(raw: Mapping[str, Any]) -> Timings:
         kv_bytes=raw["kv_bytes"],
         peak_bytes=raw["peak_bytes"],
     )
+
+
+# A forward pass computes at most so many tokens at once (kBatchRows).
+_PASS = 1024
+
+
+def read(
+    session: _core.Session,
+    pieces: Iterable[NDArray[np.integer[Any]] | list[int]],
+    deadline: Deadline,
+) -> None:
+    """Adds ids to a session as they come, and computes them whenever there is a pass full."""
+    for ids in pieces:
+        if len(ids):
+            session.append(ids)
+        while session.pending() > _PASS and deadline.left() > 0:
+            session.prefill(deadline.left())
 
 
 def prefill(session: _core.Session, deadline: Deadline, progress: bool) -> None:

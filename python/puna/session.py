@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from puna.chat_template import with_pictures
 from puna.errors import InvalidRequest
 from puna.options import Request
-from puna.running import BuiltPrompt, Deadline, prefill
+from puna.running import BuiltPrompt, Deadline, prefill, read
 from puna.session_notes import Notes, read_notes, write_notes
 from puna.types import Chunk, Completion
 
@@ -48,8 +48,11 @@ class Session:
 
     # --- texts -----------------------------------------------------------------------------------
 
-    def append(self, text: Prompt, *, allow_special: bool = False) -> None:
+    def append(self, text: Prompt | Iterator[Prompt], *, allow_special: bool = False) -> None:
         """Reads text, or token ids, after all that the session holds, and computes it.
+
+        An iterator of pieces of text (or of arrays of ids) is computed while it arrives, so that
+        ten million tokens are never in Python at once.
 
         The first text gets the begin-of-text token in front; ids are taken as they are. Of a
         session that was opened from a path, whole chunks are durable when this returns. With
@@ -60,8 +63,15 @@ class Session:
             ContextOverflow: The text is longer than the context has room.
         """
         with self._busy():
-            self._append(self._session, text, allow_special)
-            self._reads = True
+            if isinstance(text, Iterator):
+                self._require_text()
+                self._reads = True
+                first = self._session.length == 0
+                pieces = self._engine._arriving(text, allow_special, first)
+                read(self._session, pieces, Deadline(None))
+            else:
+                self._append(self._session, text, allow_special)
+                self._reads = True
             prefill(self._session, Deadline(None), self._engine._progress)
             if self._path is not None:
                 self._session.flush()
@@ -101,12 +111,15 @@ class Session:
         return results
 
     def _append(self, session: _core.Session, text: Prompt, allow_special: bool) -> None:
+        self._require_text()
+        built = self._engine._raw_prompt(text, allow_special, None, first=session.length == 0)
+        session.append(built.tokens)
+
+    def _require_text(self) -> None:
         if self.messages:
             raise InvalidRequest(
                 "this session holds a conversation: go on with chat(), or open another session"
             )
-        built = self._engine._raw_prompt(text, allow_special, None, first=session.length == 0)
-        session.append(built.tokens)
 
     def _question(self, prompt: Prompt) -> BuiltPrompt:
         if not isinstance(prompt, str):
