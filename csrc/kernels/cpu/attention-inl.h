@@ -15,7 +15,7 @@ constexpr int64_t kValueBlock = 32;
 
 // The first rows ask for memory this many tokens ahead: of 128 bfloat16 channels 8 KiB, which is
 // more than comes in the 200 ns until the first of it does. Values follow the keys.
-constexpr int64_t kAhead = 32;
+constexpr int64_t kTokensAhead = 32;
 
 // At each step of a tile that takes kBytes of memory as the first to read it, asks for as much,
 // into the second cache, that will be read later.
@@ -52,7 +52,7 @@ void score_rows(float* scores, int64_t scores_stride, const float* q, int64_t q_
     const typename Product::W* block = k + (t - in_block) * head_dim + in_block;
     multiply_tile<Product, Rows, kVectors>(
         scores + t, scores_stride, q, q_stride, block, {kKeyBlock, kLanes}, head_dim,
-        ask_each_step<Product, kVectors, Reads>(block + kAhead * head_dim));
+        ask_each_step<Product, kVectors, Reads>(block + kTokensAhead * head_dim));
   }
 }
 
@@ -147,9 +147,9 @@ void attend_rows(const AttendPage& page, int64_t row) {
     const typename Product::W* block = v + t * head_dim;
     constexpr int kHalf = (Rows + 1) / 2;
     const typename Product::W* next =
-        t + kAhead < most || page.next == nullptr
-            ? block + kAhead * head_dim
-            : static_cast<const typename Product::W*>(page.next) + (t % kAhead) * head_dim;
+        t + kTokensAhead < most || page.next == nullptr
+            ? block + kTokensAhead * head_dim
+            : static_cast<const typename Product::W*>(page.next) + (t % kTokensAhead) * head_dim;
     add_values<Product, kHalf, Reads>(out, scores + t, padded, block, common - t, head_dim, next);
     if constexpr (Rows > 1) {
       add_values<Product, Rows - kHalf>(out + kHalf * head_dim, scores + kHalf * padded + t, padded,
