@@ -94,7 +94,8 @@ def _tokenizer(path: Path) -> Iterator[str]:
     names = ["puna", "puna_stream", *result["versions"]]
     heads = ["puna", "puna, 1 KB at a time", *result["versions"]]
     yield (
-        f"Tokenizers, Llama 4's vocabulary, {result['processor']} ({result['date']}; {versions}). "
+        f"Tokenizers, Llama 4's vocabulary, {result['processor']} ({result['date']}; {versions}), "
+        f"load average {result['load_average']}. "
         "MB/s of UTF-8 encoded by one thread in one cold pass; `*`: wrong ids:"
     )
     yield ""

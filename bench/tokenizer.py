@@ -1,13 +1,13 @@
 """puna's tokenizer beside others, on Llama 4's vocabulary.
 
     python -m venv peers && peers/bin/pip install tiktoken tokenizers numpy Django Sphinx
-    peers/bin/pip install --no-deps gigatoken fastokens quicktok-v1 splintr-rs riptoken
+    peers/bin/pip install --no-deps gigatoken fastokens quicktok-v1
     python bench/tokenizer.py --peers peers/bin/python --json bench/results/tokenizer.json
 
 The vocabulary is that of the package llama-models; transformers writes it as tokenizer.json. Every
-figure is the CPU time of one pinned thread over a text that the process has not seen (two threads:
-by the clock), a process for each; medians over the rounds, in which the tokenizers take turns. Ids
-are compared with tiktoken's before a time counts, where tiktoken fails with puna's.
+figure is the CPU time of one pinned thread over a text that the process has not seen, a process for
+each; medians over the rounds, in which the tokenizers take turns. Ids are compared with tiktoken's
+before a time counts, where tiktoken fails with puna's.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import datetime
 import importlib.resources
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -25,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-PEERS = ("tiktoken", "tokenizers", "gigatoken", "fastokens", "quicktok", "splintr", "riptoken")
-OWN = ("puna", "puna_stream", "puna_threads")
-TIMEOUT = 90  # seconds; the slowest peers need more for some texts, which is noted
+PEERS = ("tiktoken", "tokenizers", "gigatoken", "fastokens", "quicktok")
+OWN = ("puna", "puna_stream")
+TIMEOUT = 60  # seconds; the slowest peers need more for some texts, which is noted
 
 
 def write_json(model: Path, target: Path) -> None:
@@ -52,43 +53,38 @@ def measure(python: str, name: str, model: Path, document: Path, text: Path) -> 
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         return {"failed": lines[-1][:120]}
-    return dict(json.loads(done.stdout))
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def rows_of(
-    texts: list[Path], model: Path, document: Path, options: argparse.Namespace
-) -> list[Any]:
-    """A row for each text."""
-    rows = []
-    for text in texts:
-        found: dict[str, list[dict[str, Any]]] = {name: [] for name in (*OWN, *PEERS)}
-        for _ in range(options.rounds):
-            for name, runs in found.items():
-                if runs and "failed" in runs[-1]:
-                    continue
-                python = sys.executable if name in OWN else options.peers
-                runs.append(measure(python, name, model, document, text))
-        reference = found["tiktoken"][0].get("digest") or found["puna"][0]["digest"]
-        row: dict[str, Any] = {"text": text.stem, "bytes": found["puna"][0]["bytes"], "MB/s": {}}
-        row |= {"decode MB/s": {}, "rss": {}, "load": {}, "differs": [], "failed": {}}
+def row_of(text: Path, model: Path, document: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """What all tokenizers do with a text."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in (*OWN, *PEERS)}
+    for _ in range(options.rounds):
         for name, runs in found.items():
-            if "failed" in runs[-1]:
-                row["failed"][name] = runs[-1]["failed"]
+            if runs and "failed" in runs[-1]:
                 continue
-            megabytes = row["bytes"] / 1e6
-            row["MB/s"][name] = megabytes / statistics.median(run["encode"] for run in runs)
-            row["load"][name] = statistics.median(run["load"] for run in runs)
-            row["rss"][name] = max(run["rss"] for run in runs)
-            if "decode" in runs[0] and name != "puna_stream":
-                seconds = max(statistics.median(run["decode"] for run in runs), 1e-6)
-                row["decode MB/s"][name] = megabytes / seconds
-            if any(run["digest"] != reference for run in runs):
-                row["differs"].append(name)
-        rows.append(row)
-        speeds = "  ".join(f"{name} {speed:.1f}" for name, speed in row["MB/s"].items())
-        print(f"{text.stem}: {speeds}; differ: {row['differs']}; {row['failed']}", flush=True)
-        assert not set(OWN) & set(row["differs"]), "wrong ids"
-    return rows
+            python = sys.executable if name in OWN else options.peers
+            runs.append(measure(python, name, model, document, text))
+    reference = found["tiktoken"][0].get("digest") or found["puna"][0]["digest"]
+    row: dict[str, Any] = {"text": text.stem, "bytes": found["puna"][0]["bytes"], "MB/s": {}}
+    row |= {"decode MB/s": {}, "rss": {}, "load": {}, "differs": [], "failed": {}}
+    for name, runs in found.items():
+        if "failed" in runs[-1]:
+            row["failed"][name] = runs[-1]["failed"]
+            continue
+        megabytes = row["bytes"] / 1e6
+        row["MB/s"][name] = megabytes / statistics.median(run["encode"] for run in runs)
+        row["load"][name] = statistics.median(run["load"] for run in runs)
+        row["rss"][name] = max(run["rss"] for run in runs)
+        if "decode" in runs[0] and name != "puna_stream":
+            seconds = max(statistics.median(run["decode"] for run in runs), 1e-6)
+            row["decode MB/s"][name] = megabytes / seconds
+        if any(run["digest"] != reference for run in runs):
+            row["differs"].append(name)
+    speeds = "  ".join(f"{name} {speed:.1f}" for name, speed in row["MB/s"].items())
+    print(f"{text.stem}: {speeds}; differ: {row['differs']}; {row['failed']}", flush=True)
+    assert not set(OWN) & set(row["differs"]), "wrong ids"
+    return row
 
 
 def main() -> None:
@@ -106,21 +102,28 @@ def main() -> None:
         texts = Path(folder) / "texts"
         command = [options.peers, str(HERE / "tokenizer_corpora.py"), str(texts)]
         subprocess.run(command, check=True)
-        order = [path for path in sorted(texts.iterdir()) if (options.only or "") in path.stem]
-        result = {
+        order = [
+            path
+            for path in sorted(texts.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+            if (options.only or "") in path.stem
+        ]
+        result: dict[str, Any] = {
             "date": datetime.date.today().isoformat(),
             "processor": processor(),
+            "load_average": round(os.getloadavg()[0], 1),
             "rounds": options.rounds,
             "versions": versions(options.peers),
-            "rows": rows_of(order, model, document, options),
+            "rows": [],
         }
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        for text in order:
+            result["rows"].append(row_of(text, model, document, options))
+            if options.json:
+                options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def versions(python: str) -> dict[str, str]:
     """Of the peers' packages."""
-    names = [*PEERS[:4], "quicktok-v1", "splintr-rs", "riptoken"]
+    names = [*PEERS[:4], "quicktok-v1"]
     script = f"from importlib.metadata import version; print(*map(version, {names!r}))"
     done = subprocess.run([python, "-c", script], capture_output=True, text=True, check=True)
     return dict(zip(PEERS, done.stdout.split(), strict=True))

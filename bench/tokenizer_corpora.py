@@ -30,7 +30,7 @@ EAST_ASIAN = ("ja", "zh_Hans", "zh_Hant", "zh_CN", "zh_TW", "ko")
 
 def docstrings() -> Iterator[str]:
     """Of more than a line."""
-    for folder in PACKAGES:
+    for folder in reversed(PACKAGES):
         for file in sorted(folder.rglob("*.py")):
             try:
                 tree = ast.parse(file.read_text("utf-8"))
@@ -62,13 +62,15 @@ def code() -> Iterator[str]:
             yield file.read_text("utf-8", "replace")
 
 
-def sentences() -> Iterator[str]:
-    """Lines of docstrings that read like prose, joined to paragraphs."""
-    for text in docstrings():
+def prose(docs: str) -> str:
+    """The lines of docstrings that read like prose, joined to paragraphs."""
+    paragraphs = []
+    for text in docs.split("\n\n"):
         lines = [line.strip() for line in text.splitlines()]
-        prose = [line for line in lines if re.fullmatch(r"[A-Z][a-z]+ [\w ,;'()-]+[a-z.,]", line)]
-        if prose:
-            yield " ".join(prose)
+        lines = [line for line in lines if re.fullmatch(r"[A-Za-z][\w ,;:.'()-]{24,}", line)]
+        if lines:
+            paragraphs.append(" ".join(lines))
+    return "\n".join(paragraphs)
 
 
 def translations(*languages: str) -> str:
@@ -99,11 +101,12 @@ def corpora() -> dict[str, str]:
         *("👩\u200d💻", "😀", "❤\ufe0f", "👍🏽", "🇩🇪", "👨\u200d👩\u200d👧", " ", "!", "x"),
         *("1\ufe0f\u20e3", "🏴\u200d☠\ufe0f", "🤷\u200d♀\ufe0f"),
     ]
+    docs = joined(docstrings(), 2 * LONG, "\n\n")
     noise = rng.randbytes(LONG // 2)
     return {
-        "English prose": joined(sentences(), 6 * LONG, "\n\n"),
-        "source code": joined(code(), 5 * LONG, ""),
-        "English docs": joined(docstrings(), 4 * LONG, "\n\n"),
+        "English prose": prose(docs),
+        "source code": joined(code(), 2 * LONG, ""),
+        "English docs": docs,
         "multilingual": translations(*MULTILINGUAL),
         "Japanese, Chinese, Korean": translations(*EAST_ASIAN),
         "Cyrillic": translations("ru", "uk", "bg", "sr", "mk", "be", "kk", "ky", "mn"),
