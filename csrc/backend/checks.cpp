@@ -48,8 +48,9 @@ void check_index(const char* where, std::span<const int32_t> index, int64_t rows
       fail(ErrorCode::kInternal, "[", where, "] index ", i, " is outside the ", rows, " rows");
 }
 
-// Every page that the rows of the segment read or write is there.
-void check_pages(const AttentionSegment& segment, bool seals) {
+// Every page that the rows of the segment read or write is there. `reads`: attention of a row is
+// wanted; otherwise earlier pages need not be there.
+void check_pages(const AttentionSegment& segment, bool seals, bool reads) {
   const int64_t first = segment.position - segment.first_position;
   const int64_t tokens = first + segment.rows, own = first / kPageTokens;
   const int64_t pages = (tokens + kPageTokens - 1) / kPageTokens;
@@ -72,7 +73,7 @@ void check_pages(const AttentionSegment& segment, bool seals) {
   const bool open_missing =
       missing(segment.open, (seals ? own : segment.first_open) - segment.first_open,
               pages - segment.first_open);
-  if (open_missing || (segment.stream == nullptr && missing(segment.sealed, 0, past)) ||
+  if (open_missing || (reads && segment.stream == nullptr && missing(segment.sealed, 0, past)) ||
       (seals && past > own && missing(segment.sealed, own, past)))
     fail(ErrorCode::kInternal, "[attention] a page is missing");
 }
@@ -270,7 +271,7 @@ void check_attention(ConstRows out, const AttentionInput& input) {
       fail(ErrorCode::kInternal, "[attention] a segment has rows ", segment.first_row, " + ",
            segment.rows, ", expected to begin at ", next_row, " of ", qkv.rows);
     next_row += segment.rows;
-    check_pages(segment, seals);
+    check_pages(segment, seals, wanted > 0);
   }
   if (next_row != qkv.rows)
     fail(ErrorCode::kInternal, "[attention] the segments cover ", next_row, " of ", qkv.rows,
