@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,14 +15,14 @@ ROOT = Path(__file__).parent.parent
 PROGRAMS = sorted(path.stem for path in (ROOT / "tests" / "cpp").glob("*_test.cpp"))
 
 
-def build(folder: Path, *definitions: str) -> Path:
-    """Configures and builds the C++ tests; a second build of the same folder is incremental."""
+def build(folder: Path, *definitions: str, programs: Sequence[str] = PROGRAMS) -> Path:
+    """Configures and builds C++ tests; a second build of the same folder is incremental."""
     cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
     assert cmake and ninja, "cmake and ninja are missing: pip install '.[test]' brings them"
     configure = [cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(folder)]
     configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPython_EXECUTABLE={sys.executable}"]
     configure += ["-DPUNA_BUILD_TESTS=ON", *definitions]
-    for command in (configure, [cmake, "--build", str(folder), "--target", *PROGRAMS]):
+    for command in (configure, [cmake, "--build", str(folder), "--target", *programs]):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     return folder
@@ -52,12 +53,14 @@ def test_program(programs: Path, name: str) -> None:
 
 @pytest.fixture(scope="session")
 def sanitized() -> Path:
-    # Only what this machine can run: sanitized kernels are slow to compile.
-    runnable = ";".join(isa["name"] for isa in _core.isas() if isa["available"])
+    # Sanitized kernels are slow to compile: the best that this machine can run, and AVX2, which
+    # has no masked loads and so ends of its own.
+    runnable = [isa["name"] for isa in _core.isas() if isa["available"]]
+    chosen = ";".join(name for name in runnable if name in (runnable[0], "avx2"))
     return build(
         ROOT / "build" / "sanitized",
         "-DPUNA_SANITIZE=address,undefined",
-        f"-DPUNA_ISAS={runnable}",
+        f"-DPUNA_ISAS={chosen}",
         "-DCMAKE_BUILD_TYPE=Debug",
         "-DCMAKE_CXX_FLAGS_DEBUG=-O1 -g1",
     )
@@ -71,13 +74,16 @@ def test_sanitized_program(sanitized: Path, name: str) -> None:
 
 
 @pytest.mark.sanitizers
-def test_pool_under_thread_sanitizer() -> None:
+def test_threads_under_thread_sanitizer() -> None:
+    programs = ["pool_test", "kv_disk_test"]
     folder = build(
         ROOT / "build" / "threads",
         "-DPUNA_SANITIZE=thread",
         "-DPUNA_ISAS=scalar",
         "-DCMAKE_BUILD_TYPE=Debug",
         "-DCMAKE_CXX_FLAGS_DEBUG=-O1 -g1",
+        programs=programs,
     )
     # The fork test of the pool is left out: the sanitizer does not follow a fork of threads.
-    run(folder / "pool_test")
+    for name in programs:
+        run(folder / name)
