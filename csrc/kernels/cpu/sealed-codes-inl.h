@@ -143,8 +143,9 @@ PUNA_INLINE int32_t store_words(int16_t* words, const float* numbers, int64_t co
   return sum_of(sum);
 }
 
-// Sources of codes; a step takes kLines lines of 128 bytes: kWords vectors of two 16-bit codes of each row, `at` bytes into them. A line of
-// 4 bits has first the four codes in the lower halves of its bytes, then those in the upper.
+// Sources of codes; a step takes kLines lines of 128 bytes: kWords vectors of two 16-bit codes of
+// each row, `at` bytes into them. A line of 4 bits has first the four codes in the lower halves of
+// its bytes, then those in the upper.
 struct SealedFourBits {
   static constexpr int kLines = 1, kWords = 4;
   const uint8_t* codes;
