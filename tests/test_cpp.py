@@ -53,8 +53,8 @@ def test_program(programs: Path, name: str) -> None:
 
 @pytest.fixture(scope="session")
 def sanitized() -> Path:
-    # Sanitized kernels are slow to compile, those for AVX-512 five minutes a file: AVX2 has the same
-    # templates and, without masked loads, more of the ends that may go wrong.
+    # Sanitized kernels are slow to compile, those for AVX-512 five minutes a file: AVX2 has the
+    # same templates and, without masked loads, more of the ends that may go wrong.
     runnable = [isa["name"] for isa in _core.isas() if isa["available"]]
     chosen = "avx2" if "avx2" in runnable else runnable[0]
     return build(

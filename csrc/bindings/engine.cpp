@@ -269,9 +269,8 @@ void bind_engine(py::module_& module) {
             session.prompt(prompt, reuse);
           },
           "tokens"_a, "images"_a, "reuse"_a = false,
-          "Makes (tokens, tiles per image) the session's text, keeping what it shares with it; "
-          "with "
-          "reuse, also what it shares with sessions that have ended.")
+          "Makes (tokens, tiles per image) the session's text, keeping what it shares with it. "
+          "With reuse, also what sessions that have ended share with it.")
       .def(
           "append",
           [](Session& session, const Ids& tokens) {

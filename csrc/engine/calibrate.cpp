@@ -10,6 +10,7 @@
 #include "backend/recording_backend.h"
 #include "base/error.h"
 #include "engine/factory.h"
+#include "engine/plan.h"
 #include "kv/kv_store.h"
 #include "model/text_model.h"
 #include "platform/system.h"
@@ -111,9 +112,7 @@ Importance calibrate(const ModelSpec& spec, const Checkpoint& source, const Mode
   RecordingBackend recorder(backend);
   NamingLoader loader(backend, as_stored, &source, {});
   TextModel model(spec, weights.text.embed, load_text(spec, weights.text, loader), recorder);
-  KvGeometry geometry{{DType::kF32, spec.kv_heads, spec.head_dim}, {}};
-  for (const LayerSpec& layer : spec.layers) geometry.chunk.push_back(layer.chunk);
-  KvStore kv(geometry, make_memory_tier(0));
+  KvStore kv(kv_geometry(spec, kv_format("fp32", DType::kF32)), make_memory_tier(0));
   const Buffer logits = backend.allocate(
       static_cast<size_t>(kWindow / kRowsPerHeadRow * spec.vocab_size) * sizeof(float));
 

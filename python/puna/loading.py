@@ -77,8 +77,10 @@ def load(
     """
     if unknown:
         raise unknown_keyword("load", next(iter(unknown)), LOAD_NAMES)
-    recipe, overrides = quant_recipe(quant)
-    for name, value in (("kv", kv), ("device", device), ("isa", "" if isa is None else isa)):
+    shared = _shared_options(
+        kv=kv, context=context, memory=memory, vision=vision, mmproj=mmproj, quant=quant
+    )
+    for name, value in (("device", device), ("isa", "" if isa is None else isa)):
         if not isinstance(value, str):
             raise InvalidRequest(f"{name} is {value!r:.80}; it must be a string", param=name)
     disk_path = _disk_path(kv_offload)
@@ -89,19 +91,13 @@ def load(
     try:
         core = _core.load(
             path=os.fspath(path),
-            mmproj=os.fspath(Path(mmproj).expanduser()) if mmproj is not None else "",
             device=device,
             isa=isa or "",
             threads=whole("threads", threads, most=(1 << 31) - 1),
-            kv=kv,
             kv_disk=disk_path,
             kv_disk_bytes=amount("kv_disk", kv_disk),
-            context=amount("context", context),
-            memory=amount("memory", memory),
-            vision=truth("vision", vision),
-            quant=recipe,
-            quant_overrides=overrides,
             progress=bar.update if bar else None,
+            **shared,
         )
     finally:
         if bar:
@@ -140,25 +136,36 @@ def plan(
         ContextOverflow: The model does not allow such a context.
         ModelNotFound, ModelFormatError, UnsupportedError, InvalidRequest: As for `load`.
     """
-    if not isinstance(kv, str):
-        raise InvalidRequest(f"kv is {kv!r:.80}; it must be a string", param="kv")
-    recipe, overrides = quant_recipe(quant)
     raw = _core.plan(
         path=os.fspath(_path(model)),
-        mmproj=os.fspath(Path(mmproj).expanduser()) if mmproj is not None else "",
-        kv=kv,
-        context=amount("context", context),
-        memory=amount("memory", memory),
         disk=amount("disk", disk),
-        vision=truth("vision", vision),
-        quant=recipe,
-        quant_overrides=overrides,
+        **_shared_options(
+            kv=kv, context=context, memory=memory, vision=vision, mmproj=mmproj, quant=quant
+        ),
     )
     return Plan.of(
         raw,
         memory_bandwidth=float(amount("memory_bandwidth", memory_bandwidth)),
         disk_bandwidth=float(amount("disk_bandwidth", disk_bandwidth)),
     )
+
+
+def _shared_options(
+    *, kv: Any, context: Any, memory: Any, vision: Any, mmproj: Any, quant: Any
+) -> dict[str, Any]:
+    """The core's keywords that loading and planning share, checked."""
+    if not isinstance(kv, str):
+        raise InvalidRequest(f"kv is {kv!r:.80}; it must be a string", param="kv")
+    recipe, overrides = quant_recipe(quant)
+    return {
+        "kv": kv,
+        "context": amount("context", context),
+        "memory": amount("memory", memory),
+        "vision": truth("vision", vision),
+        "mmproj": os.fspath(Path(mmproj).expanduser()) if mmproj is not None else "",
+        "quant": recipe,
+        "quant_overrides": overrides,
+    }
 
 
 def _disk_path(kv_offload: Any) -> str:

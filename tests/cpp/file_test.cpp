@@ -12,26 +12,13 @@
 #include "platform/memory.h"
 #include "platform/private_directory.h"
 #include "platform/read_queue.h"
+#include "temporary_directory.h"
 
 using namespace puna;
 
+using fixture::TemporaryDirectory;
+
 namespace {
-
-class TemporaryDirectory {
- public:
-  TemporaryDirectory() {
-    std::string pattern = (std::filesystem::temp_directory_path() / "puna-XXXXXX").string();
-    path_ = mkdtemp(pattern.data());
-  }
-  ~TemporaryDirectory() { std::filesystem::remove_all(path_); }
-  TemporaryDirectory(const TemporaryDirectory&) = delete;
-  TemporaryDirectory& operator=(const TemporaryDirectory&) = delete;
-
-  std::string path(const std::string& name) const { return (path_ / name).string(); }
-
- private:
-  std::filesystem::path path_;
-};
 
 std::vector<char> random_bytes(size_t count) {
   std::mt19937_64 random(count);

@@ -18,28 +18,11 @@
 #include "check.h"
 #include "kv/kv_store.h"
 #include "kv/tiers/ram.h"
+#include "temporary_directory.h"
 
 namespace fixture {
 
 using namespace puna;
-
-class TemporaryDirectory {
- public:
-  TemporaryDirectory() {
-    std::string pattern = (std::filesystem::temp_directory_path() / "puna-kv-XXXXXX").string();
-    path_ = mkdtemp(pattern.data());
-  }
-  ~TemporaryDirectory() { std::filesystem::remove_all(path_); }
-  TemporaryDirectory(const TemporaryDirectory&) = delete;
-  TemporaryDirectory& operator=(const TemporaryDirectory&) = delete;
-
-  std::string path(const std::string& name = "") const {
-    return name.empty() ? path_.string() : (path_ / name).string();
-  }
-
- private:
-  std::filesystem::path path_;
-};
 
 inline uint64_t mixed(uint64_t x) {  // splitmix64
   x += 0x9e3779b97f4a7c15;

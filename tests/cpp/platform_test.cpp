@@ -21,32 +21,15 @@
 #include "platform/mmap.h"
 #include "platform/system.h"
 #include "platform/thread_pool.h"
+#include "temporary_directory.h"
 
 using puna::ErrorCode;
 using puna::MappedFile;
 using puna::Memory;
 
+using fixture::TemporaryDirectory;
+
 namespace {
-
-class TemporaryDirectory {
- public:
-  TemporaryDirectory() {
-    std::string pattern = (std::filesystem::temp_directory_path() / "puna-XXXXXX").string();
-    path_ = mkdtemp(pattern.data());
-  }
-  ~TemporaryDirectory() { std::filesystem::remove_all(path_); }
-  TemporaryDirectory(const TemporaryDirectory&) = delete;
-  TemporaryDirectory& operator=(const TemporaryDirectory&) = delete;
-
-  std::string file(const std::string& name, const std::string& content) const {
-    std::ofstream(path_ / name, std::ios::binary) << content;
-    return (path_ / name).string();
-  }
-  std::string path(const std::string& name) const { return (path_ / name).string(); }
-
- private:
-  std::filesystem::path path_;
-};
 
 // Sets or removes an environment variable, and restores it.
 class Variable {
