@@ -66,7 +66,10 @@ SealedRow write_words(int16_t* words, const float* numbers, int64_t count, float
   const int32_t sum = store_words(words, numbers, count, factor);
   SealedRow row = {};
   row.step = zeros ? 0.0f : finite ? largest / kMostWord : __builtin_nanf("");
-  row.start = -Format::kCentre * sum;
+  // Unsigned: a number that is not finite turns into the least integer, and the sum may leave
+  // int32; such a row shows in its step or in its offset.
+  row.start = static_cast<int32_t>(0u - static_cast<uint32_t>(Format::kCentre) *
+                                            static_cast<uint32_t>(sum));
   return row;
 }
 
