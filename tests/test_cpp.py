@@ -62,7 +62,7 @@ def sanitized() -> Path:
         "-DPUNA_SANITIZE=address,undefined",
         f"-DPUNA_ISAS={chosen}",
         "-DCMAKE_BUILD_TYPE=Debug",
-        "-DCMAKE_CXX_FLAGS_DEBUG=-O1 -g1",
+        "-DCMAKE_CXX_FLAGS_DEBUG=-O1",
     )
 
 
@@ -81,7 +81,7 @@ def test_threads_under_thread_sanitizer() -> None:
         "-DPUNA_SANITIZE=thread",
         "-DPUNA_ISAS=scalar",
         "-DCMAKE_BUILD_TYPE=Debug",
-        "-DCMAKE_CXX_FLAGS_DEBUG=-O1 -g1",
+        "-DCMAKE_CXX_FLAGS_DEBUG=-O1",
         programs=programs,
     )
     # The fork test of the pool is left out: the sanitizer does not follow a fork of threads.
