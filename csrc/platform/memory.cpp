@@ -13,6 +13,8 @@ namespace {
 
 constexpr size_t kPage = 4096, kHugePage = size_t{2} << 20;
 
+size_t whole_pages(size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
+
 }  // namespace
 
 Memory::Memory(size_t bytes) : size_(bytes) {
@@ -21,7 +23,7 @@ Memory::Memory(size_t bytes) : size_(bytes) {
   // last whole huge page stays in small ones: with one more, a model of many matrices would take
   // megabytes for each that nobody reads.
   const bool huge = bytes >= kHugePage;
-  const size_t wanted = (bytes + kPage - 1) / kPage * kPage;
+  const size_t wanted = whole_pages(bytes);
   const size_t mapped = huge ? wanted + kHugePage : wanted;
   void* start = mapped < bytes ? MAP_FAILED
                                : mmap(nullptr, mapped, PROT_READ | PROT_WRITE,
@@ -42,6 +44,13 @@ Memory::Memory(size_t bytes) : size_(bytes) {
   size_ = wanted;
   // A wish: without it pages are 4 KiB and reads slower.
   (void)madvise(data_, size_, MADV_HUGEPAGE);
+}
+
+Memory Memory::adopted(void* data, size_t bytes) {
+  Memory memory;
+  memory.data_ = data;
+  memory.size_ = whole_pages(bytes);
+  return memory;
 }
 
 Memory::~Memory() {

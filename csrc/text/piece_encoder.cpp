@@ -4,7 +4,6 @@
 #include <array>
 
 #include "text/incremental_bpe.h"
-#include "text/pretokenizer.h"
 
 namespace puna {
 
@@ -12,20 +11,31 @@ namespace {
 
 // So that places stay in the processor's nearest cache.
 constexpr size_t kPlacesAtOnce = 1024;
+// Stands in the place of a key's high word for pieces that are longer than a key.
+constexpr uint64_t kLong = ~uint64_t{0};
 
 }  // namespace
 
 PieceEncoder::PieceEncoder(const BpeModel& model) : model_(&model), lines_(kLines) {}
 
-void PieceEncoder::encode(std::string_view text, IdBuffer& out) {
+size_t PieceEncoder::encode_but(size_t spared, std::string_view text, IdBuffer& out) {
   const Vocabulary& vocabulary = model_->vocabulary();
-  // First all ends, then all keys, then all look-ups: memory is asked for long before it is needed,
-  // and each loop does one thing.
+  // One loop for each step: memory is asked for long before it is needed, and each loop does one
+  // thing. Places of memory that a look-up visits: a slot, the token's key, the line of a piece
+  // that is no token.
   std::array<size_t, kPiecesAtOnce> ends;
   std::array<ShortKey, kPiecesAtOnce> keys;
   std::array<uint64_t, kPiecesAtOnce> hashes;
-  for (size_t at = 0; at < text.size();) {
-    const size_t count = next_pieces(text, at, ends.data(), ends.size());
+  std::array<int32_t, kPiecesAtOnce> ids;
+  std::array<uint16_t, kPiecesAtOnce> unknown;
+  for (size_t at = 0;;) {
+    const size_t found = next_pieces(text, at, ends.data(), ends.size());
+    if (found <= spared) return at;
+    const size_t count = found - spared;
+    const auto piece_at = [&](size_t i) {
+      const size_t begin = i == 0 ? at : ends[i - 1];
+      return text.substr(begin, ends[i] - begin);
+    };
     size_t begin = at;
     for (size_t i = 0; i < count; ++i) {
       const size_t size = ends[i] - begin;
@@ -34,54 +44,70 @@ void PieceEncoder::encode(std::string_view text, IdBuffer& out) {
         keys[i] = text.size() - begin >= sizeof(ShortKey) ? ShortKey::of_readable(bytes, size)
                                                           : ShortKey::of(bytes, size);
         hashes[i] = keys[i].hash();
-        vocabulary.prefetch(hashes[i]);
+      } else {
+        keys[i].high = kLong;
+        hashes[i] = Vocabulary::hash_of(piece_at(i));
       }
+      vocabulary.prefetch(hashes[i]);
       begin = ends[i];
+    }
+    for (size_t i = 0; i < count; ++i) {
+      ids[i] = vocabulary.candidate(hashes[i]);
+      vocabulary.prefetch_key(ids[i]);
+    }
+    size_t unknown_count = 0;
+    for (size_t i = 0; i < count; ++i) {
+      ids[i] = keys[i].high != kLong ? vocabulary.find(keys[i], hashes[i])
+                                     : vocabulary.find(piece_at(i), hashes[i]);
+      if (ids[i] == Vocabulary::kNone) {
+        unknown[unknown_count++] = static_cast<uint16_t>(i);
+        __builtin_prefetch(&lines_[hashes[i] % kLines], 1);
+      }
     }
     int32_t* end = out.room(ends[count - 1] - at + kLineIds);
-    begin = at;
-    for (size_t i = 0; i < count; ++i) {
-      const std::string_view piece(text.data() + begin, ends[i] - begin);
-      begin = ends[i];
-      const int32_t id = piece.size() <= ShortKey::kBytes ? vocabulary.find(keys[i], hashes[i])
-                                                          : vocabulary.find(piece);
-      if (id != Vocabulary::kNone) {
-        *end++ = id;
-      } else {
-        end = encode_unknown(piece, end);
-      }
+    size_t done = 0;
+    for (size_t k = 0; k < unknown_count; ++k) {
+      const size_t i = unknown[k];
+      end = std::copy(ids.data() + done, ids.data() + i, end);
+      end = encode_unknown(piece_at(i), hashes[i], end);
+      done = i + 1;
     }
+    end = std::copy(ids.data() + done, ids.data() + count, end);
     out.set_end(end);
-    at = begin;
+    at = ends[count - 1];
   }
 }
 
 void PieceEncoder::encode_piece(std::string_view piece, IdBuffer& out) {
   int32_t* end = out.room(piece.size() + kLineIds);
-  const int32_t id = model_->vocabulary().find(piece);
+  const uint64_t hash = Vocabulary::hash_of(piece);
+  const int32_t id = model_->vocabulary().find(piece, hash);
   if (id != Vocabulary::kNone) {
     *end++ = id;
   } else {
-    end = encode_unknown(piece, end);
+    end = encode_unknown(piece, hash, end);
   }
   out.set_end(end);
 }
 
-int32_t* PieceEncoder::encode_unknown(std::string_view piece, int32_t* out) {
-  if (piece.size() > kLineBytes) return merge(piece, out);
+PieceEncoder::LineKey PieceEncoder::line_key(std::string_view piece) {
   char bytes[kLineBytes + 1] = {};
   std::memcpy(bytes, piece.data(), piece.size());
   bytes[kLineBytes] = static_cast<char>(piece.size());
-  uint64_t key[4];
-  std::memcpy(key, bytes, sizeof(key));
-  const uint64_t hash =
-      ShortKey::mixed(ShortKey{key[0], key[1]}.hash() ^ key[2], key[3] ^ ShortKey::kSalt[1]);
+  LineKey key;
+  std::memcpy(key.data(), bytes, sizeof(key));
+  return key;
+}
+
+int32_t* PieceEncoder::encode_unknown(std::string_view piece, uint64_t hash, int32_t* out) {
+  if (piece.size() > kLineBytes) return merge(piece, out);
+  const LineKey key = line_key(piece);
   Line& line = lines_[hash % kLines];
-  if (!std::equal(key, key + 4, line.key)) {
+  if (line.key != key) {
     int32_t* end = merge(piece, out);
     const auto count = static_cast<size_t>(end - out);
     if (count > kLineIds) return end;
-    std::copy(key, key + 4, line.key);
+    line.key = key;
     std::copy(out, end, line.ids);
     line.count = static_cast<int32_t>(count);
     return end;

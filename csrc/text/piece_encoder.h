@@ -1,12 +1,15 @@
 // Encoding of plain text: pieces, looked up many at a time, and merged where they are no token.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <string_view>
 #include <vector>
 
+#include "platform/memory.h"
 #include "text/bpe_model.h"
 #include "text/id_buffer.h"
+#include "text/pretokenizer.h"
 
 namespace puna {
 
@@ -16,7 +19,12 @@ class PieceEncoder {
   explicit PieceEncoder(const BpeModel& model);
 
   // Appends the ids of a whole text without special tokens; it is valid UTF-8.
-  void encode(std::string_view text, IdBuffer& out);
+  void encode(std::string_view text, IdBuffer& out) { encode_but(0, text, out); }
+  // The same for those pieces of a text that are the same whatever follows it; returns their bytes.
+  // Nearly all of a text, but for its last pieces.
+  size_t encode_certain(std::string_view text, IdBuffer& out) {
+    return encode_but(kPiecesAhead, text, out);
+  }
   // Of one piece.
   void encode_piece(std::string_view piece, IdBuffer& out);
 
@@ -27,18 +35,24 @@ class PieceEncoder {
   // Pieces of up to 31 bytes that are no token, with their ids, of which there are up to seven: a
   // line of the processor's cache each. A piece has one place, where it replaces what was there.
   static constexpr size_t kLineBytes = 31, kLineIds = 7, kLines = 1 << 15;
+  using LineKey = std::array<uint64_t, 4>;  // the bytes, and their number in the last
   struct alignas(64) Line {
-    uint64_t key[4];  // the bytes, and their number in the last; 0: nothing yet
+    LineKey key;  // 0: nothing yet
     int32_t count;
     int32_t ids[kLineIds];
   };
 
-  // Of pieces that are no token. There is room for an id for each byte, and kLineIds more.
-  int32_t* encode_unknown(std::string_view piece, int32_t* out);
+  static LineKey line_key(std::string_view piece);
+
+  // All pieces of the text but the last `spared`; returns their bytes.
+  size_t encode_but(size_t spared, std::string_view text, IdBuffer& out);
+  // Of pieces that are no token; `hash` is Vocabulary::hash_of() them. There is room for an id for
+  // each byte, and kLineIds more.
+  int32_t* encode_unknown(std::string_view piece, uint64_t hash, int32_t* out);
   int32_t* merge(std::string_view piece, int32_t* out);
 
   const BpeModel* model_;
-  std::vector<Line> lines_;
+  Table<Line> lines_;
   PairMemo memo_;
   std::vector<uint64_t> dead_;
   std::vector<int32_t> symbols_, merged_;

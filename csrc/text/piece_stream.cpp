@@ -68,15 +68,11 @@ void PieceStream::feed(std::string_view text, PieceEncoder& encoder, IdBuffer& o
 
 void PieceStream::feed_part(std::string_view text, const Call& call) {
   int unsettled = 0;
-  bool looked = false;  // for the last place up to which whole pieces go the fast way
+  bool looked = false;  // for pieces that are certain already
   for (size_t at = 0; at < text.size();) {
     if (state_ == State::kStart && !looked) {
       looked = true;
-      const size_t cut = last_certain_cut(text, at, text.size());
-      if (cut != at) {
-        call.encoder.encode(text.substr(at, cut - at), call.out);
-        at = cut;
-      }
+      at += call.encoder.encode_certain(text.substr(at), call.out);
     }
     int length = 0;
     const uint32_t code = decode_utf8(text, at, &length);

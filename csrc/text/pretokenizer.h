@@ -12,11 +12,16 @@ extern const char* const kPretokenizerPattern;
 // End of the piece that begins at `at` < text.size(); text is valid UTF-8.
 size_t next_piece(std::string_view text, size_t at);
 
-// Ends of the pieces from `at` on, up to `limit` of them, or fewer; at least one if at <
-// text.size(). Returns their number.
+// Ends of the pieces from `at` on, `limit` of them unless the text ends before. Returns their
+// number.
 size_t next_pieces(std::string_view text, size_t at, size_t* ends, size_t limit);
 // A limit of next_pieces() that lets it work at full speed.
 constexpr size_t kPiecesAtOnce = 256;
+
+// A piece after which there are so many more is the same whatever follows the text. What decides
+// its end lies within the two pieces behind it, and two bytes further: the rest of a run of
+// capitals or of white space, which are one piece and two at most, or the letters of a contraction.
+constexpr size_t kPiecesAhead = 3;
 
 // The last place in text[from, to) at which a piece ends whatever the text before it and the text
 // behind the two characters there, or `from` if there is none. Looks back `kCutSearch` bytes at

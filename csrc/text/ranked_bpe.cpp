@@ -9,9 +9,11 @@ namespace puna {
 
 uint32_t RankedBpe::merged(uint32_t left, uint32_t right) const {
   uint32_t node = trie_.node_of(left);
-  const uint8_t* byte = bytes_.data() + bytes_begin_[right];
-  for (uint32_t i = 0; i < lengths_[right]; ++i) {
-    node = trie_.child(node, byte[i]);
+  const Token& follower = tokens_[right];
+  for (uint32_t i = 0; i < follower.length; ++i) {
+    const uint8_t byte =
+        i < sizeof(follower.first) ? follower.first[i] : bytes_[follower.begin + i];
+    node = trie_.child(node, byte);
     if (node == kNone) return kNone;
   }
   return trie_.token_at(node);
@@ -28,13 +30,13 @@ bool RankedBpe::is_pair(uint32_t left, uint32_t right, uint32_t before) const {
     for (int side = 0;; ++side) {
       if (side == 2) return true;  // both are single bytes
       if (undo_left == (side == 0)) {
-        if (right_[left] == left) continue;
+        if (tokens_[left].right == left) continue;
         before = left;
-        left = right_[left];
+        left = tokens_[left].right;
       } else {
-        if (left_[right] == right) continue;
+        if (tokens_[right].left == right) continue;
         before = right + 1;
-        right = left_[right];
+        right = tokens_[right].left;
       }
       break;
     }
@@ -43,28 +45,26 @@ bool RankedBpe::is_pair(uint32_t left, uint32_t right, uint32_t before) const {
 
 bool RankedBpe::find_parts(const Vocabulary& vocabulary) {
   const size_t size = vocabulary.size();
-  left_.assign(size, kNone);
-  right_.assign(size, kNone);
   MergeTable merges;  // filled when first needed
   for (uint32_t token = 0; token < size; ++token) {
     const std::string_view bytes = vocabulary.ordinary(token);
     if (bytes.empty()) continue;
     if (bytes.size() == 1) {
       if (token >= 256) return false;
-      left_[token] = right_[token] = token;
+      tokens_[token].left = tokens_[token].right = token;
       continue;
     }
     for (uint32_t left = trie_.longest_prefix(token); left != kNone;
          left = trie_.longest_prefix(left)) {
       if (left >= token || !is_reachable(left)) continue;
-      const int32_t right = vocabulary.find(bytes.substr(lengths_[left]));
+      const int32_t right = vocabulary.find(bytes.substr(length(left)));
       if (right < 0 || static_cast<uint32_t>(right) >= token ||
           !is_reachable(static_cast<uint32_t>(right)) ||
           !is_pair(left, static_cast<uint32_t>(right), token)) {
         continue;
       }
-      left_[token] = left;
-      right_[token] = static_cast<uint32_t>(right);
+      tokens_[token].left = left;
+      tokens_[token].right = static_cast<uint32_t>(right);
       break;
     }
     if (is_reachable(token)) continue;
@@ -81,12 +81,6 @@ bool RankedBpe::find_parts(const Vocabulary& vocabulary) {
 }
 
 void RankedBpe::link_reachable() {
-  const auto reachable_or = [&](uint32_t token, const std::vector<uint32_t>& shorter) {
-    return token == kNone || is_reachable(token) ? token : shorter[token];
-  };
-  const size_t size = left_.size();
-  shorter_start_.assign(size, kNone);
-  shorter_end_.assign(size, kNone);
   longest_end_.assign(trie_.nodes(), kNone);
   trie_.for_each_by_depth([&](uint32_t node) {
     const uint32_t token = trie_.token_at(node);
@@ -95,25 +89,30 @@ void RankedBpe::link_reachable() {
       longest_end_[node] = end;
       return;
     }
-    shorter_end_[token] = end;
+    tokens_[token].shorter_end = end;
     longest_end_[node] = is_reachable(token) ? token : end;
     // A token's beginnings are nearer to the root and have theirs by now.
-    shorter_start_[token] = reachable_or(trie_.longest_prefix(token), shorter_start_);
+    const uint32_t prefix = trie_.longest_prefix(token);
+    tokens_[token].shorter_start =
+        prefix == kNone || is_reachable(prefix) ? prefix : shorter_start(prefix);
   });
 }
 
 std::optional<RankedBpe> RankedBpe::of(const Vocabulary& vocabulary) {
   RankedBpe bpe;
   const size_t size = vocabulary.size();
-  bpe.lengths_.resize(size);
-  bpe.bytes_begin_.resize(size);
+  bpe.tokens_.resize(size);
   for (size_t token = 0; token < size; ++token) {
     const std::string_view bytes = vocabulary.ordinary(token);
-    bpe.lengths_[token] = static_cast<uint16_t>(bytes.size());
-    bpe.bytes_begin_[token] = static_cast<uint32_t>(bpe.bytes_.size());
+    Token& entry = bpe.tokens_[token];
+    entry.length = static_cast<uint16_t>(bytes.size());
+    entry.begin = static_cast<uint32_t>(bpe.bytes_.size());
+    std::copy_n(bytes.begin(), std::min(bytes.size(), sizeof(entry.first)), entry.first);
     bpe.bytes_.insert(bpe.bytes_.end(), bytes.begin(), bytes.end());
   }
-  bpe.trie_ = TokenTrie(vocabulary);
+  std::optional<TokenTrie> trie = TokenTrie::of(vocabulary);
+  if (!trie) return std::nullopt;
+  bpe.trie_ = *std::move(trie);
   if (!bpe.find_parts(vocabulary)) return std::nullopt;
   bpe.link_reachable();
   return bpe;

@@ -38,7 +38,8 @@ class RankedBpe {
   static constexpr uint32_t kNone = TokenTrie::kNone;
 
   // Nothing if the vocabulary does not allow to encode from left to right: a single byte's id is
-  // not among the first 256, or a token is made by merging one of a higher id.
+  // not among the first 256, a token is made by merging one of a higher id, or the tokens have too
+  // many bytes for a TokenTrie.
   static std::optional<RankedBpe> of(const Vocabulary& vocabulary);
 
   // Whether merging the joint bytes of two tokens gives these two again.
@@ -52,9 +53,9 @@ class RankedBpe {
   bool is_pair(uint32_t left, uint32_t right, uint32_t before = kNone) const;
 
   // Whether merging can make a token: the others only ever stand for a whole piece.
-  bool is_reachable(uint32_t token) const { return left_[token] != kNone; }
+  bool is_reachable(uint32_t token) const { return tokens_[token].left != kNone; }
   bool all_reachable() const { return all_reachable_; }
-  uint32_t length(uint32_t token) const { return lengths_[token]; }
+  uint32_t length(uint32_t token) const { return tokens_[token].length; }
 
   // The longest reachable token with which `bytes` begin; they must not be empty. *steps grows by
   // the bytes looked at.
@@ -64,27 +65,28 @@ class RankedBpe {
       node = trie_.child(node, static_cast<uint8_t>(byte));
       if (node == kNone) break;
       ++*steps;
-      const uint32_t token = trie_.token_at(node);
-      if (token != kNone && is_reachable(token)) found = token;
+      if (trie_.has_token(node) && (all_reachable_ || is_reachable(trie_.token_at(node)))) {
+        found = node;
+      }
     }
-    return found;
+    return found == kNone ? kNone : trie_.token_at(found);
   }
   // Of a token and those that it begins with, the longest that may follow `left`, or kNone.
   uint32_t longest_fit(uint32_t left, uint32_t token, PairMemo& memo) const {
     const uint64_t key = static_cast<uint64_t>(left) << 32 | token;
     PairMemo::Fit& fit = memo.fits_[key * 0x9e3779b97f4a7c15ull >> 51];
     if (fit.key != key) {
-      while (token != kNone && !is_pair(left, token, memo)) token = shorter_start_[token];
+      while (token != kNone && !is_pair(left, token, memo)) token = shorter_start(token);
       fit = {key, token};
     }
     return fit.token;
   }
   // The next shorter reachable token with which a token begins, or kNone.
-  uint32_t shorter_start(uint32_t token) const { return shorter_start_[token]; }
+  uint32_t shorter_start(uint32_t token) const { return tokens_[token].shorter_start; }
   // Tokens that end where a node of the trie ends: the longest, and the next shorter one than a
   // token; reachable ones.
   uint32_t longest_end(uint32_t node) const { return longest_end_[node]; }
-  uint32_t shorter_end(uint32_t token) const { return shorter_end_[token]; }
+  uint32_t shorter_end(uint32_t token) const { return tokens_[token].shorter_end; }
   // The reachable token of a token's bytes and one more, or kNone.
   uint32_t longer(uint32_t token, uint8_t byte) const {
     const uint32_t node = trie_.child(trie_.node_of(token), byte);
@@ -107,14 +109,21 @@ class RankedBpe {
   bool find_parts(const Vocabulary& vocabulary);
   void link_reachable();
 
+  // What a look-up needs of a token lies in one line of the processor's cache.
+  struct alignas(32) Token {
+    // Merging makes it of these two last; a single byte is both itself; kNone: no merge makes it.
+    uint32_t left = kNone, right = kNone;
+    uint32_t shorter_start = kNone, shorter_end = kNone;
+    uint32_t begin = 0;  // of its bytes within bytes_
+    uint16_t length = 0;
+    uint8_t first[10] = {};  // bytes
+  };
+  static_assert(sizeof(Token) == 32);
+
   TokenTrie trie_;
-  // A token is last made by merging left_ and right_; a single byte is both itself; kNone: no merge
-  // makes it.
-  std::vector<uint32_t> left_, right_;
-  std::vector<uint16_t> lengths_;
-  std::vector<uint32_t> bytes_begin_;  // of a token within bytes_
+  Table<Token> tokens_;
   std::vector<uint8_t> bytes_;
-  std::vector<uint32_t> shorter_start_, shorter_end_, longest_end_;
+  std::vector<uint32_t> longest_end_;
   bool all_reachable_ = true;
 };
 

@@ -58,21 +58,29 @@ struct TokenTrie::Builder {
   const Vocabulary& vocabulary;
   TokenTrie& trie;
   std::vector<uint32_t> tokens;
+  std::vector<uint32_t> bases = {}, parents = {};  // by place; kNone: a free place
+  std::vector<uint8_t> labels = {};
+  std::vector<bool> is_base = {};
   // The free places as a ring in ascending order; 0 stands for its head.
-  std::vector<uint32_t> next_free, previous_free;
+  std::vector<uint32_t> next_free = {}, previous_free = {};
 
   // Of the tokens in order, one after the other: every level reads them from front to back.
-  ByteStrings sorted;
+  ByteStrings sorted = {};
 
   std::string_view bytes_of(size_t i) const { return sorted[i]; }
 
   void add_block() {
-    const auto begin = static_cast<uint32_t>(trie.nodes_.size());
-    trie.nodes_.resize(begin + kBlock);
-    trie.depths_.resize(begin + kBlock);
-    next_free.resize(begin + kBlock);
-    previous_free.resize(begin + kBlock);
-    for (uint32_t place = std::max(begin, 1u); place < begin + kBlock; ++place) {
+    const auto begin = static_cast<uint32_t>(parents.size());
+    const size_t size = begin + kBlock;
+    bases.resize(size);
+    parents.resize(size, kNone);
+    labels.resize(size);
+    is_base.resize(size);
+    trie.tokens_.resize(size, kNone);
+    trie.depths_.resize(size);
+    next_free.resize(size);
+    previous_free.resize(size);
+    for (uint32_t place = std::max(begin, 1u); place < size; ++place) {
       const uint32_t last = previous_free[0];
       next_free[last] = place;
       previous_free[place] = last;
@@ -81,31 +89,33 @@ struct TokenTrie::Builder {
     }
   }
 
-  bool is_free(uint32_t place) const { return place != 0 && trie.nodes_[place].parent == kNone; }
+  // 0 says that there are no children; 1 is nobody's, for the free places of the first block.
+  bool may_be_base(uint32_t place) const { return place > 1 && !is_base[place]; }
+  bool is_free(uint32_t place) const { return place != kRoot && parents[place] == kNone; }
 
-  void take(uint32_t place, uint32_t parent) {
+  void take(uint32_t place, uint32_t parent, uint8_t label) {
     next_free[previous_free[place]] = next_free[place];
     previous_free[next_free[place]] = previous_free[place];
-    trie.nodes_[place].parent = parent;
+    parents[place] = parent;
+    labels[place] = label;
     trie.depths_[place] = static_cast<uint16_t>(trie.depths_[parent] + 1);
   }
 
-  // A base at which all `labels` have room.
-  uint32_t base_for(const std::vector<uint8_t>& labels) {
+  // A base at which all `wanted` have room.
+  uint32_t base_for(const std::vector<uint8_t>& wanted) {
     const auto fits = [&](uint32_t base) {
-      return base != 0 && std::all_of(labels.begin(), labels.end(),
-                                      [&](uint8_t label) { return is_free(base ^ label); });
+      return may_be_base(base) && std::all_of(wanted.begin(), wanted.end(),
+                                              [&](uint8_t label) { return is_free(base ^ label); });
     };
-    const auto size = static_cast<uint32_t>(trie.nodes_.size());
-    if (labels.size() == 1) {
-      // Any free place will do; a base of 0 would say that there are no children.
+    const auto size = static_cast<uint32_t>(parents.size());
+    if (wanted.size() == 1) {
       for (uint32_t place = next_free[0]; place != 0; place = next_free[place]) {
-        if (place != labels[0]) return place ^ labels[0];
+        if (may_be_base(place ^ wanted[0])) return place ^ wanted[0];
       }
     } else {
       for (uint32_t place = previous_free[0];
            place != 0 && place + kSearchedBlocks * kBlock >= size; place = previous_free[place]) {
-        if (fits(place ^ labels[0])) return place ^ labels[0];
+        if (fits(place ^ wanted[0])) return place ^ wanted[0];
       }
     }
     add_block();
@@ -118,13 +128,14 @@ struct TokenTrie::Builder {
     uint32_t node, begin, end, prefix;
   };
 
-  void build() {
+  // False if there are too many places.
+  bool build() {
     for (const uint32_t token : tokens) sorted.add(vocabulary.ordinary(token));
     add_block();
-    trie.nodes_[0].parent = kNone - 1;  // taken, and nobody's child
+    is_base[0] = true;
     // Breadth first: a node comes before its children, and what is common is near the front.
     std::vector<Range> ranges = {{kRoot, 0, static_cast<uint32_t>(tokens.size()), kNone}};
-    std::vector<uint8_t> labels;
+    std::vector<uint8_t> wanted;
     std::vector<uint32_t> starts;
     for (size_t i = 0; i < ranges.size(); ++i) {
       auto [node, begin, end, prefix] = ranges[i];
@@ -132,45 +143,61 @@ struct TokenTrie::Builder {
       if (node != kRoot) trie.by_depth_.push_back(node);
       if (bytes_of(begin).size() == depth) {  // the shortest comes first
         const uint32_t token = tokens[begin];
-        trie.nodes_[node].token = token;
+        trie.tokens_[node] = token;
         trie.node_of_[token] = node;
         trie.longest_prefix_[token] = prefix;
         prefix = token;
         if (++begin == end) continue;
       }
-      labels.clear();
+      wanted.clear();
       starts.clear();
       for (uint32_t at = begin; at < end; ++at) {
         const auto label = static_cast<uint8_t>(bytes_of(at)[depth]);
-        if (!labels.empty() && labels.back() == label) continue;
-        labels.push_back(label);
+        if (!wanted.empty() && wanted.back() == label) continue;
+        wanted.push_back(label);
         starts.push_back(at);
       }
       starts.push_back(end);
-      const uint32_t base = base_for(labels);
-      trie.nodes_[node].base = base;
-      for (size_t k = 0; k < labels.size(); ++k) {
-        take(base ^ labels[k], node);
-        ranges.push_back({base ^ labels[k], starts[k], starts[k + 1], prefix});
+      const uint32_t base = base_for(wanted);
+      if (parents.size() > kMostPlaces) return false;
+      bases[node] = base;
+      is_base[base] = true;
+      for (size_t k = 0; k < wanted.size(); ++k) {
+        take(base ^ wanted[k], node, wanted[k]);
+        ranges.push_back({base ^ wanted[k], starts[k], starts[k + 1], prefix});
       }
+    }
+    finish();
+    return true;
+  }
+
+  void finish() {
+    const auto size = static_cast<uint32_t>(parents.size());
+    trie.places_.resize(size);
+    for (uint32_t place = 0; place < size; ++place) {
+      // Another block in which every place is a base has a child for each, hence no free place.
+      if (parents[place] == kNone) {
+        while (is_base[place ^ labels[place]]) ++labels[place];
+      }
+      trie.places_[place] = bases[place] << kBaseBit |
+                            static_cast<uint32_t>(labels[place]) << kLabelBit |
+                            (trie.tokens_[place] != kNone ? kHasToken : 0);
+    }
+    trie.fails_.assign(size, kRoot);
+    for (const uint32_t node : trie.by_depth_) {
+      const uint32_t parent = parents[node];
+      if (parent != kRoot) trie.fails_[node] = trie.step(trie.fails_[parent], labels[node]);
     }
   }
 };
 
-TokenTrie::TokenTrie(const Vocabulary& vocabulary) {
-  node_of_.assign(vocabulary.size(), kNone);
-  longest_prefix_.assign(vocabulary.size(), kNone);
-  Builder builder{vocabulary, *this, sorted_tokens(vocabulary), {}, {}, {}};
-  builder.build();
-  link();
-}
-
-void TokenTrie::link() {
-  for (const uint32_t node : by_depth_) {
-    const uint32_t parent = nodes_[node].parent;
-    const auto byte = static_cast<uint8_t>(node ^ nodes_[parent].base);
-    nodes_[node].fail = parent == kRoot ? kRoot : step(nodes_[parent].fail, byte);
-  }
+std::optional<TokenTrie> TokenTrie::of(const Vocabulary& vocabulary) {
+  TokenTrie trie;
+  trie.node_of_.assign(vocabulary.size(), kNone);
+  trie.longest_prefix_.assign(vocabulary.size(), kNone);
+  Builder builder{vocabulary, trie, sorted_tokens(vocabulary)};
+  if (!builder.build()) return std::nullopt;
+  return trie;
 }
 
 }  // namespace puna

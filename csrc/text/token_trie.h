@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string_view>
 #include <vector>
 
@@ -14,35 +15,36 @@ class TokenTrie {
   static constexpr uint32_t kNone = 0xffffffff;
 
   TokenTrie() = default;
-  // Of the ordinary tokens, all 256 single bytes among them.
-  explicit TokenTrie(const Vocabulary& vocabulary);
+  // Of the ordinary tokens, all 256 single bytes among them; nothing if they need kMostPlaces.
+  static std::optional<TokenTrie> of(const Vocabulary& vocabulary);
 
   uint32_t root() const { return kRoot; }
   // The node of a node's bytes and one more, or kNone.
   uint32_t child(uint32_t node, uint8_t byte) const {
-    const uint32_t next = nodes_[node].base ^ byte;
-    return nodes_[next].parent == node ? next : kNone;
+    const uint32_t next = base(node) ^ byte;
+    return (places_[next] >> kLabelBit & 0xff) == byte ? next : kNone;
   }
   // The node of the longest end of (a node's bytes and one more) that is in the trie.
   uint32_t step(uint32_t node, uint8_t byte) const {
     uint32_t next = child(node, byte);
     while (next == kNone) {
-      node = nodes_[node].fail;
+      node = fail(node);
       next = child(node, byte);
     }
     return next;
   }
   // The token that a node's bytes are, or kNone.
-  uint32_t token_at(uint32_t node) const { return nodes_[node].token; }
+  uint32_t token_at(uint32_t node) const { return tokens_[node]; }
+  bool has_token(uint32_t node) const { return places_[node] & kHasToken; }
   uint32_t node_of(uint32_t token) const { return node_of_[token]; }
   // The longest proper end of a node's bytes that is in the trie.
-  uint32_t fail(uint32_t node) const { return nodes_[node].fail; }
-  bool has_children(uint32_t node) const { return nodes_[node].base != 0; }
+  uint32_t fail(uint32_t node) const { return fails_[node]; }
+  bool has_children(uint32_t node) const { return base(node) != 0; }
   uint32_t depth(uint32_t node) const { return depths_[node]; }
   // The longest token that a token begins with, other than itself, or kNone.
   uint32_t longest_prefix(uint32_t token) const { return longest_prefix_[token]; }
   // Nodes have numbers below this.
-  size_t nodes() const { return nodes_.size(); }
+  size_t nodes() const { return places_.size(); }
   // Calls visit(node) for all nodes but the root, the shorter before the longer.
   template <class Visit>
   void for_each_by_depth(const Visit& visit) const {
@@ -50,18 +52,19 @@ class TokenTrie {
   }
 
  private:
-  struct Node {
-    uint32_t base = 0;  // the children are at base ^ byte; 0: a leaf
-    uint32_t parent = kNone;
-    uint32_t token = kNone;
-    uint32_t fail = 0;
-  };
-  // Children of the root are at 256 ^ byte, so that no base is 0.
+  // A place of the double array, in 32 bits, so that the processor's caches hold many: from above,
+  // the base, at base ^ byte of which the node's children are (0: a leaf); the byte that leads to
+  // the node; whether a token ends here. No two nodes have one base, so that the byte tells whose
+  // child a node is; the byte of a free place is one that leads to it from no base.
+  static constexpr int kBaseBit = 10, kLabelBit = 2;
+  static constexpr uint32_t kHasToken = 1;
+  static constexpr size_t kMostPlaces = size_t{1} << (32 - kBaseBit);
   static constexpr uint32_t kRoot = 0;
   struct Builder;
-  void link();
 
-  std::vector<Node> nodes_;
+  uint32_t base(uint32_t node) const { return places_[node] >> kBaseBit; }
+
+  Table<uint32_t> places_, tokens_, fails_;
   std::vector<uint16_t> depths_;
   std::vector<uint32_t> by_depth_;
   std::vector<uint32_t> node_of_;

@@ -7,9 +7,15 @@
 
 namespace puna {
 
-namespace {
+void ByteStrings::add(std::string_view bytes) {
+  if (bytes.size() > std::numeric_limits<uint32_t>::max() - arena_.size()) {
+    fail(ErrorCode::kModelFormat, "[tokenizer] the tokens have more than 4 GiB");
+  }
+  arena_ += bytes;
+  ends_.push_back(static_cast<uint32_t>(arena_.size()));
+}
 
-uint64_t hash_of(std::string_view bytes) {
+uint64_t Vocabulary::hash_of(std::string_view bytes) {
   if (bytes.size() <= ShortKey::kBytes) return ShortKey::of(bytes.data(), bytes.size()).hash();
   uint64_t hash = bytes.size();
   for (size_t at = 0; at < bytes.size(); at += 16) {
@@ -20,16 +26,6 @@ uint64_t hash_of(std::string_view bytes) {
     hash = ShortKey::mixed(words[0] ^ ShortKey::kSalt[0] ^ hash, words[1] ^ ShortKey::kSalt[1]);
   }
   return hash;
-}
-
-}  // namespace
-
-void ByteStrings::add(std::string_view bytes) {
-  if (bytes.size() > std::numeric_limits<uint32_t>::max() - arena_.size()) {
-    fail(ErrorCode::kModelFormat, "[tokenizer] the tokens have more than 4 GiB");
-  }
-  arena_ += bytes;
-  ends_.push_back(static_cast<uint32_t>(arena_.size()));
 }
 
 Vocabulary::Vocabulary(ByteStrings tokens, std::vector<bool> added)
@@ -67,8 +63,8 @@ void Vocabulary::insert(int32_t id) {
   slots_[slot] = {static_cast<uint32_t>(hash), id};
 }
 
-int32_t Vocabulary::find_long(std::string_view bytes) const {
-  const uint64_t hash = hash_of(bytes);
+int32_t Vocabulary::find(std::string_view bytes, uint64_t hash) const {
+  if (bytes.size() <= ShortKey::kBytes) return find(ShortKey::of(bytes.data(), bytes.size()), hash);
   for (size_t slot = hash >> shift_;; slot = (slot + 1) & mask_) {
     const Slot& found = slots_[slot];
     if (found.id == kNone) return kNone;

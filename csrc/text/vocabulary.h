@@ -1,11 +1,14 @@
 // The tokens of a vocabulary: the bytes of an id, and the id of bytes.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <string>
 #include <string_view>
 #include <vector>
+
+#include "platform/memory.h"
 
 namespace puna {
 
@@ -93,13 +96,11 @@ class Vocabulary {
     return length != kLong ? length : bytes_of(id).size();
   }
 
-  int32_t find(std::string_view bytes) const {
-    if (bytes.size() <= ShortKey::kBytes) {
-      const ShortKey key = ShortKey::of(bytes.data(), bytes.size());
-      return find(key, key.hash());
-    }
-    return find_long(bytes);
-  }
+  static uint64_t hash_of(std::string_view bytes);
+
+  int32_t find(std::string_view bytes) const { return find(bytes, hash_of(bytes)); }
+  // `hash` is that of the bytes, or of the key.
+  int32_t find(std::string_view bytes, uint64_t hash) const;
   int32_t find(const ShortKey& key, uint64_t hash) const {
     const auto tag = static_cast<uint32_t>(hash);
     for (size_t slot = hash >> shift_;; slot = (slot + 1) & mask_) {
@@ -108,7 +109,10 @@ class Vocabulary {
       if (found.tag == tag && keys_[static_cast<size_t>(found.id)] == key) return found.id;
     }
   }
+  // What find() visits first, what it finds there, and what it visits then.
   void prefetch(uint64_t hash) const { __builtin_prefetch(&slots_[hash >> shift_]); }
+  int32_t candidate(uint64_t hash) const { return slots_[hash >> shift_].id; }
+  void prefetch_key(int32_t id) const { __builtin_prefetch(keys_.data() + std::max(id, 0)); }
 
   // find() forgets the tokens for which `keep` is false.
   void restrict_to(const std::vector<bool>& keep);
@@ -118,15 +122,14 @@ class Vocabulary {
     uint32_t tag;  // low bits of the hash
     int32_t id;
   };
-  int32_t find_long(std::string_view bytes) const;
   void insert(int32_t id);
   void clear_slots();
 
   ByteStrings tokens_;
   std::vector<bool> added_;
-  std::vector<ShortKey> keys_;
-  std::vector<Slot> slots_;  // open addressing, at most half full
-  int shift_ = 63;           // a hash's highest bits are its slot
+  Table<ShortKey> keys_;
+  Table<Slot> slots_;  // open addressing, at most half full
+  int shift_ = 63;     // a hash's highest bits are its slot
   size_t mask_ = 0;
 };
 
