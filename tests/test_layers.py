@@ -53,7 +53,7 @@ EXCEPTIONS: dict[str, set[str]] = {
 # What kernels may include in angle brackets; the standard library of C++ is not among it.
 KERNEL_SYSTEM_HEADERS = {
     *("stddef.h", "stdint.h", "immintrin.h", "arm_neon.h"),
-    *("cpuid.h", "sys/auxv.h"),  # cpu_features.cpp
+    *("cpuid.h", "sys/auxv.h", "sys/syscall.h", "unistd.h"),  # cpu_features.cpp
 }
 KERNELS_WITH_STL = {"kernels/cpu/dispatch.cpp", "kernels/cpu/dispatch.h"}
 

@@ -2,6 +2,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
@@ -16,6 +18,7 @@ struct CpuFeatures {
   bool avx512 = false;
   bool avx512_vnni = false;
   bool avx512_vnni_bf16 = false;
+  bool avx512_amx = false;
   bool neon_dotprod = false;
   bool neon_i8mm_bf16 = false;
 };
@@ -26,6 +29,17 @@ constexpr bool has_all(unsigned long bits, unsigned long wanted) {
 constexpr unsigned long bit(int position) { return 1ul << position; }
 
 #if defined(__x86_64__)
+
+// Linux saves the tiles of those processes only that have asked for it: its
+// Documentation/arch/x86/xstate.rst, from where the numbers are.
+bool may_use_tiles() {
+#if defined(SYS_arch_prctl)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 // Bit positions from Intel's manual, volume 2, CPUID; state components from volume 1, XCR0.
 CpuFeatures detect() {
@@ -41,6 +55,8 @@ CpuFeatures detect() {
 
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return features;
   const unsigned last_subleaf = eax;
+  constexpr unsigned long kTileState = bit(17) | bit(18), kAmxTile = bit(24), kAmxInt8 = bit(25);
+  const bool tiles = has_all(saved, kTileState) && has_all(edx, kAmxTile | kAmxInt8);
   constexpr unsigned long kAvx2 = bit(5), kBmi2 = bit(8);
   constexpr unsigned long kF = bit(16), kDq = bit(17), kBw = bit(30), kVl = bit(31);
   features.avx2 = has_all(saved, kYmmState) && has_all(ebx, kAvx2 | kBmi2);
@@ -50,6 +66,7 @@ CpuFeatures detect() {
   if (last_subleaf >= 1 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) {
     features.avx_vnni = features.avx2 && has_all(eax, bit(4));
     features.avx512_vnni_bf16 = features.avx512_vnni && has_all(eax, bit(5));
+    features.avx512_amx = features.avx512_vnni_bf16 && tiles && may_use_tiles();
   }
   return features;
 }
@@ -85,6 +102,7 @@ bool has_avx_vnni() { return features().avx_vnni; }
 bool has_avx512() { return features().avx512; }
 bool has_avx512_vnni() { return features().avx512_vnni; }
 bool has_avx512_vnni_bf16() { return features().avx512_vnni_bf16; }
+bool has_avx512_amx() { return features().avx512_amx; }
 bool has_neon_dotprod() { return features().neon_dotprod; }
 bool has_neon_i8mm_bf16() { return features().neon_i8mm_bf16; }
 

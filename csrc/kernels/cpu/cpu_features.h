@@ -10,6 +10,7 @@ bool has_avx512();            // f, bw, vl and dq, on top of avx2
 bool has_avx_vnni();          // on top of avx2
 bool has_avx512_vnni();       // on top of avx512
 bool has_avx512_vnni_bf16();  // vnni and bf16, on top of avx512
+bool has_avx512_amx();        // tiles of int8, on top of those; asks the system for their use
 bool has_neon_dotprod();
 bool has_neon_i8mm_bf16();  // on top of dotprod
 

@@ -147,6 +147,11 @@ struct Chunk {
   PUNA_INLINE_MEMBER Codes values(int64_t slab, int v) const {
     return load_codes(codes + place(slab, v) + S * 64);
   }
+  // The vectors from those of `column` on for 16 rows from `row` on, 64 bytes each.
+  PUNA_INLINE_MEMBER const uint8_t* vectors(int64_t column, int64_t row) const {
+    return codes + place(column / kSlabCols, static_cast<int>(row / kCodeRows)) +
+           column % kSlabCols / 4 * 64;
+  }
   PUNA_INLINE_MEMBER VF scale(int64_t g, int v) const {
     return load(scales + g * kPanelRows + v * kCodeRows);
   }
