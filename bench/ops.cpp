@@ -48,6 +48,10 @@ struct F32 {
   static auto gemm(const KernelTable& kernels) { return kernels.gemm_f32; }
 };
 
+std::string product_shape(int64_t rows, int64_t outputs, int64_t cols) {
+  return std::to_string(rows) + " x " + std::to_string(cols) + " -> " + std::to_string(outputs);
+}
+
 // out = x W^T with W [outputs][cols]. One row is bound by reading W: then as many matrices as fill
 // the memory are read one after the other, as the layers of a model would be.
 template <class Type>
@@ -77,97 +81,141 @@ KernelCase product(const Machine& machine, int64_t rows, int64_t outputs, int64_
   };
   const double work = one ? static_cast<double>(bytes) * matrices : 2.0 * rows * outputs * cols;
   return {{Type::kName, work, run, {}},
-          std::to_string(rows) + " x " + std::to_string(cols) + " -> " + std::to_string(outputs),
+          product_shape(rows, outputs, cols),
           one ? Bound::kRead : Type::kBound};
 }
 
-// The same with quantised weights. Any bytes are such weights.
-KernelCase quantized_product(const Machine& machine, WeightFormat format, int64_t rows,
-                             int64_t outputs, int64_t cols) {
-  const int64_t panels = outputs / kPanelRows, groups = cols / group_of(format);
-  const int64_t spans = cols / kActivationGroup;
+// The same with weights in panels of `format`, any bytes of which are weights. gemm(out, panel)
+// multiplies all rows with one panel.
+template <class Gemm>
+KernelCase panel_product(const Machine& machine, std::string name, Bound bound, WeightFormat format,
+                         int64_t rows, int64_t outputs, int64_t cols, Gemm gemm) {
+  const int64_t panels = outputs / kPanelRows;
   const auto bytes = static_cast<int64_t>(panel_bytes(format, cols));
   const bool one = rows == 1;
   const int64_t matrices = one ? Ceilings::kBytes / (panels * bytes) : 1;
-  const auto gemm = machine.kernels.gemm_quantized[quantized_index(format)];
 
-  auto run = [machine, gemm, rows, outputs, cols, panels, spans, groups, bytes, matrices,
-              codes = std::vector<int8_t>(rows * cols, 1),
-              scales = std::vector<float>(rows * spans, 1.0f),
-              sums = std::vector<int32_t>(rows * groups, static_cast<int32_t>(cols / groups)),
+  auto run = [machine, gemm, panels, bytes, matrices,
               out = std::vector<float>(rows * outputs)]() mutable {
     machine.pool.run([&](Lane& lane) {
       const Part part = lane.part(panels);
       for (int64_t matrix = 0; matrix < matrices; ++matrix) {
-        for (int64_t panel = part.begin; panel < part.end; ++panel) {
-          gemm(out.data() + panel * kPanelRows, outputs,
-               {codes.data(), scales.data(), sums.data(), cols, spans, groups},
-               machine.memory + (matrix * panels + panel) * bytes, nullptr, rows, kPanelRows);
-        }
+        for (int64_t panel = part.begin; panel < part.end; ++panel)
+          gemm(out.data() + panel * kPanelRows, machine.memory + (matrix * panels + panel) * bytes);
         lane.barrier();
       }
     });
   };
   const double work =
       one ? static_cast<double>(panels * bytes * matrices) : 2.0 * rows * outputs * cols;
-  return {{std::string("gemm_quantized ") + name_of(format), work, run, {}},
-          std::to_string(rows) + " x " + std::to_string(cols) + " -> " + std::to_string(outputs),
-          one ? Bound::kRead : Bound::kInt8};
+  return {{std::move(name), work, run, {}},
+          product_shape(rows, outputs, cols),
+          one ? Bound::kRead : bound};
 }
 
-// Attention of `positions` new tokens, the last of `context`, in one layer. The lanes share the KV
-// heads; `layers` of pages lie one after the other in memory.
-KernelCase attention(const Machine& machine, DType dtype, int64_t positions, int64_t context) {
-  const KvPageLayout layout{.dtype = dtype, .kv_heads = kKvHeads, .head_dim = kHeadDim};
-  const int64_t pages = context / kPageTokens, rows = positions * kGroup;
-  const int64_t layer_bytes = pages * static_cast<int64_t>(layout.page_bytes());
+KernelCase quantized_product(const Machine& machine, WeightFormat format, int64_t rows,
+                             int64_t outputs, int64_t cols) {
+  const int64_t groups = cols / group_of(format), spans = cols / kActivationGroup;
+  const auto gemm = machine.kernels.gemm_quantized[quantized_index(format)];
+  return panel_product(
+      machine, std::string("gemm_quantized ") + name_of(format), Bound::kInt8, format, rows,
+      outputs, cols,
+      [=, codes = std::vector<int8_t>(rows * cols, 1),
+       scales = std::vector<float>(rows * spans, 1.0f),
+       sums = std::vector<int32_t>(rows * groups, static_cast<int32_t>(cols / groups))](
+          float* out, const void* panel) {
+        gemm(out, outputs, {codes.data(), scales.data(), sums.data(), cols, spans, groups}, panel,
+             nullptr, rows, kPanelRows);
+      });
+}
+
+KernelCase fp8_product(const Machine& machine, int64_t rows, int64_t outputs, int64_t cols) {
+  const auto gemm = machine.kernels.gemm_fp8;
+  return panel_product(
+      machine, "gemm_fp8", Bound::kF32, WeightFormat::kFP8, rows, outputs, cols,
+      [=, x = std::vector<float>(rows * cols, 1.0f)](float* out, const void* panel) {
+        gemm(out, outputs, x.data(), cols, panel, nullptr, rows, cols, kPanelRows);
+      });
+}
+
+// The state of the queries of one head, and memory for a kernel to work in.
+struct Queries {
+  std::vector<float> m, l, o;
+  Memory scratch;
+
+  Queries(int64_t rows, size_t scratch_bytes)
+      : m(rows), l(rows), o(rows * kHeadDim), scratch(scratch_bytes) {}
+  void reset() {
+    std::fill(m.begin(), m.end(), -std::numeric_limits<float>::infinity());
+    std::fill(l.begin(), l.end(), 0.0f);
+    std::fill(o.begin(), o.end(), 0.0f);
+  }
+};
+
+// Attention of `positions` new tokens over the pages of `context` in one layer, `work` operations.
+// The lanes share the KV heads; layers of pages lie one after the other in memory. attend(queries,
+// head, page, number of the page, whether it is the last) computes one head of one page. Decoding,
+// one position, is bound by reading.
+template <class Attend>
+KernelCase attention_over(const Machine& machine, std::string name, Bound bound, double work,
+                          int64_t page_bytes, size_t scratch_bytes, int64_t positions,
+                          int64_t context, Attend attend) {
+  const int64_t pages = context / kPageTokens, layer_bytes = pages * page_bytes;
   const bool decode = positions == 1;
   const int64_t layers = decode ? Ceilings::kBytes / layer_bytes : 1;
-  const auto attend =
-      dtype == DType::kF32 ? machine.kernels.attend_page_f32 : machine.kernels.attend_page_bf16;
 
-  auto run = [machine, layout, positions, context, pages, rows, layer_bytes, layers, attend,
-              q = std::vector<float>(rows * kHeadDim, 0.1f)] {
+  auto run = [=] {
     machine.pool.run([&](Lane& lane) {
       const Part heads = lane.part(kKvHeads);
-      std::vector<float> m(rows), l(rows), o(rows * kHeadDim), scores(rows * kPageTokens);
-      std::vector<int32_t> visible(rows);
+      Queries queries(positions * kGroup, scratch_bytes);
       for (int64_t layer = 0; layer < layers; ++layer) {
         for (int64_t head = heads.begin; head < heads.end; ++head) {
-          std::fill(m.begin(), m.end(), -std::numeric_limits<float>::infinity());
-          std::fill(l.begin(), l.end(), 0.0f);
-          std::fill(o.begin(), o.end(), 0.0f);
-          for (int64_t page = 0; page < pages; ++page) {
-            for (int64_t row = 0; row < rows; ++row) {
-              const int64_t seen = context - positions + row / kGroup + 1 - page * kPageTokens;
-              visible[row] = static_cast<int32_t>(std::clamp<int64_t>(seen, 0, kPageTokens));
-            }
-            const std::byte* start = machine.memory + layer * layer_bytes +
-                                     page * static_cast<int64_t>(layout.page_bytes());
-            attend({.q = q.data(),
-                    .q_stride = kHeadDim,
-                    .visible = visible.data(),
-                    .k = start + layout.key_offset(head),
-                    .v = start + layout.value_offset(head),
-                    .rows = static_cast<int32_t>(rows),
-                    .head_dim = kHeadDim,
-                    .tokens = kPageTokens,
-                    .m = m.data(),
-                    .l = l.data(),
-                    .o = o.data(),
-                    .scores = scores.data()});
-          }
+          queries.reset();
+          for (int64_t page = 0; page < pages; ++page)
+            attend(queries, head, machine.memory + layer * layer_bytes + page * page_bytes, page,
+                   page + 1 == pages);
         }
       }
     });
   };
+  return {{std::move(name), decode ? static_cast<double>(layer_bytes) * layers : work, run, {}},
+          std::to_string(positions) + " of " + std::to_string(context) + " tokens",
+          decode ? Bound::kRead : bound};
+}
+
+// Of the last `positions` of `context`.
+KernelCase attention(const Machine& machine, DType dtype, int64_t positions, int64_t context) {
+  const KvPageLayout layout{.dtype = dtype, .kv_heads = kKvHeads, .head_dim = kHeadDim};
+  const int64_t rows = positions * kGroup;
+  const auto attend =
+      dtype == DType::kF32 ? machine.kernels.attend_page_f32 : machine.kernels.attend_page_bf16;
   // Each row and visible token: head_dim multiplies and adds for the score, as many for the value.
   const double seen = positions * (context - (positions - 1) / 2.0);
-  const double work = decode ? static_cast<double>(layer_bytes) * layers
-                             : 4.0 * kHeadDim * kGroup * kKvHeads * seen;
-  return {{std::string("attend_page_") + (dtype == DType::kF32 ? "f32" : "bf16"), work, run, {}},
-          std::to_string(positions) + " of " + std::to_string(context) + " tokens",
-          decode ? Bound::kRead : Bound::kF32};
+  return attention_over(
+      machine, std::string("attend_page_") + (dtype == DType::kF32 ? "f32" : "bf16"), Bound::kF32,
+      4.0 * kHeadDim * kGroup * kKvHeads * seen, static_cast<int64_t>(layout.page_bytes()),
+      rows * kPageTokens * sizeof(float), positions, context,
+      [=, q = std::vector<float>(rows * kHeadDim, 0.1f)](
+          Queries& queries, int64_t head, const std::byte* start, int64_t page, bool) {
+        std::vector<int32_t> visible(rows);
+        for (int64_t row = 0; row < rows; ++row) {
+          const int64_t tokens = context - positions + row / kGroup + 1 - page * kPageTokens;
+          visible[row] = static_cast<int32_t>(std::clamp<int64_t>(tokens, 0, kPageTokens));
+        }
+        attend({.q = q.data(),
+                .q_stride = kHeadDim,
+                .visible = visible.data(),
+                .k = start + layout.key_offset(head),
+                .v = start + layout.value_offset(head),
+                .next = nullptr,
+                .rows = static_cast<int32_t>(rows),
+                .head_dim = kHeadDim,
+                .tokens = kPageTokens,
+                .m = queries.m.data(),
+                .l = queries.l.data(),
+                .o = queries.o.data(),
+                .scores = static_cast<float*>(queries.scratch.data())});
+      });
 }
 
 // The same over sealed pages, all of which every row sees. Any bytes are codes; so that scores and
@@ -176,59 +224,36 @@ KernelCase attention(const Machine& machine, DType dtype, int64_t positions, int
 KernelCase sealed_attention(const Machine& machine, KvSeal format, int64_t positions,
                             int64_t context) {
   const KvSealedLayout layout{format, kKvHeads, kHeadDim};
-  const int64_t pages = context / kPageTokens, rows = positions * kGroup;
-  const int64_t layer_bytes = pages * static_cast<int64_t>(layout.page_bytes());
-  const bool decode = positions == 1;
-  const int64_t layers = decode ? Ceilings::kBytes / layer_bytes : 1;
+  const int64_t rows = positions * kGroup;
   const auto attend = format == KvSeal::kInt8 ? machine.kernels.attend_sealed_int8
                                               : machine.kernels.attend_sealed_int4;
-
-  auto run = [machine, layout, pages, rows, layer_bytes, layers, attend,
-              q = std::vector<float>(rows * kHeadDim, 0.1f)] {
-    machine.pool.run([&](Lane& lane) {
-      const Part heads = lane.part(kKvHeads);
-      const auto page_bytes = static_cast<int64_t>(layout.page_bytes());
-      std::vector<float> m(rows), l(rows), o(rows * kHeadDim);
-      Memory scratch(static_cast<size_t>(rows * kSealedScratch));
-      for (int64_t layer = 0; layer < layers; ++layer) {
-        for (int64_t head = heads.begin; head < heads.end; ++head) {
-          std::fill(m.begin(), m.end(), -std::numeric_limits<float>::infinity());
-          std::fill(l.begin(), l.end(), 0.0f);
-          std::fill(o.begin(), o.end(), 0.0f);
-          for (int64_t page = 0; page < pages; ++page) {
-            const auto* start = reinterpret_cast<const uint8_t*>(machine.memory) +
-                                layer * layer_bytes + page * page_bytes;
-            const auto at = [&](size_t offset) { return start + offset; };
-            const auto scales = [&](size_t offset) {
-              return reinterpret_cast<const uint16_t*>(start + offset);
-            };
-            const uint8_t* next = page + 1 < pages ? start + page_bytes : nullptr;
-            attend({.q = q.data(),
-                    .q_stride = kHeadDim,
-                    .upper = at(layout.upper_offset(head)),
-                    .lower = at(layout.lower_offset(head)),
-                    .values = at(layout.value_offset(head)),
-                    .key_scales = scales(layout.key_scale_offset(head)),
-                    .value_scales = scales(layout.value_scale_offset(head)),
-                    .next_upper = next ? next + layout.upper_offset(head) : nullptr,
-                    .next_lower = next ? next + layout.lower_offset(head) : nullptr,
-                    .rows = static_cast<int32_t>(rows),
-                    .head_dim = kHeadDim,
-                    .m = m.data(),
-                    .l = l.data(),
-                    .o = o.data(),
-                    .scratch = scratch.data()});
-          }
-        }
-      }
-    });
-  };
-  const double work = decode ? static_cast<double>(layer_bytes) * layers
-                             : 4.0 * kHeadDim * kGroup * kKvHeads * positions * context;
-  return {
-      {std::string("attend_sealed_") + (format == KvSeal::kInt8 ? "int8" : "int4"), work, run, {}},
-      std::to_string(positions) + " of " + std::to_string(context) + " tokens",
-      decode ? Bound::kRead : Bound::kInt8};
+  return attention_over(
+      machine, std::string("attend_sealed_") + (format == KvSeal::kInt8 ? "int8" : "int4"),
+      Bound::kInt8, 4.0 * kHeadDim * kGroup * kKvHeads * positions * context,
+      static_cast<int64_t>(layout.page_bytes()), rows * kSealedScratch, positions, context,
+      [=, q = std::vector<float>(rows * kHeadDim, 0.1f)](
+          Queries& queries, int64_t head, const std::byte* page, int64_t, bool is_last) {
+        const auto* start = reinterpret_cast<const uint8_t*>(page);
+        const uint8_t* next = is_last ? nullptr : start + layout.page_bytes();
+        const auto scales = [&](size_t offset) {
+          return reinterpret_cast<const uint16_t*>(start + offset);
+        };
+        attend({.q = q.data(),
+                .q_stride = kHeadDim,
+                .upper = start + layout.upper_offset(head),
+                .lower = start + layout.lower_offset(head),
+                .values = start + layout.value_offset(head),
+                .key_scales = scales(layout.key_scale_offset(head)),
+                .value_scales = scales(layout.value_scale_offset(head)),
+                .next_upper = next ? next + layout.upper_offset(head) : nullptr,
+                .next_lower = next ? next + layout.lower_offset(head) : nullptr,
+                .rows = static_cast<int32_t>(rows),
+                .head_dim = kHeadDim,
+                .m = queries.m.data(),
+                .l = queries.l.data(),
+                .o = queries.o.data(),
+                .scratch = queries.scratch.data()});
+      });
 }
 
 }  // namespace
@@ -261,6 +286,7 @@ int run_ops(int argc, char** argv) {
          {WeightFormat::kInt8G32, WeightFormat::kInt4G32, WeightFormat::kInt4G128,
           WeightFormat::kInt4MinG32, WeightFormat::kInt4K, WeightFormat::kInt6K})
       cases.push_back(quantized_product(machine, format, rows, 16384, 5120));
+    cases.push_back(fp8_product(machine, rows, 16384, 5120));
   }
   for (DType dtype : {DType::kBF16, DType::kF32}) {
     cases.push_back(attention(machine, dtype, 1, 8192));
