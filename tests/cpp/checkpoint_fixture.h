@@ -76,26 +76,51 @@ struct Parts {  // of a safetensors file
   std::string header, data;
 };
 
-// The named tensors as float32, each filled with a value of its own.
-inline Parts parts(const std::vector<puna::ExpectedTensor>& tensors) {
+// One tensor more, all of one value, given as its bytes.
+inline void add(Parts& file, const std::string& name, const char* dtype,
+                const std::vector<int64_t>& extents, std::string_view value) {
+  int64_t count = 1;
+  std::string shape;
+  for (const int64_t extent : extents) {
+    count *= extent;
+    if (!shape.empty()) shape += ", ";
+    shape += std::to_string(extent);
+  }
+  const size_t begin = file.data.size();
+  for (int64_t i = 0; i < count; ++i) file.data.append(value);
+  file.header += ", \"" + name + R"(": {"dtype": ")" + dtype + R"(", "shape": [)" + shape +
+                 R"(], "data_offsets": [)" + std::to_string(begin) + ", " +
+                 std::to_string(file.data.size()) + "]}";
+}
+
+inline std::string_view bytes_of(const float& value) {
+  return {reinterpret_cast<const char*>(&value), sizeof(value)};
+}
+
+enum class Stored { kFloat32, kFloat8 };
+
+// The named tensors, each filled with a value of its own: as float32, or those that may have scales
+// as float8, half of them with a scale for each row.
+inline Parts parts(const std::vector<puna::ExpectedTensor>& tensors,
+                   Stored stored = Stored::kFloat32) {
   Parts file;
   file.header = R"({"__metadata__": {"format": "pt"})";
+  bool by_row = false;
   for (const puna::ExpectedTensor& tensor : tensors) {
-    int64_t count = 1;
-    std::string shape;
-    for (const int64_t extent : tensor.shape) {
-      count *= extent;
-      if (!shape.empty()) shape += ", ";
-      shape += std::to_string(extent);
+    const float value = 0.125f * static_cast<float>(1 + file.data.size() % 7);
+    if (stored == Stored::kFloat32 || tensor.scale == nullptr) {
+      add(file, tensor.name, "F32", tensor.shape, bytes_of(value));
+      continue;
     }
-    const size_t begin = file.data.size();
-    const float value = 0.125f * static_cast<float>(1 + begin % 7);
-    for (int64_t i = 0; i < count; ++i) {
-      file.data.append(reinterpret_cast<const char*>(&value), sizeof(value));
-    }
-    file.header += ", \"" + tensor.name + R"(": {"dtype": "F32", "shape": [)" + shape +
-                   R"(], "data_offsets": [)" + std::to_string(begin) + ", " +
-                   std::to_string(file.data.size()) + "]}";
+    const char one = 0x38;  // 1.0 in e4m3
+    add(file, tensor.name, "F8_E4M3", tensor.shape, {&one, 1});
+    while (file.data.size() % sizeof(float) != 0) file.data.append(1, '\0');
+    by_row = !by_row;
+    const std::vector<int64_t>& shape = tensor.shape;
+    const std::vector<int64_t> rows =
+        shape.size() == 3 ? std::vector{shape[0], int64_t{1}, shape[2]} : std::vector{shape[0]};
+    add(file, tensor.name + "_scale", "F32", by_row ? rows : std::vector<int64_t>{},
+        bytes_of(value));
   }
   file.header += "}";
   return file;

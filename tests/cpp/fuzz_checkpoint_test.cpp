@@ -36,6 +36,7 @@ struct Tally {
 // Runs `load` on `count` inputs; what it throws must be an Error that blames the file.
 template <class Load>
 Tally fuzz(int count, uint32_t seed, const Load& load) {
+  count = check::trials(count);
   Mutator mutator(seed);
   Tally tally;
   for (int i = 0; i < count; ++i) {
@@ -96,11 +97,14 @@ std::string read_file(const std::string& path) {
 
 TEST(mutated_safetensors_files) {
   const fixture::Directory directory("puna-fuzz-safetensors");
-  const fixture::Parts good = fixture::parts(fixture::tensors());
+  const fixture::Parts as_floats = fixture::parts(fixture::tensors());
+  const fixture::Parts as_float8 = fixture::parts(fixture::tensors(), fixture::Stored::kFloat8);
   directory.write("config.json", fixture::kConfig);
+  directory.write("model.safetensors", fixture::joined(as_float8));
+  use(directory.path());
   const puna::ModelSpec spec = puna::read_model_spec(directory.path());
   fuzz(5000, 1, [&](Mutator& mutator) {
-    fixture::Parts parts = good;
+    fixture::Parts parts = mutator.below(2) ? as_floats : as_float8;
     std::string file;
     switch (mutator.below(10)) {
       case 0: {  // bytes anywhere
