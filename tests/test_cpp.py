@@ -4,7 +4,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -28,8 +29,8 @@ def build(folder: Path, *definitions: str, programs: Sequence[str] = PROGRAMS) -
     return folder
 
 
-def run(program: Path, **environment: str) -> None:
-    done = subprocess.run(
+def run(program: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [str(program)],
         capture_output=True,
         text=True,
@@ -37,6 +38,9 @@ def run(program: Path, **environment: str) -> None:
         check=False,
         env={**os.environ, **environment},
     )
+
+
+def check(done: subprocess.CompletedProcess[str]) -> None:
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     assert " 0 failures" in done.stdout, done.stdout
 
@@ -48,29 +52,35 @@ def programs() -> Path:
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_program(programs: Path, name: str) -> None:
-    run(programs / name)
+    check(run(programs / name))
 
 
 @pytest.fixture(scope="session")
-def sanitized() -> Path:
+def sanitized() -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
+    """Runs of every program, begun together: most compute on one thread, for minutes in all."""
     # Sanitized kernels are slow to compile, those for AVX-512 five minutes a file: AVX2 has the
     # same templates and, without masked loads, more of the ends that may go wrong.
     runnable = [isa["name"] for isa in _core.isas() if isa["available"]]
     chosen = "avx2" if "avx2" in runnable else runnable[0]
-    return build(
+    folder = build(
         ROOT / "build" / "sanitized",
         "-DPUNA_SANITIZE=address,undefined",
         f"-DPUNA_ISAS={chosen}",
         "-DCMAKE_BUILD_TYPE=Debug",
         "-DCMAKE_CXX_FLAGS_DEBUG=-O1",
     )
+    options = {"UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1"}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {name: pool.submit(run, folder / name, **options) for name in PROGRAMS}
 
 
 @pytest.mark.sanitizers
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_sanitized_program(sanitized: Path, name: str) -> None:
+def test_sanitized_program(
+    sanitized: dict[str, Future[subprocess.CompletedProcess[str]]], name: str
+) -> None:
     """Every C++ test, the fuzzers among them, under address and undefined-behaviour sanitizers."""
-    run(sanitized / name, UBSAN_OPTIONS="halt_on_error=1:print_stacktrace=1")
+    check(sanitized[name].result())
 
 
 @pytest.mark.sanitizers
@@ -86,4 +96,4 @@ def test_threads_under_thread_sanitizer() -> None:
     )
     # The fork test of the pool is left out: the sanitizer does not follow a fork of threads.
     for name in programs:
-        run(folder / name)
+        check(run(folder / name))

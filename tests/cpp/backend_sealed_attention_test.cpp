@@ -242,7 +242,7 @@ TEST(where_pages_lie_and_how_a_prompt_is_cut_does_not_matter) {
       const std::vector<float> whole = attend_whole(*same_isa[0].backend, sequence);
       const std::vector<float> company_whole = attend_whole(*same_isa[0].backend, company);
       const int64_t cols = shape.out_cols();
-      for (int trial = 0; trial < 4; ++trial) {
+      for (int trial = 0; trial < check::trials(4); ++trial) {
         Named& cpu = same_isa[draw(0, 2)];
         Cache cache(shape), beside(shape);
         TestStream stream(cache);

@@ -99,6 +99,7 @@ class Mutator {
 
 template <class Load>
 void fuzz(int count, uint32_t seed, const Load& load) {
+  count = check::trials(count);
   Mutator mutator(seed);
   int accepted = 0, refused = 0;
   for (int i = 0; i < count; ++i) {

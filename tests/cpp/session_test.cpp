@@ -482,7 +482,7 @@ TEST(bit_flips) {
   std::vector<std::pair<std::string, size_t>> sizes = files->sizes("/d/s");
   std::mt19937_64 random(7);
   int64_t found = 0, shorter = 0, harmless = 0, accepted = 0;
-  for (int i = 0; i < 10'000; ++i) {
+  for (int i = 0; i < check::trials(10'000); ++i) {
     // Small files as often as large ones every other time.
     const auto& [path, size] = sizes[random() % sizes.size()];
     if (size == 0) continue;

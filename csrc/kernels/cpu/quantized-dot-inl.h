@@ -196,11 +196,12 @@ PUNA_INLINE Dots add_dots(Dots a, Dots b) { return vaddq_s32(a, b); }
 
 #endif
 
+// Unsigned: as those of vectors, sums that leave int32 wrap.
 PUNA_INLINE int32_t sum_of(Dots a) {
-  int32_t lanes[kCodeRows], total = 0;
+  uint32_t lanes[kCodeRows], total = 0;
   __builtin_memcpy(lanes, &a, sizeof(lanes));
-  for (const int32_t lane : lanes) total += lane;
-  return total;
+  for (const uint32_t lane : lanes) total += lane;
+  return static_cast<int32_t>(total);
 }
 
 // multiply_codes<Format, I, Count>(dots, partial, w, x): the I-th of Count products of vectors that
