@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import os
@@ -17,52 +18,66 @@ from puna.errors import ImageError, SessionMismatch
 from puna.images import to_rgb
 
 _NAME = "conversation.json"
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Notes:
-    """The messages of a session; whether it holds a text instead; ids not computed yet."""
+    """The messages of a session; whether it holds a text instead; ids not computed yet.
+
+    `pending` follow the first `computed` ids. A session that went on after it was saved, and ended
+    without being saved again, has others there.
+    """
 
     messages: list[dict[str, Any]]
     reads: bool = False
+    computed: int = 0
     pending: list[int] = field(default_factory=list)
 
 
 def write_notes(directory: Path, notes: Notes) -> None:
     """Puts them beside a saved session, at once or not at all."""
     content = {
-        "version": _VERSION,
         "messages": [_with_content(message, _encoded) for message in notes.messages],
         "reads": notes.reads,
+        "computed": notes.computed,
         "pending": notes.pending,
     }
     path = directory / _NAME
     fresh = path.with_suffix(".new")
     with fresh.open("w", encoding="utf-8") as file:
-        json.dump(content, file)
+        json.dump({"version": _VERSION, "sha256": _digest(content), "content": content}, file)
         file.flush()
         os.fsync(file.fileno())
     fresh.replace(path)
+    folder = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name, too
+    finally:
+        os.close(folder)
 
 
 def read_notes(directory: Path) -> Notes:
     """What write_notes() put there; nothing if the session was never saved.
 
     Raises:
-        SessionMismatch: The file is damaged or of a later version.
+        SessionMismatch: The file is damaged or of another version.
     """
     path = directory / _NAME
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["version"] != _VERSION:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["version"] != _VERSION:
             raise SessionMismatch(
-                f"[session] {path} is of version {content['version']}, this puna reads {_VERSION}; "
-                "open the session with the puna that wrote it"
+                f"[session] {path} is of version {document['version']}, this puna reads {_VERSION};"
+                " open the session with the puna that wrote it"
             )
+        content = document["content"]
+        if document["sha256"] != _digest(content):
+            raise ValueError("its checksum is another")
         return Notes(
             [_with_content(message, _decoded) for message in content["messages"]],
             bool(content["reads"]),
+            int(content["computed"]),
             [int(token) for token in content["pending"]],
         )
     except FileNotFoundError:
@@ -73,6 +88,10 @@ def read_notes(directory: Path) -> Notes:
         raise SessionMismatch(
             f"[session] {path} is damaged ({error}); delete it to go on from the tokens alone"
         ) from error
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _with_content(message: dict[str, Any], change: Any) -> dict[str, Any]:
