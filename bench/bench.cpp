@@ -61,6 +61,21 @@ int64_t Arguments::integer(const std::string& name, int64_t otherwise, int64_t l
   return value;
 }
 
+int64_t Arguments::bytes(const std::string& name, int64_t otherwise) const {
+  const auto found = given_.find(name);
+  if (found == given_.end()) return otherwise;
+  const std::string& text = found->second;
+  constexpr std::pair<const char*, int> kUnits[] = {{"", 0}, {"KiB", 10}, {"MiB", 20}, {"GiB", 30}};
+  int64_t value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  for (const auto& [unit, shift] : kUnits)
+    if (error == std::errc() && end == text.data() + text.size() - std::strlen(unit) &&
+        text.ends_with(unit) && value >= 0 && value < int64_t{1} << 30)
+      return value << shift;
+  fail(ErrorCode::kInvalidRequest, "[", command_, "] --", name, " is '", text,
+       "', and must be bytes, such as 512MiB or 3GiB");
+}
+
 // --- timing -------------------------------------------------------------------------------------
 
 double median(std::vector<double> values) {

@@ -38,6 +38,7 @@ class Arguments {
   bool has(const std::string& name) const { return given_.count(name) > 0; }
   std::string text(const std::string& name, const std::string& otherwise) const;
   int64_t integer(const std::string& name, int64_t otherwise, int64_t low, int64_t high) const;
+  int64_t bytes(const std::string& name, int64_t otherwise) const;  // such as 3GiB
 
  private:
   std::string command_;
@@ -108,6 +109,7 @@ class Report {
 int run_ops(int argc, char** argv);
 int run_model(int argc, char** argv);
 int run_kv_decode(int argc, char** argv);
+int run_resume(int argc, char** argv);
 int run_vision(int argc, char** argv);
 
 }  // namespace puna::bench

@@ -17,6 +17,7 @@ constexpr Command kCommands[] = {
     {"ops", "kernels at the shapes of Llama 4 Scout", puna::bench::run_ops},
     {"model", "prefill and decode of a few layers with random weights", puna::bench::run_model},
     {"kv-decode", "decoding over a long cache, in memory or on disk", puna::bench::run_kv_decode},
+    {"resume", "a saved session opened, gone on from and forked", puna::bench::run_resume},
     {"vision", "the vision tower with random weights", puna::bench::run_vision},
 };
 
