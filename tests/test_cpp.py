@@ -29,12 +29,13 @@ def build(folder: Path, *definitions: str, programs: Sequence[str] = PROGRAMS) -
     return folder
 
 
-def run(program: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(program: Path, *names: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """All tests of a program, or those that are named."""
     return subprocess.run(
-        [str(program)],
+        [str(program), *names],
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=3600 if names else 900,
         check=False,
         env={**os.environ, **environment},
     )
@@ -53,6 +54,12 @@ def programs() -> Path:
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_program(programs: Path, name: str) -> None:
     check(run(programs / name))
+
+
+@pytest.mark.nightly
+def test_equal_bits_in_thousands_of_lives(programs: Path) -> None:
+    """2,000 lives of sequences, each with a model, a store, cuts, forks and resumes of its own."""
+    check(run(programs / "kv_placement_test", "thousands_of_lives"))
 
 
 @pytest.fixture(scope="session")

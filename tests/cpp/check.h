@@ -5,7 +5,7 @@
 //
 // A failed check prints where and what and lets the test go on; the program's exit status is 1
 // then. `program --list` names the tests, `program NAME...` runs those whose name contains one of
-// NAME.
+// NAME. A NIGHTLY_TEST, the whole of what another one samples, is run only when it is named.
 #pragma once
 
 #include <cstdio>
@@ -32,6 +32,7 @@ constexpr int trials(int full) {
 struct Case {
   const char* name;
   void (*body)();
+  bool nightly;
 };
 inline std::vector<Case>& cases() {
   static std::vector<Case> all;
@@ -39,7 +40,9 @@ inline std::vector<Case>& cases() {
 }
 inline int checks = 0, failures = 0;
 struct Registration {
-  Registration(const char* name, void (*body)()) { cases().push_back({name, body}); }
+  Registration(const char* name, void (*body)(), bool nightly) {
+    cases().push_back({name, body, nightly});
+  }
 };
 inline void report(bool ok, const char* file, int line, const std::string& what) {
   ++checks;
@@ -55,10 +58,12 @@ void report_equal(const A& a, const B& b, const char* file, int line, const char
 
 }  // namespace check
 
-#define TEST(name)                                                           \
-  static void test_##name();                                                 \
-  static const check::Registration registration_##name(#name, &test_##name); \
+#define PUNA_TEST(name, nightly)                                                      \
+  static void test_##name();                                                          \
+  static const check::Registration registration_##name(#name, &test_##name, nightly); \
   static void test_##name()
+#define TEST(name) PUNA_TEST(name, false)
+#define NIGHTLY_TEST(name) PUNA_TEST(name, true)
 #define CHECK(condition) check::report((condition), __FILE__, __LINE__, #condition)
 #define CHECK_EQ(a, b) check::report_equal((a), (b), __FILE__, __LINE__, #a " == " #b)
 #define CHECK_THROWS(expected_code, expression)                                       \
@@ -76,7 +81,7 @@ void report_equal(const A& a, const B& b, const char* file, int line, const char
 int main(int argc, char** argv) {
   int run = 0;
   for (const check::Case& test : check::cases()) {
-    bool wanted = argc < 2;
+    bool wanted = argc < 2 && !test.nightly;
     for (int i = 1; i < argc; ++i) wanted |= std::strstr(test.name, argv[i]) != nullptr;
     if (argc == 2 && !std::strcmp(argv[1], "--list")) {
       std::printf("%s\n", test.name);
