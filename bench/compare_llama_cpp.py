@@ -31,7 +31,6 @@ import contextlib
 import fcntl
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -43,6 +42,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from machine import machine
 from synthetic_gguf import FAMILIES, RECIPES, Slice, normal_tokens, write
 
 WORKERS = Path(__file__).parent / "workers"
@@ -385,26 +385,6 @@ def _drop_from_cache(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _machine() -> dict[str, Any]:
-    cpu = dict(
-        (part.strip() for part in line.split(":", 1))
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if ":" in line
-    )
-    meminfo = Path("/proc/meminfo").read_text().split()
-    huge = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    wanted = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
-    return {
-        "processor": f"{cpu.get('model name', platform.machine())}, "
-        f"family {cpu.get('cpu family')}, model {cpu.get('model')}",
-        "cores": len(os.sched_getaffinity(0)),
-        "instructions": [flag for flag in wanted if flag in cpu.get("flags", "").split()],
-        "memory_gib": round(int(meminfo[1]) / (1 << 20), 1),
-        "huge_pages": huge.read_text().strip() if huge.exists() else "none",
-        "system": f"{platform.system()} {platform.release().split('-')[0]}",
-    }
-
-
 def _print_table(comparison: Comparison) -> None:
     names = list(comparison.commands)
     widths = [max(12, len(name)) for name in names]
@@ -509,7 +489,7 @@ def main() -> None:
         "what": f"synthetic slice of Llama 4 {model.model}: true layer shapes, {layers} layers, "
         f"vocabulary {model.vocabulary}",
         "date": time.strftime("%Y-%m-%d"),
-        "machine": _machine(),
+        "machine": machine(),
         "file_bytes": path.stat().st_size,
         "rounds": arguments.rounds,
         "rows": [row for comparison in comparisons for row in comparison.result_rows()],

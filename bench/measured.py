@@ -4,7 +4,7 @@
     python bench/measured.py --write    puts it in README.md between its marks
 
 Results: `llama_cpp_*.json` of compare_llama_cpp.py, `model_*.json` of `puna-bench model --json`,
-and `tokenizer.json` of tokenizer.py.
+`tokenizer.json` of tokenizer.py, and `ledger_*.json` of `ledger.py --json`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ def table() -> str:
     tokenizer = RESULTS / "tokenizer.json"
     if tokenizer.exists():
         parts.append("\n".join(_tokenizer(tokenizer)))
+    ledgers = sorted(RESULTS.glob("ledger_*.json"))
+    if ledgers:
+        parts.append("\n".join(_ledger(ledgers)))
     return "\n\n".join(parts)
 
 
@@ -56,6 +59,27 @@ def _comparison(path: Path) -> str:
         cells += [f"{row['ratio_best_peer']:.2f}" if "ratio_best_peer" in row else "-", _share(row)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _ledger(paths: list[Path]) -> Iterator[str]:
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    machine = results[0]["machine"]
+    yield (
+        f"Look-ups in a long context, by `bench/ledger.py` ({machine['cores']} cores of "
+        f"{machine['processor'].split(',')[0]}, {results[0]['date']}):"
+    )
+    yield ""
+    yield "| tokens | KV cache | memory allowed | right | seconds | tokens/s read | peak memory |"
+    yield "|---|---|---|---|---|---|---|"
+    for result in results:
+        place = "memory and disk" if result["disk"] else "memory"
+        size = result["tokens"] * result["kv_bytes_per_token"] / 1e9
+        yield (
+            f"| {result['tokens']:,} | {result['kv']}, {size:.2f} GB, {place} "
+            f"| {result['ram'] or 'any'} | {result['right']:,} of {result['queries']:,} "
+            f"| {result['seconds']:.0f} | {result['prefill_tokens_per_second']:,.0f} "
+            f"| {result['peak_rss'] / 1e9:.2f} GB |"
+        )
 
 
 def _number(value: float | None) -> str:

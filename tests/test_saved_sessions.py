@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -106,6 +107,43 @@ def test_faults_are_found_and_named(llm: puna.Engine, tmp_path: Path) -> None:
     assert report.good_tokens < 768
     with pytest.raises(puna.InvalidRequest, match="extent is 'all'"):
         llm.verify(tmp_path / "a", "all")  # type: ignore[arg-type]
+
+
+def test_a_damaged_session_is_cut_to_what_is_good(llm: puna.Engine, tmp_path: Path) -> None:
+    ids = [5 + i % 600 for i in range(800)]
+    session = llm.session()
+    session.append(ids)
+    session.save(tmp_path / "a")
+    assert llm.truncate(tmp_path / "a", 800) == 799  # the last one had not been computed
+    next((tmp_path / "a" / "chunks").iterdir()).unlink()
+    with pytest.raises(puna.SessionMismatch, match="keeps the rest") as refused:
+        llm.session(tmp_path / "a")
+    good = int(re.search(r"to (\d+) tokens", str(refused.value))[1])  # type: ignore[index]
+    assert llm.truncate(tmp_path / "a", good + 100) == good  # whole chunks
+    again = llm.session(tmp_path / "a")
+    assert again.tokens() == ids[:good]
+    with pytest.raises(puna.SessionMismatch, match="is being written"):
+        llm.truncate(tmp_path / "a", 0)
+    again.append(ids[good:])
+    assert continuation(again, [7, 8]) == continuation(session, [7, 8])
+    with pytest.raises(puna.SessionMismatch, match="not a session"):
+        llm.truncate(tmp_path / "nowhere", 0)
+    with pytest.raises(puna.InvalidRequest, match="length is -1"):
+        llm.truncate(tmp_path / "a", -1)
+
+
+def test_a_conversation_goes_on_after_it_was_cut(llm: puna.Engine, tmp_path: Path) -> None:
+    session = llm.session()
+    while len(session) < 300:
+        session.chat("Tell me a story about a fox.", temperature=0, max_tokens=60)
+    session.save(tmp_path / "a")
+    expected = session.chat("What is it?", **GREEDY)
+    assert llm.truncate(tmp_path / "a", 300) == 256
+    again = llm.session(tmp_path / "a")
+    assert len(again) == 256
+    answer = again.chat("What is it?", **GREEDY)
+    assert answer.tokens == expected.tokens
+    assert answer.usage.cached == 256
 
 
 def test_sessions_of_others_are_refused(llm: puna.Engine, tmp_path: Path) -> None:

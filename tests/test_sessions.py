@@ -187,3 +187,42 @@ def test_streams_run_in_the_order_they_are_read(llm: puna.Engine) -> None:
     text = "".join(str(chunk) for chunk in second)
     assert text == alone(llm, session.messages[:-1], **GREEDY).text
     assert len(session.messages) == 4
+
+
+def test_a_text_is_cut_and_goes_another_way(llm: puna.Engine) -> None:
+    ids = [5 + i * i % 600 for i in range(700)]
+    session = llm.session()
+    session.append(ids)
+    for length in (698, 600, 512, 511, 300, 256, 1, 0):
+        session.truncate(length)
+        assert session.tokens() == ids[:length]
+        fresh = llm.session()
+        fresh.append([*ids[:length], 7, 8, 9])
+        here = session.branch([[7, 8, 9, 10]], temperature=0, max_tokens=8)[0]
+        there = fresh.branch([[10]], temperature=0, max_tokens=8)[0]
+        assert here.tokens == there.tokens
+    session.append(ids[:300])
+    session.append(ids[300:])
+    assert session.tokens() == ids
+    with pytest.raises(puna.InvalidRequest, match="701 tokens were asked for"):
+        session.truncate(701)
+    talk = llm.session()
+    talk.chat("Hello", **GREEDY)
+    with pytest.raises(puna.InvalidRequest, match="conversation"):
+        talk.truncate(1)
+
+
+def test_branches_are_as_many_at_once_as_memory_allows() -> None:
+    # For a few branches besides.
+    needed = puna.plan("demo", context=600, kv="int8").memory_needed + (1 << 20)
+    prompts = [[5 + i, 6 + i] for i in range(40)]
+    options: dict[str, Any] = {"temperature": 0, "max_tokens": 3, "ignore_eos": True}
+    with puna.load("demo", context=600, kv="int8", memory=needed, progress=False) as tight:
+        session = tight.session()
+        session.append([5 + i * i % 600 for i in range(500)])
+        answers = session.branch(prompts, **options)
+    with puna.load("demo", context=600, kv="int8", progress=False) as wide:
+        session = wide.session()
+        session.append([5 + i * i % 600 for i in range(500)])
+        expected = session.branch(prompts, **options)
+    assert [answer.tokens for answer in answers] == [answer.tokens for answer in expected]

@@ -17,6 +17,7 @@
 
 #include "backend/buffer.h"
 #include "backend/kv_layout.h"
+#include "base/attention_mode.h"
 #include "base/tensor.h"
 
 namespace puna {
@@ -60,6 +61,9 @@ struct AttentionSegment {
   int64_t first_open = 0;      // at most the page of `position`
   // Pages [first_open, first_open + open.size()): written and read, up to the last row's page.
   std::span<void* const> open;
+  // Null: exact. Otherwise `report` is added to.
+  const AttentionMode* mode = nullptr;
+  AttentionReport* report = nullptr;
 };
 
 struct AttentionInput {

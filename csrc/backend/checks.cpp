@@ -272,6 +272,8 @@ void check_attention(ConstRows out, const AttentionInput& input) {
            segment.rows, ", expected to begin at ", next_row, " of ", qkv.rows);
     next_row += segment.rows;
     check_pages(segment, seals, wanted > 0);
+    if (segment.mode != nullptr && segment.report == nullptr)
+      fail(ErrorCode::kInternal, "[attention] a mode without a report");
   }
   if (next_row != qkv.rows)
     fail(ErrorCode::kInternal, "[attention] the segments cover ", next_row, " of ", qkv.rows,

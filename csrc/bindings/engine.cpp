@@ -206,13 +206,19 @@ py::array_t<float> logits(Engine& engine, const Ids& tokens, const std::vector<P
   return array_of(std::move(values), engine.info().vocab_size);
 }
 
+AttentionMode::Kind attention_kind(const std::string& name) {
+  return name == "certified" ? AttentionMode::Kind::kCertified
+         : name == "budget"  ? AttentionMode::Kind::kBudget
+                             : AttentionMode::Kind::kExact;
+}
+
 SamplingOptions sampling(double temperature, double top_p, int64_t top_k, double min_p,
                          double repetition_penalty, double presence_penalty,
                          double frequency_penalty,
                          std::vector<std::pair<int32_t, double>> logit_bias, uint64_t seed,
                          int64_t max_tokens, int64_t min_tokens, std::vector<int32_t> stop_ids,
                          std::vector<std::string> stop, bool ignore_eos, int logprobs,
-                         bool want_logprobs) {
+                         bool want_logprobs, const AttentionMode& attention) {
   return {temperature,
           top_p,
           top_k,
@@ -228,7 +234,8 @@ SamplingOptions sampling(double temperature, double top_p, int64_t top_k, double
           std::move(stop),
           ignore_eos,
           logprobs,
-          want_logprobs};
+          want_logprobs,
+          attention};
 }
 
 }  // namespace
@@ -254,11 +261,20 @@ void bind_engine(py::module_& module) {
           "finish", [](const StepResult& step) { return finish_name(step.finish); },
           "Why the turn ended: None, 'stop', 'length' or 'cancelled'.");
 
+  py::class_<AttentionMode>(module, "AttentionMode", "Which pages attention may leave out.")
+      .def(py::init([](const std::string& kind, double tau, double delta, double fraction,
+                       double sample, int64_t sink_pages, int64_t recent_pages) {
+             return AttentionMode{attention_kind(kind), tau,         delta, fraction, sample,
+                                  sink_pages,           recent_pages};
+           }),
+           "kind"_a, "tau"_a, "delta"_a, "fraction"_a, "sample"_a, "sink_pages"_a,
+           "recent_pages"_a);
+
   py::class_<SamplingOptions>(module, "Sampling", "How the tokens of a turn are chosen.")
       .def(py::init(&sampling), py::kw_only(), "temperature"_a, "top_p"_a, "top_k"_a, "min_p"_a,
            "repetition_penalty"_a, "presence_penalty"_a, "frequency_penalty"_a, "logit_bias"_a,
            "seed"_a, "max_tokens"_a, "min_tokens"_a, "stop_ids"_a, "stop"_a, "ignore_eos"_a,
-           "logprobs"_a, "want_logprobs"_a);
+           "logprobs"_a, "want_logprobs"_a, "attention"_a);
 
   py::class_<Session, std::shared_ptr<Session>>(module, "Session", "One sequence of tokens.")
       .def(
@@ -279,6 +295,8 @@ void bind_engine(py::module_& module) {
             session.append(ids);
           },
           "tokens"_a, "Adds tokens after all that the session holds.")
+      .def("truncate", &Session::truncate, "tokens"_a, py::call_guard<py::gil_scoped_release>(),
+           "Keeps the first tokens of the session's text.")
       .def("prefill", &prefill, "seconds"_a = std::numeric_limits<double>::infinity(),
            "Computes one pass of the text, never its last token; returns how many are left to "
            "compute before that one, or -1 if the seconds ran out.")
@@ -306,10 +324,19 @@ void bind_engine(py::module_& module) {
            "Empties the session and lets go of its directory.")
       .def("fork", &Session::fork, py::call_guard<py::gil_scoped_release>(),
            "A session that shares everything computed so far.")
-      .def("tokens", &Session::tokens, "Ids held: computed and pending.")
+      .def("tokens", &Session::tokens, "first"_a = 0,
+           "Ids held, computed and pending, from there on.")
       .def_property_readonly("length", &Session::length, "Number of ids held.")
       .def("pending", &Session::pending, py::call_guard<py::gil_scoped_release>(),
            "How many of them are not computed yet.")
+      .def(
+          "attention",
+          [](const Session& session) {
+            const AttentionReport report = session.attention();
+            return py::make_tuple(report.pages, report.read, report.worst_share,
+                                  report.worst_interval);
+          },
+          "(pages, read, worst share, worst interval) of the current turn.")
       .def("timings", &timings_of, "Times, token counts and memory of the current turn.");
 
   py::class_<Engine, std::shared_ptr<Engine>>(module, "Engine", "A loaded checkpoint.")

@@ -62,6 +62,10 @@ void Session::save(const std::string& path) {
   const std::lock_guard turn(impl.turn);
   impl.require_open();
   TokenSequence& text = state_->text;
+  if (text.salt != 0)
+    fail(ErrorCode::kInvalidRequest,
+         "[session] attention that is not exact took part in this session's keys and values, which "
+         "cannot be saved as its text's; compute the text again with exact attention");
   std::vector<int32_t> tokens;
   text.tokens.copy_to(tokens, 0, impl.kv->length(text.sequence));
   impl.kv->save(text.sequence, path, {tokens, impl.runs_of(text)});
@@ -80,6 +84,7 @@ void Session::close() {
   if (impl.closed) return;
   const KvStore::Sequence old = state_->text.sequence;
   state_->text = {};
+  state_->attached = false;
   state_->text.sequence = impl.kv->create();
   impl.kv->release(old);
 }
@@ -89,6 +94,7 @@ std::shared_ptr<Session> Engine::open(const std::string& path, bool resume) {
   impl_->require_open();
   impl_->release_dropped();
   auto state = std::make_unique<Session::State>();
+  state->attached = resume;
   TokenSequence& text = state->text;
   if (resume && !std::filesystem::exists(std::filesystem::path(path) / "journal")) {
     text.sequence = impl_->kv->create();

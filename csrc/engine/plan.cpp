@@ -119,8 +119,7 @@ Plan Planner::evaluate(const LoadOptions& options, int64_t disk) const {
 
   const auto pass = [](int64_t tokens) { return std::min(tokens, kBatchRows); };
   const auto footprint = [&](int64_t tokens) { return kv.footprint(tokens, pass(tokens)); };
-  // For pages on their way from the disk; the store takes it as it is made.
-  const int64_t ahead = disk > 0 ? KvStoreOptions().read_ahead : 0;
+  const int64_t ahead = disk > 0 ? kv.read_ahead_bytes() : 0;
   const auto fits = [&](int64_t tokens) {
     const KvFootprint cache = footprint(tokens);
     const int64_t cache_room = room - scratch_bytes(spec_, pass(tokens)) - ahead;

@@ -77,6 +77,16 @@ void check_sampling(const SamplingOptions& o, int64_t vocab_size) {
            token, " is ", bias, "; it must be from -1e9 (bans the token) to 1e9");
     }
   }
+  const AttentionMode& attention = o.attention;
+  require(attention.tau > 0 && attention.tau <= 1, "tau", attention.tau, "above 0 and at most 1");
+  require(attention.delta >= 0 && attention.delta < 1, "delta", attention.delta,
+          "from 0 (the worst case) to below 1");
+  require(attention.fraction >= 0 && attention.fraction <= 1, "fraction", attention.fraction,
+          "from 0 to 1");
+  require(attention.sample >= 0 && attention.sample <= 1, "sample", attention.sample,
+          "from 0 (none) to 1");
+  require(attention.sink_pages >= 0, "sink_pages", attention.sink_pages, "0 or more");
+  require(attention.recent_pages >= 0, "recent_pages", attention.recent_pages, "0 or more");
   for (const int32_t token : o.stop_ids) require_token(token, vocab_size, "stop");
   for (const std::string& stop : o.stop) {
     if (stop.empty()) {

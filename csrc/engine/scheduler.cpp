@@ -50,7 +50,7 @@ void Engine::Impl::release_dropped() {
     gone.swap(dropped);
   }
   for (Dropped& item : gone) {
-    if (item.reuse && kv->length(item.text.sequence) > 0)
+    if (item.reuse && item.text.salt == 0 && kv->length(item.text.sequence) > 0)
       prefixes.put(std::move(item.text), *kv);
     else
       kv->release(item.text.sequence);
@@ -135,29 +135,29 @@ std::shared_ptr<const ImageFeatures> Engine::Impl::features_of(const PlacedImage
   return made;
 }
 
-ConstRows Engine::Impl::forward(std::span<TokenSequence* const> sequences,
-                                std::span<const int64_t> rows, std::span<const int32_t> logit_rows,
-                                const Poll& poll) {
+ConstRows Engine::Impl::forward(std::span<const PassMember> members,
+                                std::span<const int32_t> logit_rows, const Poll& poll) {
   std::vector<int32_t> ids;
   std::vector<TextBatch::Segment> segments;
   std::vector<KvStore::Append> appends;
   std::vector<std::vector<int32_t>> texts;
   std::vector<TextBatch::Features> placed;
   std::vector<std::shared_ptr<const ImageFeatures>> alive;
-  for (size_t i = 0; i < sequences.size(); ++i) {
-    TokenSequence& text = *sequences[i];
+  for (const auto& [member, rows, mode, report] : members) {
+    TokenSequence& text = *member;
     const int64_t begin = kv->length(text.sequence);
-    segments.push_back({text.sequence, begin, rows[i]});
+    segments.push_back({text.sequence, begin, rows, mode, report});
+    if (mode != nullptr) text.salt = ++last_salt;
     int64_t first = 0;
-    texts.push_back(unit_tokens(text, rows[i], &first));
-    appends.push_back({text.sequence, rows[i], {texts.back(), runs_of(text), first}});
+    texts.push_back(unit_tokens(text, rows, &first));
+    appends.push_back({text.sequence, rows, {texts.back(), runs_of(text), first, text.salt}});
     const auto first_row = static_cast<int64_t>(ids.size());
-    text.tokens.copy_to(ids, begin, rows[i]);
+    text.tokens.copy_to(ids, begin, rows);
     if (text.images.empty()) continue;
     int64_t image_row = 0;
     text.tokens.each(begin, [&](int32_t token) { image_row += token == info.image_token; });
     const PlacedImage* last = nullptr;
-    for (int64_t r = 0; r < rows[i]; ++r) {
+    for (int64_t r = 0; r < rows; ++r) {
       const auto batch_row = static_cast<int32_t>(first_row + r);
       if (ids[batch_row] != info.image_token) continue;
       for (const PlacedImage& image : text.images) {
@@ -235,8 +235,8 @@ int64_t Engine::Impl::prefill(Session::State& session, int64_t most, const Poll&
   const int64_t rows = std::min({most, pending, kv->room(text.sequence), kBatchRows});
   if (rows <= 0) return std::max<int64_t>(pending, 0);
   const Clock::time_point start = Clock::now();
-  TokenSequence* const one = &text;
-  forward({&one, 1}, {&rows, 1}, {}, [&] {
+  const PassMember one{&text, rows};
+  forward({&one, 1}, {}, [&] {
     require_open();
     if (poll) poll();
   });
@@ -250,6 +250,7 @@ std::vector<StepResult> Engine::Impl::step(std::span<Session::State* const> sess
   struct Cancelled {};
   std::vector<StepResult> results(sessions.size());
   std::vector<size_t> waiting;
+  std::vector<bool> exact(sessions.size(), true);
   const auto finish_cancelled = [&](size_t i) {
     Session::State& session = *sessions[i];
     session.finish = FinishReason::kCancelled;
@@ -272,6 +273,9 @@ std::vector<StepResult> Engine::Impl::step(std::span<Session::State* const> sess
            "[step] logits() has computed every token of the session; give it a prompt again");
     } else {
       waiting.push_back(i);
+      const int64_t pending = session.text.tokens.size() - kv->length(session.text.sequence);
+      exact[i] = session.options.attention.kind == AttentionMode::Kind::kExact ||
+                 pending > kMostApproximate;
     }
   }
   const Poll layer_poll = [&] {
@@ -285,19 +289,19 @@ std::vector<StepResult> Engine::Impl::step(std::span<Session::State* const> sess
   while (!waiting.empty()) {
     // As many rows of each waiting session as the pass, and its attention chunk, have room for. A
     // sequence whose last pending row is in the pass gets its logits and leaves.
-    std::vector<TokenSequence*> sequences;
-    std::vector<int64_t> rows;
+    std::vector<PassMember> pass;
     std::vector<size_t> members, ending;
     std::vector<int32_t> logit_rows;
     int64_t used = 0;
     for (const size_t i : waiting) {
-      TokenSequence& text = sessions[i]->text;
+      Session::State& session = *sessions[i];
+      TokenSequence& text = session.text;
       const int64_t pending = text.tokens.size() - kv->length(text.sequence);
       const int64_t take = std::min({pending, kv->room(text.sequence), kBatchRows - used});
       if (take <= 0) continue;
       used += take;
-      sequences.push_back(&text);
-      rows.push_back(take);
+      pass.push_back(
+          {&text, take, exact[i] ? nullptr : &session.options.attention, &session.report});
       members.push_back(i);
       if (take == pending) {
         ending.push_back(i);
@@ -307,7 +311,7 @@ std::vector<StepResult> Engine::Impl::step(std::span<Session::State* const> sess
     const Clock::time_point start = Clock::now();
     ConstRows out;
     try {
-      out = forward(sequences, rows, logit_rows, layer_poll);
+      out = forward(pass, logit_rows, layer_poll);
     } catch (const Cancelled&) {
       for (const size_t i : waiting) {
         if (sessions[i]->cancelled) finish_cancelled(i);
@@ -322,7 +326,7 @@ std::vector<StepResult> Engine::Impl::step(std::span<Session::State* const> sess
       Timings& timings = sessions[members[m]]->timings;
       const bool prefill = !sessions[members[m]]->prefilled;
       (prefill ? timings.prefill_seconds : timings.decode_seconds) += spent;
-      (prefill ? timings.prefill_tokens : timings.decode_tokens) += rows[m];
+      (prefill ? timings.prefill_tokens : timings.decode_tokens) += pass[m].rows;
     }
     for (size_t e = 0; e < ending.size(); ++e) {
       Session::State& session = *sessions[ending[e]];

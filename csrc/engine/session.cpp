@@ -90,6 +90,7 @@ void Session::prompt(const Prompt& prompt, bool reuse) {
     impl.kv->release(text.sequence);
   }
   impl.kv->truncate(next.sequence, kept);
+  if (next.sequence == text.sequence && kept > 0) next.salt = text.salt;
   text = std::move(next);
   state_->reuse = reuse;
   state_->prefilled = false;
@@ -108,6 +109,26 @@ void Session::append(std::span<const int32_t> tokens) {
   text.tokens.append(tokens);
   state_->begun = false;
   if (!state_->prefilled) return;  // still the same turn
+  state_->prefilled = false;
+  state_->timings = {};
+  state_->timings.cached_tokens = impl.kv->length(text.sequence);
+}
+
+void Session::truncate(int64_t tokens) {
+  Engine::Impl& impl = *engine_->impl_;
+  const std::lock_guard turn(impl.turn);
+  impl.require_open();
+  TokenSequence& text = state_->text;
+  if (tokens < 0 || tokens > text.tokens.size())
+    fail(ErrorCode::kInvalidRequest, "[truncate] ", tokens,
+         " tokens were asked for, the session has ", text.tokens.size());
+  if (!text.images.empty())
+    fail(ErrorCode::kInvalidRequest,
+         "[truncate] the session holds pictures; give it a shorter prompt instead");
+  const int64_t computed = std::min(tokens, impl.kv->length(text.sequence));
+  impl.kv->truncate(text.sequence, impl.kv->restorable(text.sequence, computed));
+  text.tokens.truncate(tokens);
+  state_->begun = false;
   state_->prefilled = false;
   state_->timings = {};
   state_->timings.cached_tokens = impl.kv->length(text.sequence);
@@ -135,7 +156,12 @@ void Session::begin(const SamplingOptions& options) {
   Engine::Impl& impl = *engine_->impl_;
   engine_->check(options);
   State& state = *state_;
+  if (state.attached && options.attention.kind != AttentionMode::Kind::kExact)
+    fail(ErrorCode::kInvalidRequest, {.param = "attention"},
+         "[begin] the session is on disk, where keys and values must be exact; use branch(), or a "
+         "fork()");
   state.options = options;
+  state.report = {};
   state.sampler = Sampler(options);
   state.decoder.reset();
   if (impl.tokenizer) state.decoder.emplace(*impl.tokenizer, options.stop);
@@ -170,8 +196,8 @@ std::vector<float> Session::logits(int64_t most, const Poll& poll) {
   const int64_t rows = std::min({most, pending, impl.kv->room(text.sequence), kEvaluationRows});
   std::vector<int32_t> wanted(static_cast<size_t>(rows));
   std::iota(wanted.begin(), wanted.end(), 0);
-  TokenSequence* const one = &text;
-  const ConstRows out = impl.forward({&one, 1}, {&rows, 1}, wanted, [&] {
+  const PassMember one{&text, rows};
+  const ConstRows out = impl.forward({&one, 1}, wanted, [&] {
     impl.require_open();
     if (poll) poll();
   });
@@ -195,12 +221,15 @@ std::shared_ptr<Session> Session::fork() {
 
 int64_t Session::length() const { return state_->text.tokens.size(); }
 
-std::vector<int32_t> Session::tokens() const {
+std::vector<int32_t> Session::tokens(int64_t first) const {
+  first = std::clamp<int64_t>(first, 0, length());
   std::vector<int32_t> tokens;
-  tokens.reserve(static_cast<size_t>(length()));
-  state_->text.tokens.copy_to(tokens, 0, length());
+  tokens.reserve(static_cast<size_t>(length() - first));
+  state_->text.tokens.copy_to(tokens, first, length() - first);
   return tokens;
 }
+
+AttentionReport Session::attention() const { return state_->report; }
 
 Timings Session::timings() const {
   Timings timings = state_->timings;

@@ -58,6 +58,8 @@ struct TokenSequence {
   TokenList tokens;
   std::vector<PlacedImage> images;
   std::vector<KvImageRun> runs;  // where their rows stand; made when it is needed
+  // Of keys and values that attention which is not exact took part in (KvText::salt).
+  uint64_t salt = 0;
 };
 
 // Length of the common start of two sequences, images included.
@@ -86,7 +88,8 @@ class PrefixCache {
 
 struct Session::State {
   TokenSequence text;
-  bool reuse = false;  // shares with other sessions what it computes
+  bool reuse = false;     // shares with other sessions what it computes
+  bool attached = false;  // its chunks go to a directory
   SamplingOptions options;
   Sampler sampler;
   std::optional<StreamDecoder> decoder;
@@ -97,7 +100,17 @@ struct Session::State {
   bool begun = false;
   bool prefilled = false;  // the turn's prompt has been computed
   Timings timings;
+  AttentionReport report;
   std::atomic<bool> cancelled{false};
+};
+
+// A sequence's part of a forward pass: its next `rows` tokens.
+struct PassMember {
+  TokenSequence* text;
+  int64_t rows;
+  // Null: exact. Otherwise `report` is added to.
+  const AttentionMode* mode = nullptr;
+  AttentionReport* report = nullptr;
 };
 
 struct Engine::Impl {
@@ -117,6 +130,7 @@ struct Engine::Impl {
   FeatureCache features;
   PrefixCache prefixes;
   Buffer logits;  // of the last forward pass
+  uint64_t last_salt = 0;
 
   // Sessions may be dropped while another thread computes; their sequences go to the prefix cache,
   // or are released, at the next turn, so that dropping never waits.
@@ -142,14 +156,18 @@ struct Engine::Impl {
   void check_tokens(std::span<const int32_t> tokens, int64_t held) const;
   // What the store needs for the appends; cached prefixes make room if they must.
   KvStore::Plan plan_appends(std::span<const KvStore::Append> appends);
-  // One forward pass over the next rows[i] tokens of sequences[i]. logit_rows: batch rows wanted.
-  ConstRows forward(std::span<TokenSequence* const> sequences, std::span<const int64_t> rows,
-                    std::span<const int32_t> logit_rows, const Poll& poll);
+  // One forward pass. logit_rows: batch rows wanted.
+  ConstRows forward(std::span<const PassMember> members, std::span<const int32_t> logit_rows,
+                    const Poll& poll);
   std::shared_ptr<const ImageFeatures> features_of(const PlacedImage& image, const Poll& poll);
   std::vector<StepResult> step(std::span<Session::State* const> sessions, const Poll& poll);
   int64_t prefill(Session::State& session, int64_t most, const Poll& poll);
   StepResult emit(Session::State& session, std::span<float> logits);
 };
+
+// Attention leaves pages out for so many rows of a session at most: each of them looks for pages of
+// its own, while many rows share what they read.
+constexpr int64_t kMostApproximate = 32;
 
 // When every row's logits are wanted: 256 rows of 202,048 logits are 207 MB.
 constexpr int64_t kEvaluationRows = 256;

@@ -82,6 +82,38 @@ constexpr int64_t kSealedDim = 256;
 // A row's scores, the whole numbers it is multiplied with, and some numbers more.
 constexpr int64_t kSealedScratch = kSealedTokens * 6 + 64;
 
+// What the keys of one sealed page may weigh for some rows, from the upper four bits of their codes
+// alone. Of 8-bit codes the lower bits count as 7.5, their middle: a score is off by the sum over
+// the channels of q * scale * (bits - 7.5), and by the rounding of queries to words. 4-bit codes
+// have no lower bits.
+struct ScreenedRow {
+  float top;       // the largest score, as the upper bits tell it
+  float mass;      // sum over the tokens of exp(score - top)
+  float dropped;   // the most that the lower bits can change a score by, 7.5 sum |q * scale|
+  float squares;   // 7.5^2 sum (q * scale)^2
+  float rounding;  // the most that the words can
+};
+struct ScreenSealed {
+  const float* q;  // [rows][q_stride], as for AttendSealed
+  int64_t q_stride;
+  const uint8_t* upper;
+  const uint16_t* key_scales;
+  const uint8_t* next_upper;  // of the page that will be screened next, or null
+  int32_t rows, head_dim;
+  ScreenedRow* screened;  // [rows]
+  void* scratch;          // rows * kSealedScratch bytes, aligned to 64
+};
+// Ranks of a sealed page from the ranges of its channels alone: the score of a key that had the
+// best end of every range for the row, and of one in the middle of all.
+struct RankSealed {
+  const float* q;  // [rows][q_stride]
+  int64_t q_stride;
+  const uint16_t* key_scales;
+  float levels;  // the largest code
+  int32_t rows, head_dim;
+  float *most, *middle;  // [rows]
+};
+
 // Columns of a row of quantised activations that share a scale (the last ones of a row may be
 // fewer). A multiple of every format's group, whose sums are added up before they are scaled. A
 // scale for each group of 32 would be one more multiplication for every 8 dot products of four.
@@ -147,6 +179,9 @@ struct KernelTable {
   void (*attend_page_bf16)(const AttendPage&);
   void (*attend_sealed_int8)(const AttendSealed&);
   void (*attend_sealed_int4)(const AttendSealed&);
+  void (*screen_sealed_int8)(const ScreenSealed&);
+  void (*screen_sealed_int4)(const ScreenSealed&);
+  void (*rank_sealed)(const RankSealed&);
 
   // y = x * w / sqrt(mean(x^2) + eps); w may be null (then 1).
   void (*rms_norm)(float* y, const float* x, const float* w, int64_t n, float eps);

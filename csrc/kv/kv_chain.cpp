@@ -46,6 +46,7 @@ Digest chain_hash(const Digest& parent, const KvText& text, int64_t begin, int64
         .number(static_cast<uint64_t>(first - image.position))
         .number(image.key);
   }
+  if (text.salt != 0) hash.number(text.salt);
   return hash.digest();
 }
 

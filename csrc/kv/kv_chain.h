@@ -22,6 +22,8 @@ struct KvText {
   std::span<const int32_t> tokens;     // from position `first` on
   std::span<const KvImageRun> images;  // ascending, not overlapping
   int64_t first = 0;
+  // Not 0: keys and values that do not follow from the text alone; no other text's number.
+  uint64_t salt = 0;
 
   int64_t end() const { return first + static_cast<int64_t>(tokens.size()); }
   // The tokens [from, to). Throws Error(kInternal) if they are not all there.

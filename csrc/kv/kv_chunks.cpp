@@ -29,16 +29,26 @@ void KvStore::open_disk() {
   open_reader();
 }
 
-void KvStore::open_reader() {
-  if (reader_) return;
+KvStore::Ring KvStore::ring() const {
   const auto page = static_cast<int64_t>(geometry().sealed_bytes());
   const int64_t slot_pages = std::clamp<int64_t>((kReadBytes + page - 1) / page, 1,
                                                  std::max<int64_t>(1, unit_ / kPageTokens));
   const int64_t held = (KvStream::kHeld + slot_pages - 1) / slot_pages + kLeastAhead;
-  const int64_t slots = std::max(held, options_.read_ahead / (slot_pages * page));
+  return {std::max(held, options_.read_ahead / (slot_pages * page)), slot_pages};
+}
+
+int64_t KvStore::read_ahead_bytes() const {
+  const auto [slots, slot_pages] = ring();
+  return globals_.empty() ? 0
+                          : slots * slot_pages * static_cast<int64_t>(geometry().sealed_bytes());
+}
+
+void KvStore::open_reader() {
+  if (reader_) return;
+  const auto [slots, slot_pages] = ring();
   std::vector<void*> memory;
   if (!globals_.empty()) {
-    const int64_t slot_bytes = slot_pages * page;
+    const int64_t slot_bytes = slot_pages * static_cast<int64_t>(geometry().sealed_bytes());
     make_room(slots * slot_bytes);
     ring_ = new_page(static_cast<size_t>(slots * slot_bytes));
     for (int64_t i = 0; i < slots; ++i)

@@ -153,6 +153,9 @@ class KvStore {
   int64_t truncate_session(const std::string& path, int64_t tokens);
 
   int64_t bytes_in_use() const;
+  // Memory for pages on their way from the disk, which a store with a directory takes as it is
+  // made.
+  int64_t read_ahead_bytes() const;
   KvStatistics statistics() const;
   // Of a sequence that grows to `tokens` tokens by passes of at most `pass` tokens.
   KvFootprint footprint(int64_t tokens, int64_t pass = 1) const;
@@ -177,6 +180,10 @@ class KvStore {
 
   // kv_chunks.cpp: chunks in memory and in files
   void open_disk();
+  struct Ring {
+    int64_t slots, slot_pages;
+  };
+  Ring ring() const;
   void open_reader();
   void finish_chunks(State& current, const KvText& text);
   void write(const std::shared_ptr<KvChunk>& chunk,

@@ -116,6 +116,10 @@ void TextModel::attend(const TextParameters::Layer& layer, int64_t index, const 
     part.stream = view.stream;
     part.first_open = view.first_open;
     part.open = view.open;
+    if (shape.chunk == 0) {
+      part.mode = segment.mode;
+      part.report = segment.report;
+    }
     first_row += segment.rows;
   }
   input.segments = segments_;

@@ -25,6 +25,9 @@ struct TextBatch {
     KvStore::Sequence sequence;
     int64_t position;  // of its first row
     int64_t rows;
+    // Of layers that see everything; as in AttentionSegment.
+    const AttentionMode* mode = nullptr;
+    AttentionReport* report = nullptr;
   };
   // Image rows that replace the embeddings of the batch's `rows`.
   struct Features {

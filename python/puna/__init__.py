@@ -9,6 +9,7 @@ print(llm.chat("Tell me a story about a fox."))
 from puna import errors
 from puna._core import StreamDecoder, StreamEncoder, Tokenizer, backends, isas
 from puna._core import version as _version
+from puna.attention import Attention, AttentionReport
 from puna.engine import Engine
 from puna.errors import (
     ContextOverflow,
@@ -42,6 +43,8 @@ from puna.types import (
 __version__ = _version()
 
 __all__ = [
+    "Attention",
+    "AttentionReport",
     "Chunk",
     "Comparison",
     "Completion",

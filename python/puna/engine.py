@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from puna.arguments import (
     token_ids,
     whole,
 )
+from puna.attention import report_of
 from puna.chat_template import (
     ImagePlaceholder,
     RenderedPrompt,
@@ -30,12 +32,13 @@ from puna.chat_template import (
     image_list,
     render,
 )
-from puna.errors import EngineClosed, InvalidRequest, UnsupportedError
+from puna.errors import EngineClosed, InvalidRequest, SessionMismatch, UnsupportedError
 from puna.images import to_rgb
 from puna.options import Request, parse_request
 from puna.planning import Plan
 from puna.running import BuiltPrompt, Deadline, Job, prefill, read, timings, usage
 from puna.session import Session
+from puna.session_notes import read_notes, write_notes
 from puna.types import (
     Chunk,
     Completion,
@@ -123,6 +126,7 @@ class Engine:
                 logit_bias: Token id to a number added to its logit; -1e9 bans it.
                 ignore_eos: Go on after tokens that end the turn.
                 timeout: Seconds after which the completion ends as it is.
+                attention: A puna.Attention: exact, or what may be left out of a long context.
 
         Returns:
             A Completion per prompt; with n > 1 a list of n per prompt, in order.
@@ -235,7 +239,9 @@ class Engine:
         if path is None:
             return Session(self, core.session())
         directory = Path(path).expanduser()
-        return Session(self, core.open(os.fspath(directory), not readonly), directory)
+        return Session(
+            self, core.open(os.fspath(directory), not readonly), directory, readonly=readonly
+        )
 
     def verify(
         self, path: str | os.PathLike[str], extent: Literal["journal", "sampled", "full"] = "full"
@@ -255,7 +261,38 @@ class Engine:
                 f"extent is {extent!r}; it must be 'journal', 'sampled' or 'full'", param="extent"
             )
         report = self._core_engine().verify(os.fspath(Path(path).expanduser()), extent)
+        if not report["fault"]:
+            try:
+                read_notes(Path(path).expanduser())
+            except SessionMismatch as error:
+                report["fault"] = str(error)
         return SessionReport(**report)
+
+    def truncate(self, path: str | os.PathLike[str], length: int) -> int:
+        """Cuts a saved session down to the whole chunks within its first `length` tokens.
+
+        Also one that is damaged behind them: `verify` and the message that refuses it say how many
+        tokens are good. The messages of a conversation stay, and are computed again from there.
+
+        Args:
+            path: The directory, which no session may have open for writing.
+            length: Tokens to keep at most. If all are within it, so is what follows the last chunk.
+
+        Returns:
+            How many tokens are left.
+
+        Raises:
+            SessionMismatch: It is another model's, in use, or no session.
+            InvalidRequest: `length` is negative.
+        """
+        if length < 0:
+            raise InvalidRequest(f"length is {length}; it must be 0 or more", param="length")
+        directory = Path(path).expanduser()
+        notes = read_notes(directory)
+        left = self._core_engine().truncate_session(os.fspath(directory), length)
+        if notes.pending:  # they came after the end
+            write_notes(directory, replace(notes, pending=[]))
+        return left
 
     # --- evaluation ------------------------------------------------------------------------------
 
@@ -513,6 +550,7 @@ class Engine:
             usage=usage(job),
             seed=job.seed,
             timings=timings(session.timings()),
+            attention=report_of(session, job.attention),
         )
 
     def _chunk(self, step: _core.Step) -> Chunk:
@@ -541,6 +579,7 @@ class Engine:
             logprobs=tuple(item for chunk in job.chunks for item in chunk.logprobs),
             seed=job.seed,
             timings=timings(job.session.timings()),
+            attention=report_of(job.session, job.attention),
         )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from puna.arguments import token_id, truth
+from puna.attention import Attention
 from puna.errors import InvalidRequest
 
 SAMPLING_NAMES = (
@@ -30,6 +31,7 @@ SAMPLING_NAMES = (
     "min_tokens",
     "ignore_eos",
     "timeout",
+    "attention",
 )
 LOAD_NAMES = (
     "quant",
@@ -126,6 +128,7 @@ class Request:
     n: int
     timeout: float | None
     seed: int
+    attention: Attention
 
 
 def parse_request(
@@ -178,7 +181,15 @@ def parse_request(
     timeout = None if "timeout" not in given else _number(given, "timeout", 0.0)
     if timeout is not None and not timeout > 0:
         raise InvalidRequest(f"timeout is {timeout} s; it must be above 0", param="timeout")
-    return Request(core, _integer(given, "n", 1, 1), timeout, core["seed"])
+    attention = given.get("attention", Attention.exact())
+    if not isinstance(attention, Attention):
+        raise InvalidRequest(
+            f"attention is {attention!r:.80}; it must be a puna.Attention, such as "
+            "puna.Attention.certified(1e-3)",
+            param="attention",
+        )
+    core["attention"] = attention.core()
+    return Request(core, _integer(given, "n", 1, 1), timeout, core["seed"], attention)
 
 
 def _number(given: Mapping[str, Any], name: str, default: float) -> float:

@@ -32,6 +32,7 @@ class Job:
         """Starts a turn of the session."""
         self.session = session
         self.seed = seed
+        self.attention = request.attention
         self.prompt_tokens = session.length
         self.chunks: list[Chunk] = []
         self.finish: FinishReason | None = None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from puna.chat_template import with_pictures
-from puna.errors import InvalidRequest
+from puna.errors import InvalidRequest, OutOfMemory
 from puna.options import Request
 from puna.running import BuiltPrompt, Deadline, prefill, read
 from puna.session_notes import Notes, read_notes, write_notes
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from puna import _core
     from puna.engine import Engine, Messages, Prompt
 
-# Branches computed as one batch: their page tables are small beside what they share.
+# Branches computed as one batch, where memory allows it.
 _BRANCHES = 64
 
 
@@ -32,18 +32,26 @@ class Session:
     many questions at once.
     """
 
-    def __init__(self, engine: Engine, session: _core.Session, path: Path | None = None) -> None:
-        """Wraps a core session, kept at `path` if that is given; use `Engine.session`."""
+    def __init__(
+        self,
+        engine: Engine,
+        session: _core.Session,
+        path: Path | None = None,
+        *,
+        readonly: bool = False,
+    ) -> None:
+        """Wraps a core session, opened from `path` if that is given; use `Engine.session`."""
         self._engine = engine
         self._session = session
         self._path = path
+        self._readonly = readonly
         self._lock = threading.Lock()
         self._reads = False  # holds a text
         self.messages: list[dict[str, Any]] = []
         if path is not None:
             notes = read_notes(path)
             self.messages, self._reads = notes.messages, notes.reads
-            if notes.pending:
+            if notes.pending and notes.computed == session.length:
                 session.append(notes.pending)
 
     # --- texts -----------------------------------------------------------------------------------
@@ -76,6 +84,30 @@ class Session:
             if self._path is not None:
                 self._session.flush()
 
+    def truncate(self, length: int) -> None:
+        """Forgets the text from token `length` on.
+
+        What the session computed of the rest is kept as far as it can be restored exactly: to any
+        place among the last few hundred tokens, to page boundaries (256 tokens) in the current
+        attention chunk, and to chunk boundaries before it. The tokens from there to `length` are
+        computed again when they are needed.
+
+        A directory that the session was opened from goes along with the next chunk, or save(). To
+        cut a session on disk that does not open any more, see `Engine.truncate`. Of a conversation,
+        drop messages: `del session.messages[2:]`.
+
+        Raises:
+            InvalidRequest: The session holds a conversation, or has no such length.
+        """
+        with self._busy():
+            self._require_text()
+            self._session.truncate(length)
+            if self._path is None or self._readonly:
+                return
+            if read_notes(self._path).pending:
+                # They were of the text that is forgotten.
+                write_notes(self._path, Notes([], reads=True))
+
     def branch(
         self, prompts: Sequence[Prompt], *, allow_special: bool = False, **options: Any
     ) -> list[Completion]:
@@ -96,19 +128,37 @@ class Session:
         request = self._engine._request("branch", options, ("allow_special",))
         deadline = Deadline(request.timeout)
         results: list[Completion] = []
+        done = 0
         with self._busy():
-            for first in range(0, len(prompts), _BRANCHES):
-                sessions = []
-                for prompt in prompts[first : first + _BRANCHES]:
-                    session = self._session.fork()
-                    if self.messages:
-                        built = self._question(prompt)
-                        session.prompt(built.tokens, built.pixels, reuse=False)
-                    else:
-                        self._append(session, prompt, allow_special)
-                    sessions.append(session)
-                results += self._engine._complete(sessions, request, deadline)
+            size = _BRANCHES
+            while len(prompts) > done:
+                try:
+                    results += self._branch(
+                        prompts[done : done + size], allow_special, request, deadline
+                    )
+                except OutOfMemory:
+                    # Every branch writes on pages of its own.
+                    if size == 1:
+                        raise
+                    size = (size + 1) // 2
+                else:
+                    done += size
         return results
+
+    def _branch(
+        self, prompts: Sequence[Prompt], allow_special: bool, request: Request, deadline: Deadline
+    ) -> list[Completion]:
+        """Some branches as one batch."""
+        sessions = []
+        for prompt in prompts:
+            session = self._session.fork()
+            if self.messages:
+                built = self._question(prompt)
+                session.prompt(built.tokens, built.pixels, reuse=False)
+            else:
+                self._append(session, prompt, allow_special)
+            sessions.append(session)
+        return self._engine._complete(sessions, request, deadline)
 
     def _append(self, session: _core.Session, text: Prompt, allow_special: bool) -> None:
         self._require_text()
@@ -167,6 +217,7 @@ class Session:
             logprobs=tuple(item for chunk in chunks for item in chunk.logprobs),
             seed=last.seed,
             timings=last.timings,
+            attention=last.attention,
         )
 
     def stream(
@@ -243,9 +294,9 @@ class Session:
         assert directory is not None
         with self._busy():
             self._session.save(os.fspath(directory))
-            tokens = self._session.tokens()
-            computed = len(tokens) - self._session.pending()
-            write_notes(directory, Notes(self.messages, self._reads, tokens[computed:]))
+            computed = len(self) - self._session.pending()
+            pending = self._session.tokens(computed)
+            write_notes(directory, Notes(self.messages, self._reads, computed, pending))
 
     def close(self) -> None:
         """Frees what the session holds and lets others write where it was opened.

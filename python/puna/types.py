@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from puna.attention import AttentionReport
+
 FinishReason = Literal["stop", "length", "cancelled", "timeout"]
 
 
@@ -78,6 +80,7 @@ class Completion:
         logprobs: One entry per token if logprobs were asked for, else empty.
         seed: The seed in force; passing it again gives the same text.
         timings: Speeds and memory.
+        attention: What was left out, if attention was not exact.
     """
 
     text: str
@@ -88,6 +91,7 @@ class Completion:
     logprobs: tuple[Logprobs, ...]
     seed: int
     timings: Timings
+    attention: AttentionReport | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -97,7 +101,8 @@ class Completion:
 class Chunk:
     """A piece of a streamed completion: usually the text of one token. `str(chunk)` is its text.
 
-    The last chunk of a stream has `finish_reason`, `usage`, `seed` and `timings`; the others None.
+    The last chunk of a stream has `finish_reason`, `usage`, `seed`, `timings` and, if it was not
+    exact, `attention`; the others None.
     """
 
     text: str
@@ -108,6 +113,7 @@ class Chunk:
     usage: Usage | None = None
     seed: int | None = None
     timings: Timings | None = None
+    attention: AttentionReport | None = None
 
     def __str__(self) -> str:
         return self.text

@@ -118,6 +118,26 @@ TEST(pictures_are_part_of_the_text) {
   CHECK_THROWS(ErrorCode::kInternal, store->save(s, directory.path("t"), other.view()));
 }
 
+// Keys and values that are not the text's alone have a name of their own.
+TEST(a_salted_text_shares_no_chunk) {
+  const auto store = make_store(nullptr);
+  const auto first = store->create(), second = store->create();
+  Text text;
+  text.grow(kUnit, 1);
+  const Digest root = KvIdentity{options_for(nullptr).model, geometry()}.root();
+  KvText salted = text.view();
+  salted.salt = 7;
+  CHECK(chain_hash(root, salted, 0, kUnit) != chain_hash(root, text.view(), 0, kUnit));
+  for (const auto sequence : {first, second}) {
+    KvStore::Append append{sequence, kUnit, text.view()};
+    append.text.salt = static_cast<uint64_t>(sequence);
+    const KvStore::Plan plan = store->plan({&append, 1});
+    store->apply(plan);
+    store->commit(plan);
+  }
+  CHECK_EQ(store->statistics().chunks, 2);
+}
+
 TEST(an_attached_session_grows_by_itself) {
   const TemporaryDirectory directory;
   const std::string path = directory.path("s");

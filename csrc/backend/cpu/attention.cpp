@@ -6,6 +6,7 @@
 #include "backend/cpu/attention_leaf.h"
 #include "backend/cpu/attention_plan.h"
 #include "backend/cpu/implementation.h"
+#include "backend/cpu/page_choice.h"
 #include "backend/kv_seal.h"
 #include "base/half.h"
 
@@ -38,8 +39,9 @@ struct CallMemory {
 // A leaf of a task: attend() walks its pages for the task's rows, which lie in the lane's scratch.
 class LeafWalk {
  public:
-  LeafWalk(const KernelTable& kernels, const AttentionInput& input, const AttentionPlan& plan)
-      : kernels_(kernels), input_(input), plan_(plan) {}
+  LeafWalk(const KernelTable& kernels, const AttentionInput& input, const AttentionPlan& plan,
+           const PageChoice& choice)
+      : kernels_(kernels), input_(input), plan_(plan), choice_(choice) {}
 
   // Row i * group + g is head g of the group at the task's query i.
   void load_queries(const AttentionPlan::Task& task, const LaneScratch& lane) const {
@@ -51,32 +53,44 @@ class LeafWalk {
     }
   }
 
+  // Whether any of the task's queries reads a page of the leaf.
+  bool reads(const AttentionPlan::Task& task, int64_t leaf, int round) const {
+    if (!choice_.any()) return round == 0;
+    for (int64_t i = 0; i < task.count; ++i)
+      for (int64_t index = leaf * kLeafPages; index < (leaf + 1) * kLeafPages; ++index)
+        if (page(task, i, index, round).data != nullptr) return true;
+    return false;
+  }
+
   // Pages from `read_end` on will not be read by this lane after this leaf.
   void attend(const AttentionPlan::Task& task, const LaneScratch& lane, const LeafState& state,
-              int64_t leaf, int64_t read_end) const {
+              int64_t leaf, int64_t read_end, int round) const {
     const int64_t n = input_.layout.head_dim, group = input_.heads / input_.layout.kv_heads;
     state.clear(task.count * group, n);
     const int64_t end = (leaf + 1) * kLeafPages;
     for (int64_t index = leaf * kLeafPages; index < end; ++index)
       // Runs of queries that see the same page.
       for (int64_t i = 0; i < task.count;) {
-        const AttentionPlan::Query& query = plan_.queries()[task.first + i];
-        const AttentionPlan::PageView page = plan_.page(query, index);
+        const AttentionPlan::PageView seen = page(task, i, index, round);
         int64_t count = 1;
-        while (i + count < task.count &&
-               plan_.page(plan_.queries()[task.first + i + count], index) == page)
-          ++count;
+        while (i + count < task.count && page(task, i + count, index, round) == seen) ++count;
         const AttentionPlan::PageView next =
-            index + 1 < read_end ? plan_.page(query, index + 1) : AttentionPlan::PageView();
-        if (page.data != nullptr && page.sealed)
-          attend_sealed(task, lane, state, page, next, i * group, count * group);
-        else if (page.data != nullptr)
-          attend_open(task, lane, state, page, next, index, i, count);
+            index + 1 < read_end ? page(task, i, index + 1, round) : AttentionPlan::PageView();
+        if (seen.data != nullptr && seen.sealed)
+          attend_sealed(task, lane, state, seen, next, i * group, count * group);
+        else if (seen.data != nullptr)
+          attend_open(task, lane, state, seen, next, index, i, count);
         i += count;
       }
   }
 
  private:
+  AttentionPlan::PageView page(const AttentionPlan::Task& task, int64_t i, int64_t index,
+                               int round) const {
+    if (choice_.any() && !choice_.reads(task.first + i, task.kv_head, index, round)) return {};
+    return plan_.page(plan_.queries()[task.first + i], index);
+  }
+
   void attend_open(const AttentionPlan::Task& task, const LaneScratch& lane, const LeafState& state,
                    const AttentionPlan::PageView& page, const AttentionPlan::PageView& next,
                    int64_t index, int64_t first, int64_t count) const {
@@ -141,6 +155,7 @@ class LeafWalk {
   const KernelTable& kernels_;
   const AttentionInput& input_;
   const AttentionPlan& plan_;
+  const PageChoice& choice_;
 };
 
 }  // namespace
@@ -191,6 +206,8 @@ void CpuBackend::attention(Rows out, const AttentionInput& input) {
   const int64_t n = layout.head_dim, group = input.heads / layout.kv_heads;
   AttentionPlan& plan = attention_plan_;
   plan.build(input, std::max<int64_t>(1, kTaskRows / group));
+  PageChoice& choice = page_choice_;
+  choice.build(input, plan, kernels_);
   const auto queries = static_cast<int64_t>(plan.queries().size());
   const auto tasks = static_cast<int64_t>(plan.tasks().size());
   int64_t most_rows = 0;
@@ -204,7 +221,8 @@ void CpuBackend::attention(Rows out, const AttentionInput& input) {
   if (plan.streams()) window = std::min(window, KvStream::kHeld / kLeafPages);
   if (split) window = std::min(window, kLaneLeaves * pool_.lanes());
 
-  const int64_t lane_bytes = LaneScratch::bytes(most_rows, n);
+  const int64_t lane_bytes = std::max(LaneScratch::bytes(most_rows, n),
+                                      choice.any() ? choice.scratch_bytes() : int64_t{0});
   auto* lane_memory = lanes_.reserve<char>(pool_.lanes() * lane_bytes);
   const int64_t leaf_bytes = LeafState::bytes(most_rows, n);
   const int64_t states = split ? tasks * window : 0;
@@ -215,6 +233,9 @@ void CpuBackend::attention(Rows out, const AttentionInput& input) {
     Carver place(memory.leaves + (task * window + slot) * leaf_bytes);
     return LeafState::take(place, most_rows, n);
   };
+  const auto first_row = [&](int64_t query, int64_t kv_head) {  // of a group, in memory.m
+    return plan.queries()[query].out_row * input.heads + kv_head * group;
+  };
   const auto running = [&](const AttentionPlan::Task& task, int64_t row) -> RunningRow {
     const int64_t out_row = plan.queries()[task.first + row / group].out_row;
     const int64_t head = task.kv_head * group + row % group;
@@ -222,15 +243,38 @@ void CpuBackend::attention(Rows out, const AttentionInput& input) {
     return {memory.m[at], memory.l[at], out.row(out_row) + head * n};
   };
 
-  const LeafWalk walk(kernels_, input, plan);
+  const LeafWalk walk(kernels_, input, plan, choice);
+  const int rounds = choice.any() ? PageChoice::kRounds : 1;
   TileCounter counter;
-  pool_.run([&](Lane& lane) {
-    prepare_attention(lane, input);
-    const LaneScratch scratch(lane_memory + lane.id() * lane_bytes, most_rows, n);
+  // Which pages the round reads, and what the last one has read so far.
+  const auto choose = [&](Lane& lane, char* scratch, int round) {
+    if (lane.id() == 0) counter.reset();
+    lane.barrier();
+    for (int64_t item; (item = counter.next()) < choice.items();) {
+      if (round == 0) {
+        choice.choose(item, scratch);
+        continue;
+      }
+      const int64_t first = first_row(choice.query_of(item), choice.kv_head_of(item));
+      choice.choose_more(item, memory.m + first, memory.l + first, scratch);
+    }
+    lane.barrier();
+  };
+  const auto merge = [&](const AttentionPlan::Task& task, int64_t row, const LeafState& leaf,
+                         int round) {
+    RunningRow state = running(task, row);
+    if (round == 0) return state.merge(leaf, row, n);
+    const int64_t query = task.first + row / group;
+    const float shift = choice.shift(query);
+    state.merge(leaf, row, n, shift);
+    choice.add_sampled(query, task.kv_head * group + row % group, leaf.m[row] + shift, leaf.l[row]);
+  };
+  const auto attend = [&](Lane& lane, const LaneScratch& scratch, int round) {
     for (int64_t first = 0; first < plan.leaves(); first += window) {
       const int64_t end = std::min(first + window, plan.leaves());
       if (lane.id() == 0) {
-        plan.fetch(first * kLeafPages, end * kLeafPages);
+        // What comes through streams is read in the first round.
+        if (round == 0) plan.fetch(first * kLeafPages, end * kLeafPages);
         counter.reset();
       }
       lane.barrier();
@@ -242,12 +286,12 @@ void CpuBackend::attention(Rows out, const AttentionInput& input) {
           const int64_t last = std::min(end, task.leaves);
           walk.load_queries(task, scratch);
           for (int64_t leaf = first; leaf < last; ++leaf) {
-            walk.attend(task, scratch, scratch.leaf, leaf, last * kLeafPages);
+            const bool reads = walk.reads(task, leaf, round);
+            if (reads) walk.attend(task, scratch, scratch.leaf, leaf, last * kLeafPages, round);
             for (int64_t row = 0; row < task.count * group; ++row) {
-              RunningRow state = running(task, row);
-              if (leaf == 0) state.clear(n);
-              state.merge(scratch.leaf, row, n);
-              if (leaf == task.leaves - 1) state.finish(n);
+              if (leaf == 0 && round == 0) running(task, row).clear(n);
+              if (reads) merge(task, row, scratch.leaf, round);
+              if (leaf == task.leaves - 1 && round == rounds - 1) running(task, row).finish(n);
             }
           }
         }
@@ -259,10 +303,10 @@ void CpuBackend::attention(Rows out, const AttentionInput& input) {
         // The tasks of a leaf are neighbours, and so are their heads in its pages.
         const AttentionPlan::Task& task = plan.tasks()[tile % tasks];
         const int64_t leaf = first + tile / tasks;
-        if (leaf >= task.leaves) continue;
+        if (leaf >= task.leaves || !walk.reads(task, leaf, round)) continue;
         walk.load_queries(task, scratch);
         walk.attend(task, scratch, leaf_state(tile % tasks, leaf - first), leaf,
-                    (leaf + 1) * kLeafPages);
+                    (leaf + 1) * kLeafPages, round);
       }
       lane.barrier();
       const Part rows = lane.part(tasks * most_rows);
@@ -270,16 +314,29 @@ void CpuBackend::attention(Rows out, const AttentionInput& input) {
         const AttentionPlan::Task& task = plan.tasks()[item / most_rows];
         const int64_t row = item % most_rows;
         if (row >= task.count * group || first >= task.leaves) continue;
-        RunningRow state = running(task, row);
-        if (first == 0) state.clear(n);
+        if (first == 0 && round == 0) running(task, row).clear(n);
         for (int64_t leaf = first; leaf < std::min(end, task.leaves); ++leaf)
-          state.merge(leaf_state(item / most_rows, leaf - first), row, n);
-        if (end >= task.leaves) state.finish(n);
+          if (walk.reads(task, leaf, round))
+            merge(task, row, leaf_state(item / most_rows, leaf - first), round);
+        if (end >= task.leaves && round == rounds - 1) running(task, row).finish(n);
       }
       lane.barrier();
     }
+  };
+  pool_.run([&](Lane& lane) {
+    prepare_attention(lane, input);
+    char* const own = lane_memory + lane.id() * lane_bytes;
+    const LaneScratch scratch(own, most_rows, n);
+    for (int round = 0; round < rounds; ++round) {
+      if (choice.any()) choose(lane, own, round);
+      attend(lane, scratch, round);
+    }
   });
   plan.fetch(plan.leaves() * kLeafPages, plan.leaves() * kLeafPages);
+  for (int64_t item = 0; item < choice.items(); ++item) {
+    const int64_t first = first_row(choice.query_of(item), choice.kv_head_of(item));
+    choice.report(item, memory.m + first, memory.l + first);
+  }
 }
 
 // Queries are turned, keys and values go into their pages, and pages that are full now are sealed.

@@ -32,11 +32,12 @@ void RunningRow::clear(int64_t head_dim) {
   std::fill_n(o, head_dim, 0.0f);
 }
 
-void RunningRow::merge(const LeafState& leaf, int64_t row, int64_t head_dim) {
+void RunningRow::merge(const LeafState& leaf, int64_t row, int64_t head_dim, float shift) {
   if (leaf.l[row] == 0) return;  // the row sees nothing of this leaf
-  const float top = std::max(m, leaf.m[row]);
+  const float leaf_m = leaf.m[row] + shift;
+  const float top = std::max(m, leaf_m);
   const double old_factor = std::exp(static_cast<double>(m) - top);
-  const double new_factor = std::exp(static_cast<double>(leaf.m[row]) - top);
+  const double new_factor = std::exp(static_cast<double>(leaf_m) - top);
   m = top;
   l = l * old_factor + leaf.l[row] * new_factor;
   const float* x = leaf.o + row * head_dim;

@@ -56,7 +56,8 @@ struct RunningRow {
   float* o;
 
   void clear(int64_t head_dim);
-  void merge(const LeafState& leaf, int64_t row, int64_t head_dim);
+  // `shift`: log of how many times the leaf counts.
+  void merge(const LeafState& leaf, int64_t row, int64_t head_dim, float shift = 0);
   void finish(int64_t head_dim);
 };
 

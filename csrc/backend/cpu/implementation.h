@@ -11,6 +11,7 @@
 
 #include "backend/backend.h"
 #include "backend/cpu/attention_plan.h"
+#include "backend/cpu/page_choice.h"
 #include "backend/routing.h"
 #include "kernels/kernel_table.h"
 #include "platform/memory.h"
@@ -176,6 +177,7 @@ class CpuBackend final : public Backend {
   Scratch leaves_;        // attention
   Routing routing_;
   AttentionPlan attention_plan_;
+  PageChoice page_choice_;
 };
 
 }  // namespace puna

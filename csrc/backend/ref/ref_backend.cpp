@@ -282,6 +282,13 @@ class RefBackend final : public Backend {
       const int64_t row = input.queries ? (*input.queries)[i] : i;
       const AttentionSegment* segment = &input.segments[0];
       while (row >= segment->first_row + segment->rows) ++segment;
+      if (segment->mode != nullptr && segment->mode->kind != AttentionMode::Kind::kExact) {
+        // Nothing is left out here, whatever is allowed.
+        const int64_t pages =
+            (segment->position + row - segment->first_row - segment->first_position) / kPageTokens;
+        segment->report->pages += pages * input.layout.kv_heads;
+        segment->report->read += pages * input.layout.kv_heads;
+      }
       for (int64_t head = 0; head < input.heads; ++head)
         attend(out.row(i), input, *segment, streamed, row, head);
     }

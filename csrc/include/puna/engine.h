@@ -96,11 +96,16 @@ class Session {
   void prompt(const Prompt& prompt, bool reuse = false);
   // Adds tokens to the session's text, after all it holds. An image token stands for itself.
   void append(std::span<const int32_t> tokens);
+  // Forgets the text from token `tokens` on; not where there are pictures. What of the rest cannot
+  // be restored exactly is computed again when it is needed.
+  void truncate(int64_t tokens);
   // Computes the next tokens of the text but the last, at most `most` of them and what one pass
   // holds; how many are left. For long prompts, so that the caller sees how far it is; step() does
   // the same by itself.
   int64_t prefill(int64_t most, const Poll& poll = {});
-  // Starts a turn: random state, limits, stop conditions.
+  // Starts a turn: random state, limits, stop conditions. Attention that is not exact makes keys
+  // and values that are not the text's own: such a session is not saved, and shares nothing with
+  // others.
   void begin(const SamplingOptions& options);
   // One token of this session alone.
   StepResult step(const Poll& poll = {});
@@ -122,8 +127,10 @@ class Session {
 
   int64_t length() const;   // tokens held: computed and pending
   int64_t pending() const;  // of them
-  std::vector<int32_t> tokens() const;
+  std::vector<int32_t> tokens(int64_t first = 0) const;
   Timings timings() const;  // of the current turn
+  // What attention left out in the current turn.
+  AttentionReport attention() const;
   const Engine& engine() const { return *engine_; }
 
   struct State;

@@ -9,6 +9,8 @@
 #include <utility>
 #include <vector>
 
+#include "base/attention_mode.h"
+
 namespace puna {
 
 struct LoadOptions {
@@ -46,6 +48,7 @@ struct SamplingOptions {
   bool ignore_eos = false;
   int logprobs = 0;            // alternatives to report per token; 0 = none
   bool want_logprobs = false;  // report the chosen token's own even if logprobs == 0
+  AttentionMode attention;     // of the rows that step() computes, in layers that see everything
 };
 
 // Log-probabilities are of the model's own distribution: before temperature, penalties and cuts.

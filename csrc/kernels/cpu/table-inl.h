@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels/cpu/attention-inl.h"
+#include "kernels/cpu/attention-screen-inl.h"
 #include "kernels/cpu/attention-sealed-inl.h"
 #include "kernels/cpu/ceilings-inl.h"
 #include "kernels/cpu/cpu_features.h"
@@ -34,6 +35,9 @@ constexpr KernelTable kernels_as(const char* isa, bool (*supported)()) {
           .attend_page_bf16 = attend_page_bf16,
           .attend_sealed_int8 = attend_sealed_int8,
           .attend_sealed_int4 = attend_sealed_int4,
+          .screen_sealed_int8 = screen_sealed_int8,
+          .screen_sealed_int4 = screen_sealed_int4,
+          .rank_sealed = rank_sealed,
           .rms_norm = rms_norm,
           .layer_norm = layer_norm,
           .silu_mul = silu_mul,
