@@ -6,7 +6,8 @@ the process on a processor without that instruction set. So an object may
 
 - define one symbol that others see: its kernel table, as data;
 - define no weak symbol (an inline function of a library, a template) that may be picked for all;
-- need nothing from C++ but the questions of kernels/cpu/cpu_features.h (C functions are fine);
+- need nothing from C++ but the questions of kernels/cpu/cpu_features.h and the table of another
+  instruction set (C functions are fine);
 - run nothing at load time (no dynamic initialisation).
 """
 
@@ -51,7 +52,8 @@ def complaints(symbols: list[Symbol]) -> list[str]:
     tables = []
     for name, kind in symbols:
         if kind == "U":
-            if name.startswith("_Z") and not QUESTION.fullmatch(name):
+            known = QUESTION.fullmatch(name) or TABLE.fullmatch(name)
+            if name.startswith("_Z") and not known:
                 found.append(f"needs {name} from elsewhere")
         elif kind in WEAK_TYPES:
             found.append(f"weak symbol {name}")
