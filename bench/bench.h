@@ -111,5 +111,6 @@ int run_model(int argc, char** argv);
 int run_kv_decode(int argc, char** argv);
 int run_resume(int argc, char** argv);
 int run_vision(int argc, char** argv);
+int run_cuda(int argc, char** argv);
 
 }  // namespace puna::bench

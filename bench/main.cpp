@@ -19,6 +19,7 @@ constexpr Command kCommands[] = {
     {"kv-decode", "decoding over a long cache, in memory or on disk", puna::bench::run_kv_decode},
     {"resume", "a saved session opened, gone on from and forked", puna::bench::run_resume},
     {"vision", "the vision tower with random weights", puna::bench::run_vision},
+    {"cuda", "the CUDA backend on a GPU: is it right, and how fast", puna::bench::run_cuda},
 };
 
 void print_usage(std::ostream& out) {

@@ -29,7 +29,7 @@ def test_python_is_linted_and_formatted() -> None:
 
 
 def test_cpp_is_formatted() -> None:
-    check("clang-format", "--dry-run", "--Werror", *tracked("*.cpp", "*.h"))
+    check("clang-format", "--dry-run", "--Werror", *tracked("*.cpp", "*.h", "*.cu", "*.cuh"))
 
 
 def test_stubs_match_the_module() -> None:

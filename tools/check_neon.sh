@@ -17,7 +17,7 @@ if [ ${#missing[@]} -gt 0 ]; then
   exit 1
 fi
 
-cmake -G Ninja -S "$root" -B "$build" -DPUNA_BUILD_TESTS=ON \
+cmake -G Ninja -S "$root" -B "$build" -DPUNA_BUILD_TESTS=ON -DPUNA_CUDA=off \
   -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
   -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static \
   -DPython_EXECUTABLE="${PYTHON:-$(command -v python3)}" >/dev/null

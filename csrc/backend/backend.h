@@ -109,6 +109,9 @@ class Backend {
 
   // --- memory and weights ------------------------------------------------------------------------
   virtual Buffer allocate(size_t bytes) = 0;  // zeroed; OutOfMemory with the numbers
+  // Bytes free of memory that the host cannot read; none: it is the host's own.
+  virtual std::optional<int64_t> device_memory() const { return std::nullopt; }
+  virtual void copy(void* to, const void* from, size_t bytes) = 0;  // within that memory
   // Packs the parts stacked by rows (all with the same cols and dtype) into one matrix.
   virtual WeightRef load_matrix(std::span<const MatrixSource> parts, const MatrixOptions& = {}) = 0;
   // A matrix that lies packed in memory already, as load_matrix() left it in a file. `data` holds
@@ -165,6 +168,7 @@ class Backend {
 struct BackendOptions {
   std::string isa;  // "" = the best supported
   int threads = 0;  // 0 = physical cores allowed to this process
+  int ordinal = 0;  // which one, of several devices
 };
 
 // One line of backends.inc: how to make it, and whether it can be made here.

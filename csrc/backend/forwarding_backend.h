@@ -15,6 +15,8 @@ class ForwardingBackend : public Backend {
   const char* name() const override { return backend_.name(); }
   std::string description() const override { return backend_.description(); }
   Buffer allocate(size_t bytes) override { return backend_.allocate(bytes); }
+  std::optional<int64_t> device_memory() const override { return backend_.device_memory(); }
+  void copy(void* to, const void* from, size_t bytes) override { backend_.copy(to, from, bytes); }
   WeightRef load_matrix(std::span<const MatrixSource> parts,
                         const MatrixOptions& options) override {
     return backend_.load_matrix(parts, options);

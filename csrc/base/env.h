@@ -2,6 +2,7 @@
 // caller passes explicitly goes before them.
 //
 //   PUNA_ISA      name of the instruction set, see `puna doctor`    default: the best supported
+//   PUNA_CUDA_LIBRARY  path of libpuna_cuda.so                      default: beside puna itself
 //   PUNA_THREADS  number of compute threads                         default: physical cores usable
 //
 // Header only, since kernels/cpu/dispatch.cpp is in a library of its own.
@@ -17,6 +18,12 @@ namespace puna {
 // "" if PUNA_ISA is not set.
 inline std::string environment_isa() {
   const char* value = std::getenv("PUNA_ISA");
+  return value ? value : "";
+}
+
+// "" if PUNA_CUDA_LIBRARY is not set.
+inline std::string environment_cuda_library() {
+  const char* value = std::getenv("PUNA_CUDA_LIBRARY");
   return value ? value : "";
 }
 

@@ -60,21 +60,23 @@ std::shared_ptr<Engine> Engine::load(const LoadOptions& options) {
   const DType weight_type = stored_type(weights.text);
 
   // What will be needed, before a weight is read.
-  const Planner planner(spec, weights, packed ? std::optional(packed->sizes()) : std::nullopt);
+  impl->backend = make_backend(options.device, {options.isa, options.threads});
+  const Planner planner(spec, weights, packed ? std::optional(packed->sizes()) : std::nullopt,
+                        impl->backend->device_memory().value_or(available_memory_bytes()));
   impl->plan = planner.plan(options, disk_budget(options));
   const Plan& plan = impl->plan;
   require_fit(plan);
   const PackedBytes& sizes = planner.weights(options);
   const bool vision = options.vision && spec.vision.has_value();
   impl->tokenizer = tokenizer_of(*impl->checkpoint);
-  impl->backend = make_backend(options.device, {options.isa, options.threads});
   KvStoreOptions kv;
   kv.model = model_fingerprint(spec, *impl->checkpoint, options);
   kv.disk = options.kv_disk;
   kv.disk_budget = options.kv_disk_bytes;
   // Prefixes of past requests stay until the room is needed, so there is always a bound.
-  impl->kv = std::make_unique<KvStore>(kv_geometry(spec, kv_format(options.kv, weight_type)),
-                                       make_memory_tier(plan.kv_room), std::move(kv));
+  impl->kv =
+      std::make_unique<KvStore>(kv_geometry(spec, kv_format(options.kv, weight_type)),
+                                make_memory_tier(*impl->backend, plan.kv_room), std::move(kv));
 
   const int64_t source_bytes = sizes.text_source + (vision ? sizes.vision_source : 0);
   const auto progress = [&options, source_bytes](int64_t done) {

@@ -1,14 +1,22 @@
 #include "engine/factory.h"
 
+#include <charconv>
+
 #include "backend/cpu/cpu_backend.h"
+#include "backend/cuda/cuda_backend.h"
 #include "backend/ref/ref_backend.h"
 #include "base/error.h"
+#include "kv/tiers/device.h"
 #include "kv/tiers/ram.h"
 #include "puna/engine.h"
 
 namespace puna {
 
 namespace {
+
+std::unique_ptr<Backend> make_cuda_backend(const BackendOptions& options) {
+  return make_cuda_backend(cuda_library(), options.ordinal, make_cpu_backend(options));
+}
 
 struct Entry {
   const char* name;
@@ -32,22 +40,28 @@ std::vector<BackendStatus> available_backends() {
 
 std::vector<IsaStatus> available_isas() { return cpu_isas(); }
 
-std::unique_ptr<Backend> make_backend(const std::string& device, const BackendOptions& options) {
-  std::string names;
+std::unique_ptr<Backend> make_backend(const std::string& device, BackendOptions options) {
+  std::string name = device, names;
+  // "cuda:1" is the second of several.
+  if (const size_t colon = device.find(':'); colon != std::string::npos) {
+    const char* const end = device.data() + device.size();
+    const auto [last, error] = std::from_chars(device.data() + colon + 1, end, options.ordinal);
+    if (error == std::errc() && last == end && options.ordinal >= 0) name = device.substr(0, colon);
+  }
   for (const Entry& entry : kBackends) {
     names += (names.empty() ? "" : ", ") + std::string(entry.name);
-    if (device != "auto" && device != entry.name) continue;
+    if (name != "auto" && name != entry.name) continue;
     const BackendStatus status = entry.status();
     if (status.available) return entry.make(options);
-    if (device != "auto") fail(ErrorCode::kDevice, "device '", device, "': ", status.why);
+    if (name != "auto") fail(ErrorCode::kDevice, "device '", device, "': ", status.why);
   }
-  if (device.starts_with("cuda")) {
-    fail(ErrorCode::kDevice, "device '", device,
-         "': this build of puna has no CUDA backend; use one of ", names);
-  }
-  fail(ErrorCode::kInvalidRequest, "device is '", device, "'; it must be 'auto' or one of ", names);
+  fail(ErrorCode::kInvalidRequest, "device is '", device, "'; it must be 'auto' or one of ", names,
+       " (of several GPUs cuda:0, cuda:1, ...)");
 }
 
 std::unique_ptr<KvTier> make_memory_tier(int64_t budget) { return make_ram_tier(budget); }
+std::unique_ptr<KvTier> make_memory_tier(Backend& backend, int64_t budget) {
+  return backend.device_memory() ? make_device_tier(backend, budget) : make_ram_tier(budget);
+}
 
 }  // namespace puna

@@ -85,8 +85,8 @@ KvGeometry kv_geometry(const ModelSpec& spec, const KvFormat& format) {
 }
 
 Planner::Planner(const ModelSpec& spec, const ModelWeights& weights,
-                 std::optional<PackedBytes> packed)
-    : spec_(spec), weights_(weights), packed_(packed), free_memory_(available_memory_bytes()) {}
+                 std::optional<PackedBytes> packed, int64_t free_memory)
+    : spec_(spec), weights_(weights), packed_(packed), free_memory_(free_memory) {}
 
 const PackedBytes& Planner::weights(const LoadOptions& options) const {
   if (packed_) return *packed_;
@@ -273,7 +273,8 @@ Plan plan(const LoadOptions& options, int64_t disk) {
   const ModelWeights weights =
       packed ? packed->weights(opened.spec) : resolve_weights(opened.spec, *opened.checkpoint);
   const Planner planner(opened.spec, weights,
-                        packed ? std::optional(packed->sizes()) : std::nullopt);
+                        packed ? std::optional(packed->sizes()) : std::nullopt,
+                        available_memory_bytes());
   return planner.plan(options, disk);
 }
 

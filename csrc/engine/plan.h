@@ -31,8 +31,10 @@ KvGeometry kv_geometry(const ModelSpec& spec, const KvFormat& format);
 class Planner {
  public:
   // `packed`: what a checkpoint in the packed form holds; without, the weights are packed as the
-  // options say. What is referred to must outlive it.
-  Planner(const ModelSpec& spec, const ModelWeights& weights, std::optional<PackedBytes> packed);
+  // options say. `free_memory`: bytes where there is no budget. What is referred to must outlive
+  // it.
+  Planner(const ModelSpec& spec, const ModelWeights& weights, std::optional<PackedBytes> packed,
+          int64_t free_memory);
 
   // Throws ContextOverflow.
   Plan plan(const LoadOptions& options, int64_t disk) const;

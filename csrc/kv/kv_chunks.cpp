@@ -66,6 +66,13 @@ void KvStore::require_same_process() const {
          "disk");
 }
 
+void KvStore::require_host_memory() const {
+  if (!tier_->host_memory())
+    fail(ErrorCode::kUnsupported, "[kv] pages in the memory of ", tier_->name(),
+         " cannot go to files or come from them yet; use device='cpu' for sessions and a cache on "
+         "disk");
+}
+
 int64_t KvStore::chunk_file_bytes() const {
   return static_cast<int64_t>(page_file_bytes(chunk_sections(geometry())));
 }

@@ -47,6 +47,7 @@ void KvStore::name_chunks(State& current, const KvText& text) {
 }
 
 void KvStore::save(Sequence sequence, const std::string& path, const KvText& text) {
+  require_host_memory();
   require_units(unit_);
   end_pass();
   State& current = state(sequence);
@@ -85,6 +86,7 @@ void KvStore::save(Sequence sequence, const std::string& path, const KvText& tex
 }
 
 void KvStore::attach(Sequence sequence, const std::string& path, const KvText& text) {
+  require_host_memory();
   require_units(unit_);
   State& current = state(sequence);
   name_chunks(current, text);
@@ -106,6 +108,7 @@ void KvStore::flush(Sequence sequence) {
 }
 
 KvStore::Opened KvStore::open(const std::string& path, bool resume) {
+  require_host_memory();
   require_units(unit_);
   auto fresh = std::make_unique<State>();
   if (resume) {

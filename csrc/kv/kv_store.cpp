@@ -26,7 +26,10 @@ KvStore::KvStore(KvGeometry geometry, std::unique_ptr<KvTier> tier, KvStoreOptio
     if (chunk < 0) fail(ErrorCode::kInternal, "[kv] an attention chunk of ", chunk, " tokens");
     if (chunk == 0) globals_.push_back(static_cast<int64_t>(layer));
   }
-  if (!options_.disk.empty()) open_disk();
+  if (!options_.disk.empty()) {
+    require_host_memory();
+    open_disk();
+  }
 }
 
 KvStore::~KvStore() {

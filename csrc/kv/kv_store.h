@@ -205,6 +205,7 @@ class KvStore {
   int64_t chunk_file_bytes() const;
   void check_disk(int64_t new_chunks);
   void require_same_process() const;
+  void require_host_memory() const;  // of what goes to files or comes from them
 
   // kv_sessions.cpp
   void name_chunks(State& current, const KvText& text);

@@ -17,6 +17,8 @@ class KvTier {
  public:
   virtual ~KvTier() = default;
   virtual const char* name() const = 0;
+  // Whether the host may read and write its pages, as what is saved to files must be.
+  virtual bool host_memory() const { return true; }
   // A zeroed page, or null if the budget, or the system, has none left. Pages come in a few sizes,
   // each a multiple of kPageAlignment. Large ones are in huge pages where the system has them:
   // direct I/O into small ones, each a piece of its own to the disk, runs at 40% of the speed.

@@ -71,19 +71,16 @@ def _gpu() -> dict[str, Any]:
         "driver": driver,
         "libcuda": ctypes.util.find_library("cuda"),
         "devices": names,
-        "used": False,  # this version computes on the CPU
     }
 
 
 def _gpu_in_words(gpu: dict[str, Any]) -> str:
     devices, driver = ", ".join(gpu["devices"]), gpu["driver"]
     if devices:
-        seen = f"NVIDIA {devices} ({driver or 'driver of unknown version'})"
-    elif driver or gpu["libcuda"]:
-        seen = f"an NVIDIA driver ({driver or gpu['libcuda']}), but no device"
-    else:
-        seen = "no NVIDIA driver or device"
-    return f"{seen}; this version computes on the CPU"
+        return f"NVIDIA {devices} ({driver or 'driver of unknown version'})"
+    if driver or gpu["libcuda"]:
+        return f"an NVIDIA driver ({driver or gpu['libcuda']}), but no device"
+    return "no NVIDIA driver or device"
 
 
 def _installed(name: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ from puna.planning import Plan
 from puna.progress import ProgressBar
 
 _DEMO_NAME = "demo"
+_LOGGER = logging.getLogger("puna")
 
 
 def load(
@@ -56,7 +59,9 @@ def load(
             into memory stays there; attention reads the rest each time, at the disk's speed.
         kv_disk: Bytes that those files may take, as a number or like "200G"; None is what the disk
             has free.
-        device: "auto", "cpu", or "ref": the slow double-precision reference.
+        device: "cpu", "cuda" (or "cuda:1", of several GPUs), or "ref": the slow double-precision
+            reference. "auto" is the GPU if there is one, else the CPU. The CUDA backend has not run
+            on hardware yet, only on an emulator.
         experts: Where expert weights live: "auto" or "cpu" so far.
         memory: Bytes for weights and KV cache together, as a number or like "24G"; None is what the
             system has free.
@@ -102,7 +107,17 @@ def load(
     finally:
         if bar:
             bar.close()
+    if device == "auto":
+        _say_if_without_gpu()
     return Engine(core, path, progress)
+
+
+@functools.cache
+def _say_if_without_gpu() -> None:
+    """Tells, once, why "auto" is not a GPU."""
+    for backend in _core.backends():
+        if backend["name"] == "cuda" and not backend["available"]:
+            _LOGGER.info("device='auto' is the CPU: %s", backend["why"])
 
 
 def plan(

@@ -149,7 +149,7 @@ TEST(attention_is_near_the_reference) {
       const Sequence sequence(random, shape, start, tokens);
       const std::vector<float> expected = attend_whole(ref(), sequence);
       const std::vector<double> bound(expected.size(), attention_bound(sequence));
-      for (std::vector<Named>& same_isa : cpus()) {
+      for (std::vector<Named>& same_isa : subjects()) {
         const std::vector<float> got = attend_whole(*same_isa[0].backend, sequence);
         check_close("attention on " + same_isa[0].name, got, expected, bound);
         for (Named& other : same_isa)
@@ -163,7 +163,7 @@ TEST(attention_is_near_the_reference) {
 TEST(long_contexts_are_near_the_reference) {
   std::mt19937 random(2);
   const Shape shape{2, 1, 8, DType::kF32, true, false, true};
-  const int64_t prompt = 4600, decoded = 3;
+  const int64_t prompt = kLongContext, decoded = 3;
   const Sequence sequence(random, shape, 0, prompt + decoded);
   std::vector<float> expected;
   {
@@ -175,7 +175,7 @@ TEST(long_contexts_are_near_the_reference) {
     }
   }
   const std::vector<double> bound(expected.size(), attention_bound(sequence));
-  for (std::vector<Named>& same_isa : cpus()) {
+  for (std::vector<Named>& same_isa : subjects()) {
     std::vector<float> first;
     for (Named& cpu : same_isa) {
       const std::vector<float> whole = attend_whole(*cpu.backend, sequence);
@@ -199,7 +199,7 @@ TEST(long_contexts_are_near_the_reference) {
 TEST(many_leaves_are_near_the_reference) {
   std::mt19937 random(8);
   const Shape shape{2, 1, 8, DType::kF32, false, false, false};
-  const int64_t tokens = 60001;
+  const int64_t tokens = kVeryLongContext;
   Sequence sequence(random, shape, 0, tokens);
   Pages pages(ref(), sequence);
   for (Buffer& page : pages.buffers) {
@@ -210,7 +210,7 @@ TEST(many_leaves_are_near_the_reference) {
   const Piece last{&sequence, &pages, tokens - 1, 1};
   const std::vector<float> expected = attend(ref(), shape, {last});
   const std::vector<double> bound(expected.size(), attention_bound(sequence));
-  for (std::vector<Named>& same_isa : cpus()) {
+  for (std::vector<Named>& same_isa : subjects()) {
     const std::vector<float> first = attend(*same_isa[0].backend, shape, {last});
     check_close("many leaves on " + same_isa[0].name, first, expected, bound);
     for (Named& cpu : same_isa)
@@ -223,7 +223,7 @@ TEST(any_cut_of_a_prompt_gives_the_same_bits) {
   std::mt19937 random(3);
   for (const Shape& shape : kShapes) {
     const Sequence sequence(random, shape, 256, 600);
-    for (std::vector<Named>& same_isa : cpus())
+    for (std::vector<Named>& same_isa : subjects())
       for (Named& cpu : same_isa) {
         const std::vector<float> whole = attend_whole(*cpu.backend, sequence);
         Pages pages(*cpu.backend, sequence);
@@ -245,7 +245,7 @@ TEST(a_batch_gives_each_sequence_its_own_result) {
   std::mt19937 random(4);
   for (const Shape& shape : kShapes) {
     const Sequence a(random, shape, 0, 333), b(random, shape, 8192, 20), c(random, shape, 64, 1);
-    for (std::vector<Named>& same_isa : cpus())
+    for (std::vector<Named>& same_isa : subjects())
       for (Named& cpu : same_isa) {
         Backend& backend = *cpu.backend;
         Pages pages_a(backend, a), pages_b(backend, b), pages_c(backend, c);
@@ -267,7 +267,7 @@ TEST(pages_are_in_the_stated_layout) {
   const Shape shape{2, 2, 6, DType::kBF16, false, false, false};
   const Sequence sequence(random, shape, 0, 270);
   std::vector<Backend*> all = {&ref()};
-  for (std::vector<Named>& same_isa : cpus()) all.push_back(same_isa[2].backend.get());
+  for (std::vector<Named>& same_isa : subjects()) all.push_back(same_isa[2].backend.get());
   const KvPageLayout layout = shape.layout();
   for (Backend* backend : all) {
     Pages pages(*backend, sequence);
@@ -316,7 +316,7 @@ TEST(vision_attention) {
     Sequence sequence(random, shape, 0, tokens);
     sequence.qkv = qkv;  // for the size of its values
     const std::vector<double> bound(expected.size(), attention_bound(sequence));
-    for (std::vector<Named>& same_isa : cpus()) {
+    for (std::vector<Named>& same_isa : subjects()) {
       const std::vector<float> got = run(*same_isa[0].backend, 0, tiles);
       check_close("vision attention on " + same_isa[0].name, got, expected, bound);
       for (Named& other : same_isa) {
@@ -334,7 +334,7 @@ TEST(wrong_attention_is_refused) {
   const Shape shape{2, 1, 4, DType::kF32, false, false, false};
   const Sequence sequence(random, shape, 0, 300);
   std::vector<Backend*> all = {&ref()};
-  for (std::vector<Named>& same_isa : cpus()) all.push_back(same_isa[1].backend.get());
+  for (std::vector<Named>& same_isa : subjects()) all.push_back(same_isa[1].backend.get());
   for (Backend* backend : all) {
     Pages pages(*backend, sequence);
     pages.table.pop_back();

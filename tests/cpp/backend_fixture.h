@@ -10,11 +10,9 @@
 #include <vector>
 
 #include "backend/backend.h"
-#include "backend/cpu/cpu_backend.h"
 #include "backend/ref/ref_backend.h"
 #include "base/half.h"
 #include "check.h"
-#include "kernels/cpu/dispatch.h"
 
 namespace fixture {
 
@@ -80,24 +78,8 @@ inline Backend& ref() {
   return *backend;
 }
 
-// The CPU backend for each instruction set that runs here, each with 1, 2 and 3 threads.
-inline std::vector<std::vector<Named>>& cpus() {
-  static auto all = [] {
-    std::vector<std::vector<Named>> made;
-    for (const KernelTable* table : compiled_isas()) {
-      if (!table->supported()) continue;
-      std::vector<Named> same_isa;
-      for (const int threads : {1, 2, 3}) {
-        auto backend = make_cpu_backend({table->isa, threads});
-        std::string name = backend->description();
-        same_isa.push_back({std::move(name), std::move(backend)});
-      }
-      made.push_back(std::move(same_isa));
-    }
-    return made;
-  }();
-  return all;
-}
+// The backends under test, in groups whose members must agree in every bit: at least three each.
+std::vector<std::vector<Named>>& subjects();
 
 // |got - expected| <= bound, element by element; the worst excess is reported.
 inline void check_close(const std::string& what, const std::vector<float>& got,
@@ -132,3 +114,7 @@ inline void check_same_bits(const std::string& what, const float* a, const float
 }
 
 }  // namespace fixture
+
+#ifndef PUNA_TEST_SUBJECTS
+#include "cpu_subjects.h"
+#endif

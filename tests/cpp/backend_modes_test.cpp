@@ -112,7 +112,7 @@ double largest_difference(const std::vector<float>& a, const std::vector<float>&
 TEST(certified_attention_is_as_near_as_it_says) {
   std::mt19937 random(1);
   for (const Shape& shape : kShapes)
-    for (auto& same_isa : cpus())
+    for (auto& same_isa : subjects())
       for (const float sharpness : {1.0f, 6.0f, 20.0f})
         for (const auto& [tau, delta] : {std::pair(1e-4, 0.0), {1e-2, 1e-9}, {0.3, 1e-9}}) {
           const Sequence sequence = topical(random, shape, 7, sharpness);
@@ -134,7 +134,7 @@ TEST(certified_attention_is_as_near_as_it_says) {
 TEST(a_sharp_row_leaves_most_pages_out_and_a_flat_one_none) {
   std::mt19937 random(2);
   for (const Shape& shape : kShapes) {
-    Backend& backend = *cpus().back()[1].backend;
+    Backend& backend = *subjects().back()[1].backend;
     const AttentionMode mode = certified(1e-3, 1e-9);
     const Asked sharp = ask(backend, topical(random, shape, 7, 30), &mode);
     CHECK(sharp.report.read <= 6 * shape.kv_heads);
@@ -148,7 +148,7 @@ TEST(a_sharp_row_leaves_most_pages_out_and_a_flat_one_none) {
 TEST(budget_attention_reads_what_it_may) {
   std::mt19937 random(3);
   for (const Shape& shape : kShapes)
-    for (auto& same_isa : cpus()) {
+    for (auto& same_isa : subjects()) {
       Backend& backend = *same_isa[1].backend;
       const Sequence sequence = topical(random, shape, 7, 20);
       const Asked exact = ask(backend, sequence, nullptr);
@@ -180,7 +180,7 @@ TEST(a_sample_estimates_what_was_left_out) {
   float* last = sequence.qkv.data() + (kTokens - 1) * shape.cols();
   std::fill_n(last, shape.heads * shape.head_dim, 0.0f);
   const AttentionMode mode = budget(0.1, 0.25);
-  const Asked some = ask(*cpus().back()[1].backend, sequence, &mode);
+  const Asked some = ask(*subjects().back()[1].backend, sequence, &mode);
   const auto sampled = static_cast<double>(some.report.read / shape.kv_heads - 6);
   CHECK(sampled > 0 && sampled < 15);
   const double pages = 6 + 4 * sampled + 100.0 / kPageTokens;
@@ -192,7 +192,7 @@ TEST(what_is_left_out_depends_on_the_row_alone) {
   std::mt19937 random(5);
   for (const Shape& shape : kShapes) {
     const Sequence sequence = topical(random, shape, 7, 8), company = topical(random, shape, 3, 2);
-    for (auto& same_isa : cpus())
+    for (auto& same_isa : subjects())
       for (const AttentionMode& mode : {certified(1e-2, 0), budget(0.1, 0.3)}) {
         const Asked expected = ask(*same_isa[0].backend, sequence, &mode);
         for (const Named& cpu : same_isa)
@@ -213,7 +213,7 @@ TEST(company_of_another_mode_changes_nothing) {
   const Sequence exact = topical(random, shape, 7, 8), other = topical(random, shape, 3, 8);
   const AttentionMode mode = certified(1e-2, 1e-9);
   AttentionReport report;
-  for (auto& same_isa : cpus())
+  for (auto& same_isa : subjects())
     for (const Named& cpu : same_isa) {
       const Asked alone = ask(*cpu.backend, exact, nullptr);
       Cache a(shape), b(shape);
@@ -230,7 +230,7 @@ TEST(pages_that_stream_are_used) {
   const Shape& shape = kShapes[0];
   const Sequence sequence = topical(random, shape, 7, 30);
   const AttentionMode mode = certified(1e-3, 1e-9);
-  for (const Named& cpu : cpus().back()) {
+  for (const Named& cpu : subjects().back()) {
     const Asked exact = ask(*cpu.backend, sequence, nullptr);
     const Asked some = ask(*cpu.backend, sequence, &mode, nullptr, 10);
     CHECK(some.report.read >= 11 * shape.kv_heads);
@@ -248,6 +248,6 @@ TEST(what_is_not_a_number_is_not_left_out) {
   sequence.qkv[(3 * kPageTokens + 5) * shape.cols() + shape.heads * shape.head_dim] =
       std::numeric_limits<float>::quiet_NaN();
   const AttentionMode mode = certified(1e-3, 1e-9);
-  const Asked some = ask(*cpus().back()[1].backend, sequence, &mode);
+  const Asked some = ask(*subjects().back()[1].backend, sequence, &mode);
   CHECK(std::isnan(some.out[0]));
 }

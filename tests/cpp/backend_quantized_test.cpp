@@ -106,7 +106,7 @@ TEST(packed_rows_are_what_was_quantised) {
       for (float& value : importance) value = std::abs(value);
       const WeightRef truth = load_as(ref(), matrix, format, importance.data());
       const auto* values = static_cast<const float*>(truth.data.get());
-      for (std::vector<Named>& same_isa : cpus()) {
+      for (std::vector<Named>& same_isa : subjects()) {
         for (Named& cpu : same_isa) {
           const WeightRef weight = load_as(*cpu.backend, matrix, format, importance.data());
           CHECK_EQ(weight.bytes, packed_bytes(format, 150, 300));
@@ -131,7 +131,7 @@ TEST(transposed_sources_pack_alike) {
       turned[c * plain.rows + r] = plain.bits[r * plain.cols + c];
   const MatrixSource parts[] = {{DType::kBF16, turned.data(), 70, plain.cols, 1, plain.rows},
                                 {DType::kBF16, turned.data() + 70, 530, plain.cols, 1, plain.rows}};
-  Backend& backend = *cpus()[0][1].backend;
+  Backend& backend = *subjects()[0][1].backend;
   for (const WeightFormat format : encodable_formats()) {
     const WeightRef one = load_as(backend, plain, format);
     const WeightRef two = backend.load_matrix(parts, {format});
@@ -146,7 +146,7 @@ TEST(products_with_quantised_weights) {
     const WeightRef truth = load_as(ref(), matrix, format);
     const auto* data = static_cast<const float*>(truth.data.get());
     const std::vector<float> values(data, data + matrix.rows * matrix.cols);
-    for (std::vector<Named>& same_isa : cpus())
+    for (std::vector<Named>& same_isa : subjects())
       check_product(same_isa[1].name + " " + name_of(format), *same_isa[1].backend,
                     load_as(*same_isa[1].backend, matrix, format), values, random);
   }
@@ -163,7 +163,7 @@ TEST(blocks_of_gguf_files_keep_their_values) {
     const WeightRef truth = ref().load_matrix({&part, 1});
     check_same_bits(name_of(dtype), values.data(), static_cast<const float*>(truth.data.get()),
                     values.size());
-    for (std::vector<Named>& same_isa : cpus()) {
+    for (std::vector<Named>& same_isa : subjects()) {
       Backend& backend = *same_isa[1].backend;
       const WeightRef weight = backend.load_matrix({&part, 1});
       CHECK(weight.format == exact_format(dtype));
@@ -191,7 +191,7 @@ TEST(a_packed_matrix_is_adopted_where_it_lies) {
   std::mt19937 random(5);
   for (const WeightFormat format : encodable_formats()) {
     const Matrix matrix = random_matrix(random, 70, 130, DType::kF32);
-    Backend& backend = *cpus()[0][1].backend;
+    Backend& backend = *subjects()[0][1].backend;
     const WeightRef packed = load_as(backend, matrix, format);
     const WeightRef adopted = backend.adopt_matrix(format, 70, 130, packed.data);
     CHECK(adopted.data.get() == packed.data.get());
@@ -221,7 +221,7 @@ TEST(fused_operations_are_their_parts) {
       down.push_back(random_matrix(random, hidden, width, DType::kF32));
     }
     const Matrix router = random_matrix(random, experts, hidden, DType::kF32);
-    for (std::vector<Named>& same_isa : cpus()) {
+    for (std::vector<Named>& same_isa : subjects()) {
       const KernelTable kernels =
           resolve_isa(same_isa[0].name.substr(5, same_isa[0].name.find(',') - 5));
       for (const int64_t rows : {1, 2, 9}) {
@@ -286,7 +286,7 @@ TEST(what_cannot_be_packed_is_refused) {
   std::mt19937 random(7);
   const Matrix matrix = random_matrix(random, 8, 64, DType::kF32);
   std::vector<uint8_t> blocks(8 * 34 * 2);
-  for (Backend* backend : {&ref(), cpus()[0][0].backend.get()}) {
+  for (Backend* backend : {&ref(), subjects()[0][0].backend.get()}) {
     CHECK_THROWS(ErrorCode::kUnsupported, load_as(*backend, matrix, WeightFormat::kInt4K));
     CHECK_THROWS(ErrorCode::kUnsupported, load_as(*backend, matrix, WeightFormat::kTable4K));
     CHECK_THROWS(ErrorCode::kUnsupported, load_as(*backend, matrix, WeightFormat::kBF16));

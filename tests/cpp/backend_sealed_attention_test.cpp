@@ -62,7 +62,7 @@ void check_near_the_reference(std::mt19937& random, const Shape& shape, int64_t 
   const std::vector<float> expected =
       attend(ref(), shape, {{&sequence, &expected_cache, tokens}}, wanted);
   const std::vector<double> bound(expected.size(), bound_of(sequence));
-  for (std::vector<Named>& same_isa : cpus()) {
+  for (std::vector<Named>& same_isa : subjects()) {
     Cache cache(shape);
     const std::vector<float> got =
         attend(*same_isa[1].backend, shape, {{&sequence, &cache, tokens}}, wanted);
@@ -89,7 +89,7 @@ TEST(where_pages_lie_and_how_a_prompt_is_cut_does_not_matter) {
   const auto draw = [&](int64_t low, int64_t high) {
     return low + static_cast<int64_t>(random() % static_cast<uint64_t>(high - low + 1));
   };
-  for (std::vector<Named>& same_isa : cpus())
+  for (std::vector<Named>& same_isa : subjects())
     for (const Shape& shape : kShapes) {
       const Sequence sequence(random, shape, draw(300, 2500));
       const Sequence company(random, shape, 500);
@@ -149,7 +149,7 @@ TEST(shared_prefixes_are_read_once_and_change_nothing) {
     const Sequence text(random, shape, prefix);
     std::vector<Sequence> questions;
     for (int64_t i = 0; i < forks; ++i) questions.emplace_back(random, shape, prefix + 1 + i * 37);
-    for (std::vector<Named>& same_isa : cpus()) {
+    for (std::vector<Named>& same_isa : subjects()) {
       Cache source(shape);
       attend(*same_isa[1].backend, shape, {{&text, &source, prefix}}, std::span<const int32_t>{});
       const auto fork = [&] {
@@ -196,7 +196,7 @@ TEST(long_streams) {
   const Shape shape{2, 1, 8, DType::kBF16, KvSeal::kInt8};
   const int64_t tokens = 40000;
   Sequence sequence(random, shape, tokens + 1);
-  for (std::vector<Named>& same_isa : cpus()) {
+  for (std::vector<Named>& same_isa : subjects()) {
     Cache cache(shape);
     attend(*same_isa[0].backend, shape, {{&sequence, &cache, tokens}},
            std::span<const int32_t>{});  // stored, nothing wanted
@@ -230,7 +230,7 @@ TEST(a_stream_that_fails_is_reported_and_can_be_read_again) {
   std::mt19937 random(5);
   const Shape shape{4, 2, 16, DType::kBF16, KvSeal::kInt8};
   const Sequence sequence(random, shape, 2001);
-  for (std::vector<Named>& same_isa : cpus()) {
+  for (std::vector<Named>& same_isa : subjects()) {
     const std::vector<float> whole = attend_whole(*same_isa[0].backend, sequence);
     for (Named& cpu : same_isa) {
       Cache cache(shape);
@@ -254,7 +254,7 @@ TEST(wrong_pages_are_refused) {
   const Shape shape{2, 1, 4, DType::kBF16, KvSeal::kInt8};
   const Sequence sequence(random, shape, 600);
   std::vector<Backend*> all = {&ref()};
-  for (std::vector<Named>& same_isa : cpus()) all.push_back(same_isa[1].backend.get());
+  for (std::vector<Named>& same_isa : subjects()) all.push_back(same_isa[1].backend.get());
   for (Backend* backend : all) {
     Cache cache(shape);
     attend(*backend, shape, {{&sequence, &cache, 520}});

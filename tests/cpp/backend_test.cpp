@@ -28,7 +28,7 @@ void check_case(const Case& test) {
     return out;
   };
   const std::vector<float> expected = run(ref(), 0, test.rows);
-  for (std::vector<Named>& same_isa : cpus()) {
+  for (std::vector<Named>& same_isa : subjects()) {
     const std::vector<float> all = run(*same_isa[0].backend, 0, test.rows);
     check_close(test.name + " on " + same_isa[0].name, all, expected, test.bound);
     for (Named& other : same_isa) {
@@ -283,7 +283,7 @@ TEST(moe_ties_go_to_the_lower_expert_and_nan_harms_its_row_only) {
   first_two.down.resize(2);
   first_two.router.rows = 2;
   const std::vector<float> x = randoms(random, 3 * n);
-  for (std::vector<Named>& same_isa : cpus())
+  for (std::vector<Named>& same_isa : subjects())
     for (Named& cpu : same_isa) {
       std::vector<float> a(3 * n), b(3 * n);
       cpu.backend->moe({a.data(), 3, n}, {x.data(), 3, n}, data.load(*cpu.backend));
@@ -380,7 +380,7 @@ TEST(moves) {
   std::vector<int32_t> order(rows);
   std::iota(order.begin(), order.end(), 0);
   std::shuffle(order.begin(), order.end(), random);
-  for (std::vector<Named>& same_isa : cpus())
+  for (std::vector<Named>& same_isa : subjects())
     for (Named& cpu : same_isa) {
       std::vector<float> there(rows * n), back(rows * n), host(rows * n), padded(rows * (n + 3));
       const ConstRows x(values.data(), vocab, n);
@@ -465,14 +465,14 @@ TEST(load_matrix_reads_any_strides) {
       for (int64_t r = 0; r < total; ++r)
         for (int64_t c = 0; c < cols; ++c) expected[c * total + r] = plain[r * cols + c];
       CHECK(columns(ref()) == expected);
-      for (std::vector<Named>& same_isa : cpus())
+      for (std::vector<Named>& same_isa : subjects())
         for (Named& cpu : same_isa) CHECK(columns(*cpu.backend) == expected);
     }
 }
 
 TEST(wrong_shapes_are_refused_before_work) {
   std::vector<Backend*> all = {&ref()};
-  for (std::vector<Named>& same_isa : cpus()) all.push_back(same_isa[1].backend.get());
+  for (std::vector<Named>& same_isa : subjects()) all.push_back(same_isa[1].backend.get());
   std::mt19937 random(9);
   const Matrix weight = random_matrix(random, 8, 6, DType::kF32);
   std::vector<float> x(100), y(100);

@@ -187,7 +187,7 @@ TEST(float8_sources_keep_their_bits) {
     const WeightRef truth = ref().load_matrix(parts);
     check_same_bits("ref", static_cast<const float*>(truth.data.get()), values.data(),
                     values.size());
-    for (std::vector<Named>& same_isa : cpus()) {
+    for (std::vector<Named>& same_isa : subjects()) {
       for (Named& cpu : same_isa) {
         const WeightRef weight = cpu.backend->load_matrix(parts);
         CHECK(weight.format == WeightFormat::kFP8);
@@ -200,7 +200,7 @@ TEST(float8_sources_keep_their_bits) {
       }
     }
     // To another format: as its values are, whatever they were stored in.
-    Backend& backend = *cpus()[0][1].backend;
+    Backend& backend = *subjects()[0][1].backend;
     const MatrixSource plain{DType::kF32, values.data(), rows, cols, cols, 1};
     for (const WeightFormat format : {WeightFormat::kInt8G32, WeightFormat::kInt4G32}) {
       const WeightRef one = backend.load_matrix(parts, {format});
@@ -219,7 +219,7 @@ TEST(a_row_with_not_a_number_is_not_a_number) {
       source.codes[transposed ? col * 130 + row : row * 70 + col] = code;
     }
     const std::vector<float> x = randoms(random, 8 * 70);
-    for (std::vector<Named>& same_isa : cpus()) {
+    for (std::vector<Named>& same_isa : subjects()) {
       Backend& backend = *same_isa[1].backend;
       const WeightRef weight = backend.load_matrix({&source.part, 1});
       std::vector<float> out(8 * 130);
@@ -239,7 +239,7 @@ TEST(quantised_rows_lose_half_a_step_at_most) {
   x[4 * 500 + 3] = kNaN;       // counts as 0
   x[5 * 500 + 3] = kInfinity;  // as the largest float
   const MatrixSource part{DType::kF32, x.data(), 6, 500, 500, 1};
-  const WeightRef weight = cpus()[0][0].backend->load_matrix({&part, 1}, {WeightFormat::kFP8});
+  const WeightRef weight = subjects()[0][0].backend->load_matrix({&part, 1}, {WeightFormat::kFP8});
   std::vector<float> row(500);
   for (int64_t r = 0; r < 6; ++r) {
     unpack_row(weight.format, weight.data.get(), r, 500, row.data());
@@ -262,7 +262,7 @@ TEST(quantised_rows_lose_half_a_step_at_most) {
 TEST(float8_without_scales_is_refused) {
   std::mt19937 random(9);
   Source source = random_source(random, 8, 64, 1, false, DType::kF32);
-  for (Backend* backend : {&ref(), cpus()[0][0].backend.get()}) {
+  for (Backend* backend : {&ref(), subjects()[0][0].backend.get()}) {
     CHECK_THROWS(ErrorCode::kUnsupported,
                  backend->load_matrix({&source.part, 1}, {WeightFormat::kF32}));
     CHECK_THROWS(ErrorCode::kUnsupported,

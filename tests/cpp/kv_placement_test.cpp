@@ -115,7 +115,7 @@ int64_t live(unsigned seed) {
   int64_t streamed = 0;
   std::mt19937 random(seed);
   const Shape shape = random_shape(random);
-  auto& same_isa = cpus()[random() % cpus().size()];
+  auto& same_isa = subjects()[random() % subjects().size()];
   const TemporaryDirectory directory;
   KvStoreOptions options;
   if (random() % 4) options.disk = directory.path("cache");

@@ -59,7 +59,7 @@ ModelSpec spec_of(const LayerSpec& layer, int64_t head_dim) {
 class Model {
  public:
   explicit Model(ModelSpec spec)
-      : watcher(*cpus().back().back().backend),
+      : watcher(*subjects().back().back().backend),
         spec_(std::move(spec)),
         embedding_(random_matrix(random_, kVocab, kHidden, DType::kF32)),
         text_(spec_, table(), parameters(), watcher),

@@ -62,7 +62,7 @@ TEST(what_goes_into_each_matrix_is_recorded) {
   std::vector<std::vector<double>> inputs;
   for (int64_t r = 0; r < kRows; ++r) inputs.emplace_back(in.row(r), in.row(r) + kHidden);
 
-  for (Backend* backend : {&ref(), cpus()[0][0].backend.get()}) {
+  for (Backend* backend : {&ref(), subjects()[0][0].backend.get()}) {
     RecordingBackend recorder(*backend);
     const WeightRef matrix = plain.load(recorder);
     std::vector<float> got(kRows * 7), expected(kRows * 7);

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "backend/backend.h"
@@ -27,6 +28,7 @@ class CpuBackend final : public Backend {
   std::string description() const override;
 
   Buffer allocate(size_t bytes) override;
+  void copy(void* to, const void* from, size_t bytes) override { std::memcpy(to, from, bytes); }
   WeightRef load_matrix(std::span<const MatrixSource> parts, const MatrixOptions& options) override;
   WeightRef adopt_matrix(WeightFormat format, int64_t rows, int64_t cols,
                          std::shared_ptr<const void> data) override;

@@ -123,6 +123,8 @@ class RefBackend final : public Backend {
     return Buffer(data, bytes, std::free);
   }
 
+  void copy(void* to, const void* from, size_t bytes) override { std::memcpy(to, from, bytes); }
+
   // Quantised weights are kept as the values that they stand for; the reference does not round
   // activations.
   WeightRef load_matrix(std::span<const MatrixSource> parts,

@@ -1,0 +1,343 @@
+// The CUDA backend on a GPU: whether it is right, and how fast, beside what the GPU's memory can
+// do.
+//
+// Right is: the bits of the CPU for products with quantised weights, and for all else the double
+// precision of `ref` within what the arithmetic may lose. Fast is: bytes that an operation must
+// read and write, over its time, beside the rate of a copy in the same run.
+#include <algorithm>
+#include <cmath>
+#include <iostream>
+#include <memory>
+#include <random>
+#include <span>
+#include <string>
+
+#include "backend/backend.h"
+#include "bench.h"
+#include "engine/factory.h"
+#include "quant/encode.h"
+
+namespace puna::bench {
+namespace {
+
+constexpr double kEpsBF16 = 1.0 / 256;
+
+std::vector<float> randoms(std::mt19937& random, int64_t count, float sigma = 1) {
+  std::normal_distribution<float> normal(0, sigma);
+  std::vector<float> values(static_cast<size_t>(count));
+  for (float& value : values) value = normal(random);
+  return values;
+}
+
+// Rows in a backend's memory.
+struct Placed {
+  Placed(Backend& backend, int64_t rows, int64_t cols)
+      : backend(backend),
+        buffer(backend.allocate(static_cast<size_t>(rows * cols) * sizeof(float))),
+        rows(buffer.floats(), rows, cols) {}
+  Placed(Backend& backend, int64_t rows, const std::vector<float>& values)
+      : Placed(backend, rows, std::ssize(values) / rows) {
+    backend.from_host(this->rows, values.data());
+  }
+  std::vector<float> values() const {
+    std::vector<float> host(static_cast<size_t>(rows.rows * rows.cols));
+    backend.to_host(host.data(), rows);
+    return host;
+  }
+
+  Backend& backend;
+  Buffer buffer;
+  Rows rows;
+};
+
+// A random matrix of fp32, as a checkpoint holds it.
+struct Source {
+  Source(std::mt19937& random, int64_t rows, int64_t cols)
+      : rows(rows),
+        cols(cols),
+        values(randoms(random, rows * cols, 1 / std::sqrt(static_cast<float>(cols)))) {}
+  WeightRef load(Backend& backend, WeightFormat format) const {
+    const MatrixSource part{DType::kF32, values.data(), rows, cols, cols, 1};
+    return backend.load_matrix({&part, 1}, {format});
+  }
+
+  int64_t rows, cols;
+  std::vector<float> values;
+};
+
+// --- right ---------------------------------------------------------------------------------------
+
+// Largest difference, as a share of the largest value.
+double difference(const std::vector<float>& a, const std::vector<float>& b) {
+  double most = 0, largest = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    const double apart = std::abs(static_cast<double>(a[i]) - b[i]);
+    if (!(apart <= most)) most = apart;  // NaN, too
+    largest = std::max(largest, std::abs(static_cast<double>(b[i])));
+  }
+  return most / largest;
+}
+
+class Checks {
+ public:
+  Checks(Backend& gpu, Backend& cpu, Backend& ref) : gpu_(gpu), cpu_(cpu), ref_(ref) {}
+
+  void products() {
+    for (const WeightFormat format : all_formats()) {
+      if (is_quantized(format) && !can_encode(format)) continue;
+      if (format == WeightFormat::kBF16) continue;  // from bfloat16 alone; see experts()
+      for (const int64_t count : {1, 5, 40}) {
+        const Source weight(random_, 200, 520);
+        const std::vector<float> x = randoms(random_, count * weight.cols);
+        const auto run = [&](Backend& backend) {
+          const Placed in(backend, count, x), out(backend, count, weight.rows);
+          backend.matmul(out.rows, in.rows, weight.load(backend, format));
+          return out.values();
+        };
+        // Sums of fp32 in another order; equal where they are whole numbers.
+        const bool exact = is_quantized(format);
+        add(std::string("product ") + name_of(format) + " x " + std::to_string(count), run,
+            exact ? cpu_ : ref_, exact ? 0 : 1e-5);
+      }
+    }
+  }
+
+  void experts() {
+    const int64_t hidden = 256, width = 192, experts = 6, rows = 33;
+    const Source router(random_, experts, hidden);
+    std::vector<Source> up, down;
+    for (int64_t e = 0; e <= experts; ++e) {
+      up.emplace_back(random_, 2 * width, hidden);
+      down.emplace_back(random_, hidden, width);
+    }
+    const std::vector<float> x = randoms(random_, rows * hidden);
+    for (const int64_t top_k : {1, 2}) {
+      const auto run = [&](Backend& backend) {
+        MoeWeights weights;
+        weights.router = router.load(backend, WeightFormat::kF32);
+        weights.shared_gate_up = up[experts].load(backend, WeightFormat::kF32);
+        weights.shared_down = down[experts].load(backend, WeightFormat::kF32);
+        for (int64_t e = 0; e < experts; ++e) {
+          weights.gate_up.push_back(up[e].load(backend, WeightFormat::kF32));
+          weights.down.push_back(down[e].load(backend, WeightFormat::kF32));
+        }
+        weights.top_k = top_k;
+        const Placed in(backend, rows, x), out(backend, rows, hidden);
+        backend.moe(out.rows, in.rows, weights);
+        return out.values();
+      };
+      add("experts, top " + std::to_string(top_k), run, ref_, 1e-5);
+    }
+  }
+
+  void norms() {
+    const int64_t rows = 7, cols = 5120;
+    const std::vector<float> x = randoms(random_, rows * cols), weight = randoms(random_, cols);
+    const TensorRef part{DType::kF32, 1, {cols}, weight.data()};
+    const auto run = [&](Backend& backend) {
+      const Placed in(backend, rows, x), out(backend, rows, cols);
+      backend.rms_norm(out.rows, in.rows, backend.load_vector({&part, 1}), 1e-5f);
+      return out.values();
+    };
+    add("rms_norm", run, ref_, 1e-5);
+  }
+
+  void attention() {
+    const int64_t heads = 10, kv_heads = 2, dim = 128, tokens = 700;
+    const std::vector<float> qkv = randoms(random_, tokens * (heads + 2 * kv_heads) * dim);
+    for (const KvSeal seal : {KvSeal::kNone, KvSeal::kInt8, KvSeal::kInt4}) {
+      const auto run = [&](Backend& backend) {
+        const Placed in(backend, tokens, qkv), out(backend, tokens, heads * dim);
+        AttentionInput input;
+        input.qkv = in.rows;
+        input.heads = heads;
+        input.layout = {DType::kBF16, kv_heads, dim};
+        input.sealed = {seal, kv_heads, dim};
+        input.qk_norm = true;
+        input.qk_norm_eps = 1e-5f;
+        std::vector<Buffer> buffers;
+        const auto pages = [&](int64_t count, size_t bytes) {
+          std::vector<void*> table;
+          for (int64_t i = 0; i < count; ++i) {
+            buffers.push_back(backend.allocate(bytes));
+            table.push_back(buffers.back().data());
+          }
+          return table;
+        };
+        const auto open = pages(tokens / kPageTokens + 1, input.layout.page_bytes());
+        const auto sealed = pages(seal == KvSeal::kNone ? 0 : tokens / kPageTokens,
+                                  seal == KvSeal::kNone ? 0 : input.sealed.page_bytes());
+        AttentionSegment segment;
+        segment.rows = tokens;
+        segment.open = open;
+        segment.sealed = sealed;
+        input.segments = {&segment, 1};
+        backend.attention(out.rows, input);
+        return out.values();
+      };
+      const char* const names[] = {"bf16", "int8", "int4"};
+      // A key on the other side of a rounding.
+      add(std::string("attention over ") + names[static_cast<int>(seal)] + " pages", run, ref_,
+          2 * kEpsBF16);
+    }
+  }
+
+  int failures() const { return failures_; }
+
+ private:
+  void add(const std::string& name, const std::function<std::vector<float>(Backend&)>& run,
+           Backend& truth, double tolerance) {
+    const double apart = difference(run(gpu_), run(truth));
+    const bool right = apart <= tolerance;
+    failures_ += !right;
+    std::cerr << (right ? "right  " : "WRONG  ") << name << ": " << apart << " from "
+              << truth.name() << ", " << tolerance << " allowed\n";
+  }
+
+  Backend &gpu_, &cpu_, &ref_;
+  std::mt19937 random_{std::random_device{}()};
+  int failures_ = 0;
+};
+
+// --- fast ----------------------------------------------------------------------------------------
+
+class Timings {
+ public:
+  Timings(Backend& gpu, bool small) : gpu_(gpu), small_(small) {}
+
+  double copy_rate() {
+    const size_t bytes = small_ ? size_t{1} << 20 : size_t{1} << 30;
+    const Buffer from = gpu_.allocate(bytes), to = gpu_.allocate(bytes);
+    const double seconds = seconds_each([&](int64_t) { gpu_.copy(to.data(), from.data(), bytes); });
+    return 2 * static_cast<double>(bytes) / seconds;
+  }
+
+  // A product with so many sets of weights that none is in a cache when its turn comes.
+  void product(Report& report, double ceiling, const std::string& name, int64_t rows, int64_t cols,
+               WeightFormat format) {
+    if (small_) {
+      rows = rows / 64 + 1;
+      cols = cols / 64 + 1;
+    }
+    const Source source(random_, rows, cols);
+    std::vector<WeightRef> sets;
+    constexpr int64_t kAtLeast = int64_t{512} << 20;
+    do sets.push_back(source.load(gpu_, format));
+    while (!small_ && std::ssize(sets) * static_cast<int64_t>(sets[0].bytes) < kAtLeast);
+    for (const int64_t count : {1, 8, 64, 512}) {
+      const Placed x(gpu_, count, randoms(random_, count * cols)), out(gpu_, count, rows);
+      const double seconds = seconds_each([&](int64_t i) {
+        gpu_.matmul(out.rows, x.rows, sets[static_cast<size_t>(i % std::ssize(sets))]);
+      });
+      const double bytes =
+          static_cast<double>(sets[0].bytes) + 4.0 * static_cast<double>(count * (rows + cols));
+      row(report, name + " " + name_of(format), count, seconds, bytes, ceiling,
+          2.0 * static_cast<double>(count * rows * cols));
+    }
+  }
+
+  // Decoding: one row over full pages.
+  void decode(Report& report, double ceiling, int64_t tokens) {
+    if (small_) tokens = 600;
+    const int64_t heads = 40, kv_heads = 8, dim = 128;
+    const KvPageLayout layout{DType::kBF16, kv_heads, dim};
+    std::vector<Buffer> buffers;
+    std::vector<void*> pages;
+    for (int64_t t = 0; t < tokens; t += kPageTokens) {
+      buffers.push_back(gpu_.allocate(layout.page_bytes()));
+      pages.push_back(buffers.back().data());
+    }
+    const Placed qkv(gpu_, 1, randoms(random_, (heads + 2 * kv_heads) * dim));
+    const Placed out(gpu_, 1, heads * dim);
+    AttentionSegment segment;
+    segment.rows = 1;
+    segment.position = tokens - 1;
+    segment.open = pages;
+    AttentionInput input;
+    input.qkv = qkv.rows;
+    input.heads = heads;
+    input.layout = layout;
+    input.segments = {&segment, 1};
+    const double seconds = seconds_each([&](int64_t) { gpu_.attention(out.rows, input); });
+    row(report, "attention, context " + std::to_string(tokens), 1, seconds,
+        static_cast<double>(tokens * kv_heads * dim * 4), ceiling,
+        4.0 * static_cast<double>(tokens * heads * dim));
+  }
+
+ private:
+  // Seconds of run(i), of many in a row.
+  double seconds_each(const std::function<void(int64_t)>& run) {
+    const auto batch = [&](int64_t count) {
+      return seconds_of([&] {
+        for (int64_t i = 0; i < count; ++i) run(i);
+        float waited = 0;
+        gpu_.to_host(&waited, {mark_.rows.data, 1, 1});
+      });
+    };
+    batch(1);
+    const double once = batch(1);
+    constexpr double kBatchSeconds = 0.05;
+    const int64_t count =
+        small_ ? 1 : std::clamp<int64_t>(static_cast<int64_t>(kBatchSeconds / once), 3, 1000);
+    std::vector<double> each;
+    for (int round = 0; round < (small_ ? 1 : 5); ++round)
+      each.push_back(batch(count) / static_cast<double>(count));
+    return median(each);
+  }
+
+  static void row(Report& report, const std::string& name, int64_t rows, double seconds,
+                  double bytes, double ceiling, double operations) {
+    report.row({{"operation", name},
+                {"rows", rows},
+                {"us", seconds * 1e6},
+                {"GB/s", bytes / seconds / 1e9},
+                {"% of copy", 100 * bytes / seconds / ceiling},
+                {"TFLOP/s", operations / seconds / 1e12}});
+  }
+
+  Backend& gpu_;
+  bool small_;
+  std::mt19937 random_{1};
+  Placed mark_{gpu_, 1, 1};
+};
+
+}  // namespace
+
+int run_cuda(int argc, char** argv) {
+  const Arguments arguments("cuda",
+                            {{"device", "N", "which GPU (default: 0)"},
+                             {"check", nullptr, "only whether results are right"},
+                             {"small", nullptr, "tiny shapes, to see that it runs"},
+                             {"json", nullptr, "the timings as JSON"},
+                             {"help", nullptr, "this text"}},
+                            argc, argv);
+  if (arguments.wants_help()) {
+    std::cout << arguments.help();
+    return 0;
+  }
+  const std::string device = "cuda:" + std::to_string(arguments.integer("device", 0, 0, 1000));
+  const auto gpu = make_backend(device, {}), cpu = make_backend("cpu", {});
+  const auto ref = make_backend("ref", {});
+  Checks checks(*gpu, *cpu, *ref);
+  checks.products();
+  checks.experts();
+  checks.norms();
+  checks.attention();
+  if (arguments.has("check") || checks.failures() > 0) return checks.failures() > 0 ? 1 : 0;
+
+  Timings timings(*gpu, arguments.has("small"));
+  const double ceiling = timings.copy_rate();
+  Report report;
+  report.fact("device", gpu->description());
+  report.fact("copy GB/s", ceiling / 1e9);
+  const WeightFormat int4 = WeightFormat::kInt4G128, int8 = WeightFormat::kInt8G32;
+  timings.product(report, ceiling, "q, k and v", 7168, 5120, int8);
+  timings.product(report, ceiling, "gate and up", 16384, 5120, int4);
+  timings.product(report, ceiling, "down", 5120, 8192, int4);
+  timings.product(report, ceiling, "head", 202048, 5120, int8);
+  for (const int64_t tokens : {8192, 131072}) timings.decode(report, ceiling, tokens);
+  report.print(std::cout, arguments.has("json"));
+  return 0;
+}
+
+}  // namespace puna::bench

@@ -1,0 +1,194 @@
+// Attention: what the host knows of segments and pages becomes tables for the kernels.
+#include <algorithm>
+#include <cmath>
+
+#include "backend/checks.h"
+#include "backend/cuda/implementation.h"
+#include "base/error.h"
+
+namespace puna {
+namespace {
+
+// Of the states of pages at once. A row of Scout over 8,192 tokens has 0.7 MB of them, over a
+// million 85 MB.
+constexpr int64_t kStateBytes = int64_t{256} << 20;
+
+cuda::OpenPages open_pages(const KvPageLayout& layout) {
+  return {static_cast<int64_t>(layout.head_bytes()), static_cast<int64_t>(layout.part_bytes()),
+          layout.dtype == DType::kF32 ? cuda::kPageF32 : cuda::kPageBF16};
+}
+
+// What pages that are seen as wholes look like.
+cuda::SealedPages closed_pages(const AttentionInput& input) {
+  const KvSealedLayout& layout = input.sealed;
+  cuda::SealedPages pages = {};
+  pages.form = open_pages(input.layout).form;
+  if (layout.format == KvSeal::kNone) return pages;
+  pages.form = layout.format == KvSeal::kInt8 ? cuda::kPageInt8 : cuda::kPageInt4;
+  pages.bits = layout.bits();
+  pages.plane_bytes = static_cast<int64_t>(layout.plane_bytes());
+  pages.code_bytes = static_cast<int64_t>(layout.code_bytes());
+  pages.key_scale_bytes = static_cast<int64_t>(layout.key_scale_bytes());
+  pages.value_scale_bytes = static_cast<int64_t>(KvSealedLayout::value_scale_bytes());
+  pages.lower = static_cast<int64_t>(layout.lower_offset(0));
+  pages.values = static_cast<int64_t>(layout.value_offset(0));
+  pages.key_scales = static_cast<int64_t>(layout.key_scale_offset(0));
+  pages.value_scales = static_cast<int64_t>(layout.value_scale_offset(0));
+  pages.page_bytes = static_cast<int64_t>(layout.page_bytes());
+  return pages;
+}
+
+cuda::Heads heads_of(const AttentionInput& input) {
+  return {static_cast<int32_t>(input.heads), static_cast<int32_t>(input.layout.kv_heads),
+          static_cast<int32_t>(input.layout.head_dim)};
+}
+
+bool seals(const AttentionInput& input) { return input.sealed.format != KvSeal::kNone; }
+
+void* open_page(const AttentionSegment& segment, int64_t page) {
+  return segment.open[static_cast<size_t>(page - segment.first_open)];
+}
+
+// Page `index` as rows of later pages see it.
+const void* closed_page(const AttentionInput& input, const AttentionSegment& segment,
+                        int64_t index) {
+  if (!seals(input) && index >= segment.first_open) return open_page(segment, index);
+  const void* page = segment.sealed[static_cast<size_t>(index)];
+  if (page == nullptr)
+    fail(ErrorCode::kUnsupported,
+         "[attention] pages on disk are not read by the CUDA backend; keep the KV cache in memory");
+  return page;
+}
+
+}  // namespace
+
+void CudaBackend::append(const AttentionInput& input) {
+  const int64_t rows = input.qkv.rows, pairs = input.layout.head_dim / 2;
+  std::vector<cuda::AppendedRow> to;
+  for (const AttentionSegment& segment : input.segments)
+    for (int64_t i = 0; i < segment.rows; ++i) {
+      const int64_t token = segment.position + i - segment.first_position;
+      to.push_back({open_page(segment, token / kPageTokens), token % kPageTokens});
+    }
+  const auto floats = [&](const float* values, int64_t count) {
+    return tables_.add(std::span(values, static_cast<size_t>(values != nullptr ? count : 0)));
+  };
+  const size_t places = tables_.add(std::span<const cuda::AppendedRow>(to));
+  const size_t cos = floats(input.cos, rows * pairs), sin = floats(input.sin, rows * pairs);
+  const size_t temperature = floats(input.temperature, rows);
+  tables_.send(*device_);
+  const auto sent = [&](const float* values, size_t number) {
+    return values != nullptr ? tables_.at<float>(number) : nullptr;
+  };
+  cuda::AppendCall call = {};
+  call.qkv = device_rows(input.qkv);
+  call.rows = rows;
+  call.heads = heads_of(input);
+  call.open = open_pages(input.layout);
+  call.to = tables_.at<cuda::AppendedRow>(places);
+  call.cos = sent(input.cos, cos);
+  call.sin = sent(input.sin, sin);
+  call.temperature = sent(input.temperature, temperature);
+  call.norm = input.qk_norm;
+  call.norm_eps = input.qk_norm_eps;
+  call.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(input.layout.head_dim)));
+  device_->run("append", &cuda::DeviceTable::append, call);
+}
+
+void CudaBackend::seal(const AttentionInput& input) {
+  std::vector<cuda::SealedPage> pages;
+  for (const AttentionSegment& segment : input.segments) {
+    const int64_t first = segment.position - segment.first_position;
+    for (int64_t page = first / kPageTokens; page < (first + segment.rows) / kPageTokens; ++page)
+      pages.push_back({segment.sealed[static_cast<size_t>(page)], open_page(segment, page)});
+  }
+  if (pages.empty()) return;
+  const size_t table = tables_.add(std::span<const cuda::SealedPage>(pages));
+  tables_.send(*device_);
+  device_->run("seal", &cuda::DeviceTable::seal,
+               cuda::SealCall{tables_.at<cuda::SealedPage>(table), std::ssize(pages),
+                              heads_of(input), open_pages(input.layout), closed_pages(input)});
+}
+
+void CudaBackend::attend(Rows out, const AttentionInput& input) {
+  std::vector<cuda::AttentionQuery> queries;
+  std::vector<const void*> pages;  // of the segments, one after the other
+  int64_t most_pages = 0;
+  const AttentionSegment* segment = nullptr;
+  int64_t first_page = 0;
+  for (int64_t i = 0; i < out.rows; ++i) {
+    const int64_t row = input.queries ? (*input.queries)[static_cast<size_t>(i)] : i;
+    if (segment == nullptr || row >= segment->first_row + segment->rows) {
+      if (segment == nullptr) segment = input.segments.data();
+      while (row >= segment->first_row + segment->rows) ++segment;
+      first_page = std::ssize(pages);
+    }
+    const int64_t token = segment->position + row - segment->first_row - segment->first_position;
+    const int64_t own = token / kPageTokens;
+    for (int64_t page = std::ssize(pages) - first_page; page < own; ++page)
+      pages.push_back(closed_page(input, *segment, page));
+    queries.push_back({open_page(*segment, own), row, first_page, own,
+                       static_cast<int32_t>(token % kPageTokens + 1)});
+    most_pages = std::max(most_pages, own + 1);
+  }
+  const size_t query_table = tables_.add(std::span<const cuda::AttentionQuery>(queries));
+  const size_t page_table = tables_.add(std::span<const void* const>(pages));
+  tables_.send(*device_);
+
+  cuda::AttendCall call = {};
+  call.qkv = device_rows(ConstRows(input.qkv));
+  call.pages = tables_.at<const void*>(page_table);
+  call.most_pages = most_pages;
+  call.heads = heads_of(input);
+  call.open = open_pages(input.layout);
+  call.closed = closed_pages(input);
+  const int64_t row_floats = input.heads * most_pages * (2 + input.layout.head_dim);
+  const int64_t each = std::clamp<int64_t>(
+      kStateBytes / (row_floats * static_cast<int64_t>(sizeof(float))), 1, out.rows);
+  call.states = states_.reserve<float>(*device_, each * row_floats);
+  for (int64_t first = 0; first < out.rows; first += each) {
+    call.count = std::min(each, out.rows - first);
+    call.queries = tables_.at<cuda::AttentionQuery>(query_table) + first;
+    call.out = device_rows(out.slice(first, call.count));
+    device_->run("attend", &cuda::DeviceTable::attend, call);
+  }
+}
+
+void CudaBackend::attention(Rows out, const AttentionInput& input) {
+  check_attention(out, input);
+  for (const AttentionSegment& segment : input.segments)
+    if (segment.mode != nullptr)
+      fail(ErrorCode::kUnsupported,
+           "[attention] the CUDA backend does not leave pages out; leave attention= out, or load "
+           "with device='cpu'");
+  if (input.qkv.rows == 0) return;
+  append(input);
+  if (seals(input)) seal(input);
+  if (out.rows > 0) attend(out, input);
+}
+
+void CudaBackend::vision_attention(Rows out, Rows qkv, int64_t tiles, int64_t tokens, int64_t heads,
+                                   const float* cos, const float* sin) {
+  check_vision_attention(out, qkv, tiles, tokens, heads, cos, sin);
+  if (tiles == 0) return;
+  const int64_t dim = qkv.cols / (3 * heads);
+  const auto angles = static_cast<size_t>(tokens * (dim / 2));
+  const size_t cosines = tables_.add(std::span(cos, angles));
+  const size_t sines = tables_.add(std::span(sin, angles));
+  tables_.send(*device_);
+  cuda::VisionAttentionCall call = {};
+  call.out = device_rows(out);
+  call.qkv = device_rows(qkv);
+  call.tiles = tiles;
+  call.tokens = tokens;
+  call.heads = static_cast<int32_t>(heads);
+  call.dim = static_cast<int32_t>(dim);
+  call.cos = tables_.at<float>(cosines);
+  call.sin = tables_.at<float>(sines);
+  call.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(dim)));
+  const int64_t pages = (tokens + kPageTokens - 1) / kPageTokens;
+  call.states = states_.reserve<float>(*device_, tiles * tokens * heads * pages * (2 + dim));
+  device_->run("vision_attention", &cuda::DeviceTable::vision_attention, call);
+}
+
+}  // namespace puna

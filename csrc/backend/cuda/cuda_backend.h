@@ -1,0 +1,23 @@
+// The operations on a CUDA device: weights, activations, keys and values all lie in its memory.
+//
+// Weights lie as they do for the CPU (ADR 0008), so that packed files are read by both, and are
+// packed by a backend of the host. With quantised weights, products have the bits of the CPU's.
+#pragma once
+
+#include <memory>
+
+#include "backend/backend.h"
+#include "kernels/cuda/device_table.h"
+
+namespace puna {
+
+// `host` packs weights and decodes embeddings.
+std::unique_ptr<Backend> make_cuda_backend(const cuda::DeviceTable& table, int ordinal,
+                                           std::unique_ptr<Backend> host);
+
+// Whether libpuna_cuda.so and a device are there, and which, or what is missing.
+BackendStatus cuda_status();
+// The functions of libpuna_cuda.so; throws DeviceError if it cannot be loaded.
+const cuda::DeviceTable& cuda_library();
+
+}  // namespace puna

@@ -1,0 +1,92 @@
+// The class behind make_cuda_backend(); shared by the files of backend/cuda and nobody else.
+#pragma once
+
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "backend/backend.h"
+#include "backend/cuda/device.h"
+
+namespace puna {
+
+class CudaBackend final : public Backend {
+ public:
+  CudaBackend(const cuda::DeviceTable& table, int ordinal, std::unique_ptr<Backend> host)
+      : device_(std::make_shared<CudaDevice>(table, ordinal)),
+        ordinal_(ordinal),
+        host_(std::move(host)) {}
+
+  const char* name() const override { return "cuda"; }
+  std::string description() const override;
+  std::optional<int64_t> device_memory() const override { return device_->free_memory(); }
+
+  // cuda_backend.cpp: memory, weights, rows
+  Buffer allocate(size_t bytes) override;
+  void copy(void* to, const void* from, size_t bytes) override { device_->copy(to, from, bytes); }
+  WeightRef load_matrix(std::span<const MatrixSource> parts, const MatrixOptions& options) override;
+  WeightRef adopt_matrix(WeightFormat format, int64_t rows, int64_t cols,
+                         std::shared_ptr<const void> data) override;
+  VectorRef load_vector(std::span<const TensorRef> parts) override;
+  void to_host(float* out, ConstRows x) override;
+  void from_host(Rows out, const float* x) override;
+  void embed(Rows out, const TensorRef& table, std::span<const int32_t> ids) override;
+  void gather(Rows out, ConstRows x, std::span<const int32_t> index) override;
+  void scatter(Rows out, ConstRows x, std::span<const int32_t> index) override;
+  void rms_norm(Rows out, ConstRows x, const VectorRef& weight, float eps) override;
+  void layer_norm(Rows out, ConstRows x, const VectorRef& weight, const VectorRef& bias,
+                  float eps) override;
+  void unfold(Rows out, const float* pixels, int64_t tiles, int64_t size, int64_t patch) override;
+  void pixel_shuffle(Rows out, ConstRows x, int64_t tiles, int64_t grid, int64_t factor) override;
+
+  // products.cpp
+  void matmul(Rows out, ConstRows x, const WeightRef& weight,
+              const MatmulOptions& options) override;
+  void mlp(Rows residual, ConstRows x, const WeightRef& gate_up, const WeightRef& down) override;
+  void moe(Rows residual, ConstRows x, const MoeWeights& weights) override;
+
+  // attention.cpp
+  void attention(Rows out, const AttentionInput& input) override;
+  void vision_attention(Rows out, Rows qkv, int64_t tiles, int64_t tokens, int64_t heads,
+                        const float* cos, const float* sin) override;
+
+ private:
+  // A matrix of the host, to the device.
+  WeightRef uploaded(const WeightRef& weight);
+
+  // products.cpp
+  // How rows become an operand; `rows` of them with `cols` columns each.
+  struct Source {
+    ConstRows x;
+    int64_t rows, cols;
+    const int32_t* index = nullptr;  // device_table.h: OperandCall
+    const float* score = nullptr;
+    bool gated = false;
+  };
+  cuda::Operand prepare(const Source& source, WeightFormat format, CudaScratch& scratch);
+  static cuda::ProductCall product_call(Rows out, const cuda::Operand& x, int64_t rows,
+                                        const WeightRef& weight);
+  void multiply(const cuda::ProductCall& call) {
+    device_->run("product", &cuda::DeviceTable::product, call);
+  }
+
+  // attention.cpp
+  void append(const AttentionInput& input);
+  void seal(const AttentionInput& input);
+  void attend(Rows out, const AttentionInput& input);
+
+  std::shared_ptr<CudaDevice> device_;
+  int ordinal_;
+  std::unique_ptr<Backend> host_;
+
+  CudaTables tables_;
+  CudaScratch operand_, hidden_, pixels_;
+  CudaScratch logits_, routing_, routed_hidden_, routed_out_;
+  CudaScratch states_;  // attention
+};
+
+inline cuda::FloatRows device_rows(Rows x) { return {x.data, x.stride}; }
+inline cuda::ConstFloatRows device_rows(ConstRows x) { return {x.data, x.stride}; }
+
+}  // namespace puna

@@ -1,0 +1,177 @@
+// Matrix products, the dense feed-forward block, and the mixture of experts.
+#include <algorithm>
+
+#include "backend/checks.h"
+#include "backend/cuda/implementation.h"
+#include "kernels/kernel_table.h"
+
+namespace puna {
+namespace {
+
+cuda::WeightKind kind_of(WeightFormat format) {
+  switch (format) {
+    case WeightFormat::kF32:
+      return cuda::kWeightsF32;
+    case WeightFormat::kBF16:
+      return cuda::kWeightsBF16;
+    case WeightFormat::kFP8:
+      return cuda::kWeightsFP8;
+    default:
+      return cuda::kWeightsQuantized;
+  }
+}
+
+// Hands out arrays of a piece of device memory; from a null pointer it only adds up their size.
+class Carver {
+ public:
+  explicit Carver(char* memory) : memory_(memory) {}
+  template <class T>
+  T* take(int64_t count) {
+    constexpr int64_t kAlignment = 256;
+    T* array = memory_ == nullptr ? nullptr : reinterpret_cast<T*>(memory_ + used_);
+    used_ += (count * static_cast<int64_t>(sizeof(T)) + kAlignment - 1) / kAlignment * kAlignment;
+    return array;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* memory_;
+  int64_t used_ = 0;
+};
+
+}  // namespace
+
+cuda::Operand CudaBackend::prepare(const Source& source, WeightFormat format,
+                                   CudaScratch& scratch) {
+  cuda::Operand operand = {};
+  operand.stride = padded_cols(format, source.cols);
+  if (takes_fp32(format)) {
+    operand.kind = cuda::kOperandF32;
+    if (source.index == nullptr && source.score == nullptr && !source.gated) {
+      operand.data = const_cast<float*>(source.x.data);
+      operand.stride = source.x.stride;
+      return operand;
+    }
+    operand.data = scratch.reserve<float>(*device_, source.rows * operand.stride);
+  } else if (format == WeightFormat::kBF16) {
+    operand.kind = cuda::kOperandBF16;
+    operand.data = scratch.reserve<uint16_t>(*device_, source.rows * operand.stride);
+  } else {
+    operand.kind = cuda::kOperandInt8;
+    operand.group = static_cast<int32_t>(group_of(format));
+    operand.groups = operand.stride / operand.group;
+    operand.spans = (operand.stride + kActivationGroup - 1) / kActivationGroup;
+    const auto carve = [&](Carver carver) {
+      operand.data = carver.take<int8_t>(source.rows * operand.stride);
+      operand.scales = carver.take<float>(source.rows * operand.spans);
+      operand.sums = carver.take<int32_t>(source.rows * operand.groups);
+      return carver.used();
+    };
+    carve(Carver(scratch.reserve<char>(*device_, carve(Carver(nullptr)))));
+  }
+  device_->run("prepare", &cuda::DeviceTable::prepare_operand,
+               cuda::OperandCall{operand, device_rows(source.x), source.rows, source.cols,
+                                 source.index, source.score, source.gated});
+  return operand;
+}
+
+cuda::ProductCall CudaBackend::product_call(Rows out, const cuda::Operand& x, int64_t rows,
+                                            const WeightRef& weight) {
+  cuda::ProductCall call = {};
+  call.kind = kind_of(weight.format);
+  if (is_quantized(weight.format)) call.format = quantized_index(weight.format);
+  call.weights = weight.data.get();
+  call.rows = weight.rows;
+  call.cols = weight.cols;
+  call.panel_bytes = static_cast<int64_t>(panel_bytes(weight.format, weight.cols));
+  call.x = x;
+  call.count = rows;
+  call.out = device_rows(out);
+  return call;
+}
+
+void CudaBackend::matmul(Rows out, ConstRows x, const WeightRef& weight,
+                         const MatmulOptions& options) {
+  check_matmul(out, x, weight, options);
+  if (x.rows == 0) return;
+  const cuda::Operand operand = prepare({x, x.rows, x.cols}, weight.format, operand_);
+  cuda::ProductCall call = product_call(out, operand, x.rows, weight);
+  if (options.bias != nullptr) call.bias = options.bias->get();
+  call.gelu = options.gelu;
+  call.accumulate = options.accumulate;
+  multiply(call);
+}
+
+void CudaBackend::mlp(Rows residual, ConstRows x, const WeightRef& gate_up, const WeightRef& down) {
+  check_mlp(residual, x, gate_up, down);
+  if (x.rows == 0) return;
+  const Rows hidden(hidden_.reserve<float>(*device_, x.rows * gate_up.rows), x.rows, gate_up.rows);
+  multiply(product_call(hidden, prepare({x, x.rows, x.cols}, gate_up.format, operand_), x.rows,
+                        gate_up));
+  const Source activated{.x = hidden, .rows = x.rows, .cols = down.cols, .gated = true};
+  cuda::ProductCall call =
+      product_call(residual, prepare(activated, down.format, operand_), x.rows, down);
+  call.accumulate = 1;
+  multiply(call);
+}
+
+void CudaBackend::moe(Rows residual, ConstRows x, const MoeWeights& weights) {
+  check_moe(residual, x, weights);
+  if (x.rows == 0) return;
+  const auto experts = static_cast<int64_t>(weights.gate_up.size());
+  const int64_t slots = x.rows * weights.top_k, places = std::min(experts, slots);
+  const WeightRef &gate_up = weights.gate_up[0], &down = weights.down[0];
+
+  // Who gets which rows.
+  const Rows logits(logits_.reserve<float>(*device_, x.rows * experts), x.rows, experts);
+  multiply(product_call(logits, prepare({x, x.rows, x.cols}, weights.router.format, operand_),
+                        x.rows, weights.router));
+  cuda::RoutingCall routing = {};
+  routing.logits = logits.data;
+  routing.rows = x.rows;
+  routing.experts = static_cast<int32_t>(experts);
+  routing.top_k = static_cast<int32_t>(weights.top_k);
+  const auto carve = [&](Carver carver) {
+    routing.row = carver.take<int32_t>(slots);
+    routing.score = carver.take<float>(slots);
+    routing.offsets = carver.take<int32_t>(experts + 1);
+    routing.occupied = carver.take<int32_t>(places);
+    routing.slot = carver.take<int32_t>(slots);
+    return carver.used();
+  };
+  carve(Carver(routing_.reserve<char>(*device_, carve(Carver(nullptr)))));
+  device_->run("route", &cuda::DeviceTable::route, routing);
+
+  mlp(residual, x, weights.shared_gate_up, weights.shared_down);
+
+  // The routed experts, of inputs times their scores. Which have rows only the device knows.
+  const auto pointers = [&](const std::vector<WeightRef>& matrices) {
+    std::vector<const void*> data;
+    for (const WeightRef& matrix : matrices) data.push_back(matrix.data.get());
+    return tables_.add(std::span<const void* const>(data));
+  };
+  const size_t ups = pointers(weights.gate_up), downs = pointers(weights.down);
+  tables_.send(*device_);
+  cuda::ExpertRows rows{routing.offsets, routing.occupied, tables_.at<const void*>(ups),
+                        static_cast<int32_t>(places)};
+  const Rows hidden(routed_hidden_.reserve<float>(*device_, slots * gate_up.rows), slots,
+                    gate_up.rows);
+  const Source scaled{
+      .x = x, .rows = slots, .cols = x.cols, .index = routing.row, .score = routing.score};
+  cuda::ProductCall up =
+      product_call(hidden, prepare(scaled, gate_up.format, operand_), slots, gate_up);
+  up.experts = rows;
+  multiply(up);
+  const Rows out(routed_out_.reserve<float>(*device_, slots * x.cols), slots, x.cols);
+  const Source activated{.x = hidden, .rows = slots, .cols = down.cols, .gated = true};
+  cuda::ProductCall call =
+      product_call(out, prepare(activated, down.format, operand_), slots, down);
+  rows.matrices = tables_.at<const void*>(downs);
+  call.experts = rows;
+  multiply(call);
+  device_->run("add_experts", &cuda::DeviceTable::add_experts,
+               cuda::AddExpertsCall{device_rows(residual), device_rows(ConstRows(out)),
+                                    routing.slot, x.rows, x.cols, routing.top_k});
+}
+
+}  // namespace puna

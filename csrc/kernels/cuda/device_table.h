@@ -1,0 +1,270 @@
+// The contract between the CUDA backend and its kernels: a C table of functions, which
+// libpuna_cuda.so hands out and, in the tests, the emulator. Freestanding.
+//
+// All functions of a Device are carried out in the order of the calls, asynchronously unless said
+// otherwise; pointers are to device memory unless said otherwise. They return 0 or a code for
+// describe().
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace puna::cuda {
+
+// Of this file: both sides must have been compiled with the same.
+constexpr int32_t kTableVersion = 1;
+
+struct DeviceInfo {
+  char name[256];
+  int32_t major, minor;  // compute capability
+  int64_t memory, free_memory;
+};
+
+// Consecutive rows of fp32.
+struct FloatRows {
+  float* data;
+  int64_t stride;
+};
+struct ConstFloatRows {
+  const float* data;
+  int64_t stride;
+};
+
+// --- products ------------------------------------------------------------------------------------
+
+enum OperandKind : int32_t { kOperandF32, kOperandBF16, kOperandInt8 };
+
+// Activations as products want them, written by prepare_operand and read by product:
+//   f32   data float [rows][stride]
+//   bf16  data uint16 [rows][stride], zero from the last column to the stride
+//   int8  data int8 [rows][stride], likewise; scales [rows][spans] of kActivationGroup columns;
+//         sums [rows][groups] of the codes of `group` columns (kernel_table.h: quantize_row)
+struct Operand {
+  void* data;
+  float* scales;
+  int32_t* sums;
+  int64_t stride, spans, groups;
+  int32_t kind, group;
+};
+
+// Row r of the operand is made of row index[r] (r if null) of x:
+//   x * score[r] (x if null), or, gated, silu(x[c]) * x[cols + c].
+struct OperandCall {
+  Operand operand;
+  ConstFloatRows x;
+  int64_t rows, cols;
+  const int32_t* index;
+  const float* score;
+  int32_t gated;
+};
+
+// Rows that belong to experts (routing_call): expert e multiplies rows [offsets[e], offsets[e + 1])
+// with matrices[e].
+struct ExpertRows {
+  const int32_t* offsets;       // null: there are no experts
+  const int32_t* occupied;      // [slots]: experts with rows, ascending, then -1
+  const void* const* matrices;  // all packed alike
+  int32_t slots;
+};
+
+// How weights are packed, in panels of kPanelRows rows (quant/format.h).
+enum WeightKind : int32_t { kWeightsF32, kWeightsBF16, kWeightsFP8, kWeightsQuantized };
+
+// out = x W^T: + bias, then GELU, then + out.
+struct ProductCall {
+  int32_t kind;
+  int32_t format;  // of kWeightsQuantized: its place in quant/formats.inc
+  int32_t gelu, accumulate;
+  const void* weights;
+  int64_t rows, cols;   // of W
+  int64_t panel_bytes;  // of kPanelRows rows
+  Operand x;
+  int64_t count;  // rows of x
+  FloatRows out;
+  const float* bias;  // or null
+  ExpertRows experts;
+};
+
+// --- mixture of experts --------------------------------------------------------------------------
+
+// From the router's logits [rows][experts]: the top_k experts of each row (ties: the lower index),
+// and the rows by expert, in order. Slots number pairs of a row and one of its experts.
+struct RoutingCall {
+  const float* logits;
+  int64_t rows;
+  int32_t experts, top_k;
+  int32_t* row;       // [slots]: of each slot
+  float* score;       // [slots]: sigmoid of the logit
+  int32_t* offsets;   // [experts + 1]: first slot of each expert
+  int32_t* occupied;  // [min(experts, slots)] as in ExpertRows
+  int32_t* slot;      // [rows][top_k]: a row's slots by ascending expert
+};
+
+// residual[r] += x[slot[r][0]], then + x[slot[r][1]], ...
+struct AddExpertsCall {
+  FloatRows residual;
+  ConstFloatRows x;
+  const int32_t* slot;
+  int64_t rows, cols;
+  int32_t top_k;
+};
+
+// --- rows ----------------------------------------------------------------------------------------
+
+struct NormCall {
+  FloatRows out;
+  ConstFloatRows x;
+  const float *weight, *bias;  // a bias makes it a layer norm
+  int64_t rows, cols;
+  float eps;
+};
+
+// out[to[r]] = x[from[r]]; a null index counts from 0.
+struct MoveCall {
+  FloatRows out;
+  ConstFloatRows x;
+  const int32_t *to, *from;
+  int64_t rows, cols;
+};
+
+// --- attention -----------------------------------------------------------------------------------
+
+enum PageForm : int32_t { kPageF32, kPageBF16, kPageInt8, kPageInt4 };
+
+// How pages lie in memory: offsets of one head's keys and values, in bytes (backend/kv_layout.h).
+struct OpenPages {
+  int64_t head_bytes, part_bytes;
+  int32_t form;
+};
+struct SealedPages {
+  int64_t plane_bytes, code_bytes;  // of one head
+  int64_t key_scale_bytes, value_scale_bytes;
+  int64_t lower, values, key_scales, value_scales;  // where the regions begin
+  int64_t page_bytes;
+  int32_t form;  // that of open pages: pages are not sealed
+  int32_t bits;
+};
+
+struct Heads {
+  int32_t query, key_value, dim;
+};
+
+// Where the key and value of a row go.
+struct AppendedRow {
+  void* page;
+  int64_t token;  // of the page
+};
+
+// RoPE, QK norm and, for queries, temperature and softmax scale, in place; keys and values to their
+// pages.
+struct AppendCall {
+  FloatRows qkv;
+  int64_t rows;
+  Heads heads;
+  OpenPages open;
+  const AppendedRow* to;                 // [rows]
+  const float *cos, *sin, *temperature;  // [rows][dim / 2], [rows], or null
+  int32_t norm;
+  float norm_eps, scale;
+};
+
+struct SealedPage {
+  void* sealed;
+  const void* open;
+};
+struct SealCall {
+  const SealedPage* pages;  // [count]
+  int64_t count;
+  Heads heads;
+  OpenPages open;
+  SealedPages sealed;
+};
+
+// A row of queries: it sees pages[first .. first + before) as wholes, in their closed form, and
+// `seen` tokens of its own, open one.
+struct AttentionQuery {
+  const void* own;
+  int64_t row;  // of qkv
+  int64_t first, before;
+  int32_t seen;
+};
+
+// out[i] = attention of queries[i]. The states of each page (largest score, sum, weighted values)
+// go through `states`: [queries][heads][pages][2 + dim], and are added up in the order of pages.
+struct AttendCall {
+  FloatRows out;
+  ConstFloatRows qkv;
+  const AttentionQuery* queries;
+  int64_t count;
+  const void* const* pages;
+  int64_t most_pages;  // that one of the queries sees
+  Heads heads;
+  OpenPages open;
+  SealedPages closed;
+  float* states;
+};
+
+// --- vision --------------------------------------------------------------------------------------
+
+// q and k of qkv [tiles * tokens][3 * heads * dim] are turned in place, then attend within tiles.
+struct VisionAttentionCall {
+  FloatRows out, qkv;
+  int64_t tiles, tokens;
+  int32_t heads, dim;
+  const float *cos, *sin;  // [tokens][dim / 2]
+  float scale;
+  float* states;  // [tiles * tokens][heads][ceil(tokens / kPageTokens)][2 + dim]
+};
+struct UnfoldCall {
+  FloatRows out;
+  const float* pixels;
+  int64_t tiles, size, patch;
+};
+struct PixelShuffleCall {
+  FloatRows out;
+  ConstFloatRows x;
+  int64_t tiles, grid, factor, cols;  // cols of x
+};
+
+struct DeviceTable {
+  int32_t version;
+
+  // --- devices: *count is 0 if there are none or no driver; the code says why
+  int (*device_count)(int* count);
+  int (*device_info)(int ordinal, DeviceInfo* info);
+  const char* (*describe)(int code);
+  int (*open)(int ordinal, void** device);
+  void (*close)(void* device);
+  int (*synchronise)(void* device);
+
+  // --- memory
+  int (*allocate)(void* device, size_t bytes, void** memory);  // zeroed
+  int (*release)(void* device, void* memory);
+  // From host memory, which may be changed once this returns.
+  int (*upload)(void* device, void* to, const void* from, size_t bytes);
+  // To host memory: `rows` of `bytes` each, one after the other. Waits.
+  int (*download)(void* device, void* to, const void* from, size_t bytes, size_t stride,
+                  int64_t rows);
+  int (*copy)(void* device, void* to, const void* from, size_t bytes);
+
+  // --- kernels
+  int (*prepare_operand)(void* device, const OperandCall*);
+  int (*product)(void* device, const ProductCall*);
+  int (*route)(void* device, const RoutingCall*);
+  int (*add_experts)(void* device, const AddExpertsCall*);
+  int (*norm)(void* device, const NormCall*);
+  int (*move)(void* device, const MoveCall*);
+  int (*append)(void* device, const AppendCall*);
+  int (*seal)(void* device, const SealCall*);
+  int (*attend)(void* device, const AttendCall*);
+  int (*vision_attention)(void* device, const VisionAttentionCall*);
+  int (*unfold)(void* device, const UnfoldCall*);
+  int (*pixel_shuffle)(void* device, const PixelShuffleCall*);
+};
+
+}  // namespace puna::cuda
+
+// What libpuna_cuda.so exports; null if it was compiled with another version.
+#define PUNA_CUDA_ENTRY puna_cuda_table
+#define PUNA_CUDA_ENTRY_NAME "puna_cuda_table"
+extern "C" const puna::cuda::DeviceTable* PUNA_CUDA_ENTRY(int32_t version);

@@ -1,0 +1,156 @@
+// libpuna_cuda.so: the functions of DeviceTable over the CUDA runtime, which is linked in; the
+// driver is found at run time, so the library loads where there is none.
+#include "kernels/cuda/launches.h"
+
+namespace puna::cuda {
+namespace {
+
+struct Device {
+  int ordinal;
+  cudaStream_t stream;
+};
+
+int code(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();  // so that the next call does not report it again
+  return static_cast<int>(error);
+}
+
+Device& device_of(void* device) { return *static_cast<Device*>(device); }
+
+// Work of a Device, on whatever thread it is called.
+template <class Work>
+int on(void* device, const Work& work) {
+  const Device& of = device_of(device);
+  if (const cudaError_t error = cudaSetDevice(of.ordinal)) return code(error);
+  return code(work(of.stream));
+}
+
+int device_count(int* count) {
+  *count = 0;
+  const cudaError_t error = cudaGetDeviceCount(count);
+  if (error != cudaSuccess) *count = 0;
+  return code(error);
+}
+
+int device_info(int ordinal, DeviceInfo* info) {
+  cudaDeviceProp found;
+  if (const cudaError_t error = cudaGetDeviceProperties(&found, ordinal)) return code(error);
+  size_t i = 0;
+  for (; found.name[i] != '\0' && i + 1 < sizeof(info->name); ++i) info->name[i] = found.name[i];
+  info->name[i] = '\0';
+  info->major = found.major;
+  info->minor = found.minor;
+  if (const cudaError_t error = cudaSetDevice(ordinal)) return code(error);
+  size_t free = 0, total = 0;
+  if (const cudaError_t error = cudaMemGetInfo(&free, &total)) return code(error);
+  info->memory = static_cast<int64_t>(total);
+  info->free_memory = static_cast<int64_t>(free);
+  return 0;
+}
+
+const char* describe(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+
+int open(int ordinal, void** device) {
+  if (const cudaError_t error = cudaSetDevice(ordinal)) return code(error);
+  // Released memory stays with the process, for the next allocation.
+  cudaMemPool_t pool;
+  if (const cudaError_t error = cudaDeviceGetDefaultMemPool(&pool, ordinal)) return code(error);
+  uint64_t all = UINT64_MAX;
+  if (const cudaError_t error =
+          cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &all))
+    return code(error);
+  cudaStream_t stream;
+  if (const cudaError_t error = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking))
+    return code(error);
+  *device = new Device{ordinal, stream};
+  return 0;
+}
+
+void close(void* device) {
+  on(device, [](cudaStream_t stream) {
+    const cudaError_t error = cudaStreamSynchronize(stream);
+    cudaStreamDestroy(stream);
+    return error;
+  });
+  delete &device_of(device);
+}
+
+int synchronise(void* device) {
+  return on(device, [](cudaStream_t stream) { return cudaStreamSynchronize(stream); });
+}
+
+int allocate(void* device, size_t bytes, void** memory) {
+  return on(device, [&](cudaStream_t stream) {
+    if (const cudaError_t error = cudaMallocAsync(memory, bytes, stream)) return error;
+    return cudaMemsetAsync(*memory, 0, bytes, stream);
+  });
+}
+
+int release(void* device, void* memory) {
+  return on(device, [&](cudaStream_t stream) { return cudaFreeAsync(memory, stream); });
+}
+
+// Pageable memory has been read when the call returns.
+int upload(void* device, void* to, const void* from, size_t bytes) {
+  return on(device, [&](cudaStream_t stream) {
+    return cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream);
+  });
+}
+
+int download(void* device, void* to, const void* from, size_t bytes, size_t stride, int64_t rows) {
+  if (bytes == 0 || rows == 0) return 0;
+  return on(device, [&](cudaStream_t stream) {
+    if (const cudaError_t error =
+            cudaMemcpy2DAsync(to, bytes, from, stride, bytes, static_cast<size_t>(rows),
+                              cudaMemcpyDeviceToHost, stream))
+      return error;
+    return cudaStreamSynchronize(stream);
+  });
+}
+
+int copy(void* device, void* to, const void* from, size_t bytes) {
+  return on(device, [&](cudaStream_t stream) {
+    return cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream);
+  });
+}
+
+template <auto kLaunch, class Call>
+int run(void* device, const Call* call) {
+  return on(device,
+            [&](cudaStream_t stream) { return static_cast<cudaError_t>(kLaunch(*call, stream)); });
+}
+
+constexpr DeviceTable kTable = {
+    kTableVersion,
+    &device_count,
+    &device_info,
+    &describe,
+    &open,
+    &close,
+    &synchronise,
+    &allocate,
+    &release,
+    &upload,
+    &download,
+    &copy,
+    &run<launch_prepare_operand, OperandCall>,
+    &run<launch_product, ProductCall>,
+    &run<launch_route, RoutingCall>,
+    &run<launch_add_experts, AddExpertsCall>,
+    &run<launch_norm, NormCall>,
+    &run<launch_move, MoveCall>,
+    &run<launch_append, AppendCall>,
+    &run<launch_seal, SealCall>,
+    &run<launch_attend, AttendCall>,
+    &run<launch_vision_attention, VisionAttentionCall>,
+    &run<launch_unfold, UnfoldCall>,
+    &run<launch_pixel_shuffle, PixelShuffleCall>,
+};
+
+}  // namespace
+}  // namespace puna::cuda
+
+extern "C" __attribute__((visibility("default"))) const puna::cuda::DeviceTable* PUNA_CUDA_ENTRY(
+    int32_t version) {
+  return version == puna::cuda::kTableVersion ? &puna::cuda::kTable : nullptr;
+}

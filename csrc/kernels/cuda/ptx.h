@@ -1,0 +1,178 @@
+// Everything the kernels need beyond CUDA's own language, each with a body for the device and one
+// for the emulator of the tests: all PTX is here, and kernels compile from the same source for
+// both. The emulator's bodies say what an instruction does.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+#else
+#include "emulator/cuda.h"
+#endif
+
+namespace puna::cuda {
+
+using Stream = void*;  // cudaStream_t
+
+constexpr int kWarp = 32;
+constexpr uint32_t kAllLanes = 0xffffffffu;
+
+// Starts a kernel; returns the error of the launch, 0 for none. An empty grid is no launch.
+template <class... Parameters, class... Arguments>
+int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
+           Stream stream, const Arguments&... arguments) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return 0;
+#ifdef __CUDACC__
+  kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  return static_cast<int>(cudaGetLastError());
+#else
+  (void)stream;
+  emulator::Machine::instance().run(grid, {static_cast<unsigned>(threads)}, shared_bytes,
+                                    [&] { kernel(arguments...); });
+  return 0;
+#endif
+}
+
+// The block's shared memory, aligned to 16 bytes.
+__device__ __forceinline__ unsigned char* shared_memory() {
+#ifdef __CUDACC__
+  extern __shared__ __align__(16) unsigned char memory[];
+  return memory;
+#else
+  return emulator::Machine::instance().shared();
+#endif
+}
+
+// --- bit patterns --------------------------------------------------------------------------------
+__device__ __forceinline__ float float_of_bf16(uint32_t low_half) {
+  return __uint_as_float(low_half << 16);
+}
+// To nearest, ties to even; NaN stays a quiet NaN.
+__device__ __forceinline__ uint32_t bf16_of_float(float value) {
+  const uint32_t bits = __float_as_uint(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return bits >> 16 | 0x40u;
+  return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+}
+__device__ __forceinline__ uint32_t bf16_pair(float low, float high) {
+  return bf16_of_float(low) | bf16_of_float(high) << 16;
+}
+__device__ __forceinline__ float float_of_f16(uint16_t value) {
+#ifdef __CUDACC__
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value));
+  return result;
+#else
+  return puna::float_of_f16(value);
+#endif
+}
+
+// --- loads ---------------------------------------------------------------------------------------
+// 16 bytes that are read once: they go past the first cache.
+__device__ __forceinline__ uint4 load_streaming(const void* from) {
+  uint4 value;
+#ifdef __CUDACC__
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(from));
+#else
+  memcpy(&value, from, sizeof(value));
+#endif
+  return value;
+}
+
+// --- products of warps ---------------------------------------------------------------------------
+// c += A B for A 16 x K and B K x 8. With g = lane / 4 and t = lane % 4, a lane holds
+//   a   rows g (a[0], a[2]) and g + 8 (a[1], a[3]); columns from (4 bytes) t on, a[2] and a[3] from
+//       the second half of K on
+//   b   column g; rows from (4 bytes) t on, b1 from the second half of K on
+//   c   rows g (c[0], c[1]) and g + 8 (c[2], c[3]), columns 2 t and 2 t + 1
+#ifndef __CUDACC__
+template <int kDepth, class Accumulator, class Element>
+void emulated_mma(const char* name, Accumulator (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                  uint32_t b1, Element element) {
+  struct Operands {
+    uint32_t a[4], b[2];
+    Accumulator c[4];
+  };
+  struct Result {
+    Accumulator c[4];
+  };
+  constexpr int kEach = kDepth / 8;  // elements of a register
+  const Operands operands{{a[0], a[1], a[2], a[3]}, {b0, b1}, {c[0], c[1], c[2], c[3]}};
+  const Result result = emulator::Machine::instance().with_warp<Operands, Result>(
+      name, operands, [&](const auto& in, auto& out) {
+        Accumulator left[16][kDepth], right[kDepth][8];
+        for (int lane = 0; lane < kWarp; ++lane)
+          for (int half = 0; half < 2; ++half)
+            for (int i = 0; i < kEach; ++i) {
+              const int k = half * kDepth / 2 + lane % 4 * kEach + i;
+              left[lane / 4][k] = element(in[lane].a[2 * half], i, true);
+              left[lane / 4 + 8][k] = element(in[lane].a[2 * half + 1], i, true);
+              right[k][lane / 4] = element(in[lane].b[half], i, false);
+            }
+        for (int lane = 0; lane < kWarp; ++lane)
+          for (int i = 0; i < 4; ++i) {
+            const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+            Accumulator sum = in[lane].c[i];
+            for (int k = 0; k < kDepth; ++k) sum += left[row][k] * right[k][column];
+            out[lane].c[i] = sum;
+          }
+      });
+  for (int i = 0; i < 4; ++i) c[i] = result.c[i];
+}
+#endif
+
+// K = 16 of bfloat16, sums in fp32.
+__device__ __forceinline__ void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                         uint32_t b1) {
+#ifdef __CUDACC__
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+  emulated_mma<16>("mma_bf16", c, a, b0, b1, [](uint32_t word, int i, bool) {
+    return float_of_bf16(word >> 16 * i & 0xffffu);
+  });
+#endif
+}
+
+#ifndef __CUDACC__
+inline int32_t byte_operand(uint32_t word, int i, bool left) {
+  const uint32_t byte = word >> 8 * i & 255u;
+  return left ? static_cast<int32_t>(byte) : static_cast<int8_t>(byte);
+}
+#endif
+
+// K = 32 of bytes, A without and B with sign; exact.
+__device__ __forceinline__ void mma_u8s8(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                         uint32_t b1) {
+#ifdef __CUDACC__
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+  emulated_mma<32>("mma_u8s8", c, a, b0, b1, byte_operand);
+#endif
+}
+
+// The same for K = 16: a0, a1 and b alone.
+__device__ __forceinline__ void mma_u8s8_half(int32_t (&c)[4], uint32_t a0, uint32_t a1,
+                                              uint32_t b) {
+#ifdef __CUDACC__
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+      "{%0, %1, %2, %3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a0), "r"(a1), "r"(b));
+#else
+  emulated_mma<32>("mma_u8s8_half", c, {a0, a1, 0, 0}, b, 0, byte_operand);
+#endif
+}
+
+}  // namespace puna::cuda

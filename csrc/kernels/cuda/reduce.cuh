@@ -1,0 +1,35 @@
+// Sums and maxima over the lanes of a warp and the threads of a block, in a fixed order.
+#pragma once
+
+#include "kernels/cuda/ptx.h"
+
+namespace puna::cuda {
+
+// Of `kLanes` neighbouring lanes (a power of two), the same for all of them.
+template <int kLanes = kWarp, class T>
+__device__ __forceinline__ T sum_lanes(T value) {
+#pragma unroll
+  for (int mask = 1; mask < kLanes; mask *= 2) value += __shfl_xor_sync(kAllLanes, value, mask);
+  return value;
+}
+template <int kLanes = kWarp>
+__device__ __forceinline__ float max_lanes(float value) {
+#pragma unroll
+  for (int mask = 1; mask < kLanes; mask *= 2)
+    value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, mask));
+  return value;
+}
+
+// Of all threads of the block; `scratch` is shared memory for a float a warp.
+template <int kThreads>
+__device__ __forceinline__ float sum_block(float value, float* scratch) {
+  value = sum_lanes(value);
+  __syncthreads();  // what was read of an earlier sum
+  if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  float sum = 0;
+  for (int warp = 0; warp < kThreads / kWarp; ++warp) sum += scratch[warp];
+  return sum;
+}
+
+}  // namespace puna::cuda

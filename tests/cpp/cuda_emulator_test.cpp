@@ -1,0 +1,177 @@
+// The emulator itself: instructions do what the manual says, and wrong programs are found out.
+#include <cmath>
+#include <random>
+
+#include "check.h"
+#include "emulator/machine.h"
+#include "kernels/cuda/ptx.h"
+#include "kernels/cuda/reduce.cuh"
+
+using namespace puna::cuda;
+using emulator::Fault;
+using emulator::Machine;
+
+namespace {
+
+// Runs `body` for a block of so many threads, under a schedule. Returns what went wrong.
+template <class Body>
+std::string run(int threads, size_t shared_bytes, const emulator::Schedule& schedule,
+                const Body& body) {
+  Machine::instance().set_schedule(schedule);
+  try {
+    Machine::instance().run({}, {static_cast<unsigned>(threads)}, shared_bytes, body);
+    return "";
+  } catch (const Fault& fault) {
+    return fault.what();
+  }
+}
+
+void check_told(const std::string& told, const char* expected) {
+  CHECK(told.find(expected) != std::string::npos);
+  if (told.find(expected) == std::string::npos) std::fprintf(stderr, "told: %s\n", told.c_str());
+}
+
+int thread() { return static_cast<int>(threadIdx.x); }
+
+}  // namespace
+
+TEST(mma_multiplies_matrices) {
+  std::mt19937 random(1);
+  // Whole numbers, so that every sum is exact.
+  int32_t a[16][32], b[32][8];
+  for (auto& row : a)
+    for (int32_t& value : row) value = static_cast<int32_t>(random() % 200);
+  for (auto& row : b)
+    for (int32_t& value : row) value = static_cast<int32_t>(random() % 200) - 100;
+  const auto product = [&](int row, int column, int depth) {
+    int32_t sum = 7;
+    for (int k = 0; k < depth; ++k) sum += a[row][k] * b[k][column];
+    return sum;
+  };
+  int wrong = 0;
+  const std::string told = run(32, 0, {}, [&] {
+    const int g = thread() / 4, t = thread() % 4;
+    const auto bytes = [](const auto& at) {
+      return static_cast<uint32_t>(at(0) & 255) | static_cast<uint32_t>(at(1) & 255) << 8 |
+             static_cast<uint32_t>(at(2) & 255) << 16 | static_cast<uint32_t>(at(3) & 255) << 24;
+    };
+    uint32_t left[4], right[2];
+    for (int i = 0; i < 4; ++i)
+      left[i] = bytes([&](int j) { return a[g + i % 2 * 8][i / 2 * 16 + 4 * t + j]; });
+    for (int i = 0; i < 2; ++i) right[i] = bytes([&](int j) { return b[i * 16 + 4 * t + j][g]; });
+    int32_t whole[4] = {7, 7, 7, 7}, half[4] = {7, 7, 7, 7};
+    mma_u8s8(whole, left, right[0], right[1]);
+    mma_u8s8_half(half, left[0], left[1], right[0]);
+    float floats[4] = {7, 7, 7, 7};
+    const auto pair = [](int32_t low, int32_t high) {
+      return bf16_pair(static_cast<float>(low), static_cast<float>(high));
+    };
+    for (int i = 0; i < 4; ++i) {
+      const int32_t* from = &a[g + i % 2 * 8][i / 2 * 8 + 2 * t];
+      left[i] = pair(from[0], from[1]);
+    }
+    for (int i = 0; i < 2; ++i) right[i] = pair(b[i * 8 + 2 * t][g], b[i * 8 + 2 * t + 1][g]);
+    mma_bf16(floats, left, right[0], right[1]);
+    for (int i = 0; i < 4; ++i) {
+      const int row = g + i / 2 * 8, column = 2 * t + i % 2;
+      wrong += whole[i] != product(row, column, 32);
+      wrong += half[i] != product(row, column, 16);
+      wrong += floats[i] != static_cast<float>(product(row, column, 16));
+    }
+  });
+  CHECK_EQ(told, "");
+  CHECK_EQ(wrong, 0);
+}
+
+TEST(reductions_reach_every_thread) {
+  int wrong = 0;
+  for (const int starved : {-1, 0, 3}) {
+    const std::string told = run(128, 4 * sizeof(float), {false, starved}, [&] {
+      auto* scratch = reinterpret_cast<float*>(shared_memory());
+      const auto value = static_cast<float>(thread());
+      wrong += sum_lanes(thread()) != thread() / 32 * 32 * 32 + 496;
+      wrong += sum_lanes<4>(1) != 4;
+      wrong += max_lanes(value) != static_cast<float>(thread() | 31);
+      wrong += sum_block<128>(value, scratch) != 8128;
+      wrong += sum_block<128>(1, scratch) != 128;
+    });
+    CHECK_EQ(told, "");
+  }
+  CHECK_EQ(wrong, 0);
+}
+
+TEST(shared_memory_starts_as_nan) {
+  int numbers = 0;
+  CHECK_EQ(
+      run(32, 128, {},
+          [&] { numbers += !std::isnan(reinterpret_cast<float*>(shared_memory())[thread()]); }),
+      "");
+  CHECK_EQ(numbers, 0);
+}
+
+TEST(a_missing_barrier_is_seen_by_a_starved_warp) {
+  for (const bool barrier : {false, true}) {
+    int wrong = 0;
+    for (const int starved : {0, 1})
+      CHECK_EQ(run(64, 64 * sizeof(int), {false, starved},
+                   [&] {
+                     int* values = reinterpret_cast<int*>(shared_memory());
+                     values[thread()] = thread();
+                     if (barrier) __syncthreads();
+                     wrong += values[63 - thread()] != 63 - thread();
+                   }),
+               "");
+    CHECK_EQ(wrong == 0, barrier);
+  }
+}
+
+TEST(lanes_apart_and_threads_that_wait_for_ever_are_reported) {
+  check_told(run(32, 0, {},
+                 [] {
+                   if (thread() < 16)
+                     __syncwarp();
+                   else
+                     __shfl_xor_sync(kAllLanes, 1, 1);
+                 }),
+             "are at __syncwarp and at __shfl_xor_sync");
+  check_told(run(64, 0, {},
+                 [] {
+                   if (thread() != 5) __syncthreads();
+                   __syncwarp();
+                 }),
+             "deadlock in block 0, 0, 0: ");
+  check_told(run(64, 0, {},
+                 [] {
+                   if (thread() < 40) __syncwarp();
+                 }),
+             "8 threads wait at __syncwarp");
+  check_told(run(33, 0, {}, [] {}), "a block of 33 threads");
+}
+
+TEST(late_copies_land_when_they_are_waited_for) {
+  const int source[2] = {1, 2};
+  for (const bool late : {false, true}) {
+    int before = 0, after = 0;
+    CHECK_EQ(run(32, 8, {late},
+                 [&] {
+                   if (thread() > 0) return;
+                   int* values = reinterpret_cast<int*>(shared_memory());
+                   Machine& machine = Machine::instance();
+                   machine.copy_async(values, source, 4);
+                   machine.commit_copies();
+                   machine.copy_async(values + 1, source + 1, 4);
+                   machine.commit_copies();
+                   machine.wait_copies(1);
+                   before = values[1];
+                   after = values[0];
+                   machine.wait_copies(0);
+                   after += values[1];
+                 }),
+             "");
+    CHECK_EQ(after, 3);
+    CHECK_EQ(before == 2, !late);
+  }
+  check_told(
+      run(32, 8, {true}, [&] { Machine::instance().copy_async(shared_memory(), source, 4); }),
+      "ended with asynchronous copies on their way");
+}

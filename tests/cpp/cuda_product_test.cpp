@@ -1,0 +1,147 @@
+// Products of the CUDA backend with quantised weights, on the emulator: in every format the bits
+// are those of the CPU's, for any number of rows and under every schedule.
+#include <algorithm>
+
+#include "cuda_subjects.h"
+#include "quant/encode.h"
+
+using namespace fixture;
+
+namespace {
+
+Backend& cpu() {
+  static const auto backend = make_cpu_backend({"", 1});
+  return *backend;
+}
+
+std::vector<WeightFormat> quantized_formats() {
+  std::vector<WeightFormat> formats = all_formats();
+  std::erase_if(formats, [](WeightFormat format) { return !is_quantized(format); });
+  return formats;
+}
+
+// Packed weights of any format: random bytes, with scales and offsets of sensible size.
+struct Packed {
+  Packed(std::mt19937& random, WeightFormat format, int64_t rows, int64_t cols)
+      : format(format), rows(rows), cols(cols), bytes(packed_bytes(format, rows, cols) + kAlign) {
+    for (uint8_t& byte : bytes) byte = static_cast<uint8_t>(random());
+    with_traits(format, [&](auto traits) {
+      using Format = decltype(traits);
+      const size_t blocks = packed_bytes(format, rows, cols) / PanelLayout<Format>::kBytes;
+      for (size_t block = 0; block < blocks; ++block) {
+        uint8_t* at = data() + block * PanelLayout<Format>::kBytes;
+        // Scales, and offsets behind them.
+        const int64_t halves = kPanelRows * (Format::kOffset ? 2 : 1);
+        for (int64_t i = 0; i < halves; ++i) {
+          const uint16_t half = f16_of_float(randoms(random, 1, 0.01f)[0]);
+          std::memcpy(at + 2 * i, &half, 2);
+        }
+      }
+    });
+  }
+  uint8_t* data() {
+    auto place = reinterpret_cast<uintptr_t>(bytes.data());
+    return reinterpret_cast<uint8_t*>((place + kAlign - 1) / kAlign * kAlign);
+  }
+  WeightRef adopt(Backend& backend) {
+    return backend.adopt_matrix(format, rows, cols, {std::shared_ptr<const void>(), data()});
+  }
+
+  static constexpr size_t kAlign = 64;
+  WeightFormat format;
+  int64_t rows, cols;
+  std::vector<uint8_t> bytes;
+};
+
+}  // namespace
+
+TEST(quantized_products_have_the_bits_of_the_cpu) {
+  std::mt19937 random(1);
+  for (const WeightFormat format : quantized_formats())
+    for (const auto& [rows, cols, count] :
+         {std::array<int64_t, 3>{70, 300, 1}, {64, 1150, 3}, {130, 520, 21}}) {
+      Packed packed(random, format, rows, cols);
+      const std::vector<float> x = randoms(random, count * cols), bias = randoms(random, rows);
+      const auto run = [&](Backend& backend) {
+        std::vector<float> out(count * rows);
+        const VectorRef added = load_vector(backend, bias);
+        backend.matmul({out.data(), count, rows}, {x.data(), count, cols}, packed.adopt(backend),
+                       {.bias = &added});
+        return out;
+      };
+      const std::vector<float> expected = run(cpu());
+      for (Named& subject : subjects()[0])
+        check_same_bits(std::string(name_of(format)) + " on " + subject.name,
+                        run(*subject.backend).data(), expected.data(), expected.size());
+    }
+}
+
+// What rounds to nothing, what overflows, and what is no number.
+TEST(odd_activations_have_the_bits_of_the_cpu) {
+  std::mt19937 random(2);
+  const int64_t rows = 64, cols = 256, count = 6;
+  Packed packed(random, WeightFormat::kInt4G32, rows, cols);
+  std::vector<float> x = randoms(random, count * cols);
+  std::fill_n(x.begin(), cols, 0.0f);
+  for (int64_t c = 0; c < cols; ++c) {
+    x[cols + c] *= 1e-35f;
+    x[2 * cols + c] *= 1e30f;
+  }
+  x[3 * cols + 200] = INFINITY;
+  x[4 * cols + 5] = NAN;
+  const auto run = [&](Backend& backend) {
+    std::vector<float> out(count * rows);
+    backend.matmul({out.data(), count, rows}, {x.data(), count, cols}, packed.adopt(backend), {});
+    for (float& value : out)
+      if (std::isnan(value)) value = NAN;  // any of them
+    return out;
+  };
+  const std::vector<float> expected = run(cpu());
+  CHECK(std::isnan(expected[3 * rows]) && std::isnan(expected[4 * rows]));
+  for (Named& subject : subjects()[0])
+    check_same_bits("odd on " + subject.name, run(*subject.backend).data(), expected.data(),
+                    expected.size());
+}
+
+// Experts of quantised weights: as the CPU's, but for the roundings of silu.
+TEST(quantized_experts_are_near_the_cpu) {
+  std::mt19937 random(3);
+  const int64_t hidden = 96, width = 80, experts = 5, rows = 20;
+  const Matrix router = random_matrix(random, experts, hidden, DType::kF32);
+  std::vector<Matrix> ups, downs;
+  for (int64_t e = 0; e <= experts; ++e) {  // the last one is shared
+    ups.push_back(random_matrix(random, 2 * width, hidden, DType::kF32));
+    downs.push_back(random_matrix(random, hidden, width, DType::kF32));
+  }
+  const std::vector<float> x = randoms(random, rows * hidden);
+  const auto run = [&](Backend& backend, int64_t top_k) {
+    const auto load = [&](const Matrix& matrix) {
+      const MatrixSource part = matrix.source();
+      return backend.load_matrix({&part, 1}, {WeightFormat::kInt8G32});
+    };
+    MoeWeights weights;
+    weights.router = router.load(backend, true);
+    weights.shared_gate_up = load(ups[experts]);
+    weights.shared_down = load(downs[experts]);
+    for (int64_t e = 0; e < experts; ++e) {
+      weights.gate_up.push_back(load(ups[e]));
+      weights.down.push_back(load(downs[e]));
+    }
+    weights.top_k = top_k;
+    std::vector<float> out(rows * hidden);
+    backend.moe({out.data(), rows, hidden}, {x.data(), rows, hidden}, weights);
+    return out;
+  };
+  for (const int64_t top_k : {1, 3}) {
+    const std::vector<float> expected = run(cpu(), top_k);
+    // An activation may round to the other of two codes: 1/127 of the largest, times a weight.
+    const std::vector<double> bound(expected.size(), 0.01 * static_cast<double>(top_k + 1));
+    std::vector<float> first;
+    for (Named& subject : subjects()[0]) {
+      const std::vector<float> got = run(*subject.backend, top_k);
+      check_close("experts on " + subject.name, got, expected, bound);
+      if (first.empty()) first = got;
+      check_same_bits("experts on " + subject.name, got.data(), first.data(), got.size());
+    }
+  }
+}

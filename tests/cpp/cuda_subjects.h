@@ -1,0 +1,31 @@
+// The CUDA backend on the emulator as what the backend tests test: it must give the same bits under
+// every schedule. Included before the tests.
+#pragma once
+
+#define PUNA_TEST_SUBJECTS
+#include "backend/cpu/cpu_backend.h"
+#include "backend/cuda/cuda_backend.h"
+#include "backend_fixture.h"
+#include "emulator/device.h"
+
+namespace fixture {
+
+// Some pages of attention, and many. The emulator takes its time.
+constexpr int64_t kLongContext = 700, kVeryLongContext = 9001;
+
+inline std::vector<std::vector<Named>>& subjects() {
+  static auto all = [] {
+    std::vector<std::vector<Named>> made(1);
+    int schedules = 0;
+    emulator::device_table().device_count(&schedules);
+    for (int i = 0; i < schedules; ++i) {
+      auto backend = make_cuda_backend(emulator::device_table(), i, make_cpu_backend({"", 1}));
+      std::string name = backend->description();
+      made[0].push_back({std::move(name), std::move(backend)});
+    }
+    return made;
+  }();
+  return all;
+}
+
+}  // namespace fixture

@@ -1,0 +1,118 @@
+#include "emulator/device.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <iterator>
+#include <string>
+
+#include "emulator/machine.h"
+#include "kernels/cuda/launches.h"
+
+namespace emulator {
+namespace {
+
+using puna::cuda::DeviceInfo;
+
+constexpr int kFault = 1;
+std::string last_fault;
+
+struct Device {
+  const char* name;
+  Schedule schedule;
+};
+// The last warp of a block of eight often ends the sums of the others.
+const Device kDevices[] = {
+    {"emulator", {}},
+    {"emulator, late copies, warp 0 starved", {true, 0}},
+    {"emulator, warp 1 starved", {false, 1}},
+    {"emulator, late copies, warp 7 starved", {true, 7}},
+};
+
+// A fault in a kernel becomes the code of its launch, as on a device.
+template <auto kLaunch, class Call>
+int run(void* device, const Call* call) {
+  Machine::instance().set_schedule(static_cast<const Device*>(device)->schedule);
+  try {
+    return kLaunch(*call, nullptr);
+  } catch (const Fault& fault) {
+    last_fault = fault.what();
+    return kFault;
+  }
+}
+
+int device_count(int* count) {
+  *count = static_cast<int>(std::size(kDevices));
+  return 0;
+}
+
+int device_info(int ordinal, DeviceInfo* info) {
+  *info = {{}, 9, 0, int64_t{1} << 32, int64_t{1} << 32};
+  std::snprintf(info->name, sizeof(info->name), "%s", kDevices[ordinal].name);
+  return 0;
+}
+
+const char* describe(int) { return last_fault.c_str(); }
+
+int open_device(int ordinal, void** device) {
+  *device = const_cast<Device*>(&kDevices[ordinal]);
+  return 0;
+}
+
+int allocate(void*, size_t bytes, void** memory) {
+  // Of the size asked for, so that AddressSanitizer sees what lies beyond.
+  *memory = std::calloc(bytes, 1);
+  return *memory == nullptr ? kFault : 0;
+}
+
+int release(void*, void* memory) {
+  std::free(memory);
+  return 0;
+}
+
+int copy(void*, void* to, const void* from, size_t bytes) {
+  std::memcpy(to, from, bytes);
+  return 0;
+}
+
+int download(void*, void* to, const void* from, size_t bytes, size_t stride, int64_t rows) {
+  for (int64_t r = 0; r < rows; ++r)
+    std::memcpy(static_cast<char*>(to) + static_cast<size_t>(r) * bytes,
+                static_cast<const char*>(from) + static_cast<size_t>(r) * stride, bytes);
+  return 0;
+}
+
+}  // namespace
+
+const puna::cuda::DeviceTable& device_table() {
+  using namespace puna::cuda;  // NOLINT
+  static const DeviceTable table = {
+      kTableVersion,
+      &device_count,
+      &device_info,
+      &describe,
+      &open_device,
+      [](void*) {},
+      [](void*) { return 0; },
+      &allocate,
+      &release,
+      &copy,
+      &download,
+      &copy,
+      &run<launch_prepare_operand, OperandCall>,
+      &run<launch_product, ProductCall>,
+      &run<launch_route, RoutingCall>,
+      &run<launch_add_experts, AddExpertsCall>,
+      &run<launch_norm, NormCall>,
+      &run<launch_move, MoveCall>,
+      &run<launch_append, AppendCall>,
+      &run<launch_seal, SealCall>,
+      &run<launch_attend, AttendCall>,
+      &run<launch_vision_attention, VisionAttentionCall>,
+      &run<launch_unfold, UnfoldCall>,
+      &run<launch_pixel_shuffle, PixelShuffleCall>,
+  };
+  return table;
+}
+
+}  // namespace emulator

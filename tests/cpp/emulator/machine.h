@@ -1,0 +1,154 @@
+// Runs CUDA kernels on the CPU, one block at a time: every thread of the block is a fibre, and
+// instructions of a whole warp are carried out when its last lane arrives.
+//
+// It is harsher than hardware where that finds bugs. Shared memory starts as NaN. A schedule may
+// starve one warp, which then runs only when nothing else can, so that a missing barrier is seen;
+// and asynchronous copies may land at once or not before they are waited for. Lanes that meet at
+// different instructions, threads that wait for ever and copies never waited for are errors with
+// the place where they happened. It sees neither weak memory ordering nor bank conflicts, and says
+// nothing about speed.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace emulator {
+
+struct Extent {
+  unsigned x = 1, y = 1, z = 1;
+  unsigned count() const { return x * y * z; }
+};
+
+constexpr int kWarpLanes = 32;
+
+struct Schedule {
+  bool late_copies = false;  // asynchronous copies land when they are waited for, not at once
+  int starved_warp = -1;     // of each block, modulo its warps; -1: none
+};
+
+// What went wrong in a kernel.
+class Fault : public std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// Threads that wait for one another. `generation` counts the times they met.
+struct Barrier {
+  int arrived = 0;
+  unsigned generation = 0;
+};
+
+class Machine {
+ public:
+  static Machine& instance();
+
+  void set_schedule(const Schedule& schedule) { schedule_ = schedule; }
+  // Runs `body` once for every thread of every block. Throws Fault.
+  void run(Extent grid, Extent block, size_t shared_bytes, const std::function<void()>& body);
+  int64_t launches() const { return launches_; }
+
+  // --- what a kernel sees, within run() ---
+  Extent block_index, block_extent, grid_extent;
+  Extent thread_index() const { return fibres_[current_].index; }
+  unsigned char* shared() { return shared_; }
+
+  void sync_block();
+  // `instruction` names what the lanes are at; evaluate(in, out) is called once, for all lanes.
+  template <class In, class Out, class Evaluate>
+  Out with_warp(const char* instruction, const In& in, Evaluate evaluate);
+
+  // Asynchronous copies of this thread to shared memory, in groups.
+  void copy_async(void* to, const void* from, int bytes);
+  void commit_copies();
+  void wait_copies(int groups_left);
+
+ private:
+  static constexpr size_t kSlotBytes = 128;  // of a lane's operands, and of its results
+  struct Warp {
+    Barrier barrier;
+    const char* instruction = nullptr;
+    alignas(16) std::array<std::array<unsigned char, kSlotBytes>, kWarpLanes> in, out;
+  };
+  struct Copy {
+    void* to;
+    const void* from;
+    int bytes;
+  };
+  struct Fibre {
+    void* stack_pointer = nullptr;
+    void* fake_stack = nullptr;  // of AddressSanitizer
+    Extent index;
+    int lane = 0, warp = 0;
+    bool done = false;
+    const Barrier* waits_at = nullptr;  // until its generation is another than `seen`
+    unsigned seen = 0;
+    const char* place = "";  // what it waits for
+    std::vector<Copy> open;
+    std::deque<std::vector<Copy>> groups;
+  };
+
+  Machine() = default;
+  void start_block(size_t shared_bytes);
+  void run_block();
+  bool runnable(const Fibre& fibre) const {
+    return !fibre.done && (fibre.waits_at == nullptr || fibre.waits_at->generation != fibre.seen);
+  }
+  bool run_fibres(int only_warp, int but_warp);
+  void resume(int fibre);
+  void suspend();
+  // Suspends the current fibre until the barrier's generation changes.
+  void wait_at(const Barrier& barrier, const char* place);
+  [[noreturn]] void report_deadlock();
+  static void entry();
+
+  Schedule schedule_;
+  std::vector<Fibre> fibres_;
+  std::vector<Warp> warps_;
+  std::vector<std::unique_ptr<unsigned char[]>> stacks_;
+  std::vector<unsigned char> shared_memory_;
+  unsigned char* shared_ = nullptr;
+  Barrier block_barrier_;
+  int alive_ = 0, current_ = 0;
+  void* scheduler_pointer_ = nullptr;
+  void* scheduler_fake_stack_ = nullptr;
+  const void* scheduler_stack_ = nullptr;
+  size_t scheduler_stack_bytes_ = 0;
+  const std::function<void()>* body_ = nullptr;
+  std::exception_ptr failure_;
+  bool running_ = false;
+  int64_t launches_ = 0;
+};
+
+template <class In, class Out, class Evaluate>
+Out Machine::with_warp(const char* instruction, const In& in, Evaluate evaluate) {
+  static_assert(sizeof(In) <= kSlotBytes && sizeof(Out) <= kSlotBytes);
+  const int lane = fibres_[current_].lane;
+  Warp& warp = warps_[fibres_[current_].warp];
+  if (warp.barrier.arrived == 0) warp.instruction = instruction;
+  if (std::strcmp(warp.instruction, instruction) != 0)
+    throw Fault("lanes of warp " + std::to_string(fibres_[current_].warp) + " are at " +
+                warp.instruction + " and at " + instruction);
+  std::memcpy(warp.in[lane].data(), &in, sizeof(In));
+  if (++warp.barrier.arrived == kWarpLanes) {
+    std::array<In, kWarpLanes> operands;
+    std::array<Out, kWarpLanes> results;
+    for (int i = 0; i < kWarpLanes; ++i) std::memcpy(&operands[i], warp.in[i].data(), sizeof(In));
+    evaluate(operands, results);
+    for (int i = 0; i < kWarpLanes; ++i) std::memcpy(warp.out[i].data(), &results[i], sizeof(Out));
+    warp.barrier.arrived = 0;
+    ++warp.barrier.generation;
+  } else {
+    wait_at(warp.barrier, instruction);
+  }
+  Out result;
+  std::memcpy(&result, warp.out[lane].data(), sizeof(Out));
+  return result;
+}
+
+}  // namespace emulator

@@ -1,0 +1,83 @@
+"""Computes jobs on a device, in a process of its own: the CUDA library is chosen once a process.
+
+Reads a list of jobs from a JSON file, and writes the logits of each, and the tokens of a greedy
+continuation, to an .npz file: `python -m oracle.on_device JOBS OUT`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Job:
+    """A prompt for a checkpoint; `cuts`: the lengths of the pieces that it is computed in."""
+
+    path: str
+    tokens: list[int]
+    options: dict[str, Any] = field(default_factory=dict)
+    pixels: str | None = None  # of an .npy file
+    cuts: list[int] | None = None
+    continuation: int = 0  # tokens
+
+
+@dataclass(frozen=True)
+class Result:
+    """Logits of every token of the prompt, and the continuation."""
+
+    logits: np.ndarray
+    continuation: list[int]
+
+
+def compute(jobs: list[Job], folder: Path, library: str | None = None) -> list[Result]:
+    """Results of jobs, with `library` in place of libpuna_cuda.so."""
+    listing, out = folder / "jobs.json", folder / "results.npz"
+    listing.write_text(json.dumps([asdict(job) for job in jobs]))
+    environment = dict(os.environ)
+    if library is not None:
+        environment["PUNA_CUDA_LIBRARY"] = library
+    command = [sys.executable, "-m", "oracle.on_device", str(listing), str(out)]
+    done = subprocess.run(
+        command,
+        cwd=Path(__file__).parent.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    with np.load(out) as found:
+        return [Result(found[f"logits{i}"], found[f"tokens{i}"].tolist()) for i in range(len(jobs))]
+
+
+def _run(job: Job) -> Result:
+    import puna
+
+    with puna.load(job.path, progress=False, **job.options) as llm:
+        pixels = None if job.pixels is None else np.load(job.pixels)
+        logits = llm.logits(job.tokens, pixels, cuts=job.cuts)
+        tokens: list[int] = []
+        if job.continuation:
+            made = llm.generate(
+                job.tokens, temperature=0, max_tokens=job.continuation, ignore_eos=True
+            )
+            assert isinstance(made, puna.Completion)
+            tokens = list(made.tokens)
+        return Result(logits, tokens)
+
+
+if __name__ == "__main__":
+    RESULTS: dict[str, Any] = {}
+    for number, raw in enumerate(json.loads(Path(sys.argv[1]).read_text())):
+        result = _run(Job(**raw))
+        RESULTS[f"logits{number}"] = result.logits
+        RESULTS[f"tokens{number}"] = np.array(result.continuation, np.int64)
+    np.savez(sys.argv[2], **RESULTS)
