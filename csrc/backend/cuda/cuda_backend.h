@@ -1,6 +1,6 @@
 // The operations on a CUDA device: weights, activations, keys and values all lie in its memory.
 //
-// Weights lie as they do for the CPU (ADR 0008), so that packed files are read by both, and are
+// Weights lie as they do for the CPU (ADR 0009), so that packed files are read by both, and are
 // packed by a backend of the host. With quantised weights, products have the bits of the CPU's.
 #pragma once
 
