@@ -39,11 +39,12 @@ from numpy.typing import NDArray
 
 import puna
 from puna import _core
+from puna.demo.stories import random_story, story_request
 
 ROOT = Path(__file__).parent.parent
 sys.path += [str(ROOT), str(ROOT / "tests")]
 
-from tools.demo_model.stories import random_story, story_request  # noqa: E402
+from tools.demo_model.packed import unpack  # noqa: E402
 
 from oracle.make_checkpoint import Stored, tensor_shapes, write_safetensors  # noqa: E402
 from oracle.make_gguf import Type, write_gguf  # noqa: E402
@@ -204,17 +205,23 @@ def demo_text(seed: int) -> str:
 def demo_subject(folder: Path) -> Subject:
     """The bundled model; windows of 384 tokens, as it was trained with."""
     with puna.load("demo", **LOADING) as llm:
-        directory = Path(llm.info.path)
         texts = [
             llm.tokenizer.encode(demo_text(seed), allowed_special="all").tolist()
             for seed in (STORY_SEED, STORY_SEED + 1)
         ]
-    config = json.loads((directory / "config.json").read_text())
+        bundled = Path(llm.info.path)
+    # The bundled file is quantised; what it holds, rounded to bfloat16, is the model that is
+    # measured.
+    directory, path = folder / "demo", folder / "demo.gguf"
+    unpack(bundled, directory)
+    config = json.loads((directory / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (directory / "config.json").write_text(json.dumps(config))
     tensors = {
         name: _core.read_tensor(str(directory), name).reshape(shape)
         for name, shape in tensor_shapes(config).items()
     }
-    path = folder / "demo.gguf"
+    stored = {name: Stored.of(value, "bfloat16") for name, value in tensors.items()}
+    write_safetensors(directory / "model.safetensors", stored)
     write_gguf(path, config, tensors, type_of=lambda _: Type.BF16)
     experts = config["text_config"]["num_local_experts"]
     return Subject("demo", directory, path, *texts, 384, experts)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +30,14 @@ def skip_or_fail(reason: str) -> None:
     if ON_CI:
         pytest.fail(f"{reason} (CI is set: this test may not be skipped)")
     pytest.skip(reason)
+
+
+def oracle_module(name: str, *needed: str) -> ModuleType:
+    """tests/oracle/NAME.py; skips (on CI: fails) without what it needs."""
+    for package in needed:
+        if importlib.util.find_spec(package) is None:
+            skip_or_fail(f"{package} is not installed; docs/HACKING.md says how to")
+    return importlib.import_module(f"oracle.{name}")
 
 
 def pytest_configure() -> None:
@@ -59,8 +69,10 @@ class TinyCheckpoint:
 def greedy(**changes: Any) -> _core.Sampling:
     """The likeliest token at every step, as the core takes it; `changes` are of other fields."""
     from puna import _core
+    from puna.attention import Attention
 
     plain: dict[str, Any] = {
+        "attention": Attention.exact().core(),
         "temperature": 0.0,
         "top_p": 1.0,
         "top_k": 0,
@@ -125,3 +137,15 @@ def engine(checkpoint: MakeCheckpoint) -> Iterator[MakeEngine]:
     yield load
     for llm in loaded.values():
         llm.close()
+
+
+@pytest.fixture(scope="session")
+def demo_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the bundled model holds, as a Hugging Face directory in float32."""
+    from tools.demo_model.packed import unpack
+
+    from puna.loading import demo_directory
+
+    path = tmp_path_factory.mktemp("demo")
+    unpack(demo_directory(), path)
+    return path

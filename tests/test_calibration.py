@@ -49,10 +49,10 @@ def test_a_text_lowers_the_distance_on_other_texts(
     assert distances[1] < 0.85 * distances[0]
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command(demo_checkpoint: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time there was a fox.<|eot|>" * 20)
-    quantise = ["quantize", "demo", "--quant", "int4_64"]
+    quantise = ["quantize", str(demo_checkpoint), "--quant", "int4_64"]
     packed = []
     for more in ([], ["--calibration", str(text)], ["--calibration", str(text), "--special"]):
         out = tmp_path / str(len(packed))

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
 import puna
-from conftest import MakeEngine, skip_or_fail
+from conftest import MakeEngine, oracle_module
 from oracle import golden, tiny
 from oracle.make_checkpoint import random_tensors, write_checkpoint
 from oracle.reference import Reference, moe_layers
@@ -272,14 +270,6 @@ def test_ref_is_exact_but_for_storing_activations(engine: MakeEngine, name: str)
 
 
 # --- live -----------------------------------------------------------------------------------------
-
-
-def oracle_module(name: str, *needed: str) -> ModuleType:
-    """tests/oracle/NAME.py; skips (on CI: fails) without what it needs."""
-    for package in needed:
-        if importlib.util.find_spec(package) is None:
-            skip_or_fail(f"{package} is not installed; docs/HACKING.md says how to")
-    return importlib.import_module(f"oracle.{name}")
 
 
 def fresh_models(

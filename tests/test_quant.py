@@ -53,7 +53,9 @@ def test_packed_form_is_what_load_computes(
         assert np.sqrt(np.mean((exact - expected) ** 2)) < 0.045 * np.std(exact)
 
 
-def test_recipes_and_overrides(checkpoint: MakeCheckpoint, engine: MakeEngine) -> None:
+def test_recipes_and_overrides(
+    checkpoint: MakeCheckpoint, engine: MakeEngine, demo_checkpoint: Path
+) -> None:
     source = checkpoint("guard_like").path
     tokens, _ = prompt_of("guard_like")
     with puna.load(source, quant={"default": "int8", "*": "stored"}, **LOAD) as llm:
@@ -65,7 +67,7 @@ def test_recipes_and_overrides(checkpoint: MakeCheckpoint, engine: MakeEngine) -
     assert errors == sorted(errors)
     sizes = []
     for quant in ("int4_128", "int4", "int8", None):
-        with puna.load("demo", quant=quant, progress=False) as llm:
+        with puna.load(demo_checkpoint, quant=quant, progress=False) as llm:
             sizes.append(llm.plan.weight_bytes)
     assert sizes == sorted(sizes)
 
@@ -82,24 +84,24 @@ def divergence(exact: np.ndarray, other: np.ndarray) -> float:
     return float((np.exp(p) * (p - q)).sum(axis=1).mean())
 
 
-def test_quality_of_the_demo_model() -> None:
-    with puna.load("demo", progress=False) as llm:
+def test_quality_of_the_demo_model(demo_checkpoint: Path) -> None:
+    with puna.load(demo_checkpoint, progress=False) as llm:
         story = llm.chat("Tell me a story about a fox.", temperature=0, max_tokens=120)
         tokens = [*llm.tokenizer.encode("Tell me a story about a fox."), *story.tokens]
         exact = llm.logits(tokens)
     found = {}
     for quant in ("int8", "int4_min_32", "int4_32", "int4_128"):
-        with puna.load("demo", quant=quant, progress=False) as llm:
+        with puna.load(demo_checkpoint, quant=quant, progress=False) as llm:
             found[quant] = divergence(exact, llm.logits(tokens))
     assert found["int8"] < found["int4_min_32"] < found["int4_128"]
     assert found["int8"] < 0.01
     assert found["int4_32"] < 0.3
 
 
-def test_the_demo_still_sees_in_four_bits() -> None:
+def test_the_demo_still_sees_in_four_bits(demo_checkpoint: Path) -> None:
     import random
 
-    with puna.load("demo", quant="int4", progress=False) as llm:
+    with puna.load(demo_checkpoint, quant="int4", progress=False) as llm:
         right = 0
         for seed in range(20):
             scene = random_scene(random.Random(seed))
@@ -121,9 +123,11 @@ def test_the_demo_still_sees_in_four_bits() -> None:
         (4, puna.InvalidRequest, ("quant is 4",)),
     ],
 )
-def test_refused_recipes(quant: Any, kind: type[puna.Error], named: tuple[str, ...]) -> None:
+def test_refused_recipes(
+    demo_checkpoint: Path, quant: Any, kind: type[puna.Error], named: tuple[str, ...]
+) -> None:
     with pytest.raises(kind) as caught:
-        puna.load("demo", quant=quant, progress=False)
+        puna.load(demo_checkpoint, quant=quant, progress=False)
     assert all(part in str(caught.value) for part in named)
 
 

@@ -44,16 +44,19 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"seed": 2**64}, f"seed is {2**64}; it must be at most {2**64 - 1}"),
     ({"n": 0}, "n is 0; it must be 1 or more"),
     ({"logprobs": -1}, "logprobs is -1; it must be 0 or more"),
-    ({"logprobs": 705}, "logprobs is 705; it must be at most 704"),
+    ({"logprobs": 1025}, "logprobs is 1025; it must be at most 1024"),
     ({"stop": ""}, "stop holds an empty string; leave it out"),
     ({"stop": [""]}, "stop holds an empty string; leave it out"),
     ({"stop": 3.5}, "stop is 3.5; it must be a string, a token id, or a list of them"),
     ({"stop": b"x"}, "stop is b'x'; it must be a string, a token id, or a list of them"),
     ({"stop": [None]}, "stop[0] is None; a token id must be a whole number"),
-    ({"stop": ["a", 704]}, "stop[1] is 704; the vocabulary has the ids 0 to 703"),
-    ({"stop": 2**40}, f"stop[0] is {2**40}; the vocabulary has the ids 0 to 703"),
+    ({"stop": ["a", 1024]}, "stop[1] is 1024; the vocabulary has the ids 0 to 1023"),
+    ({"stop": 2**40}, f"stop[0] is {2**40}; the vocabulary has the ids 0 to 1023"),
     ({"logit_bias": [3]}, "logit_bias is [3]; it must map token ids to numbers"),
-    ({"logit_bias": {704: 1}}, "a key of logit_bias is 704; the vocabulary has the ids 0 to 703"),
+    (
+        {"logit_bias": {1024: 1}},
+        "a key of logit_bias is 1024; the vocabulary has the ids 0 to 1023",
+    ),
     ({"logit_bias": {"a": 1}}, "a key of logit_bias is 'a'; a token id must be a whole number"),
     ({"logit_bias": {1.5: 1}}, "a key of logit_bias is 1.5; a token id must be a whole number"),
     ({"logit_bias": {3: "x"}}, "logit_bias of token 3 is 'x'; it must be a number"),
@@ -128,9 +131,9 @@ def test_prompts(llm: puna.Engine) -> None:
         ([1, 2.5], "prompt[1] is 2.5; a token id must be a whole number"),
         ([1, "a"], "prompt[1] is 'a'; a token id must be a whole number"),
         ([True, False], "prompt[0] is True; a token id must be a whole number"),
-        ([1, 704], "prompt[1] is 704; the vocabulary has the ids 0 to 703"),
-        ([-1], "prompt[0] is -1; the vocabulary has the ids 0 to 703"),
-        ([2**40], f"prompt[0] is {2**40}; the vocabulary has the ids 0 to 703"),
+        ([1, 1024], "prompt[1] is 1024; the vocabulary has the ids 0 to 1023"),
+        ([-1], "prompt[0] is -1; the vocabulary has the ids 0 to 1023"),
+        ([2**40], f"prompt[0] is {2**40}; the vocabulary has the ids 0 to 1023"),
         (np.array([], int), "the prompt has no tokens; give at least one"),
         (["a", []], "the prompt is []; it must be text or a non-empty list of token ids"),
         ([{"role": "user", "content": "x"}], "the prompt holds messages; use chat()"),
@@ -153,11 +156,11 @@ def test_a_prompt_longer_than_the_context(llm: puna.Engine) -> None:
             call([5] * 1025)
         assert str(raised.value) == (
             "[prompt] the prompt has 1025 tokens, the context holds 1024 "
-            "(the model allows 131072); shorten it or load with context=1025 or more"
+            "(the model allows 10485760); shorten it or load with context=1025 or more"
         )
         assert (raised.value.prompt_tokens, raised.value.limit) == (1025, 1024)
-    with pytest.raises(puna.ContextOverflow, match="and the model allows 131072; shorten it"):
-        llm.generate([5] * 131073)
+    with pytest.raises(puna.ContextOverflow, match="and the model allows 10485760; shorten it"):
+        llm.generate(np.full(10485761, 5, np.int32))
 
 
 def test_images(llm: puna.Engine) -> None:
@@ -188,7 +191,7 @@ def test_logits_arguments(llm: puna.Engine) -> None:
         (([],), "the prompt has no tokens"),
         (([1.0, 2.0],), "tokens is an array of float64 (2,); it must be one-dimensional"),
         (([[1, 2]],), "tokens is an array of int64 (1, 2); it must be one-dimensional"),
-        (([1, 704],), "tokens[1] is 704; the vocabulary has the ids 0 to 703"),
+        (([1, 1024],), "tokens[1] is 1024; the vocabulary has the ids 0 to 1023"),
         (([1, 2], None, [1]), "the cuts add up to 1, the prompt has 2 tokens"),
         (([1, 2], None, [2, 0]), "cuts is 0; it must be a whole number of 1 or more"),
         (([1, 2], None, [1.0, 1]), "cuts is 1.0; it must be a whole number of 1 or more"),
@@ -201,7 +204,7 @@ def test_logits_arguments(llm: puna.Engine) -> None:
             llm.logits(*arguments)
     with pytest.raises(puna.ImageError, match=r"the model wants tiles of \(3, 56, 56\)"):
         llm.logits([image] * 16, np.zeros((1, 3, 28, 28)))
-    assert llm.logits(np.array([1, 2], np.uint64)).shape == (2, 704)
+    assert llm.logits(np.array([1, 2], np.uint64)).shape == (2, 1024)
 
 
 def test_streams_and_sessions_have_one_answer(llm: puna.Engine) -> None:
@@ -255,9 +258,11 @@ def test_an_isa_that_the_processor_lacks() -> None:
 
 
 def test_more_context_than_the_model_allows() -> None:
-    with pytest.raises(puna.ContextOverflow, match="context=1048576 was asked for, the model") as e:
-        puna.load("demo", progress=False, context="1M")
-    assert (e.value.prompt_tokens, e.value.limit) == (1 << 20, 131072)
+    with pytest.raises(
+        puna.ContextOverflow, match="context=16777216 was asked for, the model"
+    ) as e:
+        puna.load("demo", progress=False, context="16M")
+    assert (e.value.prompt_tokens, e.value.limit) == (16 << 20, 10485760)
 
 
 def test_memory_that_is_too_small() -> None:
@@ -343,4 +348,4 @@ def test_a_closed_engine(tmp_path: Path) -> None:
     for call in calls:
         with pytest.raises(puna.EngineClosed, match="the engine was closed; load the model again"):
             call()
-    assert llm.info.vocab_size == 704
+    assert llm.info.vocab_size == 1024

@@ -334,7 +334,8 @@ def _chat(options: argparse.Namespace) -> int:
     with _load(options) as llm:
         if options.model == "demo":
             print(
-                "puna: this is the demo model: a few million parameters and a small invented world",
+                "puna: this is the demo model: a few million parameters and a small world.\n"
+                'Try "Tell me a story about a fox.", "What did they eat?", "What is 27 + 48?"',
                 file=sys.stderr,
             )
         print(f"puna: {llm.info.path}\n{_CHAT_HELP}", file=sys.stderr)

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 import time
+from typing import Any
 
 import numpy as np
 
 import puna
-from puna.demo.scene import Scene, draw, random_scene
+from puna.demo import passkey
+from puna.demo.scene import CAPTION_REQUEST, Scene, draw, random_scene
+from puna.demo.stories import ANIMALS, story_request
+from puna.demo.toolbox import random_task
+
+HAYSTACK_TOKENS = 102_400  # 400 attention chunks; some seconds of two cores
 
 
 def run_demo(seed: int | None = None, image_out: str | None = None) -> int:
-    """Tells a story, draws a picture and describes it, and checks decode against prefill.
+    """Tells a story, describes a picture, calls a tool, finds a pass key, and checks itself.
 
     Args:
-        seed: Chooses the story and the picture; None takes a new one each time.
+        seed: Chooses the story, the picture, the request and the key; None takes new ones.
         image_out: Where to keep the picture, if anywhere.
 
     Returns:
@@ -31,39 +38,71 @@ def run_demo(seed: int | None = None, image_out: str | None = None) -> int:
             f"({parameters:.1f}M parameters,\nmixture of experts, chunked attention, vision), "
             "trained on a small invented world. It knows nothing else.\n"
         )
-        chunk = _tell(llm, seed)
+        told = _tell(llm, seed)
         _describe(llm, seed, image_out)
+        _call_a_tool(llm, seed)
+        found = _find(llm, seed)
         same = _self_check(llm)
-        timings = chunk.timings
-        assert timings
         print(
-            f"\nSpeed: {timings.prefill_tps:,.0f} prompt tokens/s, {timings.decode_tps:,.0f} "
-            f"generated tokens/s on {llm.plan.device}; "
-            f"peak memory {timings.peak_bytes / 2**20:.0f} MiB; "
+            f"\nSpeed: {found.timings.prefill_tps:,.0f} prompt tokens/s, "
+            f"{told.decode_tps:,.0f} generated tokens/s on {llm.plan.device}; "
+            f"peak memory {found.timings.peak_bytes / 2**20:.0f} MiB; "
             f"{time.monotonic() - started:.1f} s in all (seed {seed})"
         )
     return 0 if same else 1
 
 
-def _tell(llm: puna.Engine, seed: int) -> puna.Chunk:
-    prompt = f"Tell me a story about {random.Random(seed).choice(STORY_SUBJECTS)}."
+def _tell(llm: puna.Engine, seed: int) -> puna.Timings:
+    prompt = story_request(random.Random(seed).choice(ANIMALS))
     print(f"> {prompt}")
     for chunk in llm.stream(prompt, seed=seed, temperature=0.5, max_tokens=250):
         print(chunk.text, end="", flush=True)
     print("\n")
-    return chunk
+    assert chunk.timings
+    return chunk.timings
 
 
 def _describe(llm: puna.Engine, seed: int, image_out: str | None) -> None:
     scene: Scene = random_scene(random.Random(seed))
     picture = draw(scene, llm.info.image_size)
-    print("> What is in this picture?")
+    print(f"> {CAPTION_REQUEST}")
     print(_blocks(np.asarray(picture)))
     if image_out:
         picture.save(image_out)
         print(f"(kept as {image_out})", file=sys.stderr)
-    answer = llm.chat("What is in this picture?", images=[picture], temperature=0, max_tokens=60)
+    answer = _answer(llm, CAPTION_REQUEST, images=[picture])
     print(f"{answer}\n(drawn: {scene.caption()})\n")
+
+
+def _call_a_tool(llm: puna.Engine, seed: int) -> None:
+    task = random_task(random.Random(seed))
+    print(f"> {task.request}  (tools: {', '.join(task.offered)})")
+    text = _answer(llm, task.request, tools=task.tools()).text
+    try:
+        verdict = "the right call" if json.loads(text) == task.call() else "valid, but not right"
+    except ValueError:
+        verdict = "not valid JSON"
+    print(f"{text}\n({verdict})\n")
+
+
+def _find(llm: puna.Engine, seed: int) -> puna.Completion:
+    rng = random.Random(seed)
+    key, depth = passkey.random_key(rng), rng.random()
+    message = passkey.message(rng, key, HAYSTACK_TOKENS, depth, llm.tokenizer.encode)
+    print(f"> {passkey.INTRODUCTION.strip()}\n  [stories, and {depth:.0%} of the way in, the key]")
+    print(f" {passkey.QUESTION.strip()}")
+    answer = _answer(llm, message)
+    print(
+        f"{answer}\n(it was {key}, in {answer.usage.prompt:,} tokens; "
+        "in training it never read more than 512 at a time)\n"
+    )
+    return answer
+
+
+def _answer(llm: puna.Engine, text: str, **more: Any) -> puna.Completion:
+    answer = llm.chat(text, temperature=0, max_tokens=120, **more)
+    assert isinstance(answer, puna.Completion)
+    return answer
 
 
 def _self_check(llm: puna.Engine) -> bool:
@@ -100,6 +139,3 @@ def _blocks(pixels: np.ndarray, columns: int = 28) -> str:
         )
         lines.append("".join(cells) + "\x1b[0m")
     return "\n".join(lines)
-
-
-STORY_SUBJECTS = ("a fox", "a bear", "a cat", "a dog", "a rabbit")

@@ -15,12 +15,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from puna.chat_template import DEFAULT_TEMPLATE
-from tools.demo_model.model import DemoModel, Shape
+from tools.demo_model.model import SHAPES, DemoModel, Shape
 from tools.demo_model.tokenizer import special_ids, tokenizer_config
 
 
-def tensors(model: DemoModel) -> dict[str, Tensor]:
-    """The model's weights under the names and in the layouts of transformers."""
+def named_tensors(model: DemoModel) -> dict[str, Tensor]:
+    """The model's own weights under the names and in the layouts of transformers."""
     named: dict[str, Tensor] = {
         "language_model.model.embed_tokens.weight": model.embedding.weight,
         "language_model.model.norm.weight": model.norm.weight,
@@ -60,7 +60,7 @@ def tensors(model: DemoModel) -> dict[str, Tensor]:
     named["vision_model.vision_adapter.mlp.fc1.weight"] = vision.adapter_fc1.weight
     named["vision_model.vision_adapter.mlp.fc2.weight"] = vision.adapter_fc2.weight
     named["multi_modal_projector.linear_1.weight"] = vision.projector.weight
-    return {name: tensor.detach().bfloat16().contiguous() for name, tensor in named.items()}
+    return {name: tensor.detach() for name, tensor in named.items()}
 
 
 def config(shape: Shape) -> dict[str, object]:
@@ -76,7 +76,7 @@ def config(shape: Shape) -> dict[str, object]:
         "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.kv_heads,
         "head_dim": shape.head_dim,
-        "max_position_embeddings": 131072,
+        "max_position_embeddings": 10485760,
         "rms_norm_eps": 1e-5,
         "num_experts_per_tok": 1,
         "num_local_experts": shape.experts,
@@ -127,16 +127,18 @@ def config(shape: Shape) -> dict[str, object]:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="xs")
     parser.add_argument("--run", type=Path, required=True, help="the --out of training")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    shape = Shape()
+    shape = SHAPES[options.shape]
     special = special_ids()
     model = DemoModel(shape, special["<|patch|>"])
     state = torch.load(options.run / "checkpoint.pt", map_location="cpu", weights_only=True)
     model.load_state_dict(state["model"])
     options.out.mkdir(parents=True, exist_ok=True)
-    weights = save(tensors(model), metadata={"format": "pt"})
+    weights = {name: value.bfloat16().contiguous() for name, value in named_tensors(model).items()}
+    weights = save(weights, metadata={"format": "pt"})
     (options.out / "model.safetensors").write_bytes(weights)
     settings = config(shape)
     generation = {

@@ -15,9 +15,14 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the demo model."""
+    """Sizes of a demo model; the defaults are those of "xs".
 
-    vocabulary: int = 704
+    The last layer is the only one with full attention (`nope_interval` is `layers`): what it sees
+    of a token then depends on the token's chunk alone, which the training on long texts uses
+    (data.py), and a prompt of any length costs time in proportion to it.
+    """
+
+    vocabulary: int = 1024
     hidden: int = 128
     layers: int = 4
     heads: int = 4
@@ -26,9 +31,8 @@ class Shape:
     experts: int = 4
     width: int = 192  # of each expert and of the shared expert
     chunk: int = 256
-    nope_interval: int = 4
     floor_scale: int = 256
-    attn_scale: float = 0.1
+    attn_scale: float = 0.3
     rope_theta: float = 10000.0
     image_size: int = 56
     patch: int = 7
@@ -38,15 +42,42 @@ class Shape:
     vision_output: int = 128
 
     @property
+    def nope_interval(self) -> int:
+        """Of config.json: each so many layers, one has full attention."""
+        return self.layers
+
+    @property
+    def tile_tokens(self) -> int:
+        """Places of a tile in the text: four patches each."""
+        return self.grid**2 // 4
+
+    @property
     def grid(self) -> int:
         """Patches along a side of a tile."""
         return self.image_size // self.patch
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns interleaved pairs of the last dimension; cos, sin [T, D / 2] against x [..., T, D]."""
-    a, b = x[..., 0::2], x[..., 1::2]
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+SHAPES = {
+    "xs": Shape(),
+    "s": Shape(
+        hidden=256,
+        layers=8,
+        head_dim=64,
+        experts=16,
+        width=128,
+        image_size=112,
+        patch=14,
+        vision_hidden=192,
+        vision_layers=4,
+        vision_output=256,
+    ),
+}
+
+
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Turns interleaved pairs of the last dimension by complex numbers that broadcast to them."""
+    pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * turns).flatten(-2)
 
 
 def rms(x: Tensor, eps: float = 1e-5) -> Tensor:
@@ -67,12 +98,12 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: chunked with RoPE or, each nope_interval-th layer, full without."""
+    """Grouped-query attention: chunked with RoPE or, in the last layer, full without."""
 
     def __init__(self, shape: Shape, index: int):
         super().__init__()
         self.shape = shape
-        self.full = (index + 1) % shape.nope_interval == 0
+        self.full = index == shape.layers - 1
         size, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         self.q_proj = nn.Linear(shape.hidden, size, bias=False)
         self.k_proj = nn.Linear(shape.hidden, kv, bias=False)
@@ -80,40 +111,80 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(size, shape.hidden, bias=False)
 
     def forward(self, x: Tensor, places: Places) -> Tensor:
-        """[B, T, hidden] to the same shape."""
+        """[B, T, hidden] to the same shape; with `places.repeats`, only the wanted rows count."""
         shape = self.shape
         batch, length, _ = x.shape
-
-        def heads(y: Tensor, count: int) -> Tensor:
-            return y.view(batch, length, count, shape.head_dim).transpose(1, 2)
-
-        q, k = heads(self.q_proj(x), shape.heads), heads(self.k_proj(x), shape.kv_heads)
-        v = heads(self.v_proj(x), shape.kv_heads)
+        q = self.q_proj(x).view(batch, length, shape.heads, shape.head_dim)
+        k = self.k_proj(x).view(batch, length, shape.kv_heads, shape.head_dim)
+        v = self.v_proj(x).view(batch, length, shape.kv_heads, shape.head_dim)
         if self.full:
-            q = q * places.temperature[:, None]
+            y = self._everywhere(q * places.temperature[..., None, None], k, v, places)
         else:
-            q, k = rms(rotate(q, places.cos, places.sin)), rms(rotate(k, places.cos, places.sin))
-        groups = shape.heads // shape.kv_heads
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        mask = places.causal if self.full else places.chunked
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.o_proj(y.transpose(1, 2).reshape(batch, length, -1))
+            y = self._chunked(rms(rotate(q, places.turns)), rms(rotate(k, places.turns)), v)
+        return self.o_proj(y.reshape(batch, length, -1))
+
+    def _everywhere(self, q: Tensor, k: Tensor, v: Tensor, places: Places) -> Tensor:
+        q, k, v = (y.transpose(1, 2) for y in (q, *self._grouped(k, v)))
+        if places.repeats is None:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+        # Only a few rows are wanted: the last ones of each sequence.
+        rows = places.wanted.nonzero()
+        scores = (q[rows[:, 0], :, rows[:, 1]][:, :, None] @ k[rows[:, 0]].mT).squeeze(2)
+        scores = scores * self.shape.head_dim**-0.5 + places.repeats.log()[rows[:, 0]][:, None]
+        later = torch.arange(k.shape[2], device=k.device) > rows[:, 1:]
+        weights = scores.masked_fill(later[:, None], -torch.inf).softmax(-1)
+        found = (weights[:, :, None] @ v[rows[:, 0]]).squeeze(2)
+        y = torch.zeros_like(q.transpose(1, 2))
+        return y.index_put((rows[:, 0], rows[:, 1]), found.to(y.dtype))
+
+    def _chunked(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # Chunks are sequences of their own; what fills up the last one comes after all queries.
+        batch, length = q.shape[:2]
+        chunk = min(self.shape.chunk, length)
+        missing = -length % chunk
+
+        def cut(y: Tensor) -> Tensor:
+            y = F.pad(y, (0, 0, 0, 0, 0, missing)) if missing else y
+            return y.reshape(-1, chunk, *y.shape[2:]).transpose(1, 2)
+
+        q, k, v = (cut(y) for y in (q, *self._grouped(k, v)))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+        return y.reshape(batch, length + missing, *y.shape[2:])[:, :length]
+
+    def _grouped(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        groups = self.shape.heads // self.shape.kv_heads
+        return k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
 
 
 class Places:
-    """What depends on positions 0..length-1 only: RoPE tables, temperature, masks."""
+    """What the text layers must know of the positions: angles, temperature, and what is wanted.
 
-    def __init__(self, shape: Shape, length: int, device: torch.device):
+    Attributes:
+        turns: RoPE as complex numbers [T, 1, D / 2].
+        temperature: Of the queries of full attention, [T] or [B, T].
+        wanted: [B, T]: the rows whose logits are wanted; None for all.
+        repeats: [B, T]: how often each key counts in full attention; None for once.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        length: int,
+        device: torch.device,
+        *,
+        wanted: Tensor | None = None,
+        repeats: Tensor | None = None,
+        positions: Tensor | None = None,
+    ):
         position = torch.arange(length, device=device)
         pairs = torch.arange(0, shape.head_dim, 2, device=device, dtype=torch.float64)
         frequency = shape.rope_theta ** (-pairs / shape.head_dim)
-        angle = (position % shape.chunk).double()[:, None] * frequency
-        self.cos, self.sin = angle.cos().float(), angle.sin().float()
-        steps = ((position + 1) // shape.floor_scale).double()
+        angle = (position % shape.chunk).double()[:, None, None] * frequency
+        self.turns = torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
+        far = position if positions is None else positions
+        steps = ((far + 1) // shape.floor_scale).double()
         self.temperature = (1 + shape.attn_scale * steps.log1p()).float()
-        self.causal = position[:, None] >= position[None, :]
-        chunk = position // shape.chunk
-        self.chunked = self.causal & (chunk[:, None] == chunk[None, :])
+        self.wanted, self.repeats = wanted, repeats
 
 
 class Experts(nn.Module):
@@ -131,8 +202,8 @@ class Experts(nn.Module):
         self.balance_loss: Tensor | float = 0.0
         self.load: Tensor | None = None  # tokens per expert in the last pass
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, hidden] to the same shape; keeps `balance_loss` and `load`."""
+    def forward(self, x: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """[B, T, hidden] to the same shape, or to [wanted rows, hidden]; keeps balance and load."""
         rows = x.reshape(-1, x.shape[-1])
         logits = self.router(rows)
         top, chosen = logits.max(-1)
@@ -142,6 +213,10 @@ class Experts(nn.Module):
         balance = self.shape.experts * (share * (counts / counts.sum())).sum()
         self.balance_loss = balance + 0.1 * logits.logsumexp(-1).pow(2).mean()
         self.load = counts.detach()
+        if wanted is not None:
+            x = rows = x[wanted]
+            top, chosen = top[wanted.flatten()], chosen[wanted.flatten()]
+            counts = torch.bincount(chosen, minlength=self.shape.experts)
         order = chosen.argsort()
         scaled = (rows * torch.sigmoid(top)[:, None])[order]
         parts, first = [], 0
@@ -162,10 +237,12 @@ class Block(nn.Module):
         self.input_norm, self.post_norm = Norm(shape.hidden), Norm(shape.hidden)
         self.attention, self.experts = Attention(shape, index), Experts(shape)
 
-    def forward(self, x: Tensor, places: Places) -> Tensor:
-        """[B, T, hidden] to the same shape."""
+    def forward(self, x: Tensor, places: Places, last: bool) -> Tensor:
+        """[B, T, hidden] to the same shape; the last layer computes the wanted rows only."""
         x = x + self.attention(self.input_norm(x), places)
-        return x + self.experts(self.post_norm(x))
+        if not last or places.wanted is None:
+            return x + self.experts(self.post_norm(x))
+        return x[places.wanted] + self.experts(self.post_norm(x), places.wanted)
 
 
 class VisionBlock(nn.Module):
@@ -180,7 +257,7 @@ class VisionBlock(nn.Module):
         self.v_proj, self.o_proj = nn.Linear(size, size), nn.Linear(size, size)
         self.fc1, self.fc2 = nn.Linear(size, 4 * size), nn.Linear(4 * size, size)
 
-    def forward(self, h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, h: Tensor, turns: Tensor) -> Tensor:
         """[tiles, patches + 1, size] to the same shape."""
         tiles, tokens, size = h.shape
         x = self.input_norm(h)
@@ -188,7 +265,7 @@ class VisionBlock(nn.Module):
         def heads(y: Tensor) -> Tensor:
             return y.view(tiles, tokens, self.heads, size // self.heads).transpose(1, 2)
 
-        q, k = rotate(heads(self.q_proj(x)), cos, sin), rotate(heads(self.k_proj(x)), cos, sin)
+        q, k = rotate(heads(self.q_proj(x)), turns), rotate(heads(self.k_proj(x)), turns)
         y = F.scaled_dot_product_attention(q, k, heads(self.v_proj(x)))
         h = h + self.o_proj(y.transpose(1, 2).reshape(tiles, tokens, size))
         return h + self.fc2(F.gelu(self.fc1(self.post_norm(h))))
@@ -219,8 +296,8 @@ class Vision(nn.Module):
         angle = torch.cat(
             (torch.cat((columns, rows), 1), torch.zeros(1, pairs, dtype=torch.float64))
         )
-        self.register_buffer("cos", angle.cos().float(), persistent=False)
-        self.register_buffer("sin", angle.sin().float(), persistent=False)
+        turns = torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
+        self.register_buffer("turns", turns, persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Normalised pixels to the rows that stand at the places of the picture."""
@@ -232,7 +309,7 @@ class Vision(nn.Module):
         h = torch.cat((h, self.class_embedding.expand(tiles, 1, size)), 1) + self.positions
         h = self.pre_norm(h)
         for block in self.blocks:
-            h = block(h, self.cos, self.sin)
+            h = block(h, self.turns)
         h = self.post_norm(h)[:, :-1]
         h = h.view(tiles, grid // 2, 2, grid // 2, 2, size).transpose(2, 3)
         h = h.reshape(tiles, (grid // 2) ** 2, 4 * size)
@@ -254,15 +331,29 @@ class DemoModel(nn.Module):
         nn.init.normal_(self.embedding.weight, 0, 0.5)
         nn.init.normal_(self.head.weight, 0, 0.02)
 
-    def forward(self, ids: Tensor, pixels: Tensor | None) -> Tensor:
-        """Logits for every position."""
+    def forward(
+        self,
+        ids: Tensor,
+        pixels: Tensor | None = None,
+        wanted: Tensor | None = None,
+        repeats: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [B, T, V], or [wanted rows, V]; see Places for the arguments."""
         x = self.embedding(ids)
         if pixels is not None:
             rows = self.vision(pixels).reshape(-1, x.shape[-1])
-            x = x.masked_scatter((ids == self.patch_token)[..., None], rows)
-        places = Places(self.shape, ids.shape[1], ids.device)
-        for block in self.blocks:
-            x = block(x, places)
+            x = x.masked_scatter((ids == self.patch_token)[..., None], rows.to(x.dtype))
+        places = Places(
+            self.shape,
+            ids.shape[1],
+            ids.device,
+            wanted=wanted,
+            repeats=repeats,
+            positions=positions,
+        )
+        for i, block in enumerate(self.blocks):
+            x = block(x, places, last=i == len(self.blocks) - 1)
         return self.head(self.norm(x))
 
     def balance_loss(self) -> Tensor:

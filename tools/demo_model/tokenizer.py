@@ -5,15 +5,29 @@ from __future__ import annotations
 import base64
 import itertools
 import random
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from puna.demo.scene import random_scene
-from tools.demo_model.stories import random_story, story_request
+from puna.demo.passkey import INTRODUCTION, QUESTION, answer, filler, needle, random_key
+from puna.demo.records import (
+    SCENE_REQUEST,
+    STORY_REQUEST,
+    random_record,
+    scene_value,
+    story_value,
+    write,
+)
+from puna.demo.scene import CAPTION_REQUEST, random_scene
+from puna.demo.stories import random_story, story_request
+from puna.demo.sums import random_sum
+from puna.demo.toolbox import random_task
+from tools.demo_model.prompts import tool_prompt
 
-RANKS = 640  # by then every word of the small world is one token
-VOCABULARY = 704  # ranks, then special tokens
+RANKS = 976  # by then every word of the small world is one token
+VOCABULARY = 1024  # ranks, then special tokens
 _NAMED = (
     "<|begin_of_text|>",
     "<|end_of_text|>",
@@ -40,7 +54,6 @@ PATTERN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-CAPTION_REQUEST = "What is in this picture?"
 
 
 def special_ids() -> dict[str, int]:
@@ -48,14 +61,28 @@ def special_ids() -> dict[str, int]:
     return {name: RANKS + i for i, name in enumerate(SPECIAL_TOKENS)}
 
 
+def corpus(rng: random.Random) -> Iterator[str]:
+    """Texts of every kind, of which the tokenizer learns its words."""
+    for _ in range(3000):
+        yield from ("user", "assistant", "system", "\n\n", CAPTION_REQUEST)
+        story, scene, record = random_story(rng), random_scene(rng), random_record(rng)
+        yield from (story_request(story.animal), story.text(), scene.caption())
+        yield from itertools.chain(*story.questions())
+        yield from (record.request(), write(record.value()))
+        yield from (STORY_REQUEST, write(story_value(story)))
+        yield from (SCENE_REQUEST, write(scene_value(scene)))
+        task = random_task(rng)
+        yield from (tool_prompt(task), write(task.call()))
+        key = random_key(rng)
+        yield from (INTRODUCTION, filler(rng), needle(key), QUESTION, answer(key))
+        total = random_sum(rng)
+        yield from (total.request(), total.answer())
+
+
 def train_tokenizer() -> Tokenizer:
     """Learns RANKS byte-pair merges from generated text."""
-    rng = random.Random(0)
-    texts = ["user", "assistant", "system", "\n\n", CAPTION_REQUEST]
-    for _ in range(4000):
-        story = random_story(rng)
-        texts += [story_request(story.animal), story.text(), random_scene(rng).caption()]
-        texts += [part for pair in story.questions() for part in pair]
+    # Digits stay single: ten tokens are learned sooner than a thousand.
+    texts = (re.sub(r"(\d)(?=\d)", r"\1 ", text) for text in corpus(random.Random(0)))
     tokenizer = _tokenizer(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=RANKS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
@@ -76,26 +103,37 @@ def _tokenizer(model: models.BPE) -> Tokenizer:
     return tokenizer
 
 
-def write_ranks(tokenizer: Tokenizer, path: Path) -> None:
-    """Writes tokenizer.model: lines of a token in base64 and its rank."""
+def rank_bytes_of(tokenizer: Tokenizer) -> dict[bytes, int]:
+    """The bytes of each token and its rank."""
     # The byte-level alphabet: each byte is shown as a printable character.
     alphabet = {character: byte for byte, character in _byte_characters().items()}
     ranks = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    if [rank for _, rank in ranks] != list(range(RANKS)):
+    return {bytes(alphabet[character] for character in token): rank for token, rank in ranks}
+
+
+def write_ranks(tokenizer: Tokenizer, path: Path) -> None:
+    """Writes tokenizer.model: lines of a token in base64 and its rank."""
+    ranks = rank_bytes_of(tokenizer)
+    if list(ranks.values()) != list(range(RANKS)):
         raise RuntimeError(f"the ranks of the tokenizer are not 0..{RANKS - 1}")
     with open(path, "w", encoding="ascii") as file:
-        for token, rank in ranks:
-            raw = bytes(alphabet[character] for character in token)
-            file.write(f"{base64.b64encode(raw).decode()} {rank}\n")
+        for token, rank in ranks.items():
+            file.write(f"{base64.b64encode(token).decode()} {rank}\n")
+
+
+def rank_bytes(path: Path) -> dict[bytes, int]:
+    """The bytes of each token of a tokenizer.model and its rank."""
+    lines = (line.split() for line in path.read_text(encoding="ascii").splitlines())
+    return {base64.b64decode(token): int(rank) for token, rank in lines}
 
 
 def read_ranks(path: Path) -> Tokenizer:
     """The tokenizer of a tokenizer.model that `write_ranks` wrote."""
     characters = _byte_characters()
-    ranks: dict[str, int] = {}
-    for line in path.read_text(encoding="ascii").splitlines():
-        token, rank = line.split()
-        ranks["".join(characters[byte] for byte in base64.b64decode(token))] = int(rank)
+    ranks = {
+        "".join(characters[byte] for byte in token): rank
+        for token, rank in rank_bytes(path).items()
+    }
     merges = [_merge(token, ranks) for token in ranks if len(token) > 1]
     return _tokenizer(models.BPE(vocab=ranks, merges=merges))
 

@@ -9,154 +9,225 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from tools.demo_model.data import Stream, Writer
-from tools.demo_model.model import DemoModel, Shape
+from tools.demo_model.data import Stream, Writer, haystacks
+from tools.demo_model.held_out import report
+from tools.demo_model.model import SHAPES, DemoModel
+from tools.demo_model.muon import Muon
 from tools.demo_model.tokenizer import read_ranks, special_ids, train_tokenizer, write_ranks
+from tools.demo_model.warm_start import take_up
+
+# Of the documents in a packed sequence. Captions are short and soon learned; answers take longer.
+MIX = {
+    "caption": 0.06,
+    "scene_json": 0.08,
+    "story": 0.12,
+    "record": 0.18,
+    "tool_call": 0.24,
+    "sum": 0.32,
+}
+SHORTEST_HAYSTACK = 96
+LONGEST_HAYSTACK = 1 << 24
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum with orthogonalised updates for matrices (Jordan et al. 2024), [.., rows, cols]."""
-
-    def __init__(self, parameters: list[nn.Parameter], lr: float, momentum: float = 0.95):
-        super().__init__(parameters, {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                buffer = state.setdefault("momentum", torch.zeros_like(parameter))
-                buffer.lerp_(parameter.grad, 1 - group["momentum"])
-                update = orthogonal(parameter.grad.lerp(buffer, group["momentum"]))
-                rows, cols = parameter.shape[-2:]
-                scale = max(1.0, rows / cols) ** 0.5
-                parameter.mul_(1 - 0.1 * group["lr"]).add_(update, alpha=-group["lr"] * scale)
-
-
-def orthogonal(matrix: Tensor) -> Tensor:
-    """Newton-Schulz iteration towards the nearest orthogonal matrix."""
-    x = matrix / (matrix.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    for _ in range(5):
-        a = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return x.mT if tall else x
-
-
-def optimizers(model: DemoModel) -> list[torch.optim.Optimizer]:
+def optimizers(model: DemoModel, share: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices between the layers, AdamW for tables, router, norms and biases."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         hidden = parameter.ndim >= 2 and not any(
             part in name for part in ("embedding.weight", "head.weight", "router", "positions")
         )
         (matrices if hidden or "patch_embedding" in name else others).append(parameter)
-    adam = torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.01)
-    return [Muon(matrices, lr=0.02), adam]
+    adam = torch.optim.AdamW(others, lr=3e-3 * share, betas=(0.9, 0.95), weight_decay=0.01)
+    return [Muon(matrices, lr=0.02 * share), adam]
 
 
 def rate(progress: float) -> float:
     """Share of the full learning rate: a short rise, a plateau, then a linear fall."""
-    return min(1.0, progress / 0.01 + 0.02, max(0.0, (1 - progress) / 0.5) + 0.01)
+    return min(1.0, progress / 0.01 + 0.02, max(0.0, (1 - progress) / 0.3) + 0.01)
+
+
+def loss_of(logits: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """Weighted mean over the wanted rows."""
+    wanted = weights > 0
+    losses = F.cross_entropy(logits, ids[wanted], reduction="none")
+    weight = weights[wanted]
+    return (losses * weight).sum() / weight.sum()
+
+
+class Run:
+    """A training run and what is kept of it on disk."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        ranks = options.out / "tokenizer.model"
+        self.tokenizer = read_ranks(ranks)
+        self.model = DemoModel(SHAPES[options.shape], special_ids()["<|patch|>"]).to(options.device)
+        self.spent, self.step, self.reach = 0.0, 0, 1024.0
+        self.saved = options.out / "checkpoint.pt"
+        self.model.vision.requires_grad_(not options.freeze_vision)
+        self.steppers = optimizers(self.model, options.rate)
+        self.base_rates = [group["lr"] for o in self.steppers for group in o.param_groups]
+        if self.saved.exists():
+            self._resume()
+        elif options.start:
+            take_up(self.model, self.tokenizer, options.start)
+        self.began = time.monotonic() - self.spent
+
+    def _resume(self) -> None:
+        state = torch.load(self.saved, map_location=self.options.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.spent, self.step, self.reach = state["spent"], state["step"], state["reach"]
+        for optimizer, part in zip(self.steppers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(part)
+
+    def save(self) -> None:
+        """Writes the checkpoint, never half of one."""
+        state: dict[str, Any] = {
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.steppers],
+            "spent": self.spent,
+            "step": self.step,
+            "reach": self.reach,
+        }
+        torch.save(state, self.saved.with_suffix(".tmp"))
+        self.saved.with_suffix(".tmp").replace(self.saved)
+
+    def update(self, stream: Stream, writer: Writer) -> tuple[float, float]:
+        """One step; the losses of the documents and of the haystacks."""
+        device, model = self.options.device, self.model
+        ids, weights, pixels = stream.batch(self.options.batch)
+        ids, weights = ids.to(device), weights[:, 1:].to(device)
+        pixels = None if pixels is None else pixels.to(device)
+        logits = model(ids[:, :-1], pixels, weights > 0)
+        loss = loss_of(logits, ids[:, 1:], weights)
+        (loss + 0.01 * model.balance_loss()).backward()
+        hay = haystacks(writer, self.options.haystacks, SHORTEST_HAYSTACK, int(self.reach))
+        ids, weights = hay.ids.to(device), hay.weights[:, 1:].to(device)
+        logits = model(
+            ids[:, :-1],
+            wanted=weights > 0,
+            repeats=hay.repeats.to(device),
+            positions=hay.positions.to(device),
+        )
+        far = loss_of(logits, ids[:, 1:], weights)
+        (0.5 * far).backward()
+        loss, far = self._agree(loss.detach(), far.detach())
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in self.steppers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return loss.item(), far.item()
+
+    def _agree(self, *numbers: Tensor) -> Tensor:
+        """The mean over the processes: of the gradients, in place, of the clock, of `numbers`."""
+        clock = torch.tensor(time.monotonic() - self.began, dtype=torch.float32)
+        gradients = []
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                if parameter.grad is None:  # no pictures in this batch
+                    parameter.grad = torch.zeros_like(parameter)
+                gradients.append(parameter.grad)
+        parts = [*gradients, clock, *numbers]
+        flat = torch.cat([part.float().flatten() for part in parts])
+        if self.options.processes > 1:
+            torch.distributed.all_reduce(flat)
+            flat /= self.options.processes
+        pieces = flat.split([part.numel() for part in parts])
+        for gradient, piece in zip(gradients, pieces, strict=False):
+            gradient.copy_(piece.view_as(gradient))
+        self.spent = pieces[len(gradients)].item()
+        return torch.cat(pieces[len(gradients) + 1 :])
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="xs")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--haystacks", type=int, default=6, help="passkey documents in a step")
     parser.add_argument("--length", type=int, default=384)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=1, help="each with a batch and a thread")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rate", type=float, default=1.0, help="share of the learning rates")
+    parser.add_argument("--from", dest="start", type=Path, help="an exported model to begin with")
+    parser.add_argument("--freeze-vision", action="store_true")
     options = parser.parse_args()
-    torch.manual_seed(options.seed)
-    torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
-
     # A run keeps the tokenizer that it began with.
     ranks = options.out / "tokenizer.model"
     if not ranks.exists():
         write_ranks(train_tokenizer(), ranks)
-    tokenizer = read_ranks(ranks)
-    model = DemoModel(Shape(), special_ids()["<|patch|>"]).to(options.device)
-    steppers = optimizers(model)
-    base_rates = [group["lr"] for o in steppers for group in o.param_groups]
-    saved = options.out / "checkpoint.pt"
-    spent, step = 0.0, 0
-    if saved.exists():
-        state = torch.load(saved, map_location=options.device, weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimizer, part in zip(steppers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(part)
-        spent, step = state["spent"], state["step"]
-    rng = random.Random(options.seed * 1_000_003 + step)
-    stream = Stream(Writer(tokenizer, rng), rng, options.length)
-    print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, {spent:.0f} s done", flush=True
-    )
+    if options.processes == 1:
+        train(0, options)
+    else:
+        torch.multiprocessing.spawn(train, (options,), options.processes)
 
-    def save() -> None:
-        state = {
-            "model": model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in steppers],
-            "spent": spent,
-            "step": step,
-        }
-        torch.save(state, saved.with_suffix(".tmp"))
-        saved.with_suffix(".tmp").replace(saved)
 
+def train(rank: int, options: argparse.Namespace) -> None:
+    """One of the processes of a run; all hold the same weights at every step."""
+    torch.manual_seed(options.seed)
+    torch.set_num_threads(1)
+    if options.processes > 1:
+        meeting = f"file://{(options.out / f'meeting.{os.getppid()}').absolute()}"
+        torch.distributed.init_process_group(
+            "gloo", init_method=meeting, rank=rank, world_size=options.processes
+        )
+    run = Run(options)
+    seed = (options.seed * 1_000_003 + run.step) * options.processes + rank
+    writer = Writer(run.tokenizer, run.model.shape, random.Random(seed))
+    stream = Stream(writer, options.length, MIX)
+    if rank == 0:
+        count = sum(p.numel() for p in run.model.parameters())
+        print(f"{count:,} parameters, {run.spent:.0f} s done", flush=True)
     budget = options.minutes * 60
-    last_save = last_report = spent
-    began = time.monotonic() - spent
-    while spent < budget:
-        share = rate(spent / budget)
-        groups = [group for optimizer in steppers for group in optimizer.param_groups]
-        for group, base in zip(groups, base_rates, strict=True):
+    last_save = last_report = last_check = run.spent
+    mean_far = 4.0
+    while run.spent < budget:
+        share = rate(run.spent / budget)
+        groups = [group for optimizer in run.steppers for group in optimizer.param_groups]
+        for group, base in zip(groups, run.base_rates, strict=True):
             group["lr"] = base * share
-        ids, weights, pixels = stream.batch(options.batch)
-        ids, weights = ids.to(options.device), weights.to(options.device)
-        logits = model(ids[:, :-1], None if pixels is None else pixels.to(options.device))
-        losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        weight = weights[:, 1:].flatten()
-        loss = (losses * weight).sum() / weight.sum()
-        (loss + 0.01 * model.balance_loss()).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in steppers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        step += 1
-        spent = time.monotonic() - began
-        if spent - last_report > 30:
-            last_report = spent
-            loads = [
-                min(b.experts.load).item() / b.experts.load.float().mean().item()
-                for b in model.blocks
-            ]
+        loss, far = run.update(stream, writer)
+        if math.isnan(loss) or math.isnan(far):
+            raise RuntimeError("the loss is not a number; lower the learning rate")
+        mean_far += 0.05 * (far - mean_far)
+        # The haystacks grow as soon as the keys are found in those that there are.
+        if mean_far < 0.25:
+            run.reach = min(LONGEST_HAYSTACK, run.reach * 1.02)
+        if rank:
+            continue
+        if run.spent - last_report > 30:
+            last_report = run.spent
             print(
-                f"{spent:6.0f} s  step {step}  loss {loss.item():.4f}  "
-                f"least expert load {min(loads):.2f} of the mean",
+                f"{run.spent:6.0f} s  step {run.step}  loss {loss:.4f}  "
+                f"passkey {mean_far:.3f} up to {run.reach:,.0f}",
                 flush=True,
             )
-        if math.isnan(loss.item()):
-            raise RuntimeError("the loss is not a number; lower the learning rate")
-        if spent - last_save > 120:
-            last_save = spent
-            save()
-    save()
+        if run.spent - last_check > 240:
+            last_check = run.spent
+            print(report(run.model, run.tokenizer), flush=True)
+        if run.spent - last_save > 120:
+            last_save = run.spent
+            run.save()
+    if rank == 0:
+        run.save()
+        print(report(run.model, run.tokenizer), flush=True)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "black": (20, 20, 20),
     "grey": (128, 128, 128),
 }
+CAPTION_REQUEST = "What is in this picture?"
 SHAPES = ("circle", "square", "triangle", "cross")
 
 _SCALE = 4  # drawn larger and reduced, for smooth edges
