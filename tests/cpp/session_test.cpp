@@ -527,7 +527,7 @@ TEST(bit_flips) {
     byte ^= bit;
   }
   CHECK_EQ(accepted, 0);
-  CHECK(found > 6000);
+  CHECK(found > check::trials(6000));
   CHECK(harmless > 0);
   CHECK(shorter > 0);
   CHECK_EQ(store->verify("/d/s", Verify::kFull).fault, "");
