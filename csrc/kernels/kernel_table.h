@@ -137,27 +137,9 @@ struct KernelTable {
   const char* isa;      // "scalar", "avx2", ...
   bool (*supported)();  // may run here and now: the processor has it and the system saves its state
 
-  // out[rows][out_stride] = x[rows][x_stride] * weights^T for as many consecutive panels as hold
-  // `width` output columns; only those are written. fp32 accumulation, sequential in k; `bias`
-  // ([width], or null) is added once, after the sum. With many rows a call is fastest at
-  // kStripPanels panels.
-  void (*gemm_f32)(float* out, int64_t out_stride, const float* x, int64_t x_stride,
-                   const float* weights, const float* bias, int64_t rows, int64_t cols,
-                   int64_t width);
-  // The same for bfloat16 weights and activations. x is padded with zero to an even number of
-  // columns.
-  void (*gemm_bf16)(float* out, int64_t out_stride, const uint16_t* x, int64_t x_stride,
-                    const uint16_t* weights, const float* bias, int64_t rows, int64_t cols,
-                    int64_t width);
-
-  // The same for fp32 activations and one panel (width <= kPanelRows) of fp8 weights (quant/fp8.h):
-  // the sum over k, in order, of fma(x, value(code) * 2^-8, sum), then sum * (scale * 2^8), then
-  // the bias. Every instruction set gives the same bits.
-  void (*gemm_fp8)(float* out, int64_t out_stride, const float* x, int64_t x_stride,
-                   const void* panel, const float* bias, int64_t rows, int64_t cols, int64_t width);
-
-  // The same for one panel of quantised weights, by place in quant/formats.inc. For each
-  // kActivationGroup columns, in order, with their groups in order and all rounding as in fp32:
+  // What gemm_f32 computes, for one panel (width <= kPanelRows) of quantised weights, by place in
+  // quant/formats.inc. For each kActivationGroup columns, in order, with their groups in order and
+  // all rounding as in fp32:
   //   part = 0, and for each group
   //     dot  = sum over the group of code_x * (value(code_w) - kZero)        exact, in int32
   //     part = fma(dot, scale_w, part)
@@ -166,50 +148,72 @@ struct KernelTable {
   // so that every instruction set gives the same bits.
   using GemmQuantized = void (*)(float* out, int64_t out_stride, const QuantizedRows& x,
                                  const void* panel, const float* bias, int64_t rows, int64_t width);
-  GemmQuantized gemm_quantized[kQuantizedKernels];
+  GemmQuantized gemm_quantized[kQuantizedKernels] = {};
+
+  // out[rows][out_stride] = x[rows][x_stride] * weights^T for as many consecutive panels as hold
+  // `width` output columns; only those are written. fp32 accumulation, sequential in k; `bias`
+  // ([width], or null) is added once, after the sum. With many rows a call is fastest at
+  // kStripPanels panels.
+  void (*gemm_f32)(float* out, int64_t out_stride, const float* x, int64_t x_stride,
+                   const float* weights, const float* bias, int64_t rows, int64_t cols,
+                   int64_t width) = nullptr;
+  // The same for bfloat16 weights and activations. x is padded with zero to an even number of
+  // columns.
+  void (*gemm_bf16)(float* out, int64_t out_stride, const uint16_t* x, int64_t x_stride,
+                    const uint16_t* weights, const float* bias, int64_t rows, int64_t cols,
+                    int64_t width) = nullptr;
+
+  // The same for fp32 activations and one panel (width <= kPanelRows) of fp8 weights (quant/fp8.h):
+  // the sum over k, in order, of fma(x, value(code) * 2^-8, sum), then sum * (scale * 2^8), then
+  // the bias. Every instruction set gives the same bits.
+  void (*gemm_fp8)(float* out, int64_t out_stride, const float* x, int64_t x_stride,
+                   const void* panel, const float* bias, int64_t rows, int64_t cols,
+                   int64_t width) = nullptr;
+
   // Quantises one row: the scale of kActivationGroup columns is their largest magnitude / 127,
   // codes are rounded to nearest, ties to even. Where the largest magnitude is below 2^-100 all
   // count as zeros: scale and codes 0. With a value that is not finite the scale is NaN and the
   // codes are any. Sums are of `group` codes. `padded` is `cols` rounded up to whole blocks; codes
   // past `cols` are 0.
   void (*quantize_row)(int8_t* codes, float* scales, int32_t* sums, const float* x, int64_t cols,
-                       int64_t padded, int64_t group);
+                       int64_t padded, int64_t group) = nullptr;
 
-  void (*attend_page_f32)(const AttendPage&);
-  void (*attend_page_bf16)(const AttendPage&);
-  void (*attend_sealed_int8)(const AttendSealed&);
-  void (*attend_sealed_int4)(const AttendSealed&);
-  void (*screen_sealed_int8)(const ScreenSealed&);
-  void (*screen_sealed_int4)(const ScreenSealed&);
-  void (*rank_sealed)(const RankSealed&);
+  void (*attend_page_f32)(const AttendPage&) = nullptr;
+  void (*attend_page_bf16)(const AttendPage&) = nullptr;
+  void (*attend_sealed_int8)(const AttendSealed&) = nullptr;
+  void (*attend_sealed_int4)(const AttendSealed&) = nullptr;
+  void (*screen_sealed_int8)(const ScreenSealed&) = nullptr;
+  void (*screen_sealed_int4)(const ScreenSealed&) = nullptr;
+  void (*rank_sealed)(const RankSealed&) = nullptr;
 
   // y = x * w / sqrt(mean(x^2) + eps); w may be null (then 1).
-  void (*rms_norm)(float* y, const float* x, const float* w, int64_t n, float eps);
+  void (*rms_norm)(float* y, const float* x, const float* w, int64_t n, float eps) = nullptr;
   // y = (x - mean) / sqrt(var + eps) * w + b
   void (*layer_norm)(float* y, const float* x, const float* w, const float* b, int64_t n,
-                     float eps);
+                     float eps) = nullptr;
   // y = silu(gate) * up
-  void (*silu_mul)(float* y, const float* gate, const float* up, int64_t n);
+  void (*silu_mul)(float* y, const float* gate, const float* up, int64_t n) = nullptr;
   // y = 0.5 x (1 + erf(x / sqrt 2)): the exact form, not the tanh one
-  void (*gelu)(float* y, const float* x, int64_t n);
+  void (*gelu)(float* y, const float* x, int64_t n) = nullptr;
   // y += x
-  void (*add)(float* y, const float* x, int64_t n);
+  void (*add)(float* y, const float* x, int64_t n) = nullptr;
   // y = a * x
-  void (*scale)(float* y, const float* x, float a, int64_t n);
+  void (*scale)(float* y, const float* x, float a, int64_t n) = nullptr;
   // Interleaved pairs (2i, 2i+1) of x[n] turned by the angle whose cos and sin are given, [n / 2].
-  void (*rope)(float* x, const float* cos, const float* sin, int64_t n);
-  void (*bf16_from_f32)(uint16_t* y, const float* x, int64_t n);  // to nearest, ties to even
-  void (*f32_from_bf16)(float* y, const uint16_t* x, int64_t n);
+  void (*rope)(float* x, const float* cos, const float* sin, int64_t n) = nullptr;
+  void (*bf16_from_f32)(uint16_t* y, const float* x,
+                        int64_t n) = nullptr;  // to nearest, ties to even
+  void (*f32_from_bf16)(float* y, const uint16_t* x, int64_t n) = nullptr;
 
   // For measuring the ceilings of the machine: both return a value that depends on all the work.
   // Reads `bytes` (a multiple of 256) once, in order.
-  uint64_t (*read_bytes)(const void* data, int64_t bytes);
+  uint64_t (*read_bytes)(const void* data, int64_t bytes) = nullptr;
   // Runs `iterations` rounds of independent register-only multiply-accumulates in the form that
   // gemm_bf16 / gemm_f32 / gemm_quantized of 4-bit codes use; *operations receives the multiplies
   // and adds done.
-  float (*peak_bf16)(int64_t iterations, int64_t* operations);
-  float (*peak_f32)(int64_t iterations, int64_t* operations);
-  float (*peak_int8)(int64_t iterations, int64_t* operations);
+  float (*peak_bf16)(int64_t iterations, int64_t* operations) = nullptr;
+  float (*peak_f32)(int64_t iterations, int64_t* operations) = nullptr;
+  float (*peak_int8)(int64_t iterations, int64_t* operations) = nullptr;
 };
 
 }  // namespace puna

@@ -17,30 +17,20 @@ void inherit(Slot& slot, Slot lower) {
 }
 
 void inherit_all(KernelTable& table, const KernelTable& lower) {
-  inherit(table.gemm_f32, lower.gemm_f32);
-  inherit(table.gemm_bf16, lower.gemm_bf16);
-  inherit(table.gemm_fp8, lower.gemm_fp8);
   for (int i = 0; i < kQuantizedKernels; ++i)
     inherit(table.gemm_quantized[i], lower.gemm_quantized[i]);
-  inherit(table.quantize_row, lower.quantize_row);
-  inherit(table.attend_page_f32, lower.attend_page_f32);
-  inherit(table.attend_page_bf16, lower.attend_page_bf16);
-  inherit(table.attend_sealed_int8, lower.attend_sealed_int8);
-  inherit(table.attend_sealed_int4, lower.attend_sealed_int4);
-  inherit(table.rms_norm, lower.rms_norm);
-  inherit(table.layer_norm, lower.layer_norm);
-  inherit(table.silu_mul, lower.silu_mul);
-  inherit(table.gelu, lower.gelu);
-  inherit(table.add, lower.add);
-  inherit(table.scale, lower.scale);
-  inherit(table.rope, lower.rope);
-  inherit(table.bf16_from_f32, lower.bf16_from_f32);
-  inherit(table.f32_from_bf16, lower.f32_from_bf16);
-  inherit(table.read_bytes, lower.read_bytes);
-  inherit(table.peak_bf16, lower.peak_bf16);
-  inherit(table.peak_f32, lower.peak_f32);
-  inherit(table.peak_int8, lower.peak_int8);
+#define PUNA_KERNEL(slot) inherit(table.slot, lower.slot);
+#include "kernels/kernel_slots.inc"
+#undef PUNA_KERNEL
 }
+
+// kernel_slots.inc leaves out no slot: the rest of a table are its name and its question.
+constexpr size_t kListed = 0
+#define PUNA_KERNEL(slot) +1
+#include "kernels/kernel_slots.inc"
+#undef PUNA_KERNEL
+    ;
+static_assert(sizeof(KernelTable) == (2 + kQuantizedKernels + kListed) * sizeof(void*));
 
 }  // namespace
 

@@ -248,18 +248,9 @@ struct DeviceTable {
   int (*copy)(void* device, void* to, const void* from, size_t bytes);
 
   // --- kernels
-  int (*prepare_operand)(void* device, const OperandCall*);
-  int (*product)(void* device, const ProductCall*);
-  int (*route)(void* device, const RoutingCall*);
-  int (*add_experts)(void* device, const AddExpertsCall*);
-  int (*norm)(void* device, const NormCall*);
-  int (*move)(void* device, const MoveCall*);
-  int (*append)(void* device, const AppendCall*);
-  int (*seal)(void* device, const SealCall*);
-  int (*attend)(void* device, const AttendCall*);
-  int (*vision_attention)(void* device, const VisionAttentionCall*);
-  int (*unfold)(void* device, const UnfoldCall*);
-  int (*pixel_shuffle)(void* device, const PixelShuffleCall*);
+#define PUNA_OPERATION(name, Call) int (*name)(void* device, const Call*);
+#include "kernels/cuda/operations.inc"
+#undef PUNA_OPERATION
 };
 
 }  // namespace puna::cuda

@@ -121,30 +121,11 @@ int run(void* device, const Call* call) {
 }
 
 constexpr DeviceTable kTable = {
-    kTableVersion,
-    &device_count,
-    &device_info,
-    &describe,
-    &open,
-    &close,
-    &synchronise,
-    &allocate,
-    &release,
-    &upload,
-    &download,
-    &copy,
-    &run<launch_prepare_operand, OperandCall>,
-    &run<launch_product, ProductCall>,
-    &run<launch_route, RoutingCall>,
-    &run<launch_add_experts, AddExpertsCall>,
-    &run<launch_norm, NormCall>,
-    &run<launch_move, MoveCall>,
-    &run<launch_append, AppendCall>,
-    &run<launch_seal, SealCall>,
-    &run<launch_attend, AttendCall>,
-    &run<launch_vision_attention, VisionAttentionCall>,
-    &run<launch_unfold, UnfoldCall>,
-    &run<launch_pixel_shuffle, PixelShuffleCall>,
+    kTableVersion, &device_count, &device_info, &describe, &open,     &close,
+    &synchronise,  &allocate,     &release,     &upload,   &download, &copy,
+#define PUNA_OPERATION(name, Call) &run<launch_##name, Call>,
+#include "kernels/cuda/operations.inc"
+#undef PUNA_OPERATION
 };
 
 }  // namespace

@@ -87,30 +87,11 @@ int download(void*, void* to, const void* from, size_t bytes, size_t stride, int
 const puna::cuda::DeviceTable& device_table() {
   using namespace puna::cuda;  // NOLINT
   static const DeviceTable table = {
-      kTableVersion,
-      &device_count,
-      &device_info,
-      &describe,
-      &open_device,
-      [](void*) {},
-      [](void*) { return 0; },
-      &allocate,
-      &release,
-      &copy,
-      &download,
-      &copy,
-      &run<launch_prepare_operand, OperandCall>,
-      &run<launch_product, ProductCall>,
-      &run<launch_route, RoutingCall>,
-      &run<launch_add_experts, AddExpertsCall>,
-      &run<launch_norm, NormCall>,
-      &run<launch_move, MoveCall>,
-      &run<launch_append, AppendCall>,
-      &run<launch_seal, SealCall>,
-      &run<launch_attend, AttendCall>,
-      &run<launch_vision_attention, VisionAttentionCall>,
-      &run<launch_unfold, UnfoldCall>,
-      &run<launch_pixel_shuffle, PixelShuffleCall>,
+      kTableVersion,           &device_count, &device_info, &describe, &open_device, [](void*) {},
+      [](void*) { return 0; }, &allocate,     &release,     &copy,     &download,    &copy,
+#define PUNA_OPERATION(name, Call) &run<launch_##name, Call>,
+#include "kernels/cuda/operations.inc"
+#undef PUNA_OPERATION
   };
   return table;
 }

@@ -103,32 +103,12 @@ float peak(int64_t iterations, int64_t* operations) {
 extern const KernelTable kAvx512Amx;
 constinit const KernelTable kAvx512Amx = {.isa = "avx512_amx",
                                           .supported = has_avx512_amx,
-                                          .gemm_f32 = nullptr,
-                                          .gemm_bf16 = nullptr,
-                                          .gemm_fp8 = nullptr,
                                           .gemm_quantized =
                                               {
 #define PUNA_FORMAT(Traits, name) gemm<Traits, kPlaceOf##Traits>,
 #include "quant/formats.inc"
 #undef PUNA_FORMAT
                                               },
-                                          .quantize_row = nullptr,
-                                          .attend_page_f32 = nullptr,
-                                          .attend_page_bf16 = nullptr,
-                                          .attend_sealed_int8 = nullptr,
-                                          .attend_sealed_int4 = nullptr,
-                                          .rms_norm = nullptr,
-                                          .layer_norm = nullptr,
-                                          .silu_mul = nullptr,
-                                          .gelu = nullptr,
-                                          .add = nullptr,
-                                          .scale = nullptr,
-                                          .rope = nullptr,
-                                          .bf16_from_f32 = nullptr,
-                                          .f32_from_bf16 = nullptr,
-                                          .read_bytes = nullptr,
-                                          .peak_bf16 = nullptr,
-                                          .peak_f32 = nullptr,
                                           .peak_int8 = peak};
 
 }  // namespace puna
