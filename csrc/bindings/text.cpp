@@ -59,37 +59,56 @@ EncodeOptions options_of(const Tokenizer& tokenizer, const py::object& allowed_s
   return options;
 }
 
-// The bytes of a str or bytes, which live as long as this. Those of an ASCII str are its own.
+// A str or bytes, which lives as long as this.
 class Text {
  public:
-  explicit Text(const py::handle& text) {
-    PyObject* object = text.ptr();
-    if (PyUnicode_Check(object) && PyUnicode_IS_COMPACT_ASCII(object)) {
-      owner_ = py::reinterpret_borrow<py::object>(text);
-      bytes_ = {static_cast<const char*>(PyUnicode_DATA(object)),
-                static_cast<size_t>(PyUnicode_GET_LENGTH(object))};
-      return;
-    }
-    if (PyUnicode_Check(object)) {
-      // UnicodeEncodeError: half of a surrogate pair.
-      owner_ = py::reinterpret_steal<py::object>(PyUnicode_AsUTF8String(object));
-      if (!owner_) throw py::error_already_set();
-    } else if (PyBytes_Check(object)) {
-      owner_ = py::reinterpret_borrow<py::object>(text);
-      is_valid_utf8_ = false;
-    } else {
+  explicit Text(const py::handle& text) : owner_(py::reinterpret_borrow<py::object>(text)) {
+    if (!PyUnicode_Check(text.ptr()) && !PyBytes_Check(text.ptr())) {
       throw py::type_error("a text is str or bytes, not " +
                            py::str(py::type::of(text).attr("__name__")).cast<std::string>());
     }
-    bytes_ = {PyBytes_AS_STRING(owner_.ptr()), static_cast<size_t>(PyBytes_GET_SIZE(owner_.ptr()))};
+    is_wide_ = PyUnicode_Check(text.ptr()) && !PyUnicode_IS_COMPACT_ASCII(text.ptr());
+    is_valid_utf8_ = PyUnicode_Check(text.ptr());
   }
-  std::string_view bytes() const { return bytes_; }
+  // Those of an ASCII str are its own, of another one they are made. UnicodeEncodeError: half of a
+  // surrogate pair.
+  std::string_view bytes() {
+    if (is_wide_) {
+      owner_ = py::reinterpret_steal<py::object>(PyUnicode_AsUTF8String(owner_.ptr()));
+      if (!owner_) throw py::error_already_set();
+      is_wide_ = false;
+    }
+    PyObject* object = owner_.ptr();
+    if (PyBytes_Check(object)) {
+      return {PyBytes_AS_STRING(object), static_cast<size_t>(PyBytes_GET_SIZE(object))};
+    }
+    return {static_cast<const char*>(PyUnicode_DATA(object)),
+            static_cast<size_t>(PyUnicode_GET_LENGTH(object))};
+  }
   bool is_valid_utf8() const { return is_valid_utf8_; }
+  // In bytes, or in characters if it is a str.
+  size_t length() const {
+    return static_cast<size_t>(is_valid_utf8_ && !PyBytes_Check(owner_.ptr())
+                                   ? PyUnicode_GET_LENGTH(owner_.ptr())
+                                   : PyBytes_GET_SIZE(owner_.ptr()));
+  }
+
+  void encode(const Tokenizer& tokenizer, EncodeOptions options, IdBuffer& ids) {
+    if (is_wide_) {
+      PyObject* object = owner_.ptr();
+      const WideText wide(PyUnicode_DATA(object), length(), PyUnicode_KIND(object));
+      const py::gil_scoped_release release;
+      if (tokenizer.encode(wide, options, ids)) return;
+    }
+    const std::string_view utf8 = bytes();  // throws if the text was refused
+    options.is_valid_utf8 = is_valid_utf8_;
+    const py::gil_scoped_release release;
+    tokenizer.encode(utf8, options, ids);
+  }
 
  private:
   py::object owner_;
-  std::string_view bytes_;
-  bool is_valid_utf8_ = true;
+  bool is_wide_, is_valid_utf8_;
 };
 
 using Ids = py::array_t<uint32_t>;
@@ -113,13 +132,9 @@ py::object encode(const Tokenizer& tokenizer, const py::object& text,
                   std::optional<int> threads) {
   EncodeOptions options = options_of(tokenizer, allowed_special, cut, threads);
   if (!py::isinstance<py::list>(text) && !py::isinstance<py::tuple>(text)) {
-    const Text one(text);
-    options.is_valid_utf8 = one.is_valid_utf8();
-    IdBuffer ids(IdBuffer::kKeep, one.bytes().size() / 4);  // about as many as English has
-    {
-      const py::gil_scoped_release release;
-      tokenizer.encode(one.bytes(), options, ids);
-    }
+    Text one(text);
+    IdBuffer ids(IdBuffer::kKeep, one.length() / 4);  // about as many as English has
+    one.encode(tokenizer, options, ids);
     return array_of(std::move(ids));
   }
   std::vector<Text> texts;
@@ -142,11 +157,9 @@ py::object encode(const Tokenizer& tokenizer, const py::object& text,
 
 size_t count(const Tokenizer& tokenizer, const py::object& text, const py::object& allowed_special,
              const std::string& cut, std::optional<int> threads) {
-  EncodeOptions options = options_of(tokenizer, allowed_special, cut, threads);
-  const Text one(text);
-  options.is_valid_utf8 = one.is_valid_utf8();
-  const py::gil_scoped_release release;
-  return tokenizer.count(one.bytes(), options);
+  IdBuffer ids(IdBuffer::kCount);
+  Text(text).encode(tokenizer, options_of(tokenizer, allowed_special, cut, threads), ids);
+  return ids.size();
 }
 
 // Ids out of an array or a sequence of numbers; one that is none becomes -1, which is no token.
@@ -204,11 +217,12 @@ void bind_encoder(py::module_& module) {
       .def(
           "feed",
           [](StreamEncoder& encoder, const py::object& text) {
-            const Text part(text);
+            Text part(text);
+            const std::string_view bytes = part.bytes();
             IdBuffer ids;
             {
               const py::gil_scoped_release release;
-              encoder.feed(part.bytes(), ids);
+              encoder.feed(bytes, ids);
             }
             return array_of(std::move(ids));
           },

@@ -29,6 +29,8 @@ class PieceEncoder {
   void encode_piece(std::string_view piece, IdBuffer& out);
 
   PairMemo& memo() { return memo_; }
+  // Scratch of RankedBpe::encode().
+  std::vector<uint64_t>& dead() { return dead_; }
   const BpeModel& model() const { return *model_; }
 
  private:

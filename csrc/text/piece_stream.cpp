@@ -13,12 +13,36 @@ namespace {
 constexpr int kSettleEvery = 64;
 // A longer text is taken in parts of this length.
 constexpr size_t kPart = size_t{64} << 10;
+// Text that waits as it is.
+constexpr size_t kMostWaiting = 128;
 
 bool is_letter(CharClass c) {
   return c == CharClass::kUpper || c == CharClass::kLower || c == CharClass::kLetter;
 }
 
 }  // namespace
+
+// The characters after which a piece is in the state in which it was before; none if each needs a
+// look.
+uint32_t PieceStream::run_classes(State state) {
+  switch (state) {
+    case State::kCapitals:
+      return class_set({CharClass::kUpper});
+    case State::kCaseless:
+      return class_set({CharClass::kLetter, CharClass::kMark});
+    case State::kSmall:
+      return class_set({CharClass::kLower, CharClass::kLetter, CharClass::kMark});
+    case State::kSigns:
+      return class_set({CharClass::kOther, CharClass::kMark});
+    case State::kSignsTail:
+    case State::kNewline:
+      return class_set({CharClass::kNewline});
+    case State::kBlanks:
+      return class_set({CharClass::kSpace});
+    default:
+      return 0;
+  }
+}
 
 OpenPiece::OpenPiece(const BpeModel& model) {
   if (model.incremental()) bpe_.emplace(*model.incremental());
@@ -35,6 +59,15 @@ void OpenPiece::restart() {
 void OpenPiece::push(std::string_view bytes, PieceEncoder& encoder) {
   if (bpe_) {
     bpe_->push(bytes, encoder.memo());
+  } else {
+    bytes_ += bytes;
+  }
+}
+
+void OpenPiece::push_many(std::string_view bytes, PieceEncoder& encoder,
+                          std::vector<int32_t>& out) {
+  if (bpe_) {
+    bpe_->push_many(bytes, encoder.memo(), encoder.dead(), out);
   } else {
     bytes_ += bytes;
   }
@@ -67,29 +100,65 @@ void PieceStream::feed(std::string_view text, PieceEncoder& encoder, IdBuffer& o
 }
 
 void PieceStream::feed_part(std::string_view text, const Call& call) {
+  if (state_ != State::kStart) text.remove_prefix(take_while_open(text, call));
+  std::string joined;
+  while (!text.empty()) {
+    if (!waiting_.empty()) {
+      joined = std::exchange(waiting_, {});
+      joined += text;
+      text = joined;
+    }
+    text.remove_prefix(call.encoder.encode_certain(text, call.out));
+    if (text.size() <= kMostWaiting) {
+      waiting_ = text;
+      break;
+    }
+    text.remove_prefix(take_while_open(text, call));
+  }
+}
+
+size_t PieceStream::take_while_open(std::string_view text, const Call& call) {
+  size_t at = 0;
   int unsettled = 0;
-  bool looked = false;  // for pieces that are certain already
-  for (size_t at = 0; at < text.size();) {
-    if (state_ == State::kStart && !looked) {
-      looked = true;
-      at += call.encoder.encode_certain(text.substr(at), call.out);
+  while (at < text.size()) {
+    const size_t run = fork_ == Fork::kNone ? after_classes(text, at, run_classes(state_)) - at : 0;
+    if (run != 0) {
+      take_run(text.substr(at, run), call);
+      at += run;
+      continue;
     }
     int length = 0;
     const uint32_t code = decode_utf8(text, at, &length);
     const Character c{text.substr(at, static_cast<size_t>(length)), class_of(code)};
-    if (!take(c, call)) continue;
-    pending_ += c.bytes.size();
-    at += c.bytes.size();
+    if (take(c, call)) at += c.bytes.size();
+    if (state_ == State::kStart) return at;
     if (++unsettled == kSettleEvery) {
       settle(call);
       unsettled = 0;
     }
   }
   settle(call);
+  return at;
+}
+
+// Characters with which the open piece goes on in the state it is in.
+void PieceStream::take_run(std::string_view run, const Call& call) {
+  if (state_ == State::kBlanks) {
+    // The last one is held instead of the one that was.
+    size_t last = run.size() - 1;
+    while ((run[last] & 0xc0) == 0x80) --last;
+    piece_.push(held_, call.encoder);
+    held_ = run.substr(last);
+    run = run.substr(0, last);
+  }
+  std::vector<int32_t> ids;  // what is ready is given out, as there is one past
+  piece_.push_many(run, call.encoder, ids);
+  call.out.add(ids);
 }
 
 void PieceStream::end(PieceEncoder& encoder, IdBuffer& out) {
   const Call call{encoder, out};
+  encoder.encode(std::exchange(waiting_, {}), out);
   if (fork_ != Fork::kNone) choose(/*longer=*/false, call);
   if (state_ == State::kContraction) {
     take_held(call);
@@ -101,12 +170,16 @@ void PieceStream::end(PieceEncoder& encoder, IdBuffer& out) {
   close(call);
 }
 
+size_t PieceStream::pending() const {
+  size_t bytes = waiting_.size() + piece_.pending();
+  if (fork_ == Fork::kNone) bytes += held_.size();  // else the longer past has it
+  for (const int32_t id : ready_) bytes += model_->vocabulary().length(id);
+  return bytes;
+}
+
 // Up to `count` ids are given out and gone from the list.
 void PieceStream::give(std::vector<int32_t>& ids, size_t count, const Call& call) {
   call.out.add(std::span<const int32_t>(ids).first(count));
-  for (size_t i = 0; i < count; ++i) {
-    pending_ -= model_->vocabulary().bytes_of(ids[i]).size();
-  }
   ids.erase(ids.begin(), ids.begin() + static_cast<int64_t>(count));
 }
 

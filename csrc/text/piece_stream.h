@@ -20,6 +20,8 @@ class OpenPiece {
 
   void restart();
   void push(std::string_view bytes, PieceEncoder& encoder);
+  // The same for many bytes; appends ids that have become certain.
+  void push_many(std::string_view bytes, PieceEncoder& encoder, std::vector<int32_t>& out);
   // Appends the ids that are certain whatever follows; they are gone from here.
   void drain(std::vector<int32_t>& out);
   // Appends the remaining ids if the piece ends here.
@@ -32,9 +34,11 @@ class OpenPiece {
   std::string bytes_;  // the whole piece, if its ids depend on it as a whole
 };
 
-// The pre-tokeniser as a machine that takes a character at a time. Where the end of a piece depends
-// on characters still to come there are at most two possible pasts: the piece goes on, or it ended
-// at a certain place and another has begun. Ids on which both agree are given out.
+// Pieces that are the same whatever follows are encoded many at a time. The last few of a text wait
+// for more of it as they are; where they are long, they go through the pre-tokeniser as a machine
+// that takes a character at a time, and their ids need not wait for their ends. Where the end of a
+// piece depends on characters still to come there are at most two possible pasts: the piece goes
+// on, or it ended at a certain place and another has begun. Ids on which both agree are given out.
 //
 // Two cases need this, as what decides may be far away. In a run of white space the blanks after a
 // newline belong to its piece if another newline follows ("\n    \n"), and not otherwise. Capitals
@@ -49,7 +53,7 @@ class PieceStream {
   // The text, or its part up to a special token, ends here. A new one may follow.
   void end(PieceEncoder& encoder, IdBuffer& out);
   // Bytes of the text whose ids have not been given out.
-  size_t pending() const { return pending_; }
+  size_t pending() const;
 
  private:
   enum class State {
@@ -78,6 +82,10 @@ class PieceStream {
   };
 
   void feed_part(std::string_view text, const Call& call);
+  // Until no piece is open, or the text ends; returns the bytes taken.
+  size_t take_while_open(std::string_view text, const Call& call);
+  static uint32_t run_classes(State state);
+  void take_run(std::string_view run, const Call& call);
   // False if the open piece ends before the character, which is not taken then.
   bool take(const Character& c, const Call& call);
   bool contract(const Character& c, const Call& call);
@@ -99,7 +107,7 @@ class PieceStream {
   CharClass prefix_ = CharClass::kOther;        // of kPrefix,
   bool takes_signs_ = false;                    // which may be followed by signs
   int numbers_ = 0;
-  size_t pending_ = 0;
+  std::string waiting_;  // text behind the last piece that is certain, if no piece is open
 };
 
 }  // namespace puna

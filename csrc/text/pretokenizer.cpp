@@ -20,12 +20,18 @@ const char* const kPretokenizerPattern =
 
 namespace {
 
+// What small letters may be followed by in a word, and signs in a run of them.
+constexpr uint32_t kSmall = class_set({CharClass::kLower, CharClass::kLetter, CharClass::kMark});
+constexpr uint32_t kSigns = class_set({CharClass::kOther, CharClass::kMark});
+
 bool is_caseless(CharClass c) { return c == CharClass::kLetter || c == CharClass::kMark; }
 bool is_letter(CharClass c) {
   return c == CharClass::kUpper || c == CharClass::kLower || c == CharClass::kLetter;
 }
 bool is_space(CharClass c) { return c == CharClass::kSpace || c == CharClass::kNewline; }
-bool is_punctuation(CharClass c) { return c == CharClass::kOther || c == CharClass::kMark; }
+
+// Characters of a run that are looked at one by one.
+constexpr int kShortRun = 24;
 
 // A character of a text: its class, and where it ends.
 struct Char {
@@ -40,6 +46,24 @@ Char look(std::string_view text, size_t at) {
   int length = 0;
   const uint32_t code = decode_utf8(text, at, &length);
   return {class_of(code), at + static_cast<size_t>(length)};
+}
+
+// Bytes of a block that are ASCII characters of these classes.
+uint64_t ascii_of(const ByteBlock& block, uint32_t classes) {
+  const auto wanted = [&](CharClass c) { return classes >> static_cast<int>(c) & 1; };
+  uint64_t known = 0, found = 0;
+  const auto add = [&](CharClass c, uint64_t bytes) {
+    known |= bytes;
+    if (wanted(c)) found |= bytes;
+  };
+  add(CharClass::kUpper, block.between('A', 'Z'));
+  add(CharClass::kLower, block.between('a', 'z'));
+  add(CharClass::kNumber, block.between('0', '9'));
+  const uint64_t newline = block.equal('\n') | block.equal('\r');
+  add(CharClass::kNewline, newline);
+  add(CharClass::kSpace, block.equal(' ') | (block.between('\t', '\r') & ~newline));
+  add(CharClass::kOther, ~known & ~block.beyond_ascii());
+  return found;
 }
 
 // (?i:'s|'t|'re|'ve|'m|'ll|'d)? at `at`: where it ends, or `at`. U+017F is a case of s.
@@ -72,12 +96,7 @@ Letters letters_from(std::string_view text, size_t at) {
     } else if (is_caseless(c.type)) {
       end = after_caseless = c.end;
     } else if (c.type == CharClass::kLower) {
-      end = c.end;
-      while (end < text.size()) {
-        const Char next = look(text, end);
-        if (next.type != CharClass::kLower && !is_caseless(next.type)) break;
-        end = next.end;
-      }
+      end = after_classes(text, c.end, kSmall);
       return {end, end};
     } else {
       break;
@@ -109,6 +128,13 @@ bool is_certain_cut(CharClass previous, CharClass next, char byte) {
   return false;
 }
 
+// Where the character before `end` > 0 begins.
+size_t start_of_last(std::string_view text, size_t end) {
+  --end;
+  while ((text[end] & 0xc0) == 0x80) --end;
+  return end;
+}
+
 // Where \s*[\r\n]+, \s+(?!\S) or \s+ ends.
 size_t after_blanks(std::string_view text, size_t at) {
   size_t end = at, last_start = at, after_newline = at;
@@ -116,8 +142,12 @@ size_t after_blanks(std::string_view text, size_t at) {
     const Char c = look(text, end);
     if (!is_space(c.type)) break;
     last_start = end;
-    end = c.end;
-    if (c.type == CharClass::kNewline) after_newline = end;
+    end = after_classes(text, c.end, class_set({c.type}));
+    if (c.type == CharClass::kNewline) {
+      after_newline = end;
+    } else if (end != c.end) {
+      last_start = start_of_last(text, end);
+    }
   }
   if (after_newline != at) return after_newline;
   return end == text.size() || last_start == at ? end : last_start;
@@ -125,18 +155,33 @@ size_t after_blanks(std::string_view text, size_t at) {
 
 // Where [^\s\p{L}\p{N}]+[\r\n/]* ends, or `at`.
 size_t after_punctuation(std::string_view text, size_t at) {
-  size_t end = at;
-  while (end < text.size()) {
-    const Char c = look(text, end);
-    if (!is_punctuation(c.type)) break;
-    end = c.end;
-  }
+  size_t end = after_classes(text, at, kSigns);
   if (end == at) return at;
   while (end < text.size() && (text[end] == '\r' || text[end] == '\n' || text[end] == '/')) ++end;
   return end;
 }
 
 }  // namespace
+
+size_t after_classes(std::string_view text, size_t at, uint32_t classes) {
+  // Most runs are short; a long one is looked at a block at a time.
+  for (int i = 0; at < text.size(); ++i) {
+    if (i == kShortRun) {
+      for (; text.size() - at >= ByteBlock::kBytes; at += ByteBlock::kBytes) {
+        const uint64_t others = ~ascii_of(ByteBlock(text.data() + at), classes);
+        if (others == 0) continue;
+        at += static_cast<size_t>(std::countr_zero(others));
+        break;
+      }
+      if (at == text.size()) break;
+      i = 0;
+    }
+    const Char c = look(text, at);
+    if (!(classes >> static_cast<int>(c.type) & 1)) break;
+    at = c.end;
+  }
+  return at;
+}
 
 size_t next_piece(std::string_view text, size_t at) {
   const Char first = look(text, at);

@@ -2,7 +2,11 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
+#include <initializer_list>
 #include <string_view>
+
+#include "text/unicode_classes.h"
 
 namespace puna {
 
@@ -17,6 +21,14 @@ size_t next_piece(std::string_view text, size_t at);
 size_t next_pieces(std::string_view text, size_t at, size_t* ends, size_t limit);
 // A limit of next_pieces() that lets it work at full speed.
 constexpr size_t kPiecesAtOnce = 256;
+
+// Where the characters from `at` on end whose classes are in a set: bit i is that of class i.
+size_t after_classes(std::string_view text, size_t at, uint32_t classes);
+constexpr uint32_t class_set(std::initializer_list<CharClass> classes) {
+  uint32_t set = 0;
+  for (const CharClass c : classes) set |= uint32_t{1} << static_cast<int>(c);
+  return set;
+}
 
 // A piece after which there are so many more is the same whatever follows the text. What decides
 // its end lies within the two pieces behind it, and two bytes further: the rest of a run of

@@ -7,16 +7,20 @@
 
 namespace puna {
 
+namespace {
+
+// Tokens whose parts are asked for ahead of their turn.
+constexpr uint32_t kLookAhead = 12;
+
+}  // namespace
+
 uint32_t RankedBpe::merged(uint32_t left, uint32_t right) const {
-  uint32_t node = trie_.node_of(left);
   const Token& follower = tokens_[right];
-  for (uint32_t i = 0; i < follower.length; ++i) {
-    const uint8_t byte =
-        i < sizeof(follower.first) ? follower.first[i] : bytes_[follower.begin + i];
-    node = trie_.child(node, byte);
-    if (node == kNone) return kNone;
+  uint32_t node = child_of(tokens_[left], follower.first[0]);
+  for (uint32_t i = 1; node != kNone && i < follower.length; ++i) {
+    node = trie_.child(node, i == 1 ? follower.first[1] : bytes_[follower.begin + i]);
   }
-  return trie_.token_at(node);
+  return node == kNone ? kNone : trie_.token_at(node);
 }
 
 bool RankedBpe::is_pair(uint32_t left, uint32_t right, uint32_t before) const {
@@ -44,28 +48,38 @@ bool RankedBpe::is_pair(uint32_t left, uint32_t right, uint32_t before) const {
 }
 
 bool RankedBpe::find_parts(const Vocabulary& vocabulary) {
-  const size_t size = vocabulary.size();
-  MergeTable merges;  // filled when first needed
+  const auto size = static_cast<uint32_t>(tokens_.size());
+  MergeTable merges;           // filled when first needed
+  std::vector<uint32_t> ends;  // of a token, the longest first
   for (uint32_t token = 0; token < size; ++token) {
-    const std::string_view bytes = vocabulary.ordinary(token);
-    if (bytes.empty()) continue;
-    if (bytes.size() == 1) {
+    if (token + kLookAhead < size) {
+      const Token& soon = tokens_[token + kLookAhead];
+      if (soon.shorter_start != kNone) __builtin_prefetch(&tokens_[soon.shorter_start]);
+      if (soon.shorter_end != kNone) __builtin_prefetch(&tokens_[soon.shorter_end]);
+    }
+    const uint32_t whole = length(token);
+    if (whole == 0) continue;
+    if (whole == 1) {
       if (token >= 256) return false;
       tokens_[token].left = tokens_[token].right = token;
       continue;
     }
-    for (uint32_t left = trie_.longest_prefix(token); left != kNone;
-         left = trie_.longest_prefix(left)) {
-      if (left >= token || !is_reachable(left)) continue;
-      const int32_t right = vocabulary.find(bytes.substr(length(left)));
-      if (right < 0 || static_cast<uint32_t>(right) >= token ||
-          !is_reachable(static_cast<uint32_t>(right)) ||
-          !is_pair(left, static_cast<uint32_t>(right), token)) {
-        continue;
+    // A beginning and an end that are tokens and meet. There is at most one such pair that is the
+    // encoding by the merges of lower ranks.
+    ends.clear();
+    for (uint32_t end = shorter_end(token); end != kNone; end = shorter_end(end)) {
+      ends.push_back(end);
+    }
+    for (uint32_t left = shorter_start(token); left != kNone && !ends.empty();) {
+      const uint32_t right = ends.back(), joint = length(left) + length(right);
+      if (joint == whole && left < token && right < token && is_reachable(left) &&
+          is_reachable(right) && is_pair(left, right, token)) {
+        tokens_[token].left = left;
+        tokens_[token].right = right;
+        break;
       }
-      tokens_[token].left = left;
-      tokens_[token].right = static_cast<uint32_t>(right);
-      break;
+      if (joint >= whole) left = shorter_start(left);
+      if (joint <= whole) ends.pop_back();
     }
     if (is_reachable(token)) continue;
     // Merging in the order of ranks does not make it. If it comes about nevertheless, one of its
@@ -73,48 +87,56 @@ bool RankedBpe::find_parts(const Vocabulary& vocabulary) {
     all_reachable_ = false;
     if (merges.empty()) add_merges_of_ranks(vocabulary, merges);
     std::vector<int32_t> symbols, ids;
-    for (const char byte : bytes) symbols.push_back(vocabulary.find({&byte, 1}));
+    for (const char byte : vocabulary.ordinary(token))
+      symbols.push_back(vocabulary.find({&byte, 1}));
     merge_pairs(merges, symbols, ids);
     if (ids.size() == 1) return false;
   }
   return true;
 }
 
-void RankedBpe::link_reachable() {
+// By all tokens, or by those that are reachable if all_reachable_ is false.
+void RankedBpe::link(const TokenTrie::Built& built) {
+  const auto counts = [&](uint32_t token) { return all_reachable_ || is_reachable(token); };
   longest_end_.assign(trie_.nodes(), kNone);
-  trie_.for_each_by_depth([&](uint32_t node) {
+  for (const uint32_t node : built.by_depth) {
     const uint32_t token = trie_.token_at(node);
     const uint32_t end = longest_end_[trie_.fail(node)];
     if (token == kNone) {
       longest_end_[node] = end;
-      return;
+      continue;
     }
     tokens_[token].shorter_end = end;
-    longest_end_[node] = is_reachable(token) ? token : end;
+    longest_end_[node] = counts(token) ? token : end;
     // A token's beginnings are nearer to the root and have theirs by now.
-    const uint32_t prefix = trie_.longest_prefix(token);
+    const uint32_t prefix = built.of_tokens[token].longest_prefix;
     tokens_[token].shorter_start =
-        prefix == kNone || is_reachable(prefix) ? prefix : shorter_start(prefix);
-  });
+        prefix == kNone || counts(prefix) ? prefix : shorter_start(prefix);
+  }
 }
 
 std::optional<RankedBpe> RankedBpe::of(const Vocabulary& vocabulary) {
+  std::optional<TokenTrie::Built> built = TokenTrie::of(vocabulary);
+  if (!built) return std::nullopt;
   RankedBpe bpe;
+  bpe.trie_ = std::move(built->trie);
   const size_t size = vocabulary.size();
   bpe.tokens_.resize(size);
-  for (size_t token = 0; token < size; ++token) {
-    const std::string_view bytes = vocabulary.ordinary(token);
-    Token& entry = bpe.tokens_[token];
-    entry.length = static_cast<uint16_t>(bytes.size());
-    entry.begin = static_cast<uint32_t>(bpe.bytes_.size());
-    std::copy_n(bytes.begin(), std::min(bytes.size(), sizeof(entry.first)), entry.first);
+  bpe.bytes_.reserve(vocabulary.bytes());
+  for (uint32_t id = 0; id < size; ++id) {
+    const std::string_view bytes = vocabulary.ordinary(id);
+    if (bytes.empty()) continue;
+    Token& token = bpe.tokens_[id];
+    token.length = static_cast<uint16_t>(bytes.size());
+    token.begin = static_cast<uint32_t>(bpe.bytes_.size());
+    std::copy_n(bytes.begin(), std::min(bytes.size(), sizeof(token.first)), token.first);
     bpe.bytes_.insert(bpe.bytes_.end(), bytes.begin(), bytes.end());
+    token.base = bpe.trie_.base(built->of_tokens[id].node);
+    token.next_bytes = built->of_tokens[id].next_bytes;
   }
-  std::optional<TokenTrie> trie = TokenTrie::of(vocabulary);
-  if (!trie) return std::nullopt;
-  bpe.trie_ = *std::move(trie);
+  bpe.link(*built);
   if (!bpe.find_parts(vocabulary)) return std::nullopt;
-  bpe.link_reachable();
+  if (!bpe.all_reachable_) bpe.link(*built);
   return bpe;
 }
 
@@ -146,13 +168,14 @@ constexpr size_t kStepsPerByte = 12, kFreeSteps = 1024;
 // token fits after it is found at most once. The work is linear in the length.
 template <class Dead>
 int32_t* encode_stepping_back(const RankedBpe& bpe, std::string_view bytes, PairMemo& memo,
-                              Dead dead, int32_t* out) {
+                              Dead dead, int32_t* out, uint32_t left) {
   int32_t* end = out;
   size_t at = 0, steps = 0;
   uint32_t token = bpe.longest_start(bytes, &steps);
   for (;;) {
-    if (end != out && token != RankedBpe::kNone) {
-      token = bpe.longest_fit(static_cast<uint32_t>(end[-1]), token, memo);
+    const uint32_t before = end != out ? static_cast<uint32_t>(end[-1]) : left;
+    if (before != RankedBpe::kNone && token != RankedBpe::kNone) {
+      token = bpe.longest_fit(before, token, memo);
     }
     if (token == RankedBpe::kNone) {
       if (end == out) fail_no_encoding(bytes.size());
@@ -178,12 +201,12 @@ int32_t* encode_stepping_back(const RankedBpe& bpe, std::string_view bytes, Pair
 }  // namespace
 
 int32_t* RankedBpe::encode(std::string_view bytes, PairMemo& memo, std::vector<uint64_t>& dead,
-                           int32_t* out) const {
+                           int32_t* out, uint32_t left) const {
   if (bytes.size() <= kWordPlaces) {
-    return encode_stepping_back(*this, bytes, memo, DeadWord{}, out);
+    return encode_stepping_back(*this, bytes, memo, DeadWord{}, out, left);
   }
   dead.assign(bytes.size() / 64 + 1, 0);
-  return encode_stepping_back(*this, bytes, memo, DeadWords{dead}, out);
+  return encode_stepping_back(*this, bytes, memo, DeadWords{dead}, out, left);
 }
 
 }  // namespace puna

@@ -89,7 +89,7 @@ class RankedBpe {
   uint32_t shorter_end(uint32_t token) const { return tokens_[token].shorter_end; }
   // The reachable token of a token's bytes and one more, or kNone.
   uint32_t longer(uint32_t token, uint8_t byte) const {
-    const uint32_t node = trie_.child(trie_.node_of(token), byte);
+    const uint32_t node = child_of(tokens_[token], byte);
     if (node == kNone) return kNone;
     const uint32_t found = trie_.token_at(node);
     return found != kNone && is_reachable(found) ? found : kNone;
@@ -99,15 +99,15 @@ class RankedBpe {
   // Ids of a piece, by trying the longest token first and stepping back; out has room for an id for
   // each byte. Returns the end of the ids, or null if the piece is one of those, like long runs of
   // blanks, in which many tokens fit everywhere: IncrementalBpe is better at them. `dead` is
-  // scratch.
-  int32_t* encode(std::string_view bytes, PairMemo& memo, std::vector<uint64_t>& dead,
-                  int32_t* out) const;
+  // scratch. `left` is the token before, if the bytes go on with a piece.
+  int32_t* encode(std::string_view bytes, PairMemo& memo, std::vector<uint64_t>& dead, int32_t* out,
+                  uint32_t left = kNone) const;
 
  private:
   // The token of joint bytes, or kNone.
   uint32_t merged(uint32_t left, uint32_t right) const;
   bool find_parts(const Vocabulary& vocabulary);
-  void link_reachable();
+  void link(const TokenTrie::Built& built);
 
   // What a look-up needs of a token lies in one line of the processor's cache.
   struct alignas(32) Token {
@@ -115,15 +115,22 @@ class RankedBpe {
     uint32_t left = kNone, right = kNone;
     uint32_t shorter_start = kNone, shorter_end = kNone;
     uint32_t begin = 0;  // of its bytes within bytes_
+    // In the trie: where its node's children are, and by which bytes, their last five bits, it has
+    // some. Most tokens that meet are no token together, which these bits tell for the most part.
+    uint32_t base = 0, next_bytes = 0;
     uint16_t length = 0;
-    uint8_t first[10] = {};  // bytes
+    uint8_t first[2] = {};  // bytes
   };
   static_assert(sizeof(Token) == 32);
 
+  uint32_t child_of(const Token& token, uint8_t byte) const {
+    return token.next_bytes >> (byte & 31) & 1 ? trie_.child_at(token.base, byte) : kNone;
+  }
+
   TokenTrie trie_;
   Table<Token> tokens_;
-  std::vector<uint8_t> bytes_;
-  std::vector<uint32_t> longest_end_;
+  Table<uint8_t> bytes_;
+  Table<uint32_t> longest_end_;
   bool all_reachable_ = true;
 };
 

@@ -14,16 +14,28 @@ class TokenTrie {
  public:
   static constexpr uint32_t kNone = 0xffffffff;
 
+  // What is known of a token when the trie has been built, and not needed later.
+  struct Place {
+    uint32_t node = kNone;
+    uint32_t longest_prefix = kNone;  // the longest other token that it begins with
+    uint32_t next_bytes = 0;          // of its node's children: bit (byte & 31) for each
+  };
+  struct Built;
+
   TokenTrie() = default;
   // Of the ordinary tokens, all 256 single bytes among them; nothing if they need kMostPlaces.
-  static std::optional<TokenTrie> of(const Vocabulary& vocabulary);
+  static std::optional<Built> of(const Vocabulary& vocabulary);
 
   uint32_t root() const { return kRoot; }
-  // The node of a node's bytes and one more, or kNone.
-  uint32_t child(uint32_t node, uint8_t byte) const {
-    const uint32_t next = base(node) ^ byte;
+  // Stands for a node's children; 0: there are none.
+  uint32_t base(uint32_t node) const { return places_[node] >> kBaseBit; }
+  // The child by a byte of the node that has this base, or kNone.
+  uint32_t child_at(uint32_t base, uint8_t byte) const {
+    const uint32_t next = base ^ byte;
     return (places_[next] >> kLabelBit & 0xff) == byte ? next : kNone;
   }
+  // The node of a node's bytes and one more, or kNone.
+  uint32_t child(uint32_t node, uint8_t byte) const { return child_at(base(node), byte); }
   // The node of the longest end of (a node's bytes and one more) that is in the trie.
   uint32_t step(uint32_t node, uint8_t byte) const {
     uint32_t next = child(node, byte);
@@ -36,20 +48,14 @@ class TokenTrie {
   // The token that a node's bytes are, or kNone.
   uint32_t token_at(uint32_t node) const { return tokens_[node]; }
   bool has_token(uint32_t node) const { return places_[node] & kHasToken; }
-  uint32_t node_of(uint32_t token) const { return node_of_[token]; }
   // The longest proper end of a node's bytes that is in the trie.
   uint32_t fail(uint32_t node) const { return fails_[node]; }
   bool has_children(uint32_t node) const { return base(node) != 0; }
   uint32_t depth(uint32_t node) const { return depths_[node]; }
-  // The longest token that a token begins with, other than itself, or kNone.
-  uint32_t longest_prefix(uint32_t token) const { return longest_prefix_[token]; }
+  // The length of the longest token.
+  uint32_t deepest() const { return deepest_; }
   // Nodes have numbers below this.
   size_t nodes() const { return places_.size(); }
-  // Calls visit(node) for all nodes but the root, the shorter before the longer.
-  template <class Visit>
-  void for_each_by_depth(const Visit& visit) const {
-    for (const uint32_t node : by_depth_) visit(node);
-  }
 
  private:
   // A place of the double array, in 32 bits, so that the processor's caches hold many: from above,
@@ -62,13 +68,15 @@ class TokenTrie {
   static constexpr uint32_t kRoot = 0;
   struct Builder;
 
-  uint32_t base(uint32_t node) const { return places_[node] >> kBaseBit; }
-
   Table<uint32_t> places_, tokens_, fails_;
-  std::vector<uint16_t> depths_;
-  std::vector<uint32_t> by_depth_;
-  std::vector<uint32_t> node_of_;
-  std::vector<uint32_t> longest_prefix_;
+  Table<uint16_t> depths_;
+  uint32_t deepest_ = 0;
+};
+
+struct TokenTrie::Built {
+  TokenTrie trie;
+  Table<Place> of_tokens;
+  Table<uint32_t> by_depth;  // all nodes but the root, the shorter before the longer
 };
 
 }  // namespace puna

@@ -19,6 +19,12 @@ namespace {
 constexpr size_t kBlockBytes = size_t{256} << 10;
 // English has 4 to 5 bytes a token. More is made room for as it comes.
 constexpr size_t kBytesPerId = 4;
+// Of a wide text at a time: stays in the processor's caches.
+constexpr size_t kWideBytes = size_t{64} << 10;
+
+bool reads_special(const EncodeOptions& options) {
+  return options.special.all || !options.special.names.empty();
+}
 
 }  // namespace
 
@@ -140,7 +146,7 @@ void Tokenizer::encode_plain(std::string_view text, int threads, IdBuffer& out) 
 
 void Tokenizer::encode_between_cuts(std::string_view text, const EncodeOptions& options,
                                     IdBuffer& out) const {
-  if (!options.special.all && options.special.names.empty()) {
+  if (!reads_special(options)) {
     encode_plain(text, options.threads, out);
     return;
   }
@@ -170,6 +176,36 @@ void Tokenizer::encode(std::string_view bytes, const EncodeOptions& options, IdB
     const size_t end = cutter.before_cut(text);
     encode_between_cuts(text.substr(0, end), options, out);
     text.remove_prefix(end);
+  }
+}
+
+bool Tokenizer::encode(WideText text, const EncodeOptions& options, IdBuffer& out) const {
+  size_t room = kWideBytes, used = 0;
+  if (options.threads != 1 || options.cut != Cut::kNone || reads_special(options)) {
+    room = text.most_bytes();  // these look at the whole
+  }
+  auto bytes = std::make_unique_for_overwrite<char[]>(room);
+  const Lease own = lease();
+  for (;;) {
+    used += text.write(bytes.get() + used, room - used);
+    const std::string_view part(bytes.get(), used);
+    if (text.stopped()) return false;
+    if (text.done()) {
+      EncodeOptions valid = options;
+      valid.is_valid_utf8 = true;
+      encode(part, valid, out);
+      return true;
+    }
+    const size_t done = own.encoder().encode_certain(part, out);
+    used -= done;
+    if (used > room / 2) {  // a long piece
+      auto longer = std::make_unique_for_overwrite<char[]>(2 * room);
+      std::copy_n(bytes.get() + done, used, longer.get());
+      bytes = std::move(longer);
+      room *= 2;
+    } else {
+      std::copy_n(bytes.get() + done, used, bytes.get());
+    }
   }
 }
 

@@ -15,6 +15,7 @@
 #include "text/bpe_model.h"
 #include "text/id_buffer.h"
 #include "text/piece_encoder.h"
+#include "text/wide_text.h"
 
 namespace puna {
 
@@ -75,6 +76,9 @@ class Tokenizer {
   std::vector<int32_t> encode(std::string_view text, const EncodeOptions& options = {}) const;
   // The same, appended to `out`.
   void encode(std::string_view text, const EncodeOptions& options, IdBuffer& out) const;
+  // The same of a text that is not UTF-8 yet, of which UTF-8 is made a part at a time where it
+  // can. False if it has something that is no character; then `out` holds anything.
+  bool encode(WideText text, const EncodeOptions& options, IdBuffer& out) const;
   // Of each text, several texts at once.
   std::vector<IdBuffer> encode_all(std::span<const std::string_view> texts,
                                    const EncodeOptions& options) const;

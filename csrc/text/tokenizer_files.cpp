@@ -50,30 +50,36 @@ template <class... Parts>
   refuse(ErrorCode::kUnsupported, "tokenizer.json has ", parts...);
 }
 
-// Decodes base64 with padding; false if it is not.
-bool decode_base64(std::string_view text, std::string& out) {
-  out.clear();
-  if (text.empty() || text.size() % 4 != 0) return false;
-  const auto value = [](char c) -> int {
-    if (c >= 'A' && c <= 'Z') return c - 'A';
-    if (c >= 'a' && c <= 'z') return c - 'a' + 26;
-    if (c >= '0' && c <= '9') return c - '0' + 52;
-    if (c == '+') return 62;
-    if (c == '/') return 63;
-    return -1;
+// Values of base64's digits; kNoDigit where there is none.
+constexpr uint8_t kNoDigit = 0xff;
+constexpr std::array<uint8_t, 256> kBase64 = [] {
+  std::array<uint8_t, 256> values{};
+  values.fill(kNoDigit);
+  const std::string_view digits =
+      "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+  for (size_t i = 0; i < digits.size(); ++i) {
+    values[static_cast<uint8_t>(digits[i])] = static_cast<uint8_t>(i);
+  }
+  return values;
+}();
+
+// Decodes base64 with padding into `out`, which has room for three bytes for each four digits.
+// Returns the number of bytes, or nothing if it is no base64.
+std::optional<size_t> decode_base64(std::string_view text, char* out) {
+  if (text.empty() || text.size() % 4 != 0) return std::nullopt;
+  const size_t padding = !text.ends_with('=') ? 0 : text[text.size() - 2] != '=' ? 1 : 2;
+  const auto digit = [&](size_t i) -> uint32_t {
+    return i < text.size() - padding ? kBase64[static_cast<uint8_t>(text[i])] : 0;
   };
   for (size_t i = 0; i < text.size(); i += 4) {
-    const bool last = i + 4 == text.size();
-    const int padding = !last ? 0 : text[i + 3] != '=' ? 0 : text[i + 2] != '=' ? 1 : 2;
-    uint32_t bits = 0;
-    for (int j = 0; j < 4; ++j) {
-      const int v = j < 4 - padding ? value(text[i + j]) : 0;
-      if (v < 0) return false;
-      bits = bits << 6 | static_cast<uint32_t>(v);
-    }
-    for (int j = 0; j < 3 - padding; ++j) out += static_cast<char>(bits >> (16 - 8 * j) & 255);
+    const uint32_t a = digit(i), b = digit(i + 1), c = digit(i + 2), d = digit(i + 3);
+    if ((a | b | c | d) == kNoDigit) return std::nullopt;  // the others are below 64
+    const uint32_t bits = a << 18 | b << 12 | c << 6 | d;
+    *out++ = static_cast<char>(bits >> 16);
+    *out++ = static_cast<char>(bits >> 8);
+    *out++ = static_cast<char>(bits);
   }
-  return true;
+  return text.size() / 4 * 3 - padding;
 }
 
 json parse(std::string_view text, const char* where) {
@@ -269,12 +275,13 @@ struct Placed {
 };
 
 // Sorts the added tokens by name. An empty token leaves room for one.
-Placed place(const ByteStrings& tokens, std::vector<Tokenizer::AddedToken>& added) {
+Placed place(ByteStrings tokens, std::vector<Tokenizer::AddedToken>& added) {
   std::sort(added.begin(), added.end(), [](const auto& a, const auto& b) { return a.id < b.id; });
   Placed placed;
-  size_t bytes = 0;
-  for (size_t id = 0; id < tokens.size(); ++id) bytes += tokens[id].size();
-  placed.tokens.reserve(tokens.size() + added.size(), bytes + 32 * added.size());
+  if (added.empty() || static_cast<size_t>(added.front().id) >= tokens.size()) {
+    placed.is_added.assign(tokens.size(), false);
+    placed.tokens = std::exchange(tokens, {});
+  }
   const auto copy_until = [&](size_t end) {
     for (size_t id = placed.tokens.size(); id < end; ++id) {
       placed.tokens.add(id < tokens.size() ? tokens[id] : std::string_view());
@@ -305,7 +312,7 @@ Placed place(const ByteStrings& tokens, std::vector<Tokenizer::AddedToken>& adde
 Tokenizer Tokenizer::from_ranks(std::string_view ranks, std::string_view config) {
   ByteStrings tokens;
   tokens.reserve(ranks.size() / 16, ranks.size() / 2);
-  std::string token;
+  std::array<char, kMaxTokenBytes + 4> token;
   size_t line_number = 0;
   for (size_t at = 0; at < ranks.size();) {
     size_t end = ranks.find('\n', at);
@@ -317,7 +324,12 @@ Tokenizer Tokenizer::from_ranks(std::string_view ranks, std::string_view config)
     if (line.empty()) continue;
     const size_t space = line.find(' ');
     const std::string_view digits = space == std::string_view::npos ? "" : line.substr(space + 1);
-    if (digits.empty() || !decode_base64(line.substr(0, space), token)) {
+    const std::string_view code = line.substr(0, space);
+    if (code.size() / 4 * 3 > token.size()) {
+      bad("line ", line_number, " has a token of over ", kMaxTokenBytes, " bytes");
+    }
+    const std::optional<size_t> length = decode_base64(code, token.data());
+    if (digits.empty() || !length) {
       bad("line ", line_number, " of the ranks is no \"base64 rank\"");
     }
     size_t rank = 0;
@@ -328,14 +340,14 @@ Tokenizer Tokenizer::from_ranks(std::string_view ranks, std::string_view config)
           " was expected");
     }
     if (tokens.size() >= kMaxTokens) bad("there are more than ", kMaxTokens, " ranks");
-    if (token.size() > kMaxTokenBytes) {
-      bad("line ", line_number, " has a token of ", token.size(), " bytes; ", kMaxTokenBytes,
+    if (*length > kMaxTokenBytes) {
+      bad("line ", line_number, " has a token of ", *length, " bytes; ", kMaxTokenBytes,
           " are the limit");
     }
-    tokens.add(token);
+    tokens.add({token.data(), *length});
   }
   std::vector<AddedToken> added = added_of_config(config, tokens.size());
-  Placed placed = place(tokens, added);
+  Placed placed = place(std::move(tokens), added);
   return Tokenizer(BpeModel::of_ranks(std::move(placed.tokens), std::move(placed.is_added)),
                    std::move(added));
 }
@@ -413,7 +425,7 @@ Tokenizer Tokenizer::from_byte_level(const std::vector<std::string_view>& names,
     }
     rules.push_back({l->second, r->second, merged->second});
   }
-  Placed placed = place(tokens, added);
+  Placed placed = place(std::move(tokens), added);
   return Tokenizer(
       BpeModel::of_merges(std::move(placed.tokens), std::move(placed.is_added), rules, whole_first),
       std::move(added));

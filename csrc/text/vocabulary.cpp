@@ -1,6 +1,7 @@
 #include "text/vocabulary.h"
 
 #include <algorithm>
+#include <array>
 #include <limits>
 
 #include "base/error.h"
@@ -11,7 +12,7 @@ void ByteStrings::add(std::string_view bytes) {
   if (bytes.size() > std::numeric_limits<uint32_t>::max() - arena_.size()) {
     fail(ErrorCode::kModelFormat, "[tokenizer] the tokens have more than 4 GiB");
   }
-  arena_ += bytes;
+  arena_.insert(arena_.end(), bytes.begin(), bytes.end());
   ends_.push_back(static_cast<uint32_t>(arena_.size()));
 }
 
@@ -36,23 +37,33 @@ Vocabulary::Vocabulary(ByteStrings tokens, std::vector<bool> added)
     keys_[id] = ShortKey::of(bytes.data(), std::min(bytes.size(), ShortKey::kBytes));
     if (bytes.size() > ShortKey::kBytes) keys_[id].high |= static_cast<uint64_t>(kLong) << 56;
   }
-  clear_slots();
-  for (size_t id = 0; id < size(); ++id) {
-    if (!ordinary(id).empty()) insert(static_cast<int32_t>(id));
-  }
+  fill_slots([](size_t) { return true; });
 }
 
-void Vocabulary::clear_slots() {
+template <class Keep>
+void Vocabulary::fill_slots(const Keep& keep) {
   int bits = 6;
   while ((size_t{1} << bits) < 2 * size()) ++bits;
   shift_ = 64 - bits;
   mask_ = (size_t{1} << bits) - 1;
   slots_.assign(mask_ + 1, Slot{0, kNone});
+  // Slots are asked for some tokens ahead.
+  constexpr size_t kAhead = 16;
+  std::array<uint64_t, kAhead> hashes;
+  const auto is_kept = [&](size_t id) { return !ordinary(id).empty() && keep(id); };
+  for (size_t next = 0; next < size() + kAhead; ++next) {
+    if (next >= kAhead && is_kept(next - kAhead)) {
+      insert(static_cast<int32_t>(next - kAhead), hashes[next % kAhead]);
+    }
+    if (next < size() && is_kept(next)) {
+      hashes[next % kAhead] = hash_of(tokens_[next]);
+      prefetch(hashes[next % kAhead]);
+    }
+  }
 }
 
-void Vocabulary::insert(int32_t id) {
+void Vocabulary::insert(int32_t id, uint64_t hash) {
   const std::string_view bytes = bytes_of(id);
-  const uint64_t hash = hash_of(bytes);
   size_t slot = hash >> shift_;
   for (; slots_[slot].id != kNone; slot = (slot + 1) & mask_) {
     if (slots_[slot].tag == static_cast<uint32_t>(hash) && bytes_of(slots_[slot].id) == bytes) {
@@ -73,10 +84,7 @@ int32_t Vocabulary::find(std::string_view bytes, uint64_t hash) const {
 }
 
 void Vocabulary::restrict_to(const std::vector<bool>& keep) {
-  clear_slots();
-  for (size_t id = 0; id < size(); ++id) {
-    if (!ordinary(id).empty() && keep[id]) insert(static_cast<int32_t>(id));
-  }
+  fill_slots([&](size_t id) { return keep[id]; });
 }
 
 }  // namespace puna

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <string>
@@ -34,10 +35,8 @@ struct ShortKey {
   static ShortKey of_readable(const char* bytes, size_t size) {
     uint64_t words[2];
     std::memcpy(words, bytes, 16);
-    // Of the low word the first min(size, 8) bytes stay, of the high one the other size - 8.
-    const uint64_t low = size >= 8 ? ~uint64_t{0} : (uint64_t{1} << (8 * size)) - 1;
-    const uint64_t high = size <= 8 ? 0 : (uint64_t{1} << (8 * (size - 8))) - 1;
-    return {words[0] & low, (words[1] & high) | static_cast<uint64_t>(size) << 56};
+    return {words[0] & kKept[size][0], (words[1] & kKept[size][1]) | static_cast<uint64_t>(size)
+                                                                         << 56};
   }
 
   uint64_t hash() const { return mixed(low ^ kSalt[0], high ^ kSalt[1]); }
@@ -49,6 +48,18 @@ struct ShortKey {
   }
   // Odd constants without structure: from the fraction of pi.
   static constexpr uint64_t kSalt[2] = {0x243f6a8885a308d3, 0x13198a2e03707345};
+
+ private:
+  // Of two words, the bits of their first bytes, by how many those are.
+  static constexpr std::array<std::array<uint64_t, 2>, kBytes + 1> kKept = [] {
+    std::array<std::array<uint64_t, 2>, kBytes + 1> kept{};
+    for (size_t size = 0; size <= kBytes; ++size) {
+      for (size_t byte = 0; byte < size; ++byte) {
+        kept[size][byte / 8] |= uint64_t{0xff} << (byte % 8 * 8);
+      }
+    }
+    return kept;
+  }();
 };
 static_assert(sizeof(ShortKey) == 16);
 
@@ -56,9 +67,10 @@ static_assert(sizeof(ShortKey) == 16);
 class ByteStrings {
  public:
   size_t size() const { return ends_.size(); }
+  size_t bytes() const { return arena_.size(); }
   std::string_view operator[](size_t i) const {
     const uint32_t begin = i == 0 ? 0 : ends_[i - 1];
-    return std::string_view(arena_).substr(begin, ends_[i] - begin);
+    return {arena_.data() + begin, ends_[i] - begin};
   }
   void reserve(size_t count, size_t bytes) {
     ends_.reserve(count);
@@ -68,8 +80,8 @@ class ByteStrings {
   void add(std::string_view bytes);
 
  private:
-  std::string arena_;
-  std::vector<uint32_t> ends_;
+  Table<char> arena_;
+  Table<uint32_t> ends_;
 };
 
 class Vocabulary {
@@ -82,6 +94,7 @@ class Vocabulary {
   Vocabulary(ByteStrings tokens, std::vector<bool> added);
 
   size_t size() const { return tokens_.size(); }
+  size_t bytes() const { return tokens_.bytes(); }  // of all tokens
   // Of an id below size().
   std::string_view bytes_of(int32_t id) const { return tokens_[static_cast<size_t>(id)]; }
   // Those of a token that is not added; of one that is, none.
@@ -122,8 +135,10 @@ class Vocabulary {
     uint32_t tag;  // low bits of the hash
     int32_t id;
   };
-  void insert(int32_t id);
-  void clear_slots();
+  void insert(int32_t id, uint64_t hash);
+  // Those for which keep(id) is true.
+  template <class Keep>
+  void fill_slots(const Keep& keep);
 
   ByteStrings tokens_;
   std::vector<bool> added_;

@@ -159,6 +159,7 @@ TEST(random_vocabularies_encode_as_defined) {
     ranked ? ++from_left : ++by_merging;
     if (ranked && !ranked->all_reachable()) ++unreachable;
     puna::PairMemo memo;
+    puna::PieceEncoder encoder(model);
     for (int j = 0; j < 10; ++j) {
       const std::string piece = random_letters(random, 1 + random() % (j % 4 == 0 ? 200 : 20));
       const std::vector<int32_t> expected = merged_plainly(tokens, piece);
@@ -191,6 +192,22 @@ TEST(random_vocabularies_encode_as_defined) {
       }
       incremental.complete(given);
       CHECK_EQ(shown(given), shown(expected));
+      // Many bytes at a time, between few.
+      const std::string longer = random_letters(random, 1 + random() % 2000);
+      puna::IdBuffer whole;
+      encoder.encode_piece(longer, whole);
+      if (!ranked->all_reachable()) continue;  // may be a token of which its parts know nothing
+      incremental.restart();
+      given.clear();
+      for (size_t at = 0; at < longer.size();) {
+        const size_t n = std::min<size_t>(longer.size() - at, 1 + random() % 400);
+        incremental.push_many(longer.substr(at, n), memo, dead, given);
+        at += n;
+        CHECK(given.size() <= whole.size() &&
+              std::equal(given.begin(), given.end(), whole.ids().begin()));
+      }
+      incremental.complete(given);
+      CHECK_EQ(shown(given), shown({whole.ids().begin(), whole.ids().end()}));
     }
   }
   CHECK(from_left > 30 && by_merging > 30 && unreachable > 5);

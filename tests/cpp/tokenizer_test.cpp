@@ -264,6 +264,69 @@ TEST(bytes_that_are_no_text_become_replacement_characters) {
   }
 }
 
+// UTF-8 of code points by its definition.
+std::string utf8_of(const std::vector<uint32_t>& codes) {
+  std::string text;
+  for (const uint32_t c : codes) {
+    const int tails = c < 0x80 ? 0 : c < 0x800 ? 1 : c < 0x10000 ? 2 : 3;
+    const uint32_t lead[] = {0, 0xc0, 0xe0, 0xf0};
+    text += static_cast<char>(lead[tails] | c >> (6 * tails));
+    for (int i = tails - 1; i >= 0; --i) text += static_cast<char>(0x80 | (c >> (6 * i) & 0x3f));
+  }
+  return text;
+}
+
+TEST(wide_characters_become_utf8) {
+  std::mt19937 random(4);
+  const Tokenizer tokenizer = small();
+  for (int i = 0; i < 3000; ++i) {
+    const uint32_t limits[] = {0x80, 0x100, 0x800, 0x10000, 0x110000};
+    const uint32_t limit = limits[random() % 5];
+    std::vector<uint32_t> codes;
+    for (size_t n = random() % 120; n > 0; --n) {
+      const uint32_t c = random() % (random() % 2 ? limit : std::min<uint32_t>(limit, 0x80));
+      codes.push_back(c >= 0xd800 && c < 0xe000 ? 'x' : c);
+    }
+    const std::string expected = utf8_of(codes);
+    const std::vector<uint8_t> bytes(codes.begin(), codes.end());
+    const std::vector<uint16_t> pairs(codes.begin(), codes.end());
+    const auto check = [&](const void* characters, int unit) {
+      // All at once, and with little room at a time.
+      for (const size_t room : {expected.size() + 64, size_t{1} + random() % 90}) {
+        puna::WideText text(characters, codes.size(), unit);
+        CHECK(text.most_bytes() >= expected.size());
+        std::string found;
+        while (!text.done()) {
+          std::string part(std::max<size_t>(room, 4), '\0');
+          part.resize(text.write(part.data(), part.size()));
+          CHECK(!part.empty() && !text.stopped());
+          found += part;
+        }
+        CHECK_EQ(found, expected);
+      }
+      puna::IdBuffer ids;
+      CHECK(tokenizer.encode(puna::WideText(characters, codes.size(), unit), {}, ids));
+      CHECK_EQ(shown(std::vector<int32_t>(ids.ids().begin(), ids.ids().end())),
+               shown(tokenizer.encode(expected)));
+    };
+    if (limit <= 0x100) check(bytes.data(), 1);
+    if (limit <= 0x10000) check(pairs.data(), 2);
+    check(codes.data(), 4);
+    // Half of a surrogate pair, and more than there are code points, stop it.
+    for (const uint32_t bad : {0xd800u, 0xdfffu, 0x110000u, 0xffffffffu}) {
+      std::vector<uint32_t> refused = codes;
+      refused.insert(refused.begin() + static_cast<int64_t>(random() % (codes.size() + 1)), bad);
+      puna::IdBuffer none;
+      CHECK(!tokenizer.encode(puna::WideText(refused.data(), refused.size(), 4), {}, none));
+    }
+  }
+  // A long piece needs more room than a part.
+  const std::vector<uint32_t> run(200'000, 0xe9);
+  puna::IdBuffer ids;
+  CHECK(tokenizer.encode(puna::WideText(run.data(), run.size(), 4), {}, ids));
+  CHECK_EQ(ids.size(), tokenizer.encode(utf8_of(run)).size());
+}
+
 TEST(llama4_names_its_special_tokens) {
   const std::vector<std::string> names = puna::llama4_special_tokens();
   CHECK_EQ(names.size(), size_t{2048});
