@@ -62,18 +62,31 @@ std::string to_valid_utf8(std::string_view bytes) {
 }
 
 bool is_valid_utf8(std::string_view bytes) {
+  const auto is_tail = [&](size_t at) { return (bytes[at] & 0xc0) == 0x80; };
   for (size_t at = 0; at < bytes.size();) {
-    uint64_t ascii = 0;
-    if (bytes.size() - at >= sizeof(ascii)) {
-      std::memcpy(&ascii, bytes.data() + at, sizeof(ascii));
-      if (!(ascii & 0x8080808080808080)) {
-        at += sizeof(ascii);
-        continue;
-      }
+    const size_t left = bytes.size() - at;
+    const auto first = static_cast<uint8_t>(bytes[at]);
+    if (first < 0x80) {
+      uint64_t ascii = 0;
+      if (left >= sizeof(ascii)) std::memcpy(&ascii, bytes.data() + at, sizeof(ascii));
+      at += left >= sizeof(ascii) && !(ascii & 0x8080808080808080) ? sizeof(ascii) : 1;
+    } else if (first < 0xe0) {
+      if (first < 0xc2 || left < 2 || !is_tail(at + 1)) return false;
+      at += 2;
+    } else if (first < 0xf0) {
+      if (left < 3 || !is_tail(at + 1) || !is_tail(at + 2)) return false;
+      int length = 0;
+      const uint32_t code = decode_utf8(bytes, at, &length);
+      if (code < 0x800 || (code >= 0xd800 && code < 0xe000)) return false;
+      at += 3;
+    } else {
+      if (first > 0xf4 || left < 4) return false;
+      if (!is_tail(at + 1) || !is_tail(at + 2) || !is_tail(at + 3)) return false;
+      int length = 0;
+      const uint32_t code = decode_utf8(bytes, at, &length);
+      if (code < 0x10000 || code > 0x10ffff) return false;
+      at += 4;
     }
-    const Utf8Unit unit = utf8_unit(bytes, at);
-    if (unit.kind != Utf8Unit::kValid) return false;
-    at += unit.length;
   }
   return true;
 }

@@ -260,6 +260,7 @@ TEST(bytes_that_are_no_text_become_replacement_characters) {
   };
   for (const auto& [bytes, text] : cases) {
     CHECK_EQ(puna::to_valid_utf8(bytes), text);
+    CHECK(!puna::is_valid_utf8(bytes) && puna::is_valid_utf8(text));
     CHECK_EQ(shown(tokenizer.encode(bytes)), shown(tokenizer.encode(text)));
   }
 }
@@ -274,6 +275,24 @@ std::string utf8_of(const std::vector<uint32_t>& codes) {
     for (int i = tails - 1; i >= 0; --i) text += static_cast<char>(0x80 | (c >> (6 * i) & 0x3f));
   }
   return text;
+}
+
+TEST(utf8_is_valid_where_nothing_is_replaced) {
+  // Around all bounds of the bytes, in every place.
+  const std::string bounds =
+      "\x01\x7f\x80\x8f\x90\x9f\xa0\xbf\xc0\xc1\xc2\xdf\xe0\xe1\xec\xed\xee\xef\xf0\xf1\xf3\xf4\xf5"
+      "\xff";
+  std::mt19937 random(5);
+  int valid = 0;
+  for (int i = 0; i < 300'000; ++i) {
+    std::string text(random() % 12, 'x');
+    for (size_t n = 1 + random() % 4; n > 0; --n) text += bounds[random() % bounds.size()];
+    text.append(random() % 12, 'x');
+    const bool expected = puna::to_valid_utf8(text) == text;
+    valid += expected;
+    CHECK_EQ(puna::is_valid_utf8(text), expected);
+  }
+  CHECK(valid > 1000);
 }
 
 TEST(wide_characters_become_utf8) {
