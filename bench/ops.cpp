@@ -247,6 +247,9 @@ KernelCase sealed_attention(const Machine& machine, KvSeal format, int64_t posit
                 .value_scales = scales(layout.value_scale_offset(head)),
                 .next_upper = next ? next + layout.upper_offset(head) : nullptr,
                 .next_lower = next ? next + layout.lower_offset(head) : nullptr,
+                .next_key_scales =
+                    next ? reinterpret_cast<const uint16_t*>(next + layout.key_scale_offset(head))
+                         : nullptr,
                 .rows = static_cast<int32_t>(rows),
                 .head_dim = kHeadDim,
                 .m = queries.m.data(),

@@ -70,6 +70,7 @@ struct AttendSealed {
   const uint16_t* value_scales;  // of tokens
   const uint8_t* next_upper;     // keys that will be read after this page, or null
   const uint8_t* next_lower;
+  const uint16_t* next_key_scales;
   int32_t rows, head_dim;  // head_dim <= kSealedDim
   float* m;                // [rows]
   float* l;                // [rows]

@@ -57,6 +57,11 @@ struct Ahead {
   }
 };
 
+PUNA_INLINE void ask_for_all(const void* memory, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64)
+    __builtin_prefetch(static_cast<const char*>(memory) + at, 0, 2);
+}
+
 // Turns numbers[count], of which `largest` is the magnitude of the largest, into words and returns
 // how sums of them with codes are to be read, but for the offset.
 template <class Format>
@@ -73,84 +78,114 @@ SealedRow write_words(int16_t* words, const float* numbers, int64_t count, float
   return row;
 }
 
-PUNA_INLINE float largest_lane(VF a) {
-  float lanes[VF::N];
-  store(lanes, a);
-  for (int64_t i = 1; i < VF::N; ++i) lanes[0] = lanes[i] > lanes[0] ? lanes[i] : lanes[0];
-  return lanes[0];
-}
+// Of the channels of keys, or the tokens of values: their scale, and what the middle of the codes
+// stands for. Padding has 0 in both.
+struct Levels {
+  template <class Format>
+  void read(Format, const uint16_t* scales, int64_t count) {
+    for (int64_t i = 0; i < count; i += VF::N) {
+      const VF x = load_bf16(scales + i), zero = load_bf16(scales + count + i);
+      store(scale + i, x);
+      store(middle + i, fma(x, set1(Format::kCentre), zero));
+    }
+  }
 
-// One query: words of q * scale, and the offset of q with the zero points and with the middle of
-// the codes. Padding has scale and zero point 0.
+  alignas(64) float scale[kSealedTokens];
+  alignas(64) float middle[kSealedTokens];
+};
+static_assert(kSealedDim <= kSealedTokens);
+
+// Rows that go through the steps of a pass side by side: the end of one step waits for what the
+// row's last operations give, which other rows' operations fill.
+constexpr int64_t kAbreast = 8;
+
+// Queries: words of q * scale, and the offset of q with the zero points and with the middle of the
+// codes.
 template <class Format>
-void quantise_query(const SealedRows& all, int64_t r) {
+void quantise_queries(const SealedRows& all, int64_t first, int64_t count, const Levels& keys) {
   const AttendSealed& page = all.page;
   const int64_t n = page.head_dim, padded = (n + kLineRows - 1) / kLineRows * kLineRows;
-  const float* q = page.q + r * page.q_stride;
-  float* numbers = all.scores + r * kSealedTokens;
-  VF largest = set1(0.0f), offset = set1(0.0f);
-  const VF centre = set1(Format::kCentre);
-  for (int64_t c = 0; c < padded; c += VF::N) {
-    const VF x = c + VF::N <= n ? load(q + c) : c < n ? load_n(q + c, n - c) : set1(0.0f);
-    const VF scale = load_bf16(page.key_scales + c);
-    const VF zero = load_bf16(page.key_scales + padded + c);
-    const VF number = x * scale;
-    store(numbers + c, number);
-    largest = max(largest, abs(number));
-    offset = fma(x, fma(scale, centre, zero), offset);
+  float most[kAbreast], offsets[kAbreast];
+  for (int64_t i = 0; i < count; ++i) {
+    const float* q = page.q + (first + i) * page.q_stride;
+    float* numbers = all.scores + (first + i) * kSealedTokens;
+    VF largest = set1(0.0f), offset = set1(0.0f);
+    for (int64_t c = 0; c < padded; c += VF::N) {
+      const VF x = c + VF::N <= n ? load(q + c) : c < n ? load_n(q + c, n - c) : set1(0.0f);
+      const VF number = x * load(keys.scale + c);
+      store(numbers + c, number);
+      largest = max(largest, abs(number));
+      offset = fma(x, load(keys.middle + c), offset);
+    }
+    most[i] = largest_lane(largest);
+    offsets[i] = sum(offset);
   }
-  SealedRow row =
-      write_words<Format>(all.words + r * kSealedTokens, numbers, padded, largest_lane(largest));
-  row.offset = sum(offset);
-  all.rows[r] = row;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t at = (first + i) * kSealedTokens;
+    SealedRow row = write_words<Format>(all.words + at, all.scores + at, padded, most[i]);
+    row.offset = offsets[i];
+    all.rows[first + i] = row;
+  }
 }
 
-// Turns the scores of a row into words of weight * scale, and brings m, l and what o is multiplied
+// Turns the scores of rows into words of weight * scale, and brings m, l and what o is multiplied
 // with to the new maximum.
 template <class Format>
-void weigh_row(const SealedRows& all, int64_t r) {
+void weigh_rows(const SealedRows& all, int64_t first, int64_t count, const Levels& values,
+                Ahead ahead, int64_t asks) {
   const AttendSealed& page = all.page;
-  float* numbers = all.scores + r * kSealedTokens;
-  VF most = set1(page.m[r]);
-  for (int64_t t = 0; t < kSealedTokens; t += VF::N) most = max(most, load(numbers + t));
-  const float top = largest_lane(most);
-  VF total = set1(0.0f), largest = set1(0.0f), offset = set1(0.0f);
-  const VF centre = set1(Format::kCentre);
-  for (int64_t t = 0; t < kSealedTokens; t += VF::N) {
-    const VF weight = exp(load(numbers + t) - set1(top));
-    const VF scale = load_bf16(page.value_scales + t);
-    const VF zero = load_bf16(page.value_scales + kSealedTokens + t);
-    const VF number = weight * scale;
-    store(numbers + t, number);
-    total = total + weight;
-    largest = max(largest, number);
-    offset = fma(weight, fma(scale, centre, zero), offset);
+  float tops[kAbreast], most[kAbreast];
+  for (int64_t i = 0; i < count; ++i) {
+    const float* scores = all.scores + (first + i) * kSealedTokens;
+    VF top = set1(page.m[first + i]);
+    for (int64_t t = 0; t < kSealedTokens; t += VF::N) top = max(top, load(scores + t));
+    tops[i] = largest_lane(top);
   }
-  float decay[VF::N];
-  store(decay, exp(set1(page.m[r]) - set1(top)));
-  // The scores of keys that were not finite are not either; what exp makes of them is lost.
-  const float spoilt = all.rows[r].offset * 0.0f + all.rows[r].step * 0.0f;
-  page.l[r] = page.l[r] * decay[0] + sum(total) + spoilt;
-  page.m[r] = top;
-  SealedRow row = write_words<Format>(all.words + r * kSealedTokens, numbers, kSealedTokens,
-                                      largest_lane(largest));
-  row.offset = sum(offset);
-  row.decay = decay[0];
-  all.rows[r] = row;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t r = first + i;
+    float* numbers = all.scores + r * kSealedTokens;
+    const VF top = set1(tops[i]);
+    VF total = set1(0.0f), largest = set1(0.0f), offset = set1(0.0f);
+    for (int64_t t = 0; t < kSealedTokens; t += VF::N) {
+      if (--asks >= 0) ahead.ask<1>();
+      const VF weight = exp(load(numbers + t) - top);
+      const VF number = weight * load(values.scale + t);
+      store(numbers + t, number);
+      total = total + weight;
+      largest = max(largest, number);
+      offset = fma(weight, load(values.middle + t), offset);
+    }
+    SealedRow& row = all.rows[r];
+    // The scores of keys that were not finite are not either; what exp makes of them is lost.
+    const float spoilt = row.offset * 0.0f + row.step * 0.0f;
+    row.decay = first_lane(exp(set1(page.m[r]) - top));
+    row.offset = sum(offset);
+    page.l[r] = page.l[r] * row.decay + sum(total) + spoilt;
+    page.m[r] = tops[i];
+    most[i] = largest_lane(largest);
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t at = (first + i) * kSealedTokens;
+    SealedRow& row = all.rows[first + i];
+    const SealedRow read =
+        write_words<Format>(all.words + at, all.scores + at, kSealedTokens, most[i]);
+    row.step = read.step;
+    row.start = read.start;
+  }
 }
 
 // Scores of Rows rows for 32 tokens.
 template <class Format, int Rows>
 struct ScoreTile {
   PUNA_INLINE_MEMBER static void finish(const SealedRows& all, int64_t row, int64_t block,
-                                        const CodeSums<Rows>& sums) {
+                                        const VF (&sums)[Rows][kLineVectors]) {
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
       const SealedRow& how = all.rows[row + r];
       float* scores = all.scores + (row + r) * kSealedTokens + block * kLineRows;
 #pragma GCC unroll 32
       for (int v = 0; v < kLineVectors; ++v)
-        store(scores + v * VF::N, fma(to_float(sums.dots[r][v]), set1(how.step), set1(how.offset)));
+        store(scores + v * VF::N, fma(sums[r][v], set1(how.step), set1(how.offset)));
     }
   }
 };
@@ -159,7 +194,7 @@ struct ScoreTile {
 template <class Format, int Rows>
 struct ValueTile {
   PUNA_INLINE_MEMBER static void finish(const SealedRows& all, int64_t row, int64_t block,
-                                        const CodeSums<Rows>& sums) {
+                                        const VF (&sums)[Rows][kLineVectors]) {
     const int64_t n = all.page.head_dim;
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
@@ -171,7 +206,7 @@ struct ValueTile {
         if (left <= 0) continue;
         const VF old = left >= VF::N ? load(out + c) : load_n(out + c, left);
         const VF moved = fma(old, set1(how.decay), set1(how.offset));
-        const VF now = fma(to_float(sums.dots[r][v]), set1(how.step), moved);
+        const VF now = fma(sums[r][v], set1(how.step), moved);
         if (left >= VF::N) {
           store(out + c, now);
         } else {
@@ -191,12 +226,19 @@ PUNA_INLINE void multiply_block(const SealedRows& all, int64_t row, int64_t bloc
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) sums.start(r, all.rows[row + r].start);
   const int16_t* words = all.words + row * kSealedTokens;
+#pragma GCC unroll 1
   for (int64_t line = 0; line < lines; ++line) {
     if constexpr (Reads) ahead.ask<Source::kLines>();
-    sums.add(source, (block * lines + line) * kLineBytes, words + line * Source::kWords * 2,
+    sums.add(source, (block * lines + line) * kLineBytes, words + line * Source::kFours * 4,
              kSealedTokens);
   }
-  Tile<Format, Rows>::finish(all, row, block, sums);
+  VF totals[Rows][kLineVectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 32
+    for (int v = 0; v < kLineVectors; ++v) totals[r][v] = to_float(sums.total(r, v));
+  }
+  Tile<Format, Rows>::finish(all, row, block, totals);
 }
 
 template <class Format, class Source, template <class, int> class Tile, bool Reads,
@@ -242,7 +284,15 @@ void attend_sealed(const AttendSealed& page) {
   };
 
   const SealedRows all(page);
-  for (int64_t r = 0; r < page.rows; ++r) quantise_query<Format>(all, r);
+  const auto abreast = [&](int64_t first) {
+    const int64_t left = page.rows - first;
+    return left < kAbreast ? left : kAbreast;
+  };
+  ask_for_all(page.value_scales, kSealedTokens * 4);
+  Levels levels;
+  levels.read(Format(), page.key_scales, value_blocks * kLineRows);
+  for (int64_t r = 0; r < page.rows; r += kAbreast)
+    quantise_queries<Format>(all, r, abreast(r), levels);
   for (int64_t block = 0; block < kKeyBlocks; ++block) {
     const int64_t later = block + kKeysAhead;
     const Ahead ahead =
@@ -252,17 +302,14 @@ void attend_sealed(const AttendSealed& page) {
     multiply_rows<Format, ScoreTile>(all, block, key_lines,
                                      typename Format::Keys{page.upper, page.lower}, ahead);
   }
-  // Memory goes on reading meanwhile: with the first rows the second block of values, one more than
-  // is under way otherwise.
-  constexpr int64_t kAskingRows = 5;
-  const uint8_t* asked = page.values + value_bytes;
-  for (int64_t r = 0; r < page.rows; ++r) {
-    if (r < kAskingRows) {
-      for (int64_t line = 0; line < value_lines * 2 / kAskingRows; ++line, asked += 64)
-        __builtin_prefetch(asked, 0, 2);
-    }
-    weigh_row<Format>(all, r);
-  }
+  // Memory goes on reading meanwhile: the second block of values, one more than is under way
+  // otherwise.
+  levels.read(Format(), page.value_scales, kSealedTokens);
+  for (int64_t r = 0; r < page.rows; r += kAbreast)
+    weigh_rows<Format>(all, r, abreast(r), levels, halves(page.values + value_bytes, value_bytes),
+                       r == 0 ? value_bytes / 128 : 0);
+  if (page.next_key_scales != nullptr)
+    ask_for_all(page.next_key_scales, value_blocks * kLineRows * 4);
   for (int64_t block = 0; block < value_blocks; ++block) {
     const bool last = block >= value_blocks - 2 && page.next_upper != nullptr;
     const Ahead ahead = !last   ? halves(page.values + (block + 2) * value_bytes, value_bytes)

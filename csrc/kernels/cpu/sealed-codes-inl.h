@@ -1,8 +1,10 @@
 // The codes of sealed pages and their products with 16-bit words, for one instruction set.
 //
-// A vector of codes holds 4 bytes of each of several rows (tokens of keys, channels of values); its
-// even and odd bytes, widened to 16 bits, are multiplied with two words each and added in pairs.
-// Hence the order of words: of every four, 0, 2, 1, 3.
+// A vector of codes holds 4 bytes of each of several rows (tokens of keys, channels of values).
+// Where there are products of four bytes and registers enough (PUNA_LIMBS), a word is two signed
+// bytes, each with sums of its own: of every four words there are first the upper bytes, then the
+// lower. Elsewhere the even and the odd bytes of the codes, widened to 16 bits, are multiplied with
+// two words each and added in pairs; hence the order of words: of every four, 0, 2, 1, 3.
 #pragma once
 
 #include "kernels/cpu/quantized-dot-inl.h"
@@ -17,17 +19,19 @@ namespace {
 constexpr int kLineVectors = static_cast<int>(32 / VF::N);
 
 // The largest tile: its sums, four vectors of codes and a few more registers must fit the machine.
-#if defined(__AVX512F__)
+#if defined(__AVX512VNNI__)
+#define PUNA_LIMBS
+constexpr int kSealedRows = 5, kGroupVectors = 2;
+#elif defined(__AVX512F__)
 constexpr int kSealedRows = 10, kGroupVectors = 2;
 #else
 constexpr int kSealedRows = 2, kGroupVectors = 1;
 #endif
 
 // multiply_words(sums, codes, words): two products of 16 bits each, added to the sum of their row.
+// store_words(p, a): whole numbers as words, in their order; their int32 form is returned.
 #if defined(__AVX512F__)
 
-PUNA_INLINE Codes even_bytes(Codes a) { return _mm512_and_si512(a, _mm512_set1_epi16(0xff)); }
-PUNA_INLINE Codes odd_bytes(Codes a) { return _mm512_srli_epi16(a, 8); }
 // The upper four bits of every byte of a, the lower four of b.
 PUNA_INLINE Codes halves_of(Codes a, Codes b) {
   return _mm512_ternarylogic_epi32(_mm512_set1_epi8(static_cast<char>(0xf0)), a, b, 0xca);
@@ -45,14 +49,29 @@ PUNA_INLINE Codes two_words(const int16_t* p) {
   __builtin_memcpy(&two, p, sizeof(two));
   return _mm512_set1_epi32(two);
 }
-PUNA_INLINE void multiply_words(Dots& sums, Codes codes, Codes words) {
-#if defined(__AVX512VNNI__)
-  sums = _mm512_dpwssd_epi32(sums, codes, words);
-#else
-  sums = _mm512_add_epi32(sums, _mm512_madd_epi16(codes, words));
-#endif
+#if defined(PUNA_LIMBS)
+// Four products of an unsigned and a signed byte. Written out: GCC moves the sums of a tile that
+// fills the registers about otherwise, in memory too.
+PUNA_INLINE void multiply_fours(Dots& sums, Codes codes, Codes bytes) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(codes), "v"(bytes));
 }
-// Whole numbers as words, in their order; their int32 form is returned.
+// A word is 256 * upper + lower, both in [-128, 127].
+PUNA_INLINE Dots store_words(int16_t* p, VF a) {
+  const __m512i whole = _mm512_cvtps_epi32(a.v);
+  // Of each number the lower byte of itself, and the upper one of what is half of 256 more.
+  const __m512i bytes = _mm512_ternarylogic_epi32(
+      _mm512_set1_epi32(0xff), whole, _mm512_add_epi32(whole, _mm512_set1_epi32(128)), 0xca);
+  const __m512i fours = _mm512_shuffle_epi8(bytes, _mm512_set4_epi32(0, 0, 0x0c080400, 0x0d090501));
+  const __m512i joined = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 0, 0, 0, 0), fours);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(joined));
+  return whole;
+}
+#else
+PUNA_INLINE Codes even_bytes(Codes a) { return _mm512_and_si512(a, _mm512_set1_epi16(0xff)); }
+PUNA_INLINE Codes odd_bytes(Codes a) { return _mm512_srli_epi16(a, 8); }
+PUNA_INLINE void multiply_words(Dots& sums, Codes codes, Codes words) {
+  sums = _mm512_add_epi32(sums, _mm512_madd_epi16(codes, words));
+}
 PUNA_INLINE Dots store_words(int16_t* p, VF a) {
   const __m512i whole = _mm512_cvtps_epi32(a.v);
   const __m256i words = _mm512_cvtepi32_epi16(whole);
@@ -60,6 +79,7 @@ PUNA_INLINE Dots store_words(int16_t* p, VF a) {
                       _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(words, 0xd8), 0xd8));
   return whole;
 }
+#endif
 
 #elif defined(__AVX2__)
 
@@ -143,45 +163,75 @@ PUNA_INLINE int32_t store_words(int16_t* words, const float* numbers, int64_t co
   return sum_of(sum);
 }
 
-// Sources of codes; a step takes kLines lines of 128 bytes: kWords vectors of two 16-bit codes of
-// each row, `at` bytes into them. A line of 4 bits has first the four codes in the lower halves of
-// its bytes, then those in the upper.
+// Sources of codes; a step takes kLines lines of 128 bytes: kFours vectors of four codes of each
+// row, `at` bytes into them. A line of 4 bits has first the four codes in the lower halves of its
+// bytes, then those in the upper.
 struct SealedFourBits {
-  static constexpr int kLines = 1, kWords = 4;
+  static constexpr int kLines = 1, kFours = 2;
   const uint8_t* codes;
   const uint8_t* unused = nullptr;
-  PUNA_INLINE_MEMBER void load(Codes (&w)[kWords], int64_t at) const {
+  PUNA_INLINE_MEMBER void load(Codes (&fours)[kFours], int64_t at) const {
     const Codes both = load_codes(codes + at);
-    const Codes first = bits_of<0, 4, 0>(both), second = bits_of<4, 4, 0>(both);
-    w[0] = even_bytes(first);
-    w[1] = odd_bytes(first);
-    w[2] = even_bytes(second);
-    w[3] = odd_bytes(second);
+    fours[0] = bits_of<0, 4, 0>(both);
+    fours[1] = bits_of<4, 4, 0>(both);
   }
 };
 struct SealedTwoPlanes {
-  static constexpr int kLines = 2, kWords = 4;
+  static constexpr int kLines = 2, kFours = 2;
   const uint8_t *upper, *lower;
-  PUNA_INLINE_MEMBER void load(Codes (&w)[kWords], int64_t at) const {
+  PUNA_INLINE_MEMBER void load(Codes (&fours)[kFours], int64_t at) const {
     const Codes high = load_codes(upper + at), low = load_codes(lower + at);
-    const Codes first = halves_of(left<4>(high), low), second = halves_of(high, right<4>(low));
-    w[0] = even_bytes(first);
-    w[1] = odd_bytes(first);
-    w[2] = even_bytes(second);
-    w[3] = odd_bytes(second);
+    fours[0] = halves_of(left<4>(high), low);
+    fours[1] = halves_of(high, right<4>(low));
   }
 };
 struct SealedBytes {
-  static constexpr int kLines = 1, kWords = 2;
+  static constexpr int kLines = 1, kFours = 1;
   const uint8_t* codes;
-  PUNA_INLINE_MEMBER void load(Codes (&w)[kWords], int64_t at) const {
-    const Codes all = load_codes(codes + at);
-    w[0] = even_bytes(all);
-    w[1] = odd_bytes(all);
+  PUNA_INLINE_MEMBER void load(Codes (&fours)[kFours], int64_t at) const {
+    fours[0] = load_codes(codes + at);
   }
 };
 
 // Sums of one line's 32 rows for some rows of words.
+#if defined(PUNA_LIMBS)
+template <int Rows>
+struct CodeSums {
+  Dots upper[Rows][kLineVectors], lower[Rows][kLineVectors];
+
+  PUNA_INLINE_MEMBER void start(int r, int32_t value) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kLineVectors; ++v) {
+      upper[r][v] = in_place(same_dots(0));
+      lower[r][v] = in_place(same_dots(value));
+    }
+  }
+  PUNA_INLINE_MEMBER Dots total(int r, int v) const {
+    return in_place(add_dots(lower[r][v], _mm512_slli_epi32(upper[r][v], 8)));
+  }
+  template <class Source>
+  PUNA_INLINE_MEMBER void add(const Source& source, int64_t at, const int16_t* words,
+                              int64_t stride) {
+    Codes codes[kLineVectors][Source::kFours];
+#pragma GCC unroll 2
+    for (int v = 0; v < kLineVectors; ++v) source.load(codes[v], at + v * VF::N * 4);
+#pragma GCC unroll 2
+    for (int i = 0; i < Source::kFours; ++i) {
+#pragma GCC unroll 16
+      for (int r = 0; r < Rows; ++r) {
+        const int16_t* four = words + r * stride + 4 * i;
+        const Codes high = two_words(four), low = two_words(four + 2);
+#pragma GCC unroll 2
+        for (int v = 0; v < kLineVectors; ++v) {
+          multiply_fours(upper[r][v], codes[v][i], high);
+          multiply_fours(lower[r][v], codes[v][i], low);
+        }
+      }
+    }
+    asm volatile("" ::: "memory");
+  }
+};
+#else
 template <int Rows>
 struct CodeSums {
   Dots dots[Rows][kLineVectors];
@@ -190,6 +240,7 @@ struct CodeSums {
 #pragma GCC unroll 32
     for (int v = 0; v < kLineVectors; ++v) dots[r][v] = same_dots(value);
   }
+  PUNA_INLINE_MEMBER Dots total(int r, int v) const { return dots[r][v]; }
   // A pair of words is loaded once for the vectors of a group; not more pairs at a time, or they
   // would drive the sums out of the registers.
   template <class Source>
@@ -197,11 +248,19 @@ struct CodeSums {
                               int64_t stride) {
 #pragma GCC unroll 32
     for (int first = 0; first < kLineVectors; first += kGroupVectors) {
-      Codes codes[kGroupVectors][Source::kWords];
+      Codes codes[kGroupVectors][2 * Source::kFours];
 #pragma GCC unroll 4
-      for (int v = 0; v < kGroupVectors; ++v) source.load(codes[v], at + (first + v) * VF::N * 4);
+      for (int v = 0; v < kGroupVectors; ++v) {
+        Codes fours[Source::kFours];
+        source.load(fours, at + (first + v) * VF::N * 4);
+#pragma GCC unroll 2
+        for (int i = 0; i < Source::kFours; ++i) {
+          codes[v][2 * i] = even_bytes(fours[i]);
+          codes[v][2 * i + 1] = odd_bytes(fours[i]);
+        }
+      }
 #pragma GCC unroll 4
-      for (int i = 0; i < Source::kWords; ++i) {
+      for (int i = 0; i < 2 * Source::kFours; ++i) {
 #pragma GCC unroll 16
         for (int r = 0; r < Rows; ++r) {
           const Codes pair = two_words(words + r * stride + 2 * i);
@@ -214,6 +273,7 @@ struct CodeSums {
     }
   }
 };
+#endif
 
 #else  // plain
 
@@ -234,7 +294,7 @@ PUNA_INLINE int32_t store_words(int16_t* words, const float* numbers, int64_t co
 
 // Sources of codes: code(at, row, i) is the i-th of row `row` of the line that begins at `at`.
 struct SealedFourBits {
-  static constexpr int kLines = 1, kWords = 4;
+  static constexpr int kLines = 1, kFours = 2;
   const uint8_t* codes;
   const uint8_t* unused = nullptr;
   int32_t code(int64_t at, int64_t row, int i) const {
@@ -242,7 +302,7 @@ struct SealedFourBits {
   }
 };
 struct SealedTwoPlanes {
-  static constexpr int kLines = 2, kWords = 4;
+  static constexpr int kLines = 2, kFours = 2;
   const uint8_t *upper, *lower;
   int32_t code(int64_t at, int64_t row, int i) const {
     const int64_t byte = at + row * 4 + i % 4;
@@ -251,7 +311,7 @@ struct SealedTwoPlanes {
   }
 };
 struct SealedBytes {
-  static constexpr int kLines = 1, kWords = 2;
+  static constexpr int kLines = 1, kFours = 1;
   const uint8_t* codes;
   int32_t code(int64_t at, int64_t row, int i) const { return codes[at + row * 4 + i]; }
 };
@@ -260,6 +320,7 @@ template <int Rows>
 struct CodeSums {
   int32_t dots[Rows][kLineVectors];
 
+  int32_t total(int r, int v) const { return dots[r][v]; }
   void start(int r, int32_t value) {
     for (int32_t& dot : dots[r]) dot = value;
   }
@@ -267,7 +328,7 @@ struct CodeSums {
   void add(const Source& source, int64_t at, const int16_t* words, int64_t stride) {
     for (int r = 0; r < Rows; ++r)
       for (int v = 0; v < kLineVectors; ++v)
-        for (int i = 0; i < 2 * Source::kWords; ++i)
+        for (int i = 0; i < 4 * Source::kFours; ++i)
           dots[r][v] += source.code(at, v, i) * words[r * stride + i];
   }
 };

@@ -45,9 +45,10 @@ PUNA_INLINE VF min(VF a, VF b) { return {_mm512_min_ps(a.v, b.v)}; }
 PUNA_INLINE VF max(VF a, VF b) { return {_mm512_max_ps(a.v, b.v)}; }
 PUNA_INLINE VF abs(VF a) { return {_mm512_abs_ps(a.v)}; }
 PUNA_INLINE VF nearest(VF a) { return {_mm512_roundscale_ps(a.v, 0)}; }
-PUNA_INLINE VF power_of_two(VF a) {  // 2^a for whole a in [-126, 127]
-  return {_mm512_castsi512_ps(
-      _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(a.v), _mm512_set1_epi32(127)), 23))};
+// a 2^k for whole k in [-126, 127]
+PUNA_INLINE VF times_power_of_two(VF a, VF k) { return {_mm512_scalef_ps(a.v, k.v)}; }
+PUNA_INLINE VF zero_where_less(VF a, VF x, VF least) {  // 0 where x < least, else a
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, least.v, _CMP_NLT_UQ), a.v)};
 }
 PUNA_INLINE VF if_negative(VF x, VF yes, VF no) {
   return {
@@ -58,6 +59,14 @@ PUNA_INLINE VF swap_pairs(VF a) { return {_mm512_permute_ps(a.v, 0xb1)}; }
 PUNA_INLINE VF add_sub(VF a, VF b) {  // a0 - b0, a1 + b1, ...
   return {_mm512_fmaddsub_ps(a.v, _mm512_set1_ps(1.0f), b.v)};
 }
+// Lane i and lane i + Half change places, within every 2 Half lanes.
+template <int Half>
+PUNA_INLINE VF swap_halves(VF a) {
+  if constexpr (Half == 8) return {_mm512_shuffle_f32x4(a.v, a.v, 0x4e)};
+  if constexpr (Half == 4) return {_mm512_shuffle_f32x4(a.v, a.v, 0xb1)};
+  return {_mm512_permute_ps(a.v, Half == 2 ? 0x4e : 0xb1)};
+}
+PUNA_INLINE float first_lane(VF a) { return _mm512_cvtss_f32(a.v); }
 PUNA_INLINE VF twice(const float* p) {  // p0, p0, p1, p1, ... from VF::N / 2 floats
   const __m512i index = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
   return {_mm512_permutexvar_ps(index, _mm512_castps256_ps512(_mm256_loadu_ps(p)))};
@@ -102,15 +111,24 @@ PUNA_INLINE VF min(VF a, VF b) { return {_mm256_min_ps(a.v, b.v)}; }
 PUNA_INLINE VF max(VF a, VF b) { return {_mm256_max_ps(a.v, b.v)}; }
 PUNA_INLINE VF abs(VF a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
 PUNA_INLINE VF nearest(VF a) { return {_mm256_round_ps(a.v, 0)}; }
-PUNA_INLINE VF power_of_two(VF a) {
-  return {_mm256_castsi256_ps(
-      _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(a.v), _mm256_set1_epi32(127)), 23))};
+PUNA_INLINE VF times_power_of_two(VF a, VF k) {
+  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(k.v), _mm256_set1_epi32(127));
+  return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)))};
+}
+PUNA_INLINE VF zero_where_less(VF a, VF x, VF least) {
+  return {_mm256_andnot_ps(_mm256_cmp_ps(x.v, least.v, _CMP_LT_OQ), a.v)};
 }
 PUNA_INLINE VF if_negative(VF x, VF yes, VF no) {
   return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(x.v, _mm256_setzero_ps(), _CMP_LT_OQ))};
 }
 PUNA_INLINE VF swap_pairs(VF a) { return {_mm256_permute_ps(a.v, 0xb1)}; }
 PUNA_INLINE VF add_sub(VF a, VF b) { return {_mm256_addsub_ps(a.v, b.v)}; }
+template <int Half>
+PUNA_INLINE VF swap_halves(VF a) {
+  if constexpr (Half == 4) return {_mm256_permute2f128_ps(a.v, a.v, 1)};
+  return {_mm256_permute_ps(a.v, Half == 2 ? 0x4e : 0xb1)};
+}
+PUNA_INLINE float first_lane(VF a) { return _mm256_cvtss_f32(a.v); }
 PUNA_INLINE VF twice(const float* p) {
   const __m256i index = _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3);
   return {_mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), index)};
@@ -159,8 +177,12 @@ PUNA_INLINE VF min(VF a, VF b) { return {vminq_f32(a.v, b.v)}; }
 PUNA_INLINE VF max(VF a, VF b) { return {vmaxq_f32(a.v, b.v)}; }
 PUNA_INLINE VF abs(VF a) { return {vabsq_f32(a.v)}; }
 PUNA_INLINE VF nearest(VF a) { return {vrndnq_f32(a.v)}; }
-PUNA_INLINE VF power_of_two(VF a) {
-  return {vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(a.v), vdupq_n_s32(127)), 23))};
+PUNA_INLINE VF times_power_of_two(VF a, VF k) {
+  const int32x4_t exponent = vaddq_s32(vcvtnq_s32_f32(k.v), vdupq_n_s32(127));
+  return {vmulq_f32(a.v, vreinterpretq_f32_s32(vshlq_n_s32(exponent, 23)))};
+}
+PUNA_INLINE VF zero_where_less(VF a, VF x, VF least) {
+  return {vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(a.v), vcltq_f32(x.v, least.v)))};
 }
 PUNA_INLINE VF if_negative(VF x, VF yes, VF no) {
   return {vbslq_f32(vcltzq_f32(x.v), yes.v, no.v)};
@@ -170,6 +192,11 @@ PUNA_INLINE VF add_sub(VF a, VF b) {
   const float signs[4] = {-1, 1, -1, 1};
   return {vfmaq_f32(a.v, b.v, vld1q_f32(signs))};
 }
+template <int Half>
+PUNA_INLINE VF swap_halves(VF a) {
+  return {Half == 2 ? vextq_f32(a.v, a.v, 2) : vrev64q_f32(a.v)};
+}
+PUNA_INLINE float first_lane(VF a) { return vgetq_lane_f32(a.v, 0); }
 PUNA_INLINE VF twice(const float* p) {
   const float32x2_t pair = vld1_f32(p);
   return {vcombine_f32(vdup_lane_f32(pair, 0), vdup_lane_f32(pair, 1))};
@@ -207,23 +234,35 @@ PUNA_INLINE VF min(VF a, VF b) { return {a.v < b.v ? a.v : b.v}; }
 PUNA_INLINE VF max(VF a, VF b) { return {a.v > b.v ? a.v : b.v}; }
 PUNA_INLINE VF abs(VF a) { return {__builtin_fabsf(a.v)}; }
 PUNA_INLINE VF nearest(VF a) { return {__builtin_rintf(a.v)}; }
-PUNA_INLINE VF power_of_two(VF a) {
-  return {float_of_bits(static_cast<uint32_t>(static_cast<int32_t>(a.v) + 127) << 23)};
+PUNA_INLINE VF times_power_of_two(VF a, VF k) {
+  return {a.v * float_of_bits(static_cast<uint32_t>(static_cast<int32_t>(k.v) + 127) << 23)};
 }
+PUNA_INLINE VF zero_where_less(VF a, VF x, VF least) { return {x.v < least.v ? 0.0f : a.v}; }
+template <int Half>
+PUNA_INLINE VF swap_halves(VF a) {
+  return a;
+}
+PUNA_INLINE float first_lane(VF a) { return a.v; }
 PUNA_INLINE VF if_negative(VF x, VF yes, VF no) { return x.v < 0 ? yes : no; }
 PUNA_INLINE VF load_bf16(const uint16_t* p) { return {float_of_bf16(*p)}; }
 PUNA_INLINE void store_bf16(uint16_t* p, VF a) { *p = bf16_of_float(a.v); }
 
 #endif
 
-// The sum of the lanes, in a fixed tree.
-PUNA_INLINE float sum(VF a) {
-  float lanes[VF::N];
-  store(lanes, a);
-  for (int64_t half = VF::N / 2; half > 0; half /= 2) {
-    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+// All lanes into one by an operation of two vectors, in a fixed tree.
+template <int Half = static_cast<int>(VF::N / 2), class Join>
+PUNA_INLINE float join_lanes(VF a, Join join) {
+  if constexpr (Half == 0) {
+    return first_lane(a);
+  } else {
+    return join_lanes<Half / 2>(join(a, swap_halves<Half>(a)), join);
   }
-  return lanes[0];
+}
+PUNA_INLINE float sum(VF a) {
+  return join_lanes(a, [](VF x, VF y) { return x + y; });
+}
+PUNA_INLINE float largest_lane(VF a) {
+  return join_lanes(a, [](VF x, VF y) { return max(x, y); });
 }
 
 // exp(x) with a relative error below 2e-7 on [-87.3, 88]; exactly 0 below, so exp(-infinity) is 0.
@@ -239,8 +278,8 @@ PUNA_INLINE VF exp(VF x) {
   p = fma(p, r, set1(4.1665795894e-2f));
   p = fma(p, r, set1(1.6666665459e-1f));
   p = fma(p, r, set1(5.0000001201e-1f));
-  p = fma(p, r * r, r + set1(1.0f)) * power_of_two(k);
-  return if_negative(x - set1(-87.3f), set1(0.0f), p);
+  p = times_power_of_two(fma(p, r * r, r + set1(1.0f)), k);
+  return zero_where_less(p, x, set1(-87.3f));
 }
 
 }  // namespace
