@@ -46,6 +46,8 @@ Memory::Memory(size_t bytes) : size_(bytes) {
   (void)madvise(data_, size_, MADV_HUGEPAGE);
 }
 
+void Memory::give_back(void* start, size_t bytes) { (void)madvise(start, bytes, MADV_DONTNEED); }
+
 Memory Memory::adopted(void* data, size_t bytes) {
   Memory memory;
   memory.data_ = data;

@@ -20,6 +20,10 @@ class Memory {
   void* data() const { return data_; }
   size_t size() const { return size_; }  // at least the bytes asked for
 
+  // Gives whole pages of it back to the system: what they held is lost, and they take no memory
+  // until they are written again.
+  void give_back(void* start, size_t bytes);
+
   // Gives the memory up, and takes memory that was given up after it was asked for with `bytes`.
   void* release() { return std::exchange(data_, nullptr); }
   static Memory adopted(void* data, size_t bytes);

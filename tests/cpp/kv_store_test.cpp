@@ -1,9 +1,15 @@
 // The page table: what a sequence holds at each length, who owns a shared page, what is refused.
 #include "kv/kv_store.h"
 
+#include <unistd.h>
+
 #include <cstdint>
+#include <cstring>
+#include <fstream>
+#include <iterator>
 #include <map>
 #include <random>
+#include <vector>
 
 #include "check.h"
 #include "kv/tiers/ram.h"
@@ -394,6 +400,91 @@ TEST(ram_tier_counts_large_pages_alike) {
   large = tier->allocate(kLarge);
   CHECK_EQ(int{static_cast<char*>(large)[kLarge - 1]}, 0);
   tier->free(large, kLarge);
+}
+
+// Pages of several sizes come and go: none overlaps another, every one is zeroed, and the budget
+// holds to the byte, however free pages lie between those in use.
+TEST(ram_tier_serves_any_sizes_within_its_budget) {
+  std::mt19937 random(7);
+  for (const int64_t budget : {int64_t{3} << 20, int64_t{40} << 20}) {
+    const auto tier = make_ram_tier(budget);
+    constexpr int64_t kSizes[] = {4096, 12288, 131 * 4096, int64_t{5} << 20};
+    struct Page {
+      int64_t bytes;
+      unsigned char mark;
+    };
+    std::map<unsigned char*, Page> pages;
+    int64_t in_use = 0;
+    for (int step = 0; step < 6000; ++step) {
+      // Phases of growing and of shrinking.
+      if (random() % 8 < (step / 500 % 2 == 0 ? 5u : 3u) || pages.empty()) {
+        const int64_t bytes = kSizes[random() % 64 == 0 ? 3 : random() % 3];
+        auto* const data = static_cast<unsigned char*>(tier->allocate(static_cast<size_t>(bytes)));
+        CHECK_EQ(data != nullptr, bytes <= budget - in_use);
+        if (data == nullptr) continue;
+        in_use += bytes;
+        const auto [place, is_new] =
+            pages.insert({data, {bytes, static_cast<unsigned char>(1 + random() % 255)}});
+        CHECK(is_new);
+        CHECK_EQ(reinterpret_cast<size_t>(data) % kPageAlignment, size_t{0});
+        const auto next = std::next(place);
+        CHECK(next == pages.end() || data + bytes <= next->first);
+        CHECK(place == pages.begin() ||
+              std::prev(place)->first + std::prev(place)->second.bytes <= data);
+        for (int64_t i = 0; i < bytes; i += 64) CHECK_EQ(int{data[i]}, 0);
+        data[0] = data[bytes - 1] = place->second.mark;
+      } else {
+        const auto page = std::next(pages.begin(), static_cast<int64_t>(random() % pages.size()));
+        const auto [bytes, mark] = page->second;
+        CHECK_EQ(int{page->first[0]}, int{mark});
+        CHECK_EQ(int{page->first[bytes - 1]}, int{mark});
+        std::memset(page->first, 255, static_cast<size_t>(bytes));
+        tier->free(page->first, static_cast<size_t>(bytes));
+        in_use -= bytes;
+        pages.erase(page);
+      }
+      CHECK_EQ(tier->bytes_in_use(), in_use);
+      CHECK_EQ(tier->bytes_left(), budget - in_use);
+    }
+  }
+}
+
+// What a process has in memory, from /proc/self/statm.
+int64_t resident_bytes() {
+  std::ifstream file("/proc/self/statm");
+  int64_t all = 0, resident = 0;
+  file >> all >> resident;
+  return resident * sysconf(_SC_PAGESIZE);
+}
+
+TEST(ram_tier_takes_and_returns_memory_with_its_pages) {
+  constexpr int64_t kBytes = 131 * 4096, kPages = 120, kSlack = int64_t{3} << 20;
+  // Less is left than a page: pages of another size need what is free between those in use.
+  const auto tier = make_ram_tier(kPages * kBytes + 4096);
+  const int64_t before = resident_bytes();
+  std::vector<void*> pages;
+  for (int64_t i = 0; i < kPages; ++i) {
+    pages.push_back(tier->allocate(kBytes));
+    const int64_t wanted = (i + 1) * kBytes;
+    CHECK(resident_bytes() - before <= wanted + wanted / 8 + kSlack);
+  }
+  CHECK(resident_bytes() - before >= kPages * kBytes - kSlack);
+  for (int64_t i = 0; i < kPages; i += 2) tier->free(pages[i], kBytes);
+  constexpr int64_t kOther = 4 * 4096, kOthers = kPages / 2 * kBytes / kOther;
+  std::vector<void*> others;
+  for (int64_t i = 0; i < kOthers; ++i) {
+    others.push_back(tier->allocate(kOther));
+    CHECK(others.back() != nullptr);
+  }
+  CHECK(resident_bytes() - before <= kPages * kBytes + kSlack);
+  for (void* other : others) tier->free(other, kOther);
+  for (int64_t i = 0; i < kPages; i += 2) pages[i] = tier->allocate(kBytes);
+  for (void* page : pages) {
+    CHECK(page != nullptr);
+    CHECK_EQ(int{static_cast<char*>(page)[kBytes - 1]}, 0);
+    tier->free(page, kBytes);
+  }
+  CHECK(resident_bytes() - before <= kPages * kBytes / 4 + kSlack);
 }
 
 // Many random steps against the plainest model: a map from position to mark per sequence.
