@@ -17,6 +17,14 @@ constexpr uint32_t kRecordMagic = 0x3152'4a50;            // "PJR1"
 constexpr uint32_t kVersion = 1;
 constexpr size_t kHeaderCopy = 4096, kRecordBytes = 144, kImageBytes = 32;
 
+// The directory that a path's last name is in.
+std::string parent_of(std::string path) {
+  while (path.size() > 1 && path.back() == '/') path.pop_back();
+  const size_t slash = path.find_last_of('/');
+  if (slash == std::string::npos) return ".";
+  return slash == 0 ? "/" : path.substr(0, slash);
+}
+
 [[noreturn]] void mismatch(const std::string& path, const std::string& reason) {
   fail(ErrorCode::kSessionMismatch, "[session] ", path, " ", reason);
 }
@@ -352,8 +360,7 @@ void SessionDirectory::create() {
   // Last, for it says that the others are there.
   files_.open(path_ + "/journal", OpenMode::kWrite)->sync();
   files_.sync_directory(path_);
-  const size_t slash = path_.find_last_of('/');
-  if (slash != std::string::npos && slash > 0) files_.sync_directory(path_.substr(0, slash));
+  files_.sync_directory(parent_of(path_));
 }
 
 std::string SessionDirectory::chunk_path(const Digest& name) const {

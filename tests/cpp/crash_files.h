@@ -25,6 +25,7 @@ class CrashFiles final : public FileSystem {
   // Operations that still succeed; after them everything fails, as after the power. -1: no bound.
   std::atomic<int64_t> operations_left{-1};
   std::atomic<int64_t> operations{0};
+  std::set<std::string> synced;  // directories
 
   // What is there after the power failed.
   std::unique_ptr<CrashFiles> crash(std::mt19937& random) const {
@@ -118,9 +119,11 @@ class CrashFiles final : public FileSystem {
   void sync_directory(const std::string& path) override {
     const std::lock_guard guard(mutex_);
     count(path);
-    Directory& directory = directories_[path];
-    directory.durable = directory.names;
-    directory.pending.clear();
+    synced.insert(path);
+    const auto directory = directories_.find(path);
+    if (directory == directories_.end()) return;  // of directories alone, such as "."
+    directory->second.durable = directory->second.names;
+    directory->second.pending.clear();
   }
   uint64_t free_bytes(const std::string&) override { return uint64_t{1} << 40; }
   std::unique_ptr<File> lock(const std::string& path) override;

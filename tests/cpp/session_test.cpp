@@ -102,6 +102,21 @@ TEST(a_saved_session_comes_back) {
   }
 }
 
+// Else the whole session might be gone with the power.
+TEST(the_name_of_a_new_session_is_durable_too) {
+  const std::pair<const char*, const char*> paths[] = {
+      {"s", "."}, {"s/", "."}, {"a/s", "a"}, {"/s", "/"}, {"/a/b/s", "/a/b"}, {"./s", "."}};
+  for (const auto& [path, parent] : paths) {
+    CrashFiles files;
+    Text text;
+    const auto store = make_store(&files);
+    const auto s = store->create();
+    grow(*store, s, text, 300, 1, 300);
+    store->save(s, path, text.view());
+    CHECK(files.synced.contains(parent));
+  }
+}
+
 TEST(pictures_are_part_of_the_text) {
   const TemporaryDirectory directory;
   const auto store = make_store(nullptr);
