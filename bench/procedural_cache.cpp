@@ -94,10 +94,19 @@ void ProceduralPages::fill(void* page, int64_t layer, int64_t index) const {
         scales[i] = static_cast<uint16_t>(bf16_of_float(step) - mixed(key ^ (offset + i)) % 64);
         scales[count + i] = bf16_of_float(-1.0f);
       }
+      return scales + count;
     };
-    put(sealed_.key_scale_offset(head), sealed_.padded_dim(), sealed_.head_dim);
+    uint16_t* const zeros =
+        put(sealed_.key_scale_offset(head), sealed_.padded_dim(), sealed_.head_dim);
+    for (int64_t c = 0; topical_ && c < sealed_.head_dim; ++c)
+      zeros[c] = bf16_of_float(-1.0f + topic(layer, index, head, c));
     put(sealed_.value_scale_offset(head), kPageTokens, kPageTokens);
   }
+}
+
+float ProceduralPages::topic(int64_t layer, int64_t index, int64_t head, int64_t c) {
+  const uint64_t page = mixed(static_cast<uint64_t>(layer) << 40 ^ static_cast<uint64_t>(index));
+  return mixed(page ^ static_cast<uint64_t>(head << 16 ^ c)) % 2 == 0 ? 0.5f : -0.5f;
 }
 
 double ProceduralPages::key(const void* page, int64_t head, int64_t t, int64_t c) const {
@@ -116,9 +125,10 @@ double ProceduralPages::element(const void* page, size_t offset, int64_t index) 
 }
 
 ProceduralCache::ProceduralCache(const Geometry& shape, const KvGeometry& geometry, int64_t budget,
-                                 KvStoreOptions options, Backend& backend, ThreadPool& pool)
+                                 KvStoreOptions options, Backend& backend, ThreadPool& pool,
+                                 bool topical)
     : shape_(shape),
-      pages_(geometry),
+      pages_(geometry, topical),
       store_(geometry, make_memory_tier(budget), std::move(options)),
       backend_(backend),
       pool_(pool),
@@ -161,6 +171,12 @@ void ProceduralCache::open(const std::string& session) {
   tokens_ = store_.length(base_);
 }
 
+void ProceduralCache::ask(const AttentionMode& mode, float sharpness) {
+  mode_ = mode;
+  sharpness_ = sharpness;
+  report_ = {};
+}
+
 double ProceduralCache::step(int64_t rows) {
   while (std::ssize(forks_) < rows) forks_.push_back(store_.fork(base_));
   std::vector<KvStore::Append> appends;
@@ -171,10 +187,23 @@ double ProceduralCache::step(int64_t rows) {
   std::normal_distribution<float> normal;
   queries_.resize(rows * cols);
   for (float& x : queries_) x = normal(random_) * 0.25f;
+  const int64_t group = shape_.heads / shape_.kv_heads;
+  for (int64_t item = 0; sharpness_ > 0 && item < rows * shape_.heads; ++item) {
+    float* q = queries_.data() + item / shape_.heads * cols + item % shape_.heads * n;
+    const int64_t head = item % shape_.heads / group;
+    const auto page =
+        static_cast<int64_t>(mixed(static_cast<uint64_t>(store_.length(base_) + asked_ + head)) %
+                             static_cast<uint64_t>(tokens_ / kPageTokens));
+    const float size = sharpness_ * 4 / std::sqrt(static_cast<float>(n));
+    for (int64_t c = 0; c < n; ++c)
+      q[c] += size * ProceduralPages::topic(order_.back(), page, head, c);
+  }
+  asked_ += shape_.kv_heads;
   std::vector<float> qkv;
   out_.resize(rows * shape_.heads * n);
   double seconds = 0;
-  store_.begin_pass(order_);
+  const bool exact = mode_.kind == AttentionMode::Kind::kExact;
+  store_.begin_pass(order_, !exact);
   for (const int64_t layer : order_) {
     qkv = queries_;
     std::vector<AttentionSegment> segments;
@@ -187,6 +216,11 @@ double ProceduralCache::step(int64_t rows) {
       segment.first_position = view.first_position;
       segment.sealed = view.sealed;
       segment.stream = view.stream;
+      segment.key_scales = view.key_scales;
+      if (!exact) {
+        segment.mode = &mode_;
+        segment.report = &report_;
+      }
       segment.first_open = view.first_open;
       segment.open = view.open;
     }

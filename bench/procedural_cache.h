@@ -27,21 +27,27 @@ KvSeal seal_named(const std::string& name);               // "bf16", "int8", "in
 // Pages as attention reads them before a row's own.
 class ProceduralPages {
  public:
-  explicit ProceduralPages(const KvGeometry& geometry)
+  // `topical`: the keys of a page and head, which must be sealed, lie around a topic, a number of
+  // half a unit and any sign in each channel.
+  explicit ProceduralPages(const KvGeometry& geometry, bool topical = false)
       : open_(geometry.layout),
         sealed_(geometry.sealed_layout()),
-        bytes_(geometry.sealed_bytes()) {}
+        bytes_(geometry.sealed_bytes()),
+        topical_(topical) {}
 
   size_t bytes() const { return bytes_; }
   void fill(void* page, int64_t layer, int64_t index) const;
   double key(const void* page, int64_t head, int64_t t, int64_t c) const;
   double value(const void* page, int64_t head, int64_t t, int64_t c) const;
   static double element(const void* page, size_t offset, int64_t index);
+  static float topic(int64_t layer, int64_t index, int64_t head, int64_t c);
+  bool topical() const { return topical_; }
 
  private:
   KvPageLayout open_;
   KvSealedLayout sealed_;
   size_t bytes_;
+  bool topical_;
 };
 
 class ProceduralCache {
@@ -49,7 +55,7 @@ class ProceduralCache {
   // Layers with attention chunks keep what memory holds; only layers that keep everything are
   // filled. The last one must be such a layer.
   ProceduralCache(const Geometry& shape, const KvGeometry& geometry, int64_t budget,
-                  KvStoreOptions options, Backend& backend, ThreadPool& pool);
+                  KvStoreOptions options, Backend& backend, ThreadPool& pool, bool topical = false);
 
   KvStore& store() { return store_; }
   KvStore::Sequence base() const { return base_; }
@@ -58,6 +64,10 @@ class ProceduralCache {
   void fill(int64_t tokens, const std::string& session = "");
   // Goes on from a session of fill().
   void open(const std::string& session);
+  // Of the steps that follow. `sharpness`: each KV head asks for one page's topic, whose keys score
+  // so much, where others score 0 on average. What its attention leaves out is in report().
+  void ask(const AttentionMode& mode, float sharpness);
+  const AttentionReport& report() const { return report_; }
   // One new token of each of `rows` forks, in all layers; returns the seconds of attention.
   double step(int64_t rows);
   // Of the last step's outputs in the last layer: equal for equal steps, wherever pages lie.
@@ -91,6 +101,10 @@ class ProceduralCache {
   int64_t tokens_ = 0;
   bool check_next_ = false;
   double worst_ = 0;
+  AttentionMode mode_;
+  AttentionReport report_;
+  float sharpness_ = 0;
+  int64_t asked_ = 0;  // pages
 };
 
 // How fast files can be read, without doing anything with what is read: as the store reads, by

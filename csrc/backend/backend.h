@@ -39,8 +39,11 @@ class KvStream {
   // it. Each index once, in ascending order; one caller at a time. Throws Error if the medium
   // fails.
   virtual const void* wait(int64_t index) = 0;
-  // Pages before `index` are not needed any more in this pass.
+  // Pages before `index` are not needed any more in this pass, unless it is restarted.
   virtual void passed(int64_t index) = 0;
+  // Begins again, at the first page; only those whose `wanted` is not 0 will be waited for. Every
+  // page that was handed out is passed.
+  virtual void restart(std::span<const uint8_t> wanted) = 0;
 };
 
 // The rows of one sequence in a batch, and the pages that hold its keys and values in one layer.
@@ -58,7 +61,11 @@ struct AttentionSegment {
   // pages before first_open, as they were when open. A null entry comes through `stream`.
   std::span<void* const> sealed;
   KvStream* stream = nullptr;  // segments of one call that share it share its pages, too
-  int64_t first_open = 0;      // at most the page of `position`
+  // Of sealed pages that come through the stream, the keys' scales and zero points of all heads as
+  // they lie in the page, null where they are not known: what is not exact leaves out pages by them
+  // that it then need not read. Empty: of none.
+  std::span<const void* const> key_scales;
+  int64_t first_open = 0;  // at most the page of `position`
   // Pages [first_open, first_open + open.size()): written and read, up to the last row's page.
   std::span<void* const> open;
   // Null: exact. Otherwise `report` is added to.

@@ -65,6 +65,9 @@ void check_pages(const AttentionSegment& segment, bool seals, bool reads) {
   if (past > sealed)
     fail(ErrorCode::kInternal, "[attention] ", past, " sealed pages are needed, there are ",
          sealed);
+  if (!segment.key_scales.empty() && segment.key_scales.size() != segment.sealed.size())
+    fail(ErrorCode::kInternal, "[attention] key scales of ", segment.key_scales.size(), " of ",
+         sealed, " sealed pages");
   const auto missing = [](std::span<void* const> table, int64_t begin, int64_t end) {
     const auto part = table.subspan(static_cast<size_t>(begin), static_cast<size_t>(end - begin));
     return std::find(part.begin(), part.end(), nullptr) != part.end();

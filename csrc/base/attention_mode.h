@@ -1,9 +1,10 @@
 // Attention that leaves out pages: what is asked for, and what was done.
 //
-// Only whole sealed pages in memory are left out, each for one query and KV head (all query heads
-// of its group alike). Pages that come through a stream have been read by the time they could be
-// judged, and are used. Which pages are left out follows from the query, the pages and which of
-// them stream: not from lanes, from other queries of the call or from the cuts of the prompt.
+// Only whole sealed pages are left out, each for one query and KV head (all query heads of its
+// group alike). Of pages that come through a stream no more is known before they are read than the
+// ranges of their keys' channels, if they have been read before; others are read and used. Which
+// pages are left out follows from the query, the pages and what is known of them: not from lanes,
+// from other queries of the call or from the cuts of the prompt.
 #pragma once
 
 #include <cstdint>
@@ -36,6 +37,8 @@ struct AttentionReport {
   // Of any row, the share of the softmax weight that is in pages left out: at most (kCertified), or
   // as estimated from the sample, with the half-width of its 95 % interval (kBudget).
   double worst_share = 0, worst_interval = 0;
+  // Of pages in files that were not read, as no query of the call read them for any head.
+  int64_t unread_bytes = 0;
 };
 
 }  // namespace puna

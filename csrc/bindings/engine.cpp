@@ -334,9 +334,9 @@ void bind_engine(py::module_& module) {
           [](const Session& session) {
             const AttentionReport report = session.attention();
             return py::make_tuple(report.pages, report.read, report.worst_share,
-                                  report.worst_interval);
+                                  report.worst_interval, report.unread_bytes);
           },
-          "(pages, read, worst share, worst interval) of the current turn.")
+          "(pages, read, worst share, worst interval, unread bytes) of the current turn.")
       .def("timings", &timings_of, "Times, token counts and memory of the current turn.");
 
   py::class_<Engine, std::shared_ptr<Engine>>(module, "Engine", "A loaded checkpoint.")

@@ -25,6 +25,9 @@ struct KvChunk {
   Digest parent{}, name{};  // names of the prefixes up to its begin and end
   // pages[g]: of the g-th global layer, in order; empty if they are in the file alone.
   std::vector<std::vector<std::shared_ptr<void>>> pages;
+  // Of the g-th global layer, where they are known while its pages are in the file alone: the
+  // scales and zero points of the pages' keys (AttentionSegment::key_scales), one after another.
+  std::vector<std::shared_ptr<void>> key_scales;
   std::shared_ptr<const ChunkFile> file;     // null until durable
   int writing = 0;                           // jobs of the writer that need its pages
   std::shared_ptr<const ChunkFile> written;  // the same, for the writer's thread alone

@@ -36,8 +36,25 @@ class ChunkReader::Stream final : public KvStream {
 
   const void* wait(int64_t index) override { return reader.wait(*this, index); }
   void passed(int64_t index) override { reader.passed(*this, index); }
+  void restart(std::span<const uint8_t> wanted) override { reader.restart(*this, wanted); }
 
   bool exhausted() const { return failure != nullptr || next_part == plan.parts.size(); }
+  bool wants(int64_t index) const {
+    return wanted.empty() ||
+           (index < static_cast<int64_t>(wanted.size()) && wanted[static_cast<size_t>(index)] != 0);
+  }
+  // Behind the next `pages` pages, and then to one that is wanted.
+  void go_on(int64_t pages) {
+    next_page += pages;
+    while (next_part < plan.parts.size()) {
+      const ChunkPart& part = plan.parts[next_part];
+      while (next_page < part.section->pages && !wants(part.first_index + next_page)) ++next_page;
+      if (next_page < part.section->pages) return;
+      ++next_part;
+      next_page = 0;
+      file.reset();
+    }
+  }
 
   ChunkReader& reader;
   StreamPlan plan;
@@ -46,6 +63,8 @@ class ChunkReader::Stream final : public KvStream {
   int64_t next_page = 0;                      // of that part
   std::shared_ptr<File> file;                 // of that part
   std::exception_ptr failure;                 // nothing can be asked for any more
+  std::vector<uint8_t> wanted;                // by index; empty: every page
+  bool begun = false;                         // something has been passed, or let go of
 };
 
 ChunkReader::ChunkReader(FileSystem& files, std::unique_ptr<ReadQueue> queue,
@@ -129,6 +148,8 @@ void ChunkReader::issue(Stream& stream, char* memory, bool ring) {
   group->first = part.first_index + stream.next_page;
   group->memory = memory;
   group->count = std::min(slot_pages_, part.section->pages - stream.next_page);
+  for (int64_t i = 1; i < group->count; ++i)
+    if (!stream.wants(group->first + i)) group->count = i;
   group->where = ring ? Group::Where::kRing : Group::Where::kOutside;
   if (!part.stay.empty()) {
     group->count = 1;
@@ -158,11 +179,7 @@ void ChunkReader::issue(Stream& stream, char* memory, bool ring) {
     group->done = true;
     return;
   }
-  stream.next_page += group->count;
-  if (stream.next_page < part.section->pages) return;
-  ++stream.next_part;
-  stream.next_page = 0;
-  stream.file.reset();
+  stream.go_on(group->count);
 }
 
 void ChunkReader::let_go(Group& group) {
@@ -180,11 +197,17 @@ void ChunkReader::let_go(Group& group) {
 void ChunkReader::finished(Group& group, std::exception_ptr failure) {
   if (failure == nullptr) {
     try {
-      for (int64_t i = 0; i < group.count; ++i)
-        check_page(group.part->file->header, *group.part->section,
-                   group.first + i - group.part->first_index,
-                   group.memory + static_cast<size_t>(i) * group.page_bytes(),
+      for (int64_t i = 0; i < group.count; ++i) {
+        const int64_t page = group.first + i - group.part->first_index;
+        const char* const data = group.memory + static_cast<size_t>(i) * group.page_bytes();
+        check_page(group.part->file->header, *group.part->section, page, data,
                    group.part->file->path);
+        const size_t bytes = group.part->excerpt_bytes;
+        if (group.part->excerpts)
+          std::memcpy(
+              static_cast<char*>(group.part->excerpts.get()) + static_cast<size_t>(page) * bytes,
+              data + group.part->excerpt_offset, bytes);
+      }
     } catch (const Error&) {
       failure = std::current_exception();
     }
@@ -194,7 +217,11 @@ void ChunkReader::finished(Group& group, std::exception_ptr failure) {
   group.done = true;
   group.failure = failure;
   statistics_.bytes += static_cast<int64_t>(group.bytes());
-  if (failure == nullptr && group.where == Group::Where::kStays) ++group.part->stayed;
+  if (failure == nullptr) {
+    std::vector<uint8_t>& arrived = group.part->arrived;
+    arrived.resize(static_cast<size_t>(group.part->section->pages));
+    std::fill_n(arrived.begin() + (group.first - group.part->first_index), group.count, uint8_t{1});
+  }
   if (group.abandoned) let_go(group);
   changed_.notify_all();
 }
@@ -238,16 +265,54 @@ const void* ChunkReader::wait(Stream& stream, int64_t index) {
 
 void ChunkReader::passed(Stream& stream, int64_t index) {
   const std::lock_guard guard(mutex_);
+  stream.begun = stream.begun || index > 0;
+  drop_before(stream, index);
+  pump();
+}
+
+// The first time, before anything was passed, what has been asked for is kept if it is wanted.
+void ChunkReader::restart(Stream& stream, std::span<const uint8_t> wanted) {
+  const std::lock_guard guard(mutex_);
+  stream.wanted.assign(wanted.begin(), wanted.end());
+  if (stream.begun) {
+    drop_before(stream, std::numeric_limits<int64_t>::max());
+    stream.next_part = 0;
+    stream.next_page = 0;
+    stream.file.reset();
+  } else {
+    const auto unwanted = [&](const std::shared_ptr<Group>& group) {
+      for (int64_t i = 0; i < group->count; ++i)
+        if (stream.wants(group->first + i)) return false;
+      return true;
+    };
+    std::deque<std::shared_ptr<Group>> kept;
+    for (std::shared_ptr<Group>& group : stream.groups) {
+      if (unwanted(group))
+        drop(*group);
+      else
+        kept.push_back(std::move(group));
+    }
+    stream.groups = std::move(kept);
+  }
+  stream.begun = true;
+  stream.go_on(0);
+  pump();
+}
+
+void ChunkReader::drop(Group& group) {
+  if (group.done)
+    let_go(group);
+  else
+    group.abandoned = true;
+}
+
+void ChunkReader::drop_before(Stream& stream, int64_t index) {
   while (!stream.groups.empty()) {
     Group& group = *stream.groups.front();
     if (group.first + group.count > index) break;
-    if (group.done)
-      let_go(group);
-    else
-      group.abandoned = true;
+    drop(group);
     stream.groups.pop_front();
   }
-  pump();
 }
 
 }  // namespace puna

@@ -10,6 +10,7 @@
 // outside of it: the bound gives way, never the pass.
 #pragma once
 
+#include <algorithm>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
@@ -33,7 +34,14 @@ struct ChunkPart {
   int64_t first_index = 0;               // of the segment's page that is its first
   // Where its pages shall stay, or empty: through the ring.
   std::vector<std::shared_ptr<void>> stay;
-  int64_t stayed = 0;  // how many of them have been read
+  // Null, or where a piece of each page shall be copied to, one after another.
+  std::shared_ptr<void> excerpts;
+  size_t excerpt_offset = 0, excerpt_bytes = 0;
+  std::vector<uint8_t> arrived = {};  // by page: 1 once it has been read
+
+  bool whole() const {
+    return !arrived.empty() && std::find(arrived.begin(), arrived.end(), 0) == arrived.end();
+  }
 };
 
 struct StreamPlan {
@@ -77,6 +85,9 @@ class ChunkReader {
   void let_go(Group& group);
   const void* wait(Stream& stream, int64_t index);
   void passed(Stream& stream, int64_t index);
+  void restart(Stream& stream, std::span<const uint8_t> wanted);
+  void drop(Group& group);
+  void drop_before(Stream& stream, int64_t index);
 
   FileSystem& files_;
   const int64_t slot_pages_;

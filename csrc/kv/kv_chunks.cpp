@@ -248,17 +248,20 @@ void KvStore::wait_for_writes() {
 // What the chunks that are, or will be, in files would give back.
 int64_t KvStore::evictable_bytes() const {
   std::set<const KvChunk*> seen;
-  int64_t pages = 0;
+  int64_t pages = 0, scales = 0;
   for (const auto& [id, current] : sequences_) {
     for (const auto& chunk : current->chunks) {
       if (!chunk->file && !(directory_ && chunk->writing > 0)) continue;
-      if (!chunk->holds_memory() || !seen.insert(chunk.get()).second) continue;
+      if (!seen.insert(chunk.get()).second) continue;
       for (const std::vector<Page>& layer : chunk->pages)
         pages += std::count_if(layer.begin(), layer.end(),
                                [](const Page& page) { return page.use_count() == 1; });
+      scales += std::count_if(chunk->key_scales.begin(), chunk->key_scales.end(),
+                              [](const Page& some) { return some.use_count() == 1; });
     }
   }
-  return pages * static_cast<int64_t>(geometry().sealed_bytes());
+  return pages * static_cast<int64_t>(geometry().sealed_bytes()) +
+         scales * static_cast<int64_t>(key_scale_bytes());
 }
 
 // Drops the pages of the last chunk that has a file, of all sequences; false if there is none, or
@@ -304,7 +307,7 @@ void KvStore::make_room(int64_t bytes) {
   check_memory(bytes);
   while (bytes > tier_->bytes_left()) {
     collect();
-    if (evict_one()) continue;
+    if (evict_one() || drop_key_scales()) continue;
     if (writer_ && writer_->wait()) continue;
     if (!failed_.empty()) std::rethrow_exception(failed_.front().failure);
     check_memory(bytes);
@@ -314,8 +317,9 @@ void KvStore::make_room(int64_t bytes) {
 // --- passes
 // ------------------------------------------------------------------------------------------
 
-void KvStore::begin_pass(std::span<const int64_t> layers) {
+void KvStore::begin_pass(std::span<const int64_t> layers, bool partly) {
   end_pass();
+  if (partly) make_room_for_key_scales();
   std::vector<StreamPlan> plans;
   for (size_t order = 0; order < layers.size(); ++order) {
     const int64_t layer = layers[order];
@@ -351,13 +355,20 @@ void KvStore::begin_pass(std::span<const int64_t> layers) {
       for (const auto& chunk : missing) {
         kept_.push_back({chunk, g, plans.size() - 1, plan.parts.size()});
         const PageSection* section = chunk->file->header.find(layer, PageKind::kSealed);
-        plan.parts.push_back({chunk->file, section, chunk->index * (unit_ / kPageTokens), {}, 0});
+        ChunkPart& part = plan.parts.emplace_back();
+        part.file = chunk->file;
+        part.section = section;
+        part.first_index = chunk->index * (unit_ / kPageTokens);
       }
       for (const Sequence sequence : sequences) stream_of_[{sequence, layer}] = plans.size() - 1;
     }
   }
   if (plans.empty()) return;
   require_same_process();
+  if (partly) {
+    keep_key_scales(plans);
+    set_key_scales();
+  }
   keep_what_fits(plans);
   reader_->begin(std::move(plans));
 }
@@ -368,9 +379,8 @@ void KvStore::keep_what_fits(std::vector<StreamPlan>& plans) {
   std::stable_sort(kept_.begin(), kept_.end(), [](const Kept& a, const Kept& b) {
     return std::pair(a.chunk->index, a.chunk.get()) < std::pair(b.chunk->index, b.chunk.get());
   });
-  // Growing sequences would at once push out what took the last bytes.
   const auto page = static_cast<int64_t>(geometry().sealed_bytes());
-  const int64_t reserve = 2 * unit_ / kPageTokens * static_cast<int64_t>(globals_.size()) * page;
+  const int64_t reserve = growth_reserve();
   const auto count = static_cast<size_t>(unit_ / kPageTokens);
   std::vector<Kept> staying;
   std::set<std::pair<const KvChunk*, size_t>> seen;  // a chunk in two streams stays once
@@ -390,16 +400,111 @@ void KvStore::keep_what_fits(std::vector<StreamPlan>& plans) {
   kept_ = std::move(staying);
 }
 
+// Growing sequences would at once push out what took the last bytes.
+int64_t KvStore::growth_reserve() const {
+  return 2 * unit_ / kPageTokens * static_cast<int64_t>(globals_.size()) *
+         static_cast<int64_t>(geometry().sealed_bytes());
+}
+
+// --- passes that may leave pages out
+// ----------------------------------------------------------------------------------------------
+
+// Of the pages of one chunk and layer; 0 where pages are not sealed into fewer bits.
+size_t KvStore::key_scale_bytes() const {
+  if (geometry().seal == KvSeal::kNone) return 0;
+  const KvSealedLayout layout = geometry().sealed_layout();
+  return whole_blocks(static_cast<size_t>(unit_ / kPageTokens * layout.kv_heads) *
+                      layout.key_scale_bytes());
+}
+
+// They are worth more than the pages of the last chunks, of which they take a hundredth.
+void KvStore::make_room_for_key_scales() {
+  if (key_scale_bytes() == 0) return;
+  for (;;) {
+    int64_t wanted = 0;
+    std::set<const KvChunk*> seen;
+    for (const Sequence sequence : pass_)
+      for (const auto& chunk : state(sequence).chunks) {
+        if (!seen.insert(chunk.get()).second) continue;
+        for (size_t g = 0; g < globals_.size(); ++g)
+          wanted += chunk->pages[g].empty() && (chunk->key_scales.empty() || !chunk->key_scales[g]);
+      }
+    wanted *= static_cast<int64_t>(key_scale_bytes());
+    if (wanted == 0 || wanted <= tier_->bytes_left() - growth_reserve() || !evict_one()) return;
+  }
+}
+
+// Gives memory to the scales of keys that are not known yet: the pass fills them in.
+void KvStore::keep_key_scales(std::vector<StreamPlan>& plans) {
+  const size_t bytes = key_scale_bytes();
+  if (bytes == 0) return;
+  const KvSealedLayout layout = geometry().sealed_layout();
+  std::set<std::pair<const KvChunk*, size_t>> seen;
+  for (const Kept& kept : kept_) {
+    KvChunk& chunk = *kept.chunk;
+    chunk.key_scales.resize(globals_.size());
+    if (chunk.key_scales[kept.global] || !seen.insert({&chunk, kept.global}).second) continue;
+    if (static_cast<int64_t>(bytes) > tier_->bytes_left() - growth_reserve()) return;
+    void* const memory = tier_->allocate(bytes);
+    if (memory == nullptr) return;
+    ChunkPart& part = plans[kept.plan].parts[kept.part];
+    part.excerpts = owned(memory, bytes);
+    part.excerpt_offset = layout.key_scale_offset(0);
+    part.excerpt_bytes = static_cast<size_t>(layout.kv_heads) * layout.key_scale_bytes();
+    scaled_.push_back(kept);
+  }
+}
+
+// Puts what is known into the tables of the pass's sequences.
+void KvStore::set_key_scales() {
+  if (key_scale_bytes() == 0) return;
+  const KvSealedLayout layout = geometry().sealed_layout();
+  const size_t page = static_cast<size_t>(layout.kv_heads) * layout.key_scale_bytes();
+  const int64_t count = unit_ / kPageTokens;
+  for (const Sequence sequence : pass_) {
+    State& current = state(sequence);
+    for (size_t g = 0; g < globals_.size(); ++g) {
+      Layer& layer = current.layers[globals_[g]];
+      layer.key_scales.assign(layer.sealed.size(), nullptr);
+      for (const auto& chunk : current.chunks) {
+        if (!chunk->pages[g].empty() || chunk->key_scales.empty() || !chunk->key_scales[g])
+          continue;
+        const auto* scales = static_cast<const char*>(chunk->key_scales[g].get());
+        for (int64_t i = 0; i < count; ++i)
+          layer.key_scales[chunk->index * count + i] = scales + static_cast<size_t>(i) * page;
+      }
+    }
+  }
+}
+
+bool KvStore::drop_key_scales() {
+  bool dropped = false;
+  for (const auto& [id, current] : sequences_)
+    for (const auto& chunk : current->chunks) {
+      for (const Page& some : chunk->key_scales) dropped = dropped || some != nullptr;
+      chunk->key_scales.clear();
+    }
+  return dropped;
+}
+
 void KvStore::end_pass() {
   order_.clear();
   stream_of_.clear();
+  for (const auto& [id, current] : sequences_)
+    for (const int64_t layer : globals_) current->layers[layer].key_scales.clear();
   if (!reader_) return;
   std::vector<StreamPlan> plans = reader_->end();
+  for (const Kept& scaled : std::exchange(scaled_, {})) {
+    if (plans.empty()) break;
+    ChunkPart& part = plans[scaled.plan].parts[scaled.part];
+    if (part.whole()) scaled.chunk->key_scales[scaled.global] = std::move(part.excerpts);
+  }
   for (const Kept& kept : std::exchange(kept_, {})) {
     if (plans.empty()) break;  // begin_pass() did not come to its end
     ChunkPart& part = plans[kept.plan].parts[kept.part];
-    if (part.stayed < static_cast<int64_t>(part.stay.size())) continue;
+    if (!part.whole()) continue;
     kept.chunk->pages[kept.global] = std::move(part.stay);
+    if (!kept.chunk->key_scales.empty()) kept.chunk->key_scales[kept.global].reset();
     set_pages(*kept.chunk, kept.global);
   }
 }

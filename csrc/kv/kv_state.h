@@ -44,6 +44,8 @@ struct KvStore::Layer {
   // All sealed pages; those of chunks, which own them, null where they are in a file alone.
   std::vector<void*> sealed;
   std::vector<Page> tail;  // owners of the sealed pages after the chunks
+  // Of a pass that may leave pages out: of sealed pages in files alone, where they are known.
+  std::vector<const void*> key_scales;
   Pages open;
 
   int64_t sealed_count() const { return static_cast<int64_t>(sealed.size()); }
@@ -74,7 +76,7 @@ struct KvStore::Growth {
   const Page* at_hand = nullptr;  // the open page that will be written on, if any
 };
 
-// A chunk's pages of one layer that stay in memory once they have been read.
+// A chunk's pages of one layer that are read, of which something stays in memory.
 struct KvStore::Kept {
   std::shared_ptr<KvChunk> chunk;
   size_t global = 0;  // of KvChunk::pages

@@ -259,6 +259,7 @@ KvView KvStore::view(Sequence sequence, int64_t layer) const {
   view.first_open =
       geometry().global(static_cast<size_t>(layer)) ? current.length / kPageTokens : 0;
   view.open = found.open.table;
+  view.key_scales = found.key_scales;
   const auto at = order_.find(layer);
   if (reader_ && at != order_.end()) reader_->finish_before(at->second);
   if (const auto stream = stream_of_.find({sequence, layer}); stream != stream_of_.end())

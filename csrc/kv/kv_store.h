@@ -61,6 +61,7 @@ struct KvView {
   int64_t first_position = 0;  // of token 0 of page 0
   std::span<void* const> sealed;
   KvStream* stream = nullptr;
+  std::span<const void* const> key_scales;
   int64_t first_open = 0;
   std::span<void* const> open;
 };
@@ -126,8 +127,9 @@ class KvStore {
   Plan plan(std::span<const Append> appends);
   // Waits for chunks to be written where their memory is needed.
   void apply(const Plan& plan);
-  // `layers`: those whose pages this forward pass will read, in that order.
-  void begin_pass(std::span<const int64_t> layers);
+  // `layers`: those whose pages this forward pass will read, in that order. `partly`: it may leave
+  // pages out, for which memory is given to the scales of keys.
+  void begin_pass(std::span<const int64_t> layers, bool partly = false);
   KvView view(Sequence sequence, int64_t layer) const;
   void commit(const Plan& plan);
 
@@ -202,6 +204,12 @@ class KvStore {
   void make_room(int64_t bytes);
   void end_pass();
   void keep_what_fits(std::vector<StreamPlan>& plans);
+  int64_t growth_reserve() const;
+  size_t key_scale_bytes() const;
+  void make_room_for_key_scales();
+  void keep_key_scales(std::vector<StreamPlan>& plans);
+  void set_key_scales();
+  bool drop_key_scales();
   int64_t chunk_file_bytes() const;
   void check_disk(int64_t new_chunks);
   void require_same_process() const;
@@ -231,7 +239,8 @@ class KvStore {
   std::vector<Sequence> pass_;
   std::map<int64_t, int64_t> order_;                          // of each layer in it
   std::map<std::pair<Sequence, int64_t>, size_t> stream_of_;  // by sequence and layer
-  std::vector<Kept> kept_;
+  std::vector<Kept> kept_;                                    // pages that stay
+  std::vector<Kept> scaled_;                                  // pages whose keys' scales stay
   std::unique_ptr<ChunkReader> reader_;
 };
 

@@ -114,6 +114,7 @@ void TextModel::attend(const TextParameters::Layer& layer, int64_t index, const 
     part.first_position = view.first_position;
     part.sealed = view.sealed;
     part.stream = view.stream;
+    part.key_scales = view.key_scales;
     part.first_open = view.first_open;
     part.open = view.open;
     if (shape.chunk == 0) {
@@ -166,7 +167,11 @@ void TextModel::forward(const TextBatch& batch, KvStore& kv, Rows out, const Lay
   const auto layers = static_cast<int64_t>(parameters_.layers.size());
   // Where no logits are wanted, the last layer only adds to its pages.
   const bool read_last = wanted_rows > 0 || batch.whole_last_layer;
-  kv.begin_pass(std::span(layer_order_).first(static_cast<size_t>(layers - !read_last)));
+  const bool partly = std::any_of(
+      batch.segments.begin(), batch.segments.end(), [](const TextBatch::Segment& segment) {
+        return segment.mode != nullptr && segment.mode->kind != AttentionMode::Kind::kExact;
+      });
+  kv.begin_pass(std::span(layer_order_).first(static_cast<size_t>(layers - !read_last)), partly);
   for (int64_t l = 0; l < layers; ++l) {
     if (poll) poll();
     const TextParameters::Layer& layer = parameters_.layers[l];

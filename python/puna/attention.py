@@ -89,12 +89,14 @@ class AttentionReport:
         worst_share: The largest share of a head's softmax weight that was left out: an upper bound
             where it is certified, else estimated from the sample.
         worst_interval: Half the width of that estimate's 95 % interval, the widest one.
+        unread_bytes: Of pages in files that no head had to read.
     """
 
     pages: int
     read: int
     worst_share: float
     worst_interval: float
+    unread_bytes: int
 
 
 def report_of(session: _core.Session, attention: Attention) -> AttentionReport | None:

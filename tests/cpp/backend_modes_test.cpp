@@ -58,6 +58,13 @@ Sequence topical(std::mt19937& random, const Shape& shape, int64_t page, float s
 struct Asked {
   std::vector<float> out;
   AttentionReport report;
+  int64_t waits = 0, restarts = 0;  // of the stream
+};
+
+// Which pages stream, and whether the scales of their keys are known.
+struct Streaming {
+  int64_t from = -1;  // the first; -1: none
+  bool scales_known = false;
 };
 
 // Keys and values of all rows but the last.
@@ -68,14 +75,15 @@ void append(Backend& backend, const Sequence& sequence, Cache& cache) {
 
 // The last row after all others; with `company`, beside a row of another sequence.
 Asked ask(Backend& backend, const Sequence& sequence, const AttentionMode* mode,
-          const Sequence* company = nullptr, int64_t streamed_from = -1) {
+          const Sequence* company = nullptr, const Streaming& streaming = {}) {
   const Shape& shape = sequence.shape;
   Cache cache(shape), other(shape);
   append(backend, sequence, cache);
   TestStream stream(cache);
-  if (streamed_from >= 0) {
+  if (streaming.from >= 0) {
     cache.stream = &stream;
-    for (int64_t p = streamed_from; p < static_cast<int64_t>(cache.sealed.size()); ++p)
+    cache.scales_known = streaming.scales_known;
+    for (int64_t p = streaming.from; p < static_cast<int64_t>(cache.sealed.size()); ++p)
       cache.elsewhere.insert(p);
   }
   Asked asked;
@@ -87,6 +95,8 @@ Asked ask(Backend& backend, const Sequence& sequence, const AttentionMode* mode,
   pieces.push_back({&sequence, &cache, 1, mode, mode ? &asked.report : nullptr});
   asked.out = attend(backend, shape, pieces);
   asked.out.erase(asked.out.begin(), asked.out.end() - shape.out_cols());
+  asked.waits = stream.waits;
+  asked.restarts = stream.restarts;
   return asked;
 }
 
@@ -232,11 +242,100 @@ TEST(pages_that_stream_are_used) {
   const AttentionMode mode = certified(1e-3, 1e-9);
   for (const Named& cpu : subjects().back()) {
     const Asked exact = ask(*cpu.backend, sequence, nullptr);
-    const Asked some = ask(*cpu.backend, sequence, &mode, nullptr, 10);
+    const Asked some = ask(*cpu.backend, sequence, &mode, nullptr, {10, false});
     CHECK(some.report.read >= 11 * shape.kv_heads);
     CHECK(some.report.read < some.report.pages);
+    CHECK_EQ(some.waits, 11);
+    CHECK_EQ(some.report.unread_bytes, 0);
     CHECK(largest_difference(some.out, exact.out) <=
           (2e-3 + 2000 * kEps) * largest_value(sequence));
+  }
+}
+
+// A budget's choice goes by the scales alone, so it is the same wherever pages lie; the sample of
+// those that stream is read in a second round.
+TEST(pages_on_disk_that_a_budget_leaves_out_are_not_read) {
+  std::mt19937 random(9);
+  for (const Shape& shape : kShapes) {
+    const Sequence sequence = topical(random, shape, 7, 8);
+    for (auto& same_isa : subjects())
+      for (const AttentionMode& mode : {budget(0.1, 0), budget(0.1, 0.2), budget(1, 0)}) {
+        const Asked expected = ask(*same_isa[0].backend, sequence, &mode);
+        CHECK_EQ(expected.report.unread_bytes, 0);
+        for (const Named& cpu : same_isa)
+          for (const int64_t from : {0, 5}) {
+            const Asked some = ask(*cpu.backend, sequence, &mode, nullptr, {from, true});
+            check_same_bits(cpu.name, some.out.data(), expected.out.data(), expected.out.size());
+            CHECK_EQ(some.report.read, expected.report.read);
+            CHECK_EQ(some.report.worst_share, expected.report.worst_share);
+            const int64_t unread =
+                some.report.unread_bytes / static_cast<int64_t>(shape.sealed().page_bytes());
+            // Heads that read different pages share the reading.
+            CHECK(unread + some.waits >= 21 - from);
+            CHECK(unread + some.waits <= 2 * (21 - from));
+            CHECK(some.waits <= some.report.read);
+            if (mode.fraction == 1) {
+              CHECK_EQ(unread, 0);
+              CHECK_EQ(some.restarts, 1);  // for a second round, in which there is nothing to do
+            } else {
+              CHECK(unread >= (mode.sample > 0 ? 1 : 21 - from - some.report.read));
+            }
+          }
+      }
+  }
+}
+
+TEST(pages_on_disk_are_left_out_where_their_ranges_say_so) {
+  std::mt19937 random(10);
+  for (const Shape& shape : kShapes)
+    for (const double tau : {1e-3, 0.2}) {
+      const Sequence sequence = topical(random, shape, 7, 400);
+      const AttentionMode mode = certified(tau, 1e-9);
+      for (auto& same_isa : subjects()) {
+        const Asked exact = ask(*same_isa[0].backend, sequence, nullptr);
+        Asked first;
+        for (const Named& cpu : same_isa)
+          for (const int64_t from : {0, 10}) {
+            const Asked some = ask(*cpu.backend, sequence, &mode, nullptr, {from, true});
+            CHECK(some.report.unread_bytes > 0);
+            CHECK(some.waits < 21 - from);
+            CHECK(some.report.worst_share <= tau * (1 + 1e-5));
+            CHECK(largest_difference(some.out, exact.out) <=
+                  (2 * some.report.worst_share + 2000 * kEps) * largest_value(sequence));
+            if (from == 0 && first.out.empty()) first = some;
+            if (from == 0)
+              check_same_bits(cpu.name, some.out.data(), first.out.data(), first.out.size());
+          }
+      }
+    }
+}
+
+// A call that reads everything for one sequence reads it for the other as well.
+TEST(a_stream_is_read_for_all_who_share_it) {
+  std::mt19937 random(11);
+  const Shape& shape = kShapes[0];
+  const Sequence sequence = topical(random, shape, 7, 400);
+  const AttentionMode mode = certified(1e-2, 1e-9);
+  for (const Named& cpu : subjects().back()) {
+    const Asked exact = ask(*cpu.backend, sequence, nullptr);
+    const Asked some = ask(*cpu.backend, sequence, &mode, nullptr, {1, true});
+    Cache cache(shape);
+    append(*cpu.backend, sequence, cache);
+    Cache fork = cache;
+    TestStream stream(cache);
+    for (Cache* one : {&cache, &fork}) {
+      one->stream = &stream;
+      one->scales_known = true;
+      for (int64_t page = 1; page < 21; ++page) one->elsewhere.insert(page);
+    }
+    AttentionReport report;
+    const std::vector<float> out = attend(
+        *cpu.backend, shape, {{&sequence, &cache, 1}, {&sequence, &fork, 1, &mode, &report}});
+    const auto cols = static_cast<size_t>(shape.out_cols());
+    check_same_bits("exact", out.data(), exact.out.data(), cols);
+    check_same_bits("certified", out.data() + cols, some.out.data(), cols);
+    CHECK_EQ(stream.waits, 20);
+    CHECK_EQ(report.unread_bytes, 0);
   }
 }
 

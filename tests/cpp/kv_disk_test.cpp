@@ -342,6 +342,88 @@ TEST(a_layer_that_is_not_read_is_not_streamed) {
            (10 - store.statistics().resident) * unit_bytes(store.geometry()) / 2);
 }
 
+// A pass of one more token over layers 1 and 3, which may leave pages out; nothing of it stays.
+template <class Body>
+void pass_partly(KvStore& store, KvStore::Sequence sequence, const Text& text, Body&& body) {
+  Text more = text;
+  more.grow(1, 999);
+  const KvStore::Append append{sequence, 1, more.view()};
+  store.apply(store.plan({&append, 1}));
+  const std::vector<int64_t> layers{1, 3};
+  store.begin_pass(layers, true);
+  body();
+}
+
+TEST(a_pass_that_leaves_pages_out_does_not_read_them) {
+  Rig rig(0);
+  KvStore& store = *rig.store;
+  const auto s = store.create();
+  Text text;
+  grow(store, s, text, 40 * kUnit, 1);
+  store.flush(s);
+  const std::vector<uint64_t> keys = page_keys(text);
+  const KvSealedLayout layout = store.geometry().sealed_layout();
+  const size_t first_word = layout.key_scale_offset(0) / 8;
+  const size_t words = layout.key_scale_bytes() * static_cast<size_t>(layout.kv_heads) / 8;
+  const size_t page_bytes = store.geometry().sealed_bytes();
+
+  // What is read once is known from then on, within the budget.
+  int64_t unknown = 0;
+  pass_partly(store, s, text, [&] {
+    for (const int64_t layer : {1, 3}) {
+      const KvView view = store.view(s, layer);
+      CHECK_EQ(view.key_scales.size(), view.sealed.size());
+      unknown += std::count(view.key_scales.begin(), view.key_scales.end(), nullptr);
+      CHECK_EQ(read_layer(store, {{s, &text, 0}}, layer), 0);
+    }
+  });
+  CHECK_EQ(unknown, 2 * 80);
+  CHECK(store.bytes_in_use() <= rig.budget);
+  for (const int64_t step : {1, 3, 200}) {
+    const int64_t before = store.statistics().read_bytes;
+    int64_t streamed = 0, wanted_pages = 0;
+    pass_partly(store, s, text, [&] {
+      for (const int64_t layer : {1, 3}) {
+        const KvView view = store.view(s, layer);
+        std::vector<uint8_t> wanted(view.sealed.size()), others(view.sealed.size());
+        for (size_t i = 0; i < view.sealed.size(); ++i) {
+          CHECK_EQ(view.key_scales[i] == nullptr, view.sealed[i] != nullptr);
+          if (view.sealed[i] != nullptr) continue;
+          ++streamed;
+          (static_cast<int64_t>(i) % step == 0 ? wanted : others)[i] = 1;
+          const auto* scales = static_cast<const uint64_t*>(view.key_scales[i]);
+          for (size_t w = 0; w < words; ++w)
+            CHECK_EQ(scales[w],
+                     mixed(keys[i] + static_cast<uint64_t>(layer) * 7919 + first_word + w));
+        }
+        // In a second round what the first left out, but for every fifth.
+        for (size_t i = 0; i < others.size(); i += 5) others[i] = 0;
+        for (const auto* round : {&wanted, &others}) {
+          view.stream->restart(*round);
+          for (size_t i = 0; i < round->size(); ++i) {
+            if ((*round)[i] == 0) continue;
+            ++wanted_pages;
+            CHECK(page_is(view.stream->wait(static_cast<int64_t>(i)), page_bytes, layer, keys[i]));
+            view.stream->passed(static_cast<int64_t>(i) + 1);
+          }
+        }
+      }
+    });
+    CHECK(streamed > 2 * 50);
+    CHECK_EQ(look(store, s, text), 0);
+    CHECK(store.bytes_in_use() <= rig.budget);
+    // Beside them the rings that were full before anything was known, and what look() read.
+    const int64_t read = store.statistics().read_bytes - before;
+    const auto bytes = static_cast<int64_t>(page_bytes);
+    CHECK(read >= (wanted_pages + streamed) * bytes);
+    CHECK(read <= (wanted_pages + streamed + 2 * 48) * bytes);
+  }
+  // Memory that a longer text needs is given back for it.
+  CHECK_EQ(grow(store, s, text, 10 * kUnit, 2), 0);
+  CHECK(store.bytes_in_use() <= rig.budget);
+  CHECK_EQ(look(store, s, text), 0);
+}
+
 TEST(the_disk_budget_is_kept) {
   const int64_t file = static_cast<int64_t>(page_file_bytes(chunk_sections(geometry())));
   Rig rig(-1, KvSeal::kInt8, 3 * file + 100);

@@ -50,8 +50,10 @@ struct Cache {
   std::vector<Page> sealed, open;
   std::set<int64_t> elsewhere;  // sealed pages that come through the stream
   KvStream* stream = nullptr;
+  bool scales_known = false;                    // of the keys of pages elsewhere
   bool sealed_table_short = false;              // by one page
   std::vector<void*> sealed_table, open_table;  // of the call
+  std::vector<const void*> scales_table;
 
   void begin(int64_t rows) {
     const auto page_of = [](size_t bytes) { return std::make_shared<std::vector<char>>(bytes); };
@@ -67,6 +69,11 @@ struct Cache {
       sealed_table.push_back(elsewhere.count(static_cast<int64_t>(i)) ? nullptr
                                                                       : sealed[i]->data());
     if (sealed_table_short) sealed_table.pop_back();
+    scales_table.clear();
+    for (size_t i = 0; scales_known && i < sealed.size(); ++i)
+      scales_table.push_back(elsewhere.count(static_cast<int64_t>(i)) == 0
+                                 ? nullptr
+                                 : sealed[i]->data() + shape->sealed().key_scale_offset(0));
     for (const Page& page : open) open_table.push_back(page->data());
   }
   void commit(int64_t rows) {
@@ -86,6 +93,7 @@ class TestStream : public KvStream {
     CHECK(index > last_);  // ascending, each once
     CHECK(index >= passed_ && index < passed_ + kHeld);
     CHECK(cache_.elsewhere.count(index) == 1);
+    CHECK(asked_for.empty() || asked_for[static_cast<size_t>(index)] != 0);
     if (index == broken) fail(ErrorCode::kDevice, "[test] page ", index, " cannot be read");
     last_ = index;
     ++waits;
@@ -98,12 +106,19 @@ class TestStream : public KvStream {
     for (auto& [page, bytes] : held_)
       if (page < index) std::fill(bytes.begin(), bytes.end(), '\xff');
   }
+  // For another call, or a second round of this.
   void rewind() {
     held_.clear();
     last_ = -1;
     passed_ = 0;
   }
-  int64_t waits = 0, broken = -1;
+  std::vector<uint8_t> asked_for;  // by the last restart
+  void restart(std::span<const uint8_t> wanted) override {
+    ++restarts;
+    asked_for.assign(wanted.begin(), wanted.end());
+    rewind();
+  }
+  int64_t waits = 0, restarts = 0, broken = -1;
 
  private:
   const Cache& cache_;
@@ -140,6 +155,7 @@ inline std::vector<float> attend(Backend& backend, const Shape& shape,
     segment.position = first;
     segment.sealed = piece.cache->sealed_table;
     segment.stream = piece.cache->stream;
+    segment.key_scales = piece.cache->scales_table;
     segment.first_open = first / kPageTokens;
     segment.open = piece.cache->open_table;
     segment.mode = piece.mode;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <utility>
 
 namespace puna {
 namespace {
@@ -97,16 +98,42 @@ void AttentionPlan::add_segment(const AttentionInput& input, const AttentionSegm
 
 void AttentionPlan::fetch(int64_t first, int64_t end) {
   held_first_ = first;
-  for (Stream& stream : streams_) {
-    stream.stream->passed(first);
+  for (size_t index = 0; index < streams_.size(); ++index) {
+    Stream& stream = streams_[index];
     std::fill(stream.held.begin(), stream.held.end(), nullptr);
+    if (!stream.reads) continue;
+    stream.stream->passed(first);
     for (int64_t page = first; page < end; ++page)
-      for (size_t i = 0; i < stream.segments.size(); ++i)
-        if (page < stream.pages[i] && stream.segments[i]->sealed[page] == nullptr) {
-          stream.held[page - first] = stream.stream->wait(page);
-          break;
-        }
+      if (comes_through(static_cast<int64_t>(index), page) &&
+          (stream.wanted.empty() || stream.wanted[page] != 0))
+        stream.held[page - first] = stream.stream->wait(page);
   }
+}
+
+void AttentionPlan::let_go() {
+  for (Stream& stream : streams_) {
+    std::fill(stream.held.begin(), stream.held.end(), nullptr);
+    stream.stream->passed(leaves_ * kLeafPages);
+  }
+}
+
+int64_t AttentionPlan::stream_pages(int64_t stream) const {
+  const std::vector<int64_t>& pages = streams_[stream].pages;
+  return *std::max_element(pages.begin(), pages.end());
+}
+
+bool AttentionPlan::comes_through(int64_t stream, int64_t page) const {
+  const Stream& found = streams_[stream];
+  for (size_t i = 0; i < found.segments.size(); ++i)
+    if (page < found.pages[i] && found.segments[i]->sealed[page] == nullptr) return true;
+  return false;
+}
+
+void AttentionPlan::want(int64_t stream, std::vector<uint8_t> wanted, bool any) {
+  Stream& found = streams_[stream];
+  found.reads = any;
+  found.wanted = std::move(wanted);
+  found.stream->restart(found.wanted);
 }
 
 }  // namespace puna

@@ -56,6 +56,15 @@ class AttentionPlan {
   // Pages that come through streams are held for pages [first, end) alone: waits for those that a
   // query sees, after letting go of those before. At most KvStream::kHeld of them.
   void fetch(int64_t first, int64_t end);
+  void let_go();  // of all of them
+
+  int64_t stream_count() const { return static_cast<int64_t>(streams_.size()); }
+  // Those before which some query of the stream's sees.
+  int64_t stream_pages(int64_t stream) const;
+  bool comes_through(int64_t stream, int64_t page) const;
+  // From now on, fetch() waits for those alone of the stream's pages whose `wanted` is not 0, again
+  // from the first on; `any`: there are some.
+  void want(int64_t stream, std::vector<uint8_t> wanted, bool any);
 
   PageView page(const Query& query, int64_t index) const {
     if (index > query.page) return {};
@@ -75,8 +84,10 @@ class AttentionPlan {
   struct Stream {
     KvStream* stream;
     std::vector<const AttentionSegment*> segments;
-    std::vector<int64_t> pages;     // that a query of the segment sees before its own
-    std::vector<const void*> held;  // pages [held_first_, held_first_ + kHeld)
+    std::vector<int64_t> pages;        // that a query of the segment sees before its own
+    std::vector<const void*> held;     // pages [held_first_, held_first_ + kHeld)
+    std::vector<uint8_t> wanted = {};  // pages; empty: all that come through it
+    bool reads = true;                 // any of them
   };
 
   const void* streamed(int64_t stream, int64_t index) const {

@@ -42,6 +42,18 @@ float margin_of(const ScreenedRow& row, double delta) {
   return static_cast<float>(lower) + row.rounding + std::fabs(row.top) * kFloatErrors;
 }
 
+// Log of the most that a page can weigh whose keys all had the best end of every channel's range.
+// `best` and `middle` are of RankSealed: their difference is the sum of |q * scale| times half of
+// the levels, from which follows what the words of a query can be off by, half a step for each of
+// `head_dim` codes. The rest is rounding.
+float most_of_ranges(float best, float middle, int64_t head_dim) {
+  constexpr float kMostWord = 32512.0f;
+  const float spread = best - middle;
+  const float words = spread * static_cast<float>(head_dim) / kMostWord;
+  return best + std::log(static_cast<float>(kPageTokens)) + words +
+         (std::fabs(best) + std::fabs(middle) + spread) * kFloatErrors;
+}
+
 }  // namespace
 
 struct PageChoice::Scores {
@@ -78,6 +90,7 @@ void PageChoice::build(const AttentionInput& input, const AttentionPlan& plan,
   items_.clear();
   marks_.clear();
   rows_.clear();
+  unread_.clear();
   first_item_.assign(plan.queries().size(), -1);
   for (size_t q = 0; q < plan.queries().size(); ++q) {
     const AttentionPlan::Query& query = plan.queries()[q];
@@ -103,8 +116,21 @@ const uint8_t* PageChoice::page_data(const Item& item, int64_t page) const {
   return static_cast<const uint8_t*>(segment.sealed[page]);
 }
 
+const uint16_t* PageChoice::key_scales(const Item& item, int64_t page) const {
+  const KvSealedLayout& layout = input_->sealed;
+  const AttentionSegment& segment = *plan_->queries()[item.query].segment;
+  const uint8_t* scales = nullptr;  // of all heads
+  if (const uint8_t* data = page_data(item, page); data != nullptr)
+    scales = data + layout.key_scale_offset(0);
+  else if (!segment.key_scales.empty())
+    scales = static_cast<const uint8_t*>(segment.key_scales[page]);
+  if (scales == nullptr) return nullptr;
+  return reinterpret_cast<const uint16_t*>(scales + static_cast<size_t>(item.kv_head) *
+                                                        layout.key_scale_bytes());
+}
+
 bool PageChoice::skippable(const Item& item, int64_t page) const {
-  return input_->sealed.format != KvSeal::kNone && page_data(item, page) != nullptr;
+  return input_->sealed.format != KvSeal::kNone && key_scales(item, page) != nullptr;
 }
 
 void PageChoice::choose(int64_t index, char* scratch) {
@@ -152,22 +178,31 @@ void PageChoice::screen(const Item& item, Scores& scores) const {
   const KvSealedLayout& layout = input_->sealed;
   const int64_t n = layout.head_dim, head = item.kv_head;
   const float* q = input_->qkv.row(plan_->queries()[item.query].row) + head * group_ * n;
+  std::vector<float> best(static_cast<size_t>(group_)), middle(best.size());
   for (int64_t page = 0; page < item.pages; ++page) {
     const auto put = [&](int64_t g, float estimate, float most) {
-      scores.estimate[g * item.pages + page] = estimate;
-      scores.most[g * item.pages + page] = most;
+      // What is not a number must be read, to show.
+      const bool number = !std::isnan(estimate) && !std::isnan(most);
+      scores.estimate[g * item.pages + page] = number ? estimate : INFINITY;
+      scores.most[g * item.pages + page] = number ? most : INFINITY;
     };
-    if (!skippable(item, page)) {
-      for (int64_t g = 0; g < group_; ++g) put(g, -INFINITY, -INFINITY);
+    const uint8_t* data = page_data(item, page);
+    if (data == nullptr || !skippable(item, page)) {
+      // Of a page that streams the ranges of its channels are known at most: how much it may weigh,
+      // and, as an estimate, what it weighs if all keys are in the middle.
+      const bool known = skippable(item, page);
+      if (known) rank_page(item, page, q, best.data(), middle.data());
+      for (int64_t g = 0; g < group_; ++g)
+        put(g, known ? middle[g] + std::log(static_cast<float>(kPageTokens)) : -INFINITY,
+            known ? most_of_ranges(best[g], middle[g], n) : -INFINITY);
       continue;
     }
-    const uint8_t* data = page_data(item, page);
-    const bool next = page + 1 < item.pages && skippable(item, page + 1);
+    const bool next = page + 1 < item.pages && page_data(item, page + 1) != nullptr;
     ScreenSealed call = {};
     call.q = q;
     call.q_stride = n;
     call.upper = data + layout.upper_offset(head);
-    call.key_scales = reinterpret_cast<const uint16_t*>(data + layout.key_scale_offset(head));
+    call.key_scales = key_scales(item, page);
     if (next) call.next_upper = page_data(item, page + 1) + layout.upper_offset(head);
     call.rows = static_cast<int32_t>(group_);
     call.head_dim = static_cast<int32_t>(n);
@@ -178,11 +213,7 @@ void PageChoice::screen(const Item& item, Scores& scores) const {
     for (int64_t g = 0; g < group_; ++g) {
       const ScreenedRow& row = scores.screened[g];
       const float estimate = row.top + std::log(row.mass);
-      // What is not a number must be read, to show.
-      if (std::isnan(estimate))
-        put(g, INFINITY, INFINITY);
-      else
-        put(g, estimate, estimate + margin_of(row, item.mode->delta));
+      put(g, estimate, estimate + margin_of(row, item.mode->delta));
     }
   }
 }
@@ -246,11 +277,25 @@ void PageChoice::choose_more(int64_t index, const float* m, const double* l, cha
   certify(item, index, scores, totals.data(), item.mode->tau, 1);
 }
 
+void PageChoice::rank_page(const Item& item, int64_t page, const float* q, float* most,
+                           float* middle) const {
+  const KvSealedLayout& layout = input_->sealed;
+  RankSealed call = {};
+  call.q = q;
+  call.q_stride = layout.head_dim;
+  call.key_scales = key_scales(item, page);
+  call.levels = static_cast<float>((1 << layout.bits()) - 1);
+  call.rows = static_cast<int32_t>(group_);
+  call.head_dim = static_cast<int32_t>(layout.head_dim);
+  call.most = most;
+  call.middle = middle;
+  kernels_->rank_sealed(call);
+}
+
 void PageChoice::rank(const Item& item, Scores& scores) {
   const AttentionMode& mode = *item.mode;
-  const KvSealedLayout& layout = input_->sealed;
-  const int64_t n = layout.head_dim, head = item.kv_head;
-  const float* q = input_->qkv.row(plan_->queries()[item.query].row) + head * group_ * n;
+  const int64_t n = input_->sealed.head_dim;
+  const float* q = input_->qkv.row(plan_->queries()[item.query].row) + item.kv_head * group_ * n;
   uint8_t* marks = marks_.data() + item.marks;
   std::vector<float> most(static_cast<size_t>(group_)), middle(static_cast<size_t>(group_));
   std::vector<float> best_most(most.size(), -INFINITY), best_middle(most.size(), -INFINITY);
@@ -259,17 +304,7 @@ void PageChoice::rank(const Item& item, Scores& scores) {
     if (!skippable(item, page) || page < mode.sink_pages || page >= item.pages - mode.recent_pages)
       continue;
     pages.push_back(static_cast<int32_t>(page));
-    const uint8_t* data = page_data(item, page);
-    const RankSealed call = {
-        q,
-        n,
-        reinterpret_cast<const uint16_t*>(data + layout.key_scale_offset(head)),
-        static_cast<float>((1 << layout.bits()) - 1),
-        static_cast<int32_t>(group_),
-        static_cast<int32_t>(n),
-        most.data(),
-        middle.data()};
-    kernels_->rank_sealed(call);
+    rank_page(item, page, q, most.data(), middle.data());
     for (int64_t g = 0; g < group_; ++g) {
       scores.most[g * item.pages + page] = most[g];
       scores.estimate[g * item.pages + page] = middle[g];
@@ -317,6 +352,48 @@ void PageChoice::add_sampled(int64_t query, int64_t head, float m, float l) {
   Row& row = rows_[(first + head / group_) * group_ + head % group_];
   const double weight = l * std::exp(static_cast<double>(m) - row.first_m);
   row.squares += weight * weight;
+}
+
+void PageChoice::tell_streams(AttentionPlan& plan, int round) {
+  const int64_t heads = input_->layout.kv_heads;
+  if (round == 0) unread_.assign(static_cast<size_t>(plan.stream_count()), {});
+  for (int64_t stream = 0; stream < plan.stream_count(); ++stream) {
+    std::vector<uint8_t> wanted(static_cast<size_t>(plan.stream_pages(stream)), 0);
+    for (size_t q = 0; q < plan.queries().size(); ++q) {
+      const AttentionPlan::Query& query = plan.queries()[q];
+      if (query.stream != stream) continue;
+      const int64_t pages = std::min(query.page, static_cast<int64_t>(wanted.size()));
+      for (int64_t head = 0; head < (first_item_[q] < 0 ? 1 : heads); ++head)
+        for (int64_t page = 0; page < pages; ++page)
+          wanted[page] |= static_cast<uint8_t>(reads(static_cast<int64_t>(q), head, page, round));
+    }
+    std::vector<uint8_t>& unread = unread_[stream];
+    if (round == 0) unread.assign(wanted.size(), 1);
+    bool all = true, any = false;
+    for (size_t page = 0; page < wanted.size(); ++page) {
+      if (!plan.comes_through(stream, static_cast<int64_t>(page))) {
+        wanted[page] = unread[page] = 0;
+        continue;
+      }
+      all = all && wanted[page] != 0;
+      any = any || wanted[page] != 0;
+      if (wanted[page] != 0) unread[page] = 0;
+    }
+    // In the first round it is on its way already.
+    if (round > 0 || !all) plan.want(stream, std::move(wanted), any);
+  }
+}
+
+void PageChoice::report_unread() const {
+  for (size_t stream = 0; stream < unread_.size(); ++stream) {
+    const auto pages = std::count(unread_[stream].begin(), unread_[stream].end(), uint8_t{1});
+    const auto asked = std::find_if(items_.begin(), items_.end(), [&](const Item& item) {
+      return plan_->queries()[item.query].stream == static_cast<int64_t>(stream);
+    });
+    if (asked == items_.end()) continue;
+    plan_->queries()[asked->query].segment->report->unread_bytes +=
+        pages * static_cast<int64_t>(input_->sealed.page_bytes());
+  }
 }
 
 void PageChoice::report(int64_t index, const float* m, const double* l) const {

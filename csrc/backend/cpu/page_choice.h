@@ -30,11 +30,14 @@ class PageChoice {
   void choose(int64_t item, char* scratch);
   // Between the rounds, with m and l of the group's rows: what they have read.
   void choose_more(int64_t item, const float* m, const double* l, char* scratch);
+  // After either: which pages of streams the round reads.
+  void tell_streams(AttentionPlan& plan, int round);
   // A row's part of the second round, which is weighed so much heavier, has been read: a leaf's.
   float shift(int64_t query) const;
   void add_sampled(int64_t query, int64_t head, float m, float l);
   // After the second round, with m and l of all that was read.
   void report(int64_t item, const float* m, const double* l) const;
+  void report_unread() const;  // of streams
 
   // Of the group's rows of an item: the first query head.
   int64_t query_of(int64_t item) const { return items_[item].query; }
@@ -65,7 +68,10 @@ class PageChoice {
   struct Scores;
 
   bool skippable(const Item& item, int64_t page) const;
-  const uint8_t* page_data(const Item& item, int64_t page) const;
+  const uint8_t* page_data(const Item& item, int64_t page) const;  // null: comes through a stream
+  // Of the item's head; null: not known before the page has come.
+  const uint16_t* key_scales(const Item& item, int64_t page) const;
+  void rank_page(const Item& item, int64_t page, const float* q, float* most, float* middle) const;
   // What the query's own page weighs.
   void attend_own(const Item& item, Scores& scores) const;
   void screen(const Item& item, Scores& scores) const;
@@ -82,7 +88,8 @@ class PageChoice {
   std::vector<int64_t> first_item_;  // by query; -1: exact
   std::vector<Item> items_;
   std::vector<uint8_t> marks_;
-  std::vector<Row> rows_;  // [items][group]
+  std::vector<Row> rows_;                     // [items][group]
+  std::vector<std::vector<uint8_t>> unread_;  // [streams][pages]: 1 if nobody reads it
 };
 
 }  // namespace puna
