@@ -23,27 +23,24 @@ uint32_t RankedBpe::merged(uint32_t left, uint32_t right) const {
   return node == kNone ? kNone : trie_.token_at(node);
 }
 
-bool RankedBpe::is_pair(uint32_t left, uint32_t right, uint32_t before) const {
+bool RankedBpe::stay_apart(uint32_t left, uint32_t right) const {
   // Undoes the merges that made the two, the latest first. At each moment the tokens on both sides
   // of the border must not have merged before the merge that is undone next: `before` is its rank,
   // plus one where a merge of equal rank at the border would have come first, being further left.
   for (;;) {
+    const uint32_t last_of_left = tokens_[left].right, first_of_right = tokens_[right].left;
+    const bool left_is_byte = last_of_left == left, right_is_byte = first_of_right == right;
+    if (left_is_byte && right_is_byte) return true;
+    uint32_t before;
+    if (right_is_byte || (left > right && !left_is_byte)) {
+      before = left;
+      left = last_of_left;
+    } else {
+      before = right + 1;
+      right = first_of_right;
+    }
     const uint32_t joint = merged(left, right);
     if (joint != kNone && joint < before) return false;
-    const bool undo_left = left > right;
-    for (int side = 0;; ++side) {
-      if (side == 2) return true;  // both are single bytes
-      if (undo_left == (side == 0)) {
-        if (tokens_[left].right == left) continue;
-        before = left;
-        left = tokens_[left].right;
-      } else {
-        if (tokens_[right].left == right) continue;
-        before = right + 1;
-        right = tokens_[right].left;
-      }
-      break;
-    }
   }
 }
 
@@ -73,7 +70,7 @@ bool RankedBpe::find_parts(const Vocabulary& vocabulary) {
     for (uint32_t left = shorter_start(token); left != kNone && !ends.empty();) {
       const uint32_t right = ends.back(), joint = length(left) + length(right);
       if (joint == whole && left < token && right < token && is_reachable(left) &&
-          is_reachable(right) && is_pair(left, right, token)) {
+          is_reachable(right) && stay_apart(left, right)) {
         tokens_[token].left = left;
         tokens_[token].right = right;
         break;

@@ -49,8 +49,9 @@ class RankedBpe {
     if ((entry | 1) != (key | 1)) entry = key | uint64_t{is_pair(left, right)};
     return entry & 1;
   }
-  // The same by the merges of ranks below `before`.
-  bool is_pair(uint32_t left, uint32_t right, uint32_t before = kNone) const;
+  bool is_pair(uint32_t left, uint32_t right) const {
+    return merged(left, right) == kNone && stay_apart(left, right);
+  }
 
   // Whether merging can make a token: the others only ever stand for a whole piece.
   bool is_reachable(uint32_t token) const { return tokens_[token].left != kNone; }
@@ -106,6 +107,8 @@ class RankedBpe {
  private:
   // The token of joint bytes, or kNone.
   uint32_t merged(uint32_t left, uint32_t right) const;
+  // Whether the merges of the joint bytes that come before those of the two into one give the two.
+  bool stay_apart(uint32_t left, uint32_t right) const;
   bool find_parts(const Vocabulary& vocabulary);
   void link(const TokenTrie::Built& built);
 

@@ -9,7 +9,7 @@ namespace {
 
 constexpr uint32_t kBlock = 256;  // children of one node lie within one block
 // Nodes with several children look for room in this many blocks before the last.
-constexpr uint32_t kSearchedBlocks = 8;
+constexpr uint32_t kSearchedBlocks = 4;
 // Those with one child try so many places.
 constexpr uint32_t kTriedPlaces = 64;
 
@@ -74,8 +74,14 @@ struct TokenTrie::Builder {
     tokens = sorted_tokens(vocabulary);
     size_t bytes = 0;
     for (const uint32_t token : tokens) bytes += vocabulary.ordinary(token).size();
-    sorted.reserve(tokens.size(), bytes);
-    for (const uint32_t token : tokens) sorted.add(vocabulary.ordinary(token));
+    text.reserve(bytes);
+    begins.reserve(tokens.size() + 1);
+    for (const uint32_t token : tokens) {
+      const std::string_view part = vocabulary.ordinary(token);
+      begins.push_back(static_cast<uint32_t>(text.size()));
+      text.insert(text.end(), part.begin(), part.end());
+    }
+    begins.push_back(static_cast<uint32_t>(text.size()));
     built.of_tokens.resize(vocabulary.size());
     // Room for as many nodes as there can be, which is memory only where it is used.
     const size_t most = std::min(bytes, kMostPlaces) + 2 * kBlock;
@@ -118,27 +124,32 @@ struct TokenTrie::Builder {
     trie.depths_[place] = static_cast<uint16_t>(trie.depths_[parent] + 1);
   }
 
+  // A base at which one byte has room.
+  uint32_t base_for(uint8_t wanted) {
+    // From where the last one ended: places that no base leads to would gather at the front.
+    for (uint32_t tried = 0; tried < kTriedPlaces; ++tried) {
+      const uint32_t place = next_try != 0 ? next_try : slots[0].next_free;
+      if (place == 0) break;
+      next_try = slots[place].next_free;
+      if (may_be_base(place ^ wanted)) return place ^ wanted;
+    }
+    const auto size = static_cast<uint32_t>(slots.size());
+    add_block();
+    return size;
+  }
+
   // A base at which all `wanted` have room.
   uint32_t base_for(const std::vector<uint8_t>& wanted) {
+    if (wanted.size() == 1) return base_for(wanted[0]);
     const auto fits = [&](uint32_t base) {
       return may_be_base(base) && std::all_of(wanted.begin(), wanted.end(),
                                               [&](uint8_t label) { return is_free(base ^ label); });
     };
     const auto size = static_cast<uint32_t>(slots.size());
-    if (wanted.size() == 1) {
-      // From where the last one ended: places that no base leads to would gather at the front.
-      for (uint32_t tried = 0; tried < kTriedPlaces; ++tried) {
-        const uint32_t place = next_try != 0 ? next_try : slots[0].next_free;
-        if (place == 0) break;
-        next_try = slots[place].next_free;
-        if (may_be_base(place ^ wanted[0])) return place ^ wanted[0];
-      }
-    } else {
-      for (uint32_t place = slots[0].previous_free;
-           place != 0 && place + kSearchedBlocks * kBlock >= size;
-           place = slots[place].previous_free) {
-        if (fits(place ^ wanted[0])) return place ^ wanted[0];
-      }
+    for (uint32_t place = slots[0].previous_free;
+         place != 0 && place + kSearchedBlocks * kBlock >= size;
+         place = slots[place].previous_free) {
+      if (fits(place ^ wanted[0])) return place ^ wanted[0];
     }
     add_block();
     return size;
@@ -157,7 +168,7 @@ struct TokenTrie::Builder {
       const uint32_t depth = trie.depths_[node];
       if (node != kRoot) built.by_depth.push_back(node);
       Place* of_token = nullptr;
-      if (sorted[begin].size() == depth) {  // the shortest comes first
+      if (begins[begin + 1] - begins[begin] == depth) {  // the shortest comes first
         const uint32_t token = tokens[begin];
         trie.tokens_[node] = token;
         of_token = &built.of_tokens[token];
@@ -166,10 +177,24 @@ struct TokenTrie::Builder {
         prefix = token;
         if (++begin == end) continue;
       }
+      const auto label_of = [&](uint32_t at) {
+        return static_cast<uint8_t>(text[begins[at] + depth]);
+      };
+      if (begin + 1 == end) {  // as most of the way to the last bytes of long tokens
+        const uint8_t label = label_of(begin);
+        const uint32_t base = base_for(label);
+        if (slots.size() > kMostPlaces) return false;
+        slots[node].base = base;
+        is_base[base] = true;
+        take(base ^ label, node, label);
+        ranges.push_back({base ^ label, begin, end, prefix});
+        if (of_token) of_token->next_bytes = uint32_t{1} << (label & 31);
+        continue;
+      }
       wanted.clear();
       starts.clear();
       for (uint32_t at = begin; at < end; ++at) {
-        const auto label = static_cast<uint8_t>(sorted[at][depth]);
+        const uint8_t label = label_of(at);
         if (!wanted.empty() && wanted.back() == label) continue;
         wanted.push_back(label);
         starts.push_back(at);
@@ -212,7 +237,9 @@ struct TokenTrie::Builder {
   Built& built;
   TokenTrie& trie;
   Table<uint32_t> tokens;
-  ByteStrings sorted;  // the tokens in order: every level reads them from front to back
+  // The tokens in order, one after the other: every level reads them from front to back.
+  Table<char> text;
+  Table<uint32_t> begins;
   Table<Slot> slots;
   uint32_t next_try = 0;  // a free place, or 0: the first
   Table<uint8_t> labels;
