@@ -122,9 +122,12 @@ Ids array_of(IdBuffer ids) {
     std::memcpy(array.mutable_data(), ids.ids().data(), ids.ids().size_bytes());
     return array;
   }
-  auto* memory = reinterpret_cast<uint32_t*>(ids.release());
-  const py::capsule owner(memory, [](void* pointer) { std::free(pointer); });
-  return Ids(count, memory, owner);
+  auto owner = std::make_unique<IdBuffer::Owner>(ids.release());
+  auto* const memory = reinterpret_cast<uint32_t*>(owner->get());
+  const py::capsule capsule(owner.get(),
+                            [](void* pointer) { delete static_cast<IdBuffer::Owner*>(pointer); });
+  static_cast<void>(owner.release());  // the capsule's
+  return Ids(count, memory, capsule);
 }
 
 py::object encode(const Tokenizer& tokenizer, const py::object& text,
@@ -133,7 +136,7 @@ py::object encode(const Tokenizer& tokenizer, const py::object& text,
   EncodeOptions options = options_of(tokenizer, allowed_special, cut, threads);
   if (!py::isinstance<py::list>(text) && !py::isinstance<py::tuple>(text)) {
     Text one(text);
-    IdBuffer ids(IdBuffer::kKeep, one.length() / 4);  // about as many as English has
+    IdBuffer ids(IdBuffer::kKeep, one.length());
     one.encode(tokenizer, options, ids);
     return array_of(std::move(ids));
   }

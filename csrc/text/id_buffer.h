@@ -7,6 +7,9 @@
 #include <memory>
 #include <new>
 #include <span>
+#include <utility>
+
+#include "platform/memory.h"
 
 namespace puna {
 
@@ -14,7 +17,7 @@ class IdBuffer {
  public:
   enum Mode { kKeep, kCount };
 
-  // `expected`: how many ids will come, about.
+  // `expected`: how many ids will come at most, about; memory is used only as they come.
   explicit IdBuffer(Mode mode = kKeep, size_t expected = 0) : mode_(mode) { grow(expected); }
 
   // Room for `count` ids behind the last. Then set_end() says how many were written.
@@ -39,28 +42,49 @@ class IdBuffer {
 
   size_t size() const { return size_; }
   std::span<const int32_t> ids() const { return {ids_.get(), mode_ == kKeep ? size_ : 0}; }
-  // Gives the memory up; it is to be freed by free().
-  int32_t* release() {
+  // Memory of ids: of the system's in huge pages if it is much (`mapped` bytes), else of malloc().
+  struct Free {
+    Free() : mapped(0) {}
+    explicit Free(size_t bytes) : mapped(bytes) {}
+    size_t mapped;
+    void operator()(int32_t* ids) const {
+      if (mapped == 0) {
+        std::free(ids);
+      } else {
+        Memory::adopted(ids, mapped);
+      }
+    }
+  };
+  using Owner = std::unique_ptr<int32_t, Free>;
+  // Gives the memory up.
+  Owner release() {
     size_ = capacity_ = 0;
-    return ids_.release();
+    return std::move(ids_);
   }
 
  private:
-  struct Free {
-    void operator()(int32_t* ids) const { std::free(ids); }
-  };
+  // From here on a page of the system is a huge one: with pages of 4 KiB, the first touch of each
+  // takes as long as the encoding of a hundred bytes.
+  static constexpr size_t kMapped = size_t{2} << 20;
 
   void grow(size_t least) {
     const size_t capacity = std::max<size_t>({least, capacity_ + capacity_ / 2, 64});
-    void* moved = std::realloc(ids_.get(), capacity * sizeof(int32_t));
-    if (!moved) throw std::bad_alloc();
-    static_cast<void>(ids_.release());
-    ids_.reset(static_cast<int32_t*>(moved));
+    const size_t bytes = capacity * sizeof(int32_t);
+    if (bytes >= kMapped) {
+      Memory memory(bytes);
+      std::copy_n(ids_.get(), mode_ == kKeep ? size_ : 0, static_cast<int32_t*>(memory.data()));
+      ids_ = Owner(static_cast<int32_t*>(memory.release()), Free(bytes));
+    } else {
+      void* moved = std::realloc(ids_.get(), bytes);
+      if (!moved) throw std::bad_alloc();
+      static_cast<void>(ids_.release());
+      ids_ = Owner(static_cast<int32_t*>(moved), Free());
+    }
     capacity_ = capacity;
   }
 
   Mode mode_;
-  std::unique_ptr<int32_t, Free> ids_;
+  Owner ids_;
   size_t size_ = 0, capacity_ = 0;
 };
 
