@@ -219,18 +219,26 @@ class Timings {
       rows = rows / 64 + 1;
       cols = cols / 64 + 1;
     }
-    const Source source(random_, rows, cols);
+    // Random bytes are as good as weights, and are there at once.
+    constexpr size_t kAlignment = 64;
+    const size_t size = packed_bytes(format, rows, cols);
+    std::vector<uint64_t> words(size / sizeof(uint64_t) + kAlignment);
+    for (uint64_t& word : words) word = words_();
+    void* place = words.data();
+    size_t space = words.size() * sizeof(uint64_t);
+    std::align(kAlignment, size, place, space);
     std::vector<WeightRef> sets;
     constexpr int64_t kAtLeast = int64_t{512} << 20;
-    do sets.push_back(source.load(gpu_, format));
-    while (!small_ && std::ssize(sets) * static_cast<int64_t>(sets[0].bytes) < kAtLeast);
+    do
+      sets.push_back(gpu_.adopt_matrix(format, rows, cols, {std::shared_ptr<const void>(), place}));
+    while (!small_ && std::ssize(sets) * static_cast<int64_t>(size) < kAtLeast);
     for (const int64_t count : {1, 8, 64, 512}) {
       const Placed x(gpu_, count, randoms(random_, count * cols)), out(gpu_, count, rows);
       const double seconds = seconds_each([&](int64_t i) {
         gpu_.matmul(out.rows, x.rows, sets[static_cast<size_t>(i % std::ssize(sets))]);
       });
       const double bytes =
-          static_cast<double>(sets[0].bytes) + 4.0 * static_cast<double>(count * (rows + cols));
+          static_cast<double>(size) + 4.0 * static_cast<double>(count * (rows + cols));
       row(report, name + " " + name_of(format), count, seconds, bytes, ceiling,
           2.0 * static_cast<double>(count * rows * cols));
     }
@@ -298,6 +306,7 @@ class Timings {
   Backend& gpu_;
   bool small_;
   std::mt19937 random_{1};
+  std::mt19937_64 words_{1};
   Placed mark_{gpu_, 1, 1};
 };
 
@@ -307,6 +316,8 @@ int run_cuda(int argc, char** argv) {
   const Arguments arguments("cuda",
                             {{"device", "N", "which GPU (default: 0)"},
                              {"check", nullptr, "only whether results are right"},
+                             {"time", nullptr, "only the timings, right or not"},
+                             {"only", "NAME", "products, experts, norms or attention"},
                              {"small", nullptr, "tiny shapes, to see that it runs"},
                              {"json", nullptr, "the timings as JSON"},
                              {"help", nullptr, "this text"}},
@@ -316,14 +327,24 @@ int run_cuda(int argc, char** argv) {
     return 0;
   }
   const std::string device = "cuda:" + std::to_string(arguments.integer("device", 0, 0, 1000));
+  const std::string only = arguments.text("only", "");
+  for (const char* name : {"products", "experts", "norms", "attention", ""}) {
+    if (only == name) break;
+    if (*name == '\0')
+      fail(ErrorCode::kInvalidRequest, "--only is '", only,
+           "'; it must be products, experts, norms or attention");
+  }
+  const auto wanted = [&](const char* name) { return only.empty() || only == name; };
   const auto gpu = make_backend(device, {}), cpu = make_backend("cpu", {});
   const auto ref = make_backend("ref", {});
-  Checks checks(*gpu, *cpu, *ref);
-  checks.products();
-  checks.experts();
-  checks.norms();
-  checks.attention();
-  if (arguments.has("check") || checks.failures() > 0) return checks.failures() > 0 ? 1 : 0;
+  if (!arguments.has("time")) {
+    Checks checks(*gpu, *cpu, *ref);
+    if (wanted("products")) checks.products();
+    if (wanted("experts")) checks.experts();
+    if (wanted("norms")) checks.norms();
+    if (wanted("attention")) checks.attention();
+    if (arguments.has("check") || checks.failures() > 0) return checks.failures() > 0 ? 1 : 0;
+  }
 
   Timings timings(*gpu, arguments.has("small"));
   const double ceiling = timings.copy_rate();
@@ -331,11 +352,14 @@ int run_cuda(int argc, char** argv) {
   report.fact("device", gpu->description());
   report.fact("copy GB/s", ceiling / 1e9);
   const WeightFormat int4 = WeightFormat::kInt4G128, int8 = WeightFormat::kInt8G32;
-  timings.product(report, ceiling, "q, k and v", 7168, 5120, int8);
-  timings.product(report, ceiling, "gate and up", 16384, 5120, int4);
-  timings.product(report, ceiling, "down", 5120, 8192, int4);
-  timings.product(report, ceiling, "head", 202048, 5120, int8);
-  for (const int64_t tokens : {8192, 131072}) timings.decode(report, ceiling, tokens);
+  if (wanted("products")) {
+    timings.product(report, ceiling, "q, k and v", 7168, 5120, int8);
+    timings.product(report, ceiling, "gate and up", 16384, 5120, int4);
+    timings.product(report, ceiling, "down", 5120, 8192, int4);
+    timings.product(report, ceiling, "head", 202048, 5120, int8);
+  }
+  if (wanted("attention"))
+    for (const int64_t tokens : {8192, 131072}) timings.decode(report, ceiling, tokens);
   report.print(std::cout, arguments.has("json"));
   return 0;
 }

@@ -1,50 +1,132 @@
 #!/usr/bin/env bash
 # All that is to be learnt from a GPU, in one go of less than nine minutes: what machine it is, whether every
 # operation is right (memory errors and races included, where compute-sanitizer is there), and how fast each is
-# beside a copy. Writes everything to a folder and ends with the table.
+# beside a copy. A step that fails, or takes too long, is told and does not keep the others from running.
 #
-#   bench/gpu_run.sh OUT [PUNA_BENCH]
+#   bench/gpu_run.sh OUT [PUNA_BENCH]       on the machine with the GPU
+#   bench/gpu_run.sh --prepare FOLDER       beforehand, where there are nvcc and the rest: FOLDER/puna-bench
 #
-# PUNA_BENCH is a puna-bench with libpuna_cuda.so beside it, built elsewhere; without one both are built here, which
-# needs nvcc, cmake, ninja and Python with nlohmann-json, and takes most of the time.
-set -euo pipefail
-cd "$(dirname "$0")/.."
-out=${1:?usage: bench/gpu_run.sh OUT [PUNA_BENCH]}
+# OUT gets a log of each step and summary.json. PUNA_BENCH is a puna-bench with libpuna_cuda.so beside it; with none,
+# or one that does not start there, both are built, which needs nvcc, cmake, ninja (or make), a C++ compiler and
+# nlohmann/json.hpp (from its wheel, the system, or the folder of PUNA_BENCH). Uses nothing but bash and coreutils
+# otherwise. SMALL=1 measures tiny shapes, to see that all runs; PUNA_CUDA_LIBRARY replaces the kernels, as by the
+# emulator.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 1
+usage="usage: bench/gpu_run.sh OUT [PUNA_BENCH], or bench/gpu_run.sh --prepare FOLDER"
+
+# Configures and builds puna-bench and the kernels in folder $1, for the architectures $2; $3...: more of cmake's.
+build() {
+  local folder=$1 architectures=$2
+  shift 2
+  local generator=()
+  command -v ninja >/dev/null && generator=(-G Ninja)
+  # A processor with other instructions than those of this one will run it, so only few kernels of the host's.
+  cmake "${generator[@]}" -S . -B "$folder" -DCMAKE_BUILD_TYPE=Release -DPUNA_CUDA=on \
+    -DPUNA_CUDA_ARCHITECTURES="$architectures" -DPUNA_ISAS=avx2 "$@" &&
+    cmake --build "$folder" --target puna-bench puna_cuda --parallel "$(nproc)"
+}
+
+if [ "${1:-}" = --prepare ]; then
+  folder=${2:?$usage}
+  # Older systems have an older libstdc++.
+  build "$folder" "80;90a-real" -DCMAKE_EXE_LINKER_FLAGS="-static-libstdc++ -static-libgcc" || exit 1
+  json=$(sed -n 's/^PUNA_JSON_INCLUDE:PATH=//p' "$folder/CMakeCache.txt")
+  mkdir -p "$folder/include" && cp -r "$json/nlohmann" "$folder/include/"
+  strip "$folder/puna-bench" "$folder/libpuna_cuda.so"
+  ls -l "$folder/puna-bench" "$folder/libpuna_cuda.so"
+  exit 0
+fi
+
+out=${1:?$usage}
+mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 1
 bench=${2:-}
-mkdir -p "$out"
+deadline=540 # seconds for all
+failed=0
+rows=()
+
+# step NAME SECONDS COMMAND...: runs it, at most so long; its output goes to NAME.txt, the end of it to the terminal
+# if it fails.
+step() {
+  local name=$1 limit=$2 left status=0 start=$SECONDS word
+  shift 2
+  left=$((deadline - SECONDS))
+  if [ "$left" -lt 10 ]; then
+    echo "SKIPPED $name: no time left"
+    rows+=("{\"step\": \"$name\", \"status\": \"skipped\", \"seconds\": 0}")
+    failed=1
+    return 1
+  fi
+  [ "$limit" -lt "$left" ] || limit=$left
+  timeout --kill-after=5 "$limit" "$@" >"$out/$name.txt" 2>&1 || status=$?
+  case $status in
+    0) word=passed ;;
+    124 | 137) word="timed out" ;;
+    *) word="failed" ;;
+  esac
+  rows+=("{\"step\": \"$name\", \"status\": \"$word\", \"code\": $status, \"seconds\": $((SECONDS - start))}")
+  printf '%-24s %-10s %4d s\n' "$name" "$word" $((SECONDS - start))
+  [ "$status" = 0 ] && return 0
+  failed=1
+  tail -n 15 "$out/$name.txt" | sed 's/^/    /'
+  return 1
+}
+
+environment() {
+  date -u
+  git rev-parse HEAD 2>/dev/null
+  nvidia-smi
+  nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,clocks.max.mem,power.limit,memory.total --format=csv
+  lscpu | grep -i 'model name'
+  nproc
+  free -g
+  ldd --version | head -1
+  nvcc --version | tail -1
+  return 0
+}
+export -f build environment
+
+step environment 20 bash -c environment
+if [ -z "$bench" ] || ! step start 20 "$bench" cuda --help; then
+  given=()
+  [ -n "$bench" ] && [ -d "$(dirname "$bench")/include/nlohmann" ] &&
+    given=(-DPUNA_JSON_INCLUDE="$(cd "$(dirname "$bench")/include" && pwd)")
+  step build 300 bash -c 'build "$@"' build build/gpu native "${given[@]}"
+  bench=build/gpu/puna-bench
+fi
+small=()
+[ -n "${SMALL:-}" ] && small=(--small)
+
+if [ -x "$bench" ]; then
+  # Each in a process of its own: an error of memory ends what a process may do with the GPU.
+  for what in products experts norms attention; do
+    step "check-$what" 60 "$bench" cuda --check --only "$what"
+  done
+  # What is timed first matters most; the timings do not wait for the checks to pass.
+  for what in products attention; do
+    if step "time-$what" 120 "$bench" cuda --time --only "$what" --json "${small[@]}"; then
+      mv "$out/time-$what.txt" "$out/time-$what.json"
+    fi
+  done
+  if command -v compute-sanitizer >/dev/null; then
+    for tool in memcheck racecheck; do
+      for what in products attention experts norms; do
+        step "$tool-$what" 45 compute-sanitizer --tool "$tool" --error-exitcode 1 "$bench" cuda --check --only "$what"
+      done
+    done
+  fi
+else
+  echo "there is no $bench: nothing was checked or measured"
+  failed=1
+fi
 
 {
-  date -u
-  git rev-parse HEAD 2>/dev/null || true
-  nvidia-smi
-  nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,clocks.max.mem,power.limit --format=csv
-  nproc
-  ldd --version | head -1
-  nvcc --version 2>/dev/null | tail -1 || true
-} >"$out/environment.txt" 2>&1
-
-if [ -z "$bench" ]; then
-  build=build/gpu
-  timeout 300 cmake -G Ninja -S . -B "$build" -DCMAKE_BUILD_TYPE=Release -DPUNA_CUDA=on \
-    -DPUNA_CUDA_ARCHITECTURES=native >"$out/build.txt" 2>&1
-  timeout 300 cmake --build "$build" --target puna-bench puna_cuda >>"$out/build.txt" 2>&1
-  bench=$build/puna-bench
-fi
-
-failed=0
-timeout 90 "$bench" cuda --check >"$out/checks.txt" 2>&1 || failed=1
-cat "$out/checks.txt"
-for tool in memcheck racecheck; do
-  command -v compute-sanitizer >/dev/null || break
-  timeout 60 compute-sanitizer --tool "$tool" --error-exitcode 1 "$bench" cuda --check \
-    >"$out/$tool.txt" 2>&1 || { echo "$tool: see $tool.txt"; failed=1; }
+  printf '{"failed": %d, "steps": [\n' "$failed"
+  (IFS=$'\n' && printf '%s\n' "${rows[*]}" | sed '$!s/$/,/')
+  printf ']}\n'
+} >"$out/summary.json"
+for file in "$out"/time-*.json; do
+  [ -f "$file" ] && cat "$file"
 done
-if [ "$failed" = 0 ]; then
-  timeout 150 "$bench" cuda --json >"$out/timings.json" 2>>"$out/checks.txt" || failed=1
-  python3 - "$out/timings.json" <<'PYTHON'
-import json, sys
-report = json.load(open(sys.argv[1]))
-print(json.dumps(report, indent=1))
-PYTHON
-fi
+echo "all of it is in $out"
 exit "$failed"

@@ -333,7 +333,7 @@ def test_doctor() -> None:
     assert report["backends"] == puna.backends()
     assert report["threads"] >= 1
     assert 0 < report["memory_available"] <= report["memory_total"]
-    assert report["gpu"]["devices"] == [] or report["gpu"]["driver"]
+    assert report["gpu"]["devices"] or report["gpu"]["why"]
     text = run("doctor").stdout
     chosen = next(isa["name"] for isa in puna.isas() if isa["available"])
     for line in (
@@ -342,7 +342,7 @@ def test_doctor() -> None:
         rf"processor +.+, {report['threads']} compute threads",
         rf"isa +{chosen} \(also built: .*scalar",
         r"memory +[\d.]+ .iB free of [\d.]+ .iB",
-        r"gpu +(no NVIDIA driver or device|.*NVIDIA.*)",
+        r"gpu +(none found; .+|.*NVIDIA.*)",
         r"backend +cpu: yes, ",
     ):
         assert re.search(rf"^{line}", text, re.MULTILINE), (line, text)

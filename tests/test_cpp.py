@@ -68,10 +68,6 @@ def test_equal_bits_in_thousands_of_lives(programs: Path) -> None:
     check(run(programs / "kv_placement_test", "thousands_of_lives"))
 
 
-# The fibres of the CUDA emulator have not been run under the sanitizers yet.
-SANITIZED = [name for name in PROGRAMS if not name.startswith("cuda_")]
-
-
 @pytest.fixture(scope="session")
 def sanitized() -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
     """Runs of every program, begun together: most compute on one thread, for minutes in all."""
@@ -85,15 +81,15 @@ def sanitized() -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]
         f"-DPUNA_ISAS={chosen}",
         "-DCMAKE_BUILD_TYPE=Debug",
         "-DCMAKE_CXX_FLAGS_DEBUG=-O1",
-        programs=SANITIZED,
+        programs=PROGRAMS,
     )
     options = {"UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1"}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {name: pool.submit(run, folder / name, **options) for name in SANITIZED}
+        yield {name: pool.submit(run, folder / name, **options) for name in PROGRAMS}
 
 
 @pytest.mark.sanitizers
-@pytest.mark.parametrize("name", SANITIZED)
+@pytest.mark.parametrize("name", PROGRAMS)
 def test_sanitized_program(
     sanitized: dict[str, Future[subprocess.CompletedProcess[str]]], name: str
 ) -> None:

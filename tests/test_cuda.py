@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import platform
+import shutil
+import subprocess
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +20,7 @@ import puna
 from conftest import MakeCheckpoint, MakeEngine
 from oracle import golden, tiny
 from oracle.on_device import Job, Result, compute
-from puna import loading
+from puna import cli, doctor, gpus, loading
 from test_cpp import ROOT, build
 from test_parity import assert_fp32_parity
 
@@ -60,14 +66,176 @@ def test_names_that_are_no_device_are_refused(device: str) -> None:
         puna.load("demo", device=device, progress=False)
 
 
-@pytest.mark.skipif(CUDA["available"], reason="there is a GPU")
-def test_auto_falls_back_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
-    loading._say_if_without_gpu.cache_clear()
-    with caplog.at_level(logging.INFO, logger="puna"):
+@pytest.mark.parametrize("there_is_a_gpu", [False, True])
+def test_auto_is_the_cpu_and_says_why_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, there_is_a_gpu: bool
+) -> None:
+    status = {"name": "cuda", "available": there_is_a_gpu, "why": "what was found"}
+    monkeypatch.setattr(loading._core, "backends", lambda: [status])
+    loading._say_why_without_gpu.cache_clear()
+    level = logging.WARNING if there_is_a_gpu else logging.INFO
+    with caplog.at_level(level, logger="puna"):
         for _ in range(2):
             with puna.load("demo", progress=False) as llm:
                 assert llm.plan.device.startswith("cpu")
-    assert caplog.text.count(CUDA["why"]) == 1
+    assert caplog.text.count("what was found") == 1
+    assert ("not been tested on hardware" in caplog.text) == there_is_a_gpu
+    loading._say_why_without_gpu.cache_clear()
+
+
+def test_auto_does_not_take_a_device_that_is_there(
+    checkpoint: MakeCheckpoint, tmp_path: Path, emulator: str
+) -> None:
+    """The emulator is a device like any other, and would give other bits than the CPU."""
+    path = str(checkpoint("scout_like", dtype="float32").path)
+    jobs = [Job(path=path, tokens=PROMPT, options={"device": name}) for name in ("auto", "cpu")]
+    auto, cpu = compute(jobs, tmp_path, emulator)
+    assert np.array_equal(auto.logits, cpu.logits)
+
+
+def test_the_benchmark_finds_the_kernels_of_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PUNA_CUDA_LIBRARY", raising=False)
+    assert "PUNA_CUDA_LIBRARY" not in cli._bench_environment(tmp_path)
+    kernels = tmp_path / "libpuna_cuda.so"
+    kernels.touch()
+    assert cli._bench_environment(tmp_path)["PUNA_CUDA_LIBRARY"] == str(kernels)
+    monkeypatch.setenv("PUNA_CUDA_LIBRARY", "another")
+    assert cli._bench_environment(tmp_path)["PUNA_CUDA_LIBRARY"] == "another"
+
+
+def test_logits_are_handed_out_by_dlpack(engine: MakeEngine) -> None:
+    """Without a copy, to whatever takes DLPack: from the host's memory, whatever the device."""
+    logits = engine("scout_like").logits(PROMPT)
+    assert logits.__dlpack_device__() == (1, 0)  # kDLCPU
+    taken = np.from_dlpack(logits)
+    assert np.shares_memory(taken, logits)
+    assert np.array_equal(taken, logits)
+
+
+# --- the run on a machine with a GPU --------------------------------------------------------------
+
+BENCH = """#!/bin/sh
+case "$*" in
+*--help*) echo usage ;;
+*"--check --only norms"*) echo "WRONG norms"; exit 1 ;;
+*"--check --only experts"*) kill -SEGV $$ ;;
+*--time*) echo '{"rows": []}' ;;
+esac
+"""
+
+
+@pytest.mark.skipif(shutil.which("timeout") is None, reason="timeout of coreutils is missing")
+def test_the_gpu_run_goes_on_after_a_failure(tmp_path: Path) -> None:
+    bench, out = tmp_path / "puna-bench", tmp_path / "out"
+    bench.write_text(BENCH)
+    bench.chmod(0o755)
+    script = str(ROOT / "bench" / "gpu_run.sh")
+    done = subprocess.run(
+        ["bash", script, str(out), str(bench)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "    WRONG norms" in done.stdout
+    summary = json.loads((out / "summary.json").read_text())
+    status = {row["step"]: row["status"] for row in summary["steps"]}
+    assert status == status | {
+        "start": "passed",
+        "check-products": "passed",
+        "check-experts": "failed",
+        "check-norms": "failed",
+        "check-attention": "passed",
+        "time-products": "passed",
+        "time-attention": "passed",
+    }
+    assert summary["failed"] == 1
+    assert json.loads((out / "time-products.json").read_text()) == {"rows": []}
+
+
+# --- finding GPUs ---------------------------------------------------------------------------------
+
+MIB = 1 << 20
+
+
+class FakeSystem:
+    """What `cuda.core.system` has, of two GPUs, or of a machine without a driver."""
+
+    class Device:
+        devices: Sequence[Any] = ()
+
+        @classmethod
+        def get_all_devices(cls) -> Sequence[Any]:
+            if not cls.devices:
+                raise RuntimeError("no driver")
+            return cls.devices
+
+    @staticmethod
+    def get_kernel_mode_driver_version() -> tuple[int, ...]:
+        return (580, 65, 6)
+
+
+@pytest.fixture
+def nvml(monkeypatch: pytest.MonkeyPatch) -> type[FakeSystem]:
+    cards = [("NVIDIA H100", 81559 * MIB, 80000 * MIB), ("NVIDIA T4", 15360 * MIB, 9000 * MIB)]
+    devices = [
+        SimpleNamespace(name=name, memory_info=SimpleNamespace(total=total, free=free))
+        for name, total, free in cards
+    ]
+    monkeypatch.setattr(FakeSystem.Device, "devices", devices)
+    monkeypatch.setattr(gpus.importlib, "import_module", lambda name: FakeSystem)
+    return FakeSystem
+
+
+def test_gpus_by_nvml(nvml: type[FakeSystem]) -> None:
+    found = gpus.find_gpus()
+    assert (found.source, found.driver, found.why) == ("nvml", "580.65.6", "")
+    assert found.devices[1] == gpus.Gpu(1, "NVIDIA T4", 15360 * MIB, 9000 * MIB)
+    words = doctor._gpu_in_words(asdict(found))
+    assert words.startswith("NVIDIA H100, 78.1 GiB free of 79.6 GiB, NVIDIA T4, ")
+    assert words.endswith("; driver 580.65.6")
+
+
+def test_plans_for_the_memory_of_a_gpu(nvml: type[FakeSystem]) -> None:
+    plan = puna.plan("demo", device="cuda:1")
+    assert plan.memory_bytes == 9000 * MIB
+    assert plan.device == "cuda:1 (NVIDIA T4)"
+    assert "speed        unknown" in str(plan)
+    assert plan.tokens_per_second != plan.tokens_per_second  # NaN
+    plan = puna.plan("demo", device="cuda", memory="1G", memory_bandwidth="3G")
+    assert plan.memory_bytes == 1 << 30
+    assert plan.tokens_per_second > 0
+    with pytest.raises(puna.DeviceError, match=r"no GPU cuda:2 to plan for: there are 2"):
+        puna.plan("demo", device="cuda:2")
+    with pytest.raises(puna.InvalidRequest, match="'cpu', 'cuda' or 'cuda:N'"):
+        puna.plan("demo", device="auto")
+
+
+@pytest.mark.parametrize("package", ["missing", "without a driver"])
+def test_gpus_without_nvml(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, package: str) -> None:
+    def import_module(name: str) -> type[FakeSystem]:
+        if package == "missing":
+            raise ModuleNotFoundError(name)
+        return FakeSystem
+
+    monkeypatch.setattr(gpus.importlib, "import_module", import_module)
+    monkeypatch.setattr(gpus, "_PROC", tmp_path)
+    why = "not installed" if package == "missing" else "cuda-python: no driver"
+    found = gpus.find_gpus()
+    assert (found.devices, found.driver, found.source) == ((), None, "proc")
+    assert why in found.why
+    assert doctor._gpu_in_words(asdict(found)) == f"none found; {found.why}"
+    with pytest.raises(puna.DeviceError, match=why):
+        puna.plan("demo", device="cuda")
+
+    (tmp_path / "version").write_text("NVRM version: 580.65\nGCC 12\n")
+    (tmp_path / "gpus" / "0").mkdir(parents=True)
+    (tmp_path / "gpus" / "0" / "information").write_text("Model: \t NVIDIA L4\nIRQ: 1\n")
+    found = gpus.find_gpus()
+    assert found.devices == (gpus.Gpu(0, "NVIDIA L4"),)
+    words = doctor._gpu_in_words(asdict(found))
+    assert words == "NVIDIA L4 (memory unknown without cuda-python); driver NVRM version: 580.65"
+    with pytest.raises(puna.DeviceError, match="memory of cuda is not known"):
+        puna.plan("demo", device="cuda")
 
 
 # --- whole models ---------------------------------------------------------------------------------

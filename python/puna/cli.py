@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -90,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--kv", default="auto", choices=_KV_FORMATS, help="format of the KV cache")
     plan.add_argument("--memory", help='bytes, or like "24G"; what is free')
     plan.add_argument("--disk", help="for what of the KV cache memory does not hold, in bytes")
+    plan.add_argument("--device", default="cpu", help='"cuda" plans for the memory of the GPU')
     plan.add_argument("--memory-bandwidth", help="bytes a second, measured if left out")
     plan.add_argument("--disk-bandwidth", help="bytes a second")
     _add_quant(plan)
@@ -415,9 +417,11 @@ def _plan(options: argparse.Namespace) -> int:
         mmproj=options.mmproj,
         memory_bandwidth=options.memory_bandwidth,
         disk_bandwidth=options.disk_bandwidth,
+        device=options.device,
     )
     if options.json:
-        print(json.dumps(asdict(plan) | {"tokens_per_second": plan.tokens_per_second}, indent=2))
+        speed = None if math.isnan(plan.tokens_per_second) else plan.tokens_per_second
+        print(json.dumps(asdict(plan) | {"tokens_per_second": speed}, indent=2))
     else:
         print(plan)
     return 0 if plan.fits else 1
@@ -545,7 +549,16 @@ def _bench(options: argparse.Namespace) -> int:
     if program is None:
         print("puna: puna-bench was not found beside python or on PATH", file=sys.stderr)
         return 1
-    return subprocess.run([program, *options.rest], check=False).returncode
+    return subprocess.run(
+        [program, *options.rest], env=_bench_environment(), check=False
+    ).returncode
+
+
+def _bench_environment(package: Path = Path(puna.__file__).parent) -> dict[str, str]:
+    """Where puna-bench, which lies elsewhere, finds the CUDA kernels of the package."""
+    kernels = package / "libpuna_cuda.so"
+    given = {"PUNA_CUDA_LIBRARY": str(kernels)} if kernels.is_file() else {}
+    return {**given, **os.environ}
 
 
 def _demo(options: argparse.Namespace) -> int:

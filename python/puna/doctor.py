@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes.util
 import platform
 import sys
+from dataclasses import asdict
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import puna
 from puna import _core
+from puna.gpus import find_gpus
 
 
 def examine() -> dict[str, Any]:
@@ -26,7 +26,7 @@ def examine() -> dict[str, Any]:
         "memory_total": system["memory_total"],
         "memory_available": system["memory_available"],
         "isas": puna.isas(),
-        "gpu": _gpu(),
+        "gpu": asdict(find_gpus()),
         "backends": puna.backends(),
     }
 
@@ -56,31 +56,20 @@ def explain(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _gpu() -> dict[str, Any]:
-    """Whether the NVIDIA driver and its devices are there; nothing of it is loaded or started."""
-    proc = Path("/proc/driver/nvidia")
-    version = proc / "version"
-    driver = version.read_text(errors="replace").splitlines()[0] if version.is_file() else None
-    names = []
-    for information in sorted(proc.glob("gpus/*/information")):
-        fields = dict(
-            line.split(":", 1) for line in information.read_text().splitlines() if ":" in line
-        )
-        names.append(fields.get("Model", "unknown").strip())
-    return {
-        "driver": driver,
-        "libcuda": ctypes.util.find_library("cuda"),
-        "devices": names,
-    }
-
-
 def _gpu_in_words(gpu: dict[str, Any]) -> str:
-    devices, driver = ", ".join(gpu["devices"]), gpu["driver"]
-    if devices:
-        return f"NVIDIA {devices} ({driver or 'driver of unknown version'})"
-    if driver or gpu["libcuda"]:
-        return f"an NVIDIA driver ({driver or gpu['libcuda']}), but no device"
-    return "no NVIDIA driver or device"
+    if not gpu["devices"]:
+        found = f"an NVIDIA driver ({gpu['driver']}), but no GPU" if gpu["driver"] else "none found"
+        return f"{found}; {gpu['why']}"
+    driver = gpu["driver"] or "of unknown version"
+    return ", ".join(_one_gpu(one) for one in gpu["devices"]) + f"; driver {driver}"
+
+
+def _one_gpu(gpu: dict[str, Any]) -> str:
+    from puna.planning import size
+
+    if gpu["memory_total"] is None:
+        return f"{gpu['name']} (memory unknown without cuda-python)"
+    return f"{gpu['name']}, {size(gpu['memory_free'])} free of {size(gpu['memory_total'])}"
 
 
 def _installed(name: str) -> str:

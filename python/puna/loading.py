@@ -13,6 +13,7 @@ from puna import _core
 from puna.arguments import amount, quant_recipe, token_ids, truth, whole
 from puna.engine import Engine
 from puna.errors import InvalidRequest, UnsupportedError
+from puna.gpus import gpu_of
 from puna.options import LOAD_NAMES, unknown_keyword
 from puna.planning import Plan
 from puna.progress import ProgressBar
@@ -60,8 +61,8 @@ def load(
         kv_disk: Bytes that those files may take, as a number or like "200G"; None is what the disk
             has free.
         device: "cpu", "cuda" (or "cuda:1", of several GPUs), or "ref": the slow double-precision
-            reference. "auto" is the GPU if there is one, else the CPU. The CUDA backend has not run
-            on hardware yet, only on an emulator.
+            reference. "auto" is the CPU, even where there is a GPU: the CUDA backend has not run on
+            hardware yet, only on an emulator.
         experts: Where expert weights live: "auto" or "cpu" so far.
         memory: Bytes for weights and KV cache together, as a number or like "24G"; None is what the
             system has free.
@@ -108,16 +109,22 @@ def load(
         if bar:
             bar.close()
     if device == "auto":
-        _say_if_without_gpu()
+        _say_why_without_gpu()
     return Engine(core, path, progress)
 
 
 @functools.cache
-def _say_if_without_gpu() -> None:
+def _say_why_without_gpu() -> None:
     """Tells, once, why "auto" is not a GPU."""
-    for backend in _core.backends():
-        if backend["name"] == "cuda" and not backend["available"]:
-            _LOGGER.info("device='auto' is the CPU: %s", backend["why"])
+    cuda = next(backend for backend in _core.backends() if backend["name"] == "cuda")
+    if cuda["available"]:
+        _LOGGER.warning(
+            "device='auto' is the CPU although there is a GPU (%s): the CUDA backend has not been"
+            " tested on hardware yet; device='cuda' uses it",
+            cuda["why"],
+        )
+    else:
+        _LOGGER.info("device='auto' is the CPU: %s", cuda["why"])
 
 
 def plan(
@@ -128,6 +135,7 @@ def plan(
     quant: str | Mapping[str, str] | None = None,
     memory: int | str | None = None,
     disk: int | str | None = None,
+    device: str = "cpu",
     vision: bool = True,
     mmproj: str | os.PathLike[str] | None = None,
     memory_bandwidth: int | str | None = None,
@@ -142,15 +150,21 @@ def plan(
         quant: As for `load`.
         memory: Bytes, as a number or like "24G"; None is what the system has free.
         disk: Bytes of files for what of the KV cache does not fit into memory; None is none.
+        device: "cpu", or "cuda" (or "cuda:1"): memory is then that of the GPU, as the driver tells
+            it through cuda-python (`pip install "puna[cuda]"`), unless it is given.
         vision: As for `load`.
         mmproj: As for `load`.
-        memory_bandwidth: Bytes a second; None measures this machine's.
+        memory_bandwidth: Bytes a second; None measures this machine's, and does not guess a GPU's.
         disk_bandwidth: Bytes a second; None assumes a slow disk.
 
     Raises:
         ContextOverflow: The model does not allow such a context.
         ModelNotFound, ModelFormatError, UnsupportedError, InvalidRequest: As for `load`.
+        DeviceError: There is no such GPU, or nothing tells how much memory it has.
     """
+    gpu = gpu_of(device)
+    if gpu is not None and memory is None:
+        memory = gpu.memory_free
     raw = _core.plan(
         path=os.fspath(_path(model)),
         disk=amount("disk", disk),
@@ -162,6 +176,7 @@ def plan(
         raw,
         memory_bandwidth=float(amount("memory_bandwidth", memory_bandwidth)),
         disk_bandwidth=float(amount("disk_bandwidth", disk_bandwidth)),
+        device="" if gpu is None else f"{device} ({gpu.name})",
     )
 
 

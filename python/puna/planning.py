@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -63,10 +64,12 @@ class Plan:
         step_memory_bytes: What is read from memory for a token after a full context: the weights it
             uses and the keys and values that are there.
         step_disk_bytes: The keys and values that are read from files for it.
-        memory_bandwidth: Bytes a second, as given; 0 means that it is measured when it is needed.
+        memory_bandwidth: Bytes a second, as given; 0 means that it is measured when it is needed,
+            or, of a GPU, that it is not known.
         disk_bandwidth: Bytes a second, as given; 0 means a guess.
         remedies: Up to three ways to make it fit if it does not.
-        device: The device and how it computes, of a loaded model.
+        device: The device and how it computes, of a loaded model; or the GPU that it is planned
+            for.
         warnings: What looked odd in the checkpoint, of a loaded model.
     """
 
@@ -107,8 +110,11 @@ class Plan:
     def tokens_per_second(self) -> float:
         """The most tokens a second after a full context, if nothing but reading took time.
 
-        By the bandwidths given, or that of the memory as measured now, once in a process.
+        By the bandwidths given, or that of the memory as measured now, once in a process; NaN for a
+        GPU whose bandwidth was not given.
         """
+        if self._of_unknown_speed:
+            return math.nan
         memory = self.step_memory_bytes / (self.memory_bandwidth or _core.memory_bandwidth())
         disk = self.step_disk_bytes / (self.disk_bandwidth or _ASSUMED_DISK)
         return 1 / max(memory, disk, 1e-12)  # both are read at the same time
@@ -146,7 +152,13 @@ class Plan:
     def _part(count: int, name: str) -> str:
         return f", {size(count)} of them the {name}" if count else ""
 
+    @property
+    def _of_unknown_speed(self) -> bool:
+        return self.device.startswith("cuda") and not self.memory_bandwidth
+
     def _speed(self) -> str:
+        if self._of_unknown_speed:
+            return f"unknown; memory_bandwidth= is for that of {self.device}"
         bandwidth = self.memory_bandwidth or _core.memory_bandwidth()
         source = "given" if self.memory_bandwidth else "measured"
         text = (

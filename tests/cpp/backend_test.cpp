@@ -297,6 +297,25 @@ TEST(moe_ties_go_to_the_lower_expert_and_nan_harms_its_row_only) {
       CHECK(std::isnan(c[n]) && std::isnan(c[2 * n - 1]));
       check_same_bits("row 0 beside NaN", a.data(), c.data(), n);
       check_same_bits("row 2 beside NaN", a.data() + 2 * n, c.data() + 2 * n, n);
+
+      // A logit that is no number loses against every other, wherever it stands.
+      for (const int64_t spoilt : {0, 3, 5}) {
+        MoeData broken = data, whole = data;
+        broken.router.values[spoilt * n + 7] = NAN;
+        // The same with a logit that is small instead.
+        std::fill_n(whole.router.values.begin() + spoilt * n, n, 0.0f);
+        const std::vector<float> positive(n, 1.0f);
+        for (int64_t e = 0; e < 6; ++e)
+          if (e != spoilt)
+            for (int64_t c = 0; c < n; ++c)
+              broken.router.values[e * n + c] = whole.router.values[e * n + c] =
+                  0.01f * static_cast<float>(e + 1);
+        std::vector<float> got(n), expected(n);
+        cpu.backend->moe({got.data(), 1, n}, {positive.data(), 1, n}, broken.load(*cpu.backend));
+        cpu.backend->moe({expected.data(), 1, n}, {positive.data(), 1, n},
+                         whole.load(*cpu.backend));
+        check_same_bits("a logit that is no number on " + cpu.name, got.data(), expected.data(), n);
+      }
     }
 }
 

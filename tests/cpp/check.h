@@ -5,10 +5,12 @@
 //
 // A failed check prints where and what and lets the test go on; the program's exit status is 1
 // then. `program --list` names the tests, `program NAME...` runs those whose name contains one of
-// NAME. A NIGHTLY_TEST, the whole of what another one samples, is run only when it is named.
+// NAME, and `program --first NAME...` ends with the first failure. A NIGHTLY_TEST, the whole of
+// what another one samples, is run only when it is named.
 #pragma once
 
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <iostream>
@@ -39,6 +41,7 @@ inline std::vector<Case>& cases() {
   return all;
 }
 inline int checks = 0, failures = 0;
+inline bool ends_with_the_first = false;
 struct Registration {
   Registration(const char* name, void (*body)(), bool nightly) {
     cases().push_back({name, body, nightly});
@@ -48,6 +51,7 @@ inline void report(bool ok, const char* file, int line, const std::string& what)
   ++checks;
   if (ok) return;
   if (++failures <= 50) std::fprintf(stderr, "%s:%d: failed: %s\n", file, line, what.c_str());
+  if (ends_with_the_first) std::_Exit(1);
 }
 template <class A, class B>
 void report_equal(const A& a, const B& b, const char* file, int line, const char* what) {
@@ -80,6 +84,11 @@ void report_equal(const A& a, const B& b, const char* file, int line, const char
 
 int main(int argc, char** argv) {
   int run = 0;
+  if (argc > 1 && !std::strcmp(argv[1], "--first")) {
+    check::ends_with_the_first = true;
+    --argc;
+    ++argv;
+  }
   for (const check::Case& test : check::cases()) {
     bool wanted = argc < 2 && !test.nightly;
     for (int i = 1; i < argc; ++i) wanted |= std::strstr(test.name, argv[i]) != nullptr;

@@ -9,6 +9,15 @@ namespace fixture {
 
 // Several leaves of attention, and more than are worked on at once.
 constexpr int64_t kLongContext = 4600, kVeryLongContext = 60001;
+// Prompts that are cut: with open pages alone, with sealed ones; and a text that sequences share.
+constexpr int64_t kPrompt = 600, kCutContext = 2500, kSharedPrefix = 2200;
+constexpr int kCutTrials = 4, kForks = 9;
+// Members of a group that are tried with every cut and batch.
+constexpr size_t kBatched = 3;
+// Whether pages that are not in memory come through a KvStream.
+constexpr bool kReadsStreams = true;
+// Whether queries and weights become whole numbers before they meet the codes of sealed pages.
+constexpr bool kSealedInIntegers = true;
 
 // The CPU backend for each instruction set that runs here, each with 1, 2 and 3 threads.
 inline std::vector<std::vector<Named>>& subjects() {

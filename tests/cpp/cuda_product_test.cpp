@@ -14,12 +14,6 @@ Backend& cpu() {
   return *backend;
 }
 
-std::vector<WeightFormat> quantized_formats() {
-  std::vector<WeightFormat> formats = all_formats();
-  std::erase_if(formats, [](WeightFormat format) { return !is_quantized(format); });
-  return formats;
-}
-
 // Packed weights of any format: random bytes, with scales and offsets of sensible size.
 struct Packed {
   Packed(std::mt19937& random, WeightFormat format, int64_t rows, int64_t cols)
@@ -53,27 +47,64 @@ struct Packed {
   std::vector<uint8_t> bytes;
 };
 
+void check_products(WeightFormat format) {
+  std::mt19937 random(1);
+  for (const auto& [rows, cols, count] :
+       {std::array<int64_t, 3>{70, 300, 1}, {64, 1150, 3}, {130, 520, 21}}) {
+    Packed packed(random, format, rows, cols);
+    const std::vector<float> x = randoms(random, count * cols), bias = randoms(random, rows);
+    const auto run = [&](Backend& backend) {
+      std::vector<float> out(count * rows);
+      const VectorRef added = load_vector(backend, bias);
+      backend.matmul({out.data(), count, rows}, {x.data(), count, cols}, packed.adopt(backend),
+                     {.bias = &added});
+      return out;
+    };
+    const std::vector<float> expected = run(cpu());
+    for (Named& subject : subjects()[0])
+      check_same_bits(std::string(name_of(format)) + " on " + subject.name,
+                      run(*subject.backend).data(), expected.data(), expected.size());
+  }
+}
+
 }  // namespace
 
-TEST(quantized_products_have_the_bits_of_the_cpu) {
-  std::mt19937 random(1);
-  for (const WeightFormat format : quantized_formats())
-    for (const auto& [rows, cols, count] :
-         {std::array<int64_t, 3>{70, 300, 1}, {64, 1150, 3}, {130, 520, 21}}) {
-      Packed packed(random, format, rows, cols);
-      const std::vector<float> x = randoms(random, count * cols), bias = randoms(random, rows);
-      const auto run = [&](Backend& backend) {
-        std::vector<float> out(count * rows);
-        const VectorRef added = load_vector(backend, bias);
-        backend.matmul({out.data(), count, rows}, {x.data(), count, cols}, packed.adopt(backend),
-                       {.bias = &added});
-        return out;
-      };
-      const std::vector<float> expected = run(cpu());
-      for (Named& subject : subjects()[0])
-        check_same_bits(std::string(name_of(format)) + " on " + subject.name,
-                        run(*subject.backend).data(), expected.data(), expected.size());
-    }
+#define PUNA_FORMAT(Traits, name) \
+  TEST(products_of_##Traits##_have_the_bits_of_the_cpu) { check_products(WeightFormat::k##Traits); }
+#include "quant/formats.inc"
+#undef PUNA_FORMAT
+
+// Codes of 8 bits as floats: what the reference makes of the same codes, but for the roundings of
+// sums in fp32.
+TEST(products_of_float8_are_near_the_reference) {
+  std::mt19937 random(4);
+  for (const auto& [rows, cols, count] :
+       {std::array<int64_t, 3>{70, 300, 1}, {64, 1150, 3}, {130, 33, 21}}) {
+    Matrix matrix = random_matrix(random, rows, cols, DType::kF32);
+    for (int64_t c = 0; c < cols;
+         c += 3)  // of every exponent, those below the normal ones included
+      for (int64_t r = 0; r < rows; ++r)
+        matrix.values[r * cols + c] *= std::ldexp(1.0f, -static_cast<int>(random() % 20));
+    const std::vector<float> x = randoms(random, count * cols);
+    const auto run = [&](Backend& backend, const std::vector<float>& in) {
+      const MatrixSource part = matrix.source();
+      std::vector<float> out(count * rows);
+      backend.matmul({out.data(), count, rows}, {in.data(), count, cols},
+                     backend.load_matrix({&part, 1}, {WeightFormat::kFP8}), {});
+      return out;
+    };
+    std::vector<double> bound;
+    for (int64_t t = 0; t < count; ++t)
+      for (int64_t r = 0; r < rows; ++r) {
+        double size = 1e-30;
+        for (int64_t c = 0; c < cols; ++c)  // a code is at most 1/16 from its weight
+          size += 1.07 * std::abs(matrix.at(r, c) * x[t * cols + c]);
+        bound.push_back(static_cast<double>(cols + 4) * kEps * size);
+      }
+    const std::vector<float> expected = run(ref(), x);
+    for (Named& subject : subjects()[0])
+      check_close("float8 on " + subject.name, run(*subject.backend, x), expected, bound);
+  }
 }
 
 // What rounds to nothing, what overflows, and what is no number.
