@@ -71,6 +71,7 @@ ROUTING = Place("routing.cu", "routing.cu", "cuda_backend_test", "moe")
 ATTENTION = Place("attention.cu", "attention.cu", "cuda_attention_test", "attention_is_near")
 BATCHES = Place("attention.cu", "attention.cu", "cuda_attention_test", "a_batch_gives")
 LONG = Place("attention.cu", "attention.cu", "cuda_attention_test", "scores_may")
+GROUPS = Place("attention.cu", "attention.cu", "cuda_attention_test", "many_leaves")
 LAYOUT = Place("attention.cu", "attention.cu", "cuda_attention_test", "stated_layout")
 TILES = Place("attention.cu", "attention.cu", "cuda_attention_test", "vision_attention")
 SEALED = Place("attention.cu", "attention.cu", "cuda_sealed_attention_test", "sealed_attention")
@@ -95,7 +96,7 @@ SAMPLE = [
     Bug(quantized("Int4G32"), "{low[0], low[1], high[0], high[1]}", "{low[0], high[0], low[1], high[1]}"),
     Bug(SUMS, "  __syncthreads();  // what was read of an earlier sum\n", ""),
     Bug(ROUTING, BARRIER, "", behind="call.slot + r * call.top_k);"),
-    Bug(ATTENTION, BARRIER, "", behind="scores[i * kPageTokens + t] = sums[i];"),
+    Bug(ATTENTION, BARRIER, "", behind="scores[t] = sums;"),
     Bug(SEALING, "(bits & 0xffffu) != 0 ? 1 : 0", "0", behind="bf16_above"),
 ]  # fmt: skip
 OTHERS = [
@@ -217,19 +218,27 @@ OTHERS = [
     Bug(BATCHES, "query.row * call.qkv.stride", "blockIdx.z * call.qkv.stride * 0"),
     Bug(ATTENTION, "first = blockIdx.y % slices * kMostQueries", "first = 0"),
     Bug(ATTENTION, "group - first < kMostQueries ? group - first : kMostQueries", "kMostQueries"),
-    Bug(ATTENTION, "sum += of[t] = expf(of[t] - most)", "sum += expf(of[t] - most)"),
+    Bug(ATTENTION, "sum += scores[t].of[i] = expf", "sum += expf"),
     Bug(ATTENTION, "most = max_lanes(most);", ""),
     Bug(ATTENTION, BARRIER, "", behind="states[i * stride + 1] = sum;"),
-    Bug(ATTENTION, BARRIER, "", behind="i += kThreads) queries[i] = row[i];"),
+    Bug(ATTENTION, BARRIER, "", behind="const auto attend = [&]"),
     Bug(LONG, "const float top = fmaxf(most, state[0]);", "const float top = state[0];"),
     Bug(ATTENTION, "sum = fmaf(sum, old_factor, ", "sum = fmaf(sum, 1.0f, "),
-    Bug(ATTENTION, "call.queries[query].before + 1, dim", "call.queries[query].before, dim"),
+    Bug(ATTENTION, "pages = call.queries[query].before + 1", "pages = call.queries[query].before"),
+    Bug(ATTENTION, "if (j >= there) break;", "", behind="page.values(t, c, there)"),
+    # --- attention.cu: groups of pages
+    Bug(GROUPS, "  __syncthreads();  // all have read what the first thread overwrites\n", ""),
+    Bug(GROUPS, "first = blockIdx.z * kGroupPages", "first = 0"),
+    Bug(GROUPS, "left < kGroupPages ? left : kGroupPages", "kGroupPages"),
+    Bug(GROUPS, "(pages + kGroupPages - 1) / kGroupPages", "pages / kGroupPages"),
+    Bug(GROUPS, "states[1] = merged.total", "states[1] = merged.sum"),
+    Bug(GROUPS, "(grouped ? kGroupPages : 1) * (2 + dim)", "2 + dim"),
     # --- attention.cu: sealed pages
-    Bug(SEALED, "code = code << 4 | (lower[at] >> shift & 15)", "code = code << 4"),
-    Bug(SEALED, "shift = c / 4 % 2 * 4", "shift = 0"),
-    Bug(SEALED, "key_scales[padded + c]", "key_scales[c]"),
-    Bug(SEALED, "value_scales[kPageTokens + t]", "value_scales[kPageTokens + c]"),
-    Bug(SEALED, "shift = t % kTokens / 4 * 4", "shift = 0"),
+    Bug(SEALED, "half(high, i) << 4 | half(low, i)", "half(high, i) << 4"),
+    Bug(SEALED, "i % 4 * 8 + i / 4 * 4", "i % 4 * 8"),
+    Bug(SEALED, "key_scales[padded + c + i]", "key_scales[c + i]"),
+    Bug(SEALED, "value_scales[kPageTokens + t + i]", "value_scales[t + i]"),
+    Bug(SEALED, "i < 4 ? first : second", "first"),
     Bug(SEALED, "c / kLineRows * (kPageTokens / kTokens)", "c / kLineRows"),
     Bug(SEALED, "bytes + at.values + head * at.code_bytes", "bytes + at.values"),
     # --- attention.cu: vision

@@ -212,12 +212,22 @@ TEST(many_leaves_are_near_the_reference) {
   const Piece last{&sequence, &pages, tokens - 1, 1};
   const std::vector<float> expected = attend(ref(), shape, {last});
   const std::vector<double> bound(expected.size(), attention_bound(sequence));
+  const Sequence company(random, shape, 0, 300);  // of few leaves, in the same call
   for (std::vector<Named>& same_isa : subjects()) {
     const std::vector<float> first = attend(*same_isa[0].backend, shape, {last});
     check_close("many leaves on " + same_isa[0].name, first, expected, bound);
-    for (Named& cpu : same_isa)
+    std::vector<float> both = attend_whole(*same_isa[0].backend, company);
+    both.erase(both.begin(), both.end() - shape.out_cols());
+    both.insert(both.begin(), first.begin(), first.end());
+    for (Named& cpu : same_isa) {
       check_same_bits("many leaves on " + cpu.name, attend(*cpu.backend, shape, {last}).data(),
                       first.data(), first.size());
+      Pages its(*cpu.backend, company);
+      attend(*cpu.backend, shape, {{&company, &its, 0, 299}});
+      const std::vector<float> got = attend(*cpu.backend, shape, {last, {&company, &its, 299, 1}});
+      check_same_bits("few leaves beside many on " + cpu.name, got.data(), both.data(),
+                      both.size());
+    }
   }
 }
 

@@ -146,6 +146,13 @@ TEST(lanes_apart_and_threads_that_wait_for_ever_are_reported) {
                  }),
              "8 threads wait at __syncwarp");
   check_told(run(33, 0, {}, [] {}), "a block of 33 threads");
+  check_told(run(32, (48 << 10) + 1, {}, [] {}), "49153 bytes of shared memory");
+  try {
+    Machine::instance().run({1, 65536, 1}, {32}, 0, [] {});
+    CHECK(false);
+  } catch (const Fault& fault) {
+    check_told(fault.what(), "a grid of 1 x 65536 x 1 blocks");
+  }
 }
 
 TEST(late_copies_land_when_they_are_waited_for) {

@@ -10,8 +10,8 @@
 
 namespace fixture {
 
-// Some pages of attention, and many. The emulator takes its time.
-constexpr int64_t kLongContext = 700, kVeryLongContext = 9001;
+// Some pages of attention, and several groups of pages. The emulator takes its time.
+constexpr int64_t kLongContext = 700, kVeryLongContext = 30001;
 // cpu_subjects.h says what these are.
 constexpr int64_t kPrompt = 300, kCutContext = 540, kSharedPrefix = 530;
 constexpr int kCutTrials = 1, kForks = 3;

@@ -12,6 +12,8 @@ namespace {
 // Of the states of pages at once. A row of Scout over 8,192 tokens has 0.7 MB of them, over a
 // million 85 MB.
 constexpr int64_t kStateBytes = int64_t{256} << 20;
+// A device's limit for all but the first direction of a grid.
+constexpr int64_t kMostQueries = 65535;
 
 cuda::OpenPages open_pages(const KvPageLayout& layout) {
   return {static_cast<int64_t>(layout.head_bytes()), static_cast<int64_t>(layout.part_bytes()),
@@ -143,8 +145,9 @@ void CudaBackend::attend(Rows out, const AttentionInput& input) {
   call.open = open_pages(input.layout);
   call.closed = closed_pages(input);
   const int64_t row_floats = input.heads * most_pages * (2 + input.layout.head_dim);
-  const int64_t each = std::clamp<int64_t>(
-      kStateBytes / (row_floats * static_cast<int64_t>(sizeof(float))), 1, out.rows);
+  const int64_t each =
+      std::clamp<int64_t>(kStateBytes / (row_floats * static_cast<int64_t>(sizeof(float))), 1,
+                          std::min(out.rows, kMostQueries));
   call.states = states_.reserve<float>(*device_, each * row_floats);
   for (int64_t first = 0; first < out.rows; first += each) {
     call.count = std::min(each, out.rows - first);

@@ -76,93 +76,173 @@ __global__ void __launch_bounds__(kWarp) append_kernel(const AppendCall call) {
 }
 
 // --- keys and values in their forms --------------------------------------------------------------
-// key(t, c) and value(t, c): of one head, at token t of the page.
+// Of one head: keys(t, c, count) are channels c, c + 1, ... of token t, values(t, c, count) tokens
+// t, t + 1, ... of channel c; `count` of them exist, at most kRun. They begin at a multiple of
+// kRun.
 
-struct OpenF32 {
-  const float *keys, *values;
-  int dim;
-  __device__ float key(int t, int c) const {
-    return keys[(t / kKeyBlock * dim + c) * kKeyBlock + t % kKeyBlock];
-  }
-  __device__ float value(int t, int c) const { return values[t * dim + c]; }
+constexpr int kRun = 8;
+struct Run {
+  float at[kRun];
 };
 
-struct OpenBF16 {
-  const uint16_t *keys, *values;
+__device__ __forceinline__ float as_float(float value) { return value; }
+__device__ __forceinline__ float as_float(uint16_t value) { return float_of_bf16(value); }
+
+template <class T>
+struct Open {
+  const T *key, *value;
   int dim;
-  __device__ float key(int t, int c) const {
-    return float_of_bf16(keys[(t / kKeyBlock * dim + c) * kKeyBlock + t % kKeyBlock]);
+
+  __device__ Run keys(int t, int c, int count) const {
+    const T* from = key + (t / kKeyBlock * dim + c) * kKeyBlock + t % kKeyBlock;
+    Run run;
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) run.at[i] = i < count ? as_float(from[i * kKeyBlock]) : 0.0f;
+    return run;
   }
-  __device__ float value(int t, int c) const { return float_of_bf16(values[t * dim + c]); }
+  __device__ Run values(int t, int c, int count) const {
+    const T* from = value + t * dim + c;
+    Run run;
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) run.at[i] = i < count ? as_float(from[i * dim]) : 0.0f;
+    return run;
+  }
 };
 
-// zero + scale * code, of a channel for keys and of a token for values.
+// zero + scale * code, of a channel for keys and of a token for values. A run's codes are the
+// bytes, or their halves, of a word or two.
 template <int kBits>
 struct Sealed {
-  const uint8_t *upper, *lower, *values;
-  const uint16_t *key_scales, *value_scales;
-  int padded;  // channels of a line
+  const uint8_t *upper, *lower, *codes;
+  const float *key_scales, *value_scales;  // in shared memory, with the zero points behind
+  int padded;                              // channels of a line
 
-  __device__ float key(int t, int c) const {
-    const int line = t / kLineRows * (padded / 8) + c / 8;
-    const int at = line * kSealedLine + t % kLineRows * 4 + c % 4, shift = c / 4 % 2 * 4;
-    int code = upper[at] >> shift & 15;
-    if constexpr (kBits == 8) code = code << 4 | (lower[at] >> shift & 15);
-    return fmaf(float_of_bf16(key_scales[c]), static_cast<float>(code),
-                float_of_bf16(key_scales[padded + c]));
+  __device__ static uint32_t word(const uint8_t* at) {
+    return *reinterpret_cast<const uint32_t*>(at);
   }
-  __device__ float value(int t, int c) const {
+  // Half `i / 4` of byte i % 4.
+  __device__ static uint32_t half(uint32_t word, int i) {
+    return word >> (i % 4 * 8 + i / 4 * 4) & 15u;
+  }
+
+  __device__ Run keys(int t, int c, int) const {
+    const int line = t / kLineRows * (padded / kRun) + c / kRun;
+    const int at = line * kSealedLine + t % kLineRows * 4;
+    const uint32_t high = word(upper + at), low = kBits == 8 ? word(lower + at) : 0;
+    Run run;
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      const uint32_t code = kBits == 8 ? half(high, i) << 4 | half(low, i) : half(high, i);
+      run.at[i] = fmaf(key_scales[c + i], static_cast<float>(code), key_scales[padded + c + i]);
+    }
+    return run;
+  }
+  __device__ Run values(int t, int c, int) const {
     constexpr int kTokens = 4 * (8 / kBits);  // of a line
     const int line = c / kLineRows * (kPageTokens / kTokens) + t / kTokens;
-    const int at = line * kSealedLine + c % kLineRows * 4 + t % 4, shift = t % kTokens / 4 * 4;
-    const int code = values[at] >> shift & ((1 << kBits) - 1);
-    return fmaf(float_of_bf16(value_scales[t]), static_cast<float>(code),
-                float_of_bf16(value_scales[kPageTokens + t]));
+    const uint8_t* at = codes + line * kSealedLine + c % kLineRows * 4;
+    const uint32_t first = word(at), second = kBits == 8 ? word(at + kSealedLine) : 0;
+    Run run;
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      const uint32_t code =
+          kBits == 8 ? (i < 4 ? first : second) >> i % 4 * 8 & 255u : half(first, i);
+      run.at[i] =
+          fmaf(value_scales[t + i], static_cast<float>(code), value_scales[kPageTokens + t + i]);
+    }
+    return run;
   }
 };
 
 // Rows of a matrix that hold keys and values as they are.
 struct PlainRows {
-  const float *keys, *values;
+  const float *key, *value;
   int64_t stride;
-  __device__ float key(int t, int c) const { return keys[t * stride + c]; }
-  __device__ float value(int t, int c) const { return values[t * stride + c]; }
+  __device__ Run keys(int t, int c, int count) const {
+    Run run;
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) run.at[i] = i < count ? key[t * stride + c + i] : 0.0f;
+    return run;
+  }
+  __device__ Run values(int t, int c, int count) const {
+    Run run;
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) run.at[i] = i < count ? value[(t + i) * stride + c] : 0.0f;
+    return run;
+  }
 };
 
 // --- a page --------------------------------------------------------------------------------------
 
-// Shared memory of a block: queries [kMostQueries][dim], scores [kMostQueries][kPageTokens].
-constexpr size_t attend_shared(int dim) {
-  return kMostQueries * static_cast<size_t>(dim + kPageTokens) * sizeof(float);
+// A float for each query, read by two loads.
+struct alignas(16) PerQuery {
+  float of[kMostQueries];
+};
+
+// The shared memory of a block.
+struct AttendMemory {
+  PerQuery *queries, *scores;        // [dim], [kPageTokens]
+  float *key_scales, *value_scales;  // [2][padded], [2][kPageTokens], of sealed pages
+
+  __device__ AttendMemory(int dim, int padded)
+      : queries(reinterpret_cast<PerQuery*>(shared_memory())),
+        scores(queries + dim),
+        key_scales(reinterpret_cast<float*>(scores + kPageTokens)),
+        value_scales(key_scales + 2 * padded) {}
+};
+// `padded` is 0 where pages are not sealed.
+constexpr size_t attend_shared(int dim, int padded) {
+  return static_cast<size_t>(dim + kPageTokens) * sizeof(PerQuery) +
+         (padded > 0 ? 2 * static_cast<size_t>(padded + kPageTokens) * sizeof(float) : 0);
+}
+__host__ __device__ __forceinline__ int padded_of(const SealedPages& pages) {
+  const bool sealed = pages.form == kPageInt8 || pages.form == kPageInt4;
+  return sealed ? static_cast<int>(pages.key_scale_bytes / 4) : 0;
 }
 
-// Up to kMostQueries queries, [dim] each in `queries`, over tokens [0, tokens) of `page`; the state
-// of query i goes to states + i * stride: largest score, sum, then dim weighted values.
+// Queries at(i, c) of `count`, and nothing for the others.
+template <class At>
+__device__ __forceinline__ void load_queries(const AttendMemory& memory, int count, int dim,
+                                             const At& at) {
+  for (int i = threadIdx.x; i < kMostQueries * dim; i += kThreads) {
+    const int query = i / dim, c = i % dim;
+    memory.queries[c].of[query] = query < count ? at(query, c) : 0.0f;
+  }
+}
+
+// `count` queries over tokens [0, tokens) of `page`; the state of query i goes to states +
+// i * stride: largest score, sum, then dim weighted values.
 template <class Page>
-__device__ void attend_page(const Page& page, const float* queries, float* scores, int count,
-                            int dim, int tokens, float* states, int64_t stride) {
+__device__ void attend_page(const Page& page, const AttendMemory& memory, int count, int dim,
+                            int tokens, float* states, int64_t stride) {
+  const auto run_of = [](int left) { return left < kRun ? left : kRun; };
+  PerQuery* const scores = memory.scores;
   // A thread takes a token, and the whole of its products.
   for (int t = threadIdx.x; t < tokens; t += kThreads) {
-    float sums[kMostQueries] = {};
-    for (int c = 0; c < dim; ++c) {
-      const float key = page.key(t, c);
+    PerQuery sums = {};
+    for (int c = 0; c < dim; c += kRun) {
+      const int there = run_of(dim - c);
+      const Run keys = page.keys(t, c, there);
 #pragma unroll
-      for (int i = 0; i < kMostQueries; ++i)
-        if (i < count) sums[i] = fmaf(queries[i * dim + c], key, sums[i]);
+      for (int j = 0; j < kRun; ++j) {
+        if (j >= there) break;
+        const PerQuery query = memory.queries[c + j];
+#pragma unroll
+        for (int i = 0; i < kMostQueries; ++i)
+          sums.of[i] = fmaf(query.of[i], keys.at[j], sums.of[i]);
+      }
     }
-#pragma unroll
-    for (int i = 0; i < kMostQueries; ++i)
-      if (i < count) scores[i * kPageTokens + t] = sums[i];
+    scores[t] = sums;
   }
   __syncthreads();
   // A warp takes a query.
   const int lane = threadIdx.x % kWarp;
   for (int i = threadIdx.x / kWarp; i < count; i += kWarps) {
-    float* of = scores + i * kPageTokens;
     float most = -INFINITY, sum = 0;
-    for (int t = lane; t < tokens; t += kWarp) most = fmaxf(most, of[t]);
+    for (int t = lane; t < tokens; t += kWarp) most = fmaxf(most, scores[t].of[i]);
     most = max_lanes(most);
-    for (int t = lane; t < tokens; t += kWarp) sum += of[t] = expf(of[t] - most);
+    for (int t = lane; t < tokens; t += kWarp)
+      sum += scores[t].of[i] = expf(scores[t].of[i] - most);
     sum = sum_lanes(sum);
     if (lane == 0) {
       states[i * stride] = most;
@@ -172,33 +252,44 @@ __device__ void attend_page(const Page& page, const float* queries, float* score
   __syncthreads();
   // A thread takes a channel.
   for (int c = threadIdx.x; c < dim; c += kThreads) {
-    float sums[kMostQueries] = {};
-    for (int t = 0; t < tokens; ++t) {
-      const float value = page.value(t, c);
+    PerQuery sums = {};
+    for (int t = 0; t < tokens; t += kRun) {
+      const int there = run_of(tokens - t);
+      const Run values = page.values(t, c, there);
 #pragma unroll
-      for (int i = 0; i < kMostQueries; ++i)
-        if (i < count) sums[i] = fmaf(scores[i * kPageTokens + t], value, sums[i]);
+      for (int j = 0; j < kRun; ++j) {
+        if (j >= there) break;
+        const PerQuery weight = scores[t + j];
+#pragma unroll
+        for (int i = 0; i < kMostQueries; ++i)
+          sums.of[i] = fmaf(weight.of[i], values.at[j], sums.of[i]);
+      }
     }
 #pragma unroll
     for (int i = 0; i < kMostQueries; ++i)
-      if (i < count) states[i * stride + 2 + c] = sums[i];
+      if (i < count) states[i * stride + 2 + c] = sums.of[i];
   }
 }
 
+// The page as attend_page reads it; its scales, which all threads need, go to shared memory.
 template <int kBits>
 __device__ __forceinline__ Sealed<kBits> sealed_page(const AttendCall& call, const void* page,
-                                                     int head) {
+                                                     int head, const AttendMemory& memory) {
   const SealedPages& at = call.closed;
   const auto* bytes = static_cast<const uint8_t*>(page);
-  const auto scales = [&](int64_t offset) {
-    return reinterpret_cast<const uint16_t*>(bytes + offset);
+  const int padded = padded_of(at);
+  const auto widen = [&](float* to, int64_t offset, int count) {
+    const auto* from = reinterpret_cast<const uint16_t*>(bytes + offset);
+    for (int i = threadIdx.x; i < count; i += kThreads) to[i] = float_of_bf16(from[i]);
   };
+  widen(memory.key_scales, at.key_scales + head * at.key_scale_bytes, 2 * padded);
+  widen(memory.value_scales, at.value_scales + head * at.value_scale_bytes, 2 * kPageTokens);
   return {bytes + head * at.plane_bytes,
           bytes + at.lower + head * at.plane_bytes,
           bytes + at.values + head * at.code_bytes,
-          scales(at.key_scales + head * at.key_scale_bytes),
-          scales(at.value_scales + head * at.value_scale_bytes),
-          static_cast<int>(at.key_scale_bytes / 4)};
+          memory.key_scales,
+          memory.value_scales,
+          padded};
 }
 
 // Some heads of queries that share a KV head, one row, one page.
@@ -211,11 +302,9 @@ __global__ void __launch_bounds__(kThreads) attend_kernel(const AttendCall call)
   const int kv_head = blockIdx.y / slices, first = blockIdx.y % slices * kMostQueries;
   const int count = group - first < kMostQueries ? group - first : kMostQueries;
   const int64_t head = static_cast<int64_t>(kv_head) * group + first;
-  auto* queries = reinterpret_cast<float*>(shared_memory());
-  float* scores = queries + kMostQueries * dim;
+  const AttendMemory memory(dim, padded_of(call.closed));
   const float* row = call.qkv.data + query.row * call.qkv.stride + head * dim;
-  for (int i = threadIdx.x; i < count * dim; i += kThreads) queries[i] = row[i];
-  __syncthreads();
+  load_queries(memory, count, dim, [&](int i, int c) { return row[i * dim + c]; });
 
   const bool own = index == query.before;
   const void* data = own ? query.own : call.pages[query.first + index];
@@ -226,46 +315,87 @@ __global__ void __launch_bounds__(kThreads) attend_kernel(const AttendCall call)
                   (static_cast<int64_t>(blockIdx.z) * call.heads.query + head) * stride +
                   index * (2 + dim);
   const auto attend = [&](const auto& page) {
-    attend_page(page, queries, scores, count, dim, tokens, states, stride);
+    __syncthreads();
+    attend_page(page, memory, count, dim, tokens, states, stride);
   };
   const char* keys = static_cast<const char*>(data) + kv_head * call.open.head_bytes;
   const char* values = keys + call.open.part_bytes;
   if (form == kPageF32)
-    attend(
-        OpenF32{reinterpret_cast<const float*>(keys), reinterpret_cast<const float*>(values), dim});
+    attend(Open<float>{reinterpret_cast<const float*>(keys), reinterpret_cast<const float*>(values),
+                       dim});
   else if (form == kPageBF16)
-    attend(OpenBF16{reinterpret_cast<const uint16_t*>(keys),
-                    reinterpret_cast<const uint16_t*>(values), dim});
+    attend(Open<uint16_t>{reinterpret_cast<const uint16_t*>(keys),
+                          reinterpret_cast<const uint16_t*>(values), dim});
   else if (form == kPageInt8)
-    attend(sealed_page<8>(call, data, kv_head));
+    attend(sealed_page<8>(call, data, kv_head, memory));
   else
-    attend(sealed_page<4>(call, data, kv_head));
+    attend(sealed_page<4>(call, data, kv_head, memory));
 }
 
-// The states of `pages` pages of a query, in order, into out [dim].
-__device__ void merge(float* out, const float* states, int64_t pages, int dim) {
+// --- the states of pages -------------------------------------------------------------------------
+// They are added up in order, kGroupPages to the state of a group, and groups in order to the
+// result: a fixed tree, whose groups have blocks of their own where there are several.
+
+constexpr int64_t kGroupPages = 64;
+
+// A state, as a thread has it: of channel c.
+struct State {
+  float most, total, sum;
+};
+
+// Of `count` states, `step` floats apart.
+__device__ __forceinline__ State merge(const float* states, int64_t count, int64_t step, int c) {
+  float most = -INFINITY, sum = 0;
+  double total = 0;  // over millions of tokens an fp32 sum would stop growing
+  for (int64_t i = 0; i < count; ++i) {
+    const float* state = states + i * step;
+    const float top = fmaxf(most, state[0]);
+    const float old_factor = expf(most - top), new_factor = expf(state[0] - top);
+    most = top;
+    total = fma(total, static_cast<double>(old_factor),
+                static_cast<double>(state[1]) * static_cast<double>(new_factor));
+    sum = fmaf(sum, old_factor, state[2 + c] * new_factor);
+  }
+  return {most, static_cast<float>(total), sum};
+}
+
+// A group of pages, into the place of its first one.
+__global__ void __launch_bounds__(kThreads) merge_group_kernel(const AttendCall call) {
+  const int head = blockIdx.x, dim = call.heads.dim;
+  const int64_t query = blockIdx.y, first = blockIdx.z * kGroupPages;
+  const int64_t left = call.queries[query].before + 1 - first;
+  if (left <= 0) return;
+  float* states =
+      call.states + ((query * call.heads.query + head) * call.most_pages + first) * (2 + dim);
+  State merged = {};
   for (int c = threadIdx.x; c < dim; c += kThreads) {
-    float most = -INFINITY, sum = 0;
-    double total = 0;  // over millions of tokens an fp32 sum would stop growing
-    for (int64_t page = 0; page < pages; ++page) {
-      const float* state = states + page * (2 + dim);
-      const float top = fmaxf(most, state[0]);
-      const float old_factor = expf(most - top), new_factor = expf(state[0] - top);
-      most = top;
-      total = fma(total, static_cast<double>(old_factor),
-                  static_cast<double>(state[1]) * static_cast<double>(new_factor));
-      sum = fmaf(sum, old_factor, state[2 + c] * new_factor);
-    }
-    out[c] = static_cast<float>(static_cast<double>(sum) / total);
+    merged = merge(states, left < kGroupPages ? left : kGroupPages, 2 + dim, c);
+    states[2 + c] = merged.sum;
+  }
+  __syncthreads();  // all have read what the first thread overwrites
+  if (threadIdx.x == 0) {
+    states[0] = merged.most;
+    states[1] = merged.total;
+  }
+}
+
+// The result of `count` states, `step` floats apart, into out [dim].
+__device__ __forceinline__ void finish(float* out, const float* states, int64_t count, int64_t step,
+                                       int dim) {
+  for (int c = threadIdx.x; c < dim; c += kThreads) {
+    const State merged = merge(states, count, step, c);
+    out[c] = merged.sum / merged.total;
   }
 }
 
 __global__ void __launch_bounds__(kThreads) merge_kernel(const AttendCall call) {
   const int head = blockIdx.x, dim = call.heads.dim;
-  const int64_t query = blockIdx.y;
-  merge(call.out.data + query * call.out.stride + static_cast<int64_t>(head) * dim,
-        call.states + (query * call.heads.query + head) * call.most_pages * (2 + dim),
-        call.queries[query].before + 1, dim);
+  const int64_t query = blockIdx.y, pages = call.queries[query].before + 1;
+  const bool grouped = call.most_pages > kGroupPages;
+  finish(call.out.data + query * call.out.stride + static_cast<int64_t>(head) * dim,
+         call.states + (query * call.heads.query + head) * call.most_pages * (2 + dim),
+         grouped ? (pages + kGroupPages - 1) / kGroupPages : pages,
+         (grouped ? kGroupPages : 1) * (2 + dim), dim);
 }
 
 // --- vision --------------------------------------------------------------------------------------
@@ -288,28 +418,27 @@ __global__ void __launch_bounds__(kThreads) attend_vision_kernel(const VisionAtt
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * kPageTokens;
   const int64_t keys_left = call.tokens - begin;
   const int tokens = static_cast<int>(keys_left < kPageTokens ? keys_left : kPageTokens);
-  auto* queries = reinterpret_cast<float*>(shared_memory());
-  float* scores = queries + kMostQueries * dim;
+  const AttendMemory memory(dim, 0);
   const auto row = [&](int64_t token, int64_t part) {
     return call.qkv.data + (tile * call.tokens + token) * call.qkv.stride +
            (part * call.heads + head) * dim;
   };
-  for (int i = threadIdx.x; i < count * dim; i += kThreads)
-    queries[i] = row(first + i / dim, 0)[i % dim];
+  load_queries(memory, count, dim, [&](int i, int c) { return row(first + i, 0)[c]; });
   __syncthreads();
   const int64_t stride = static_cast<int64_t>(call.heads) * gridDim.x * (2 + dim);
   float* states = call.states + (tile * call.tokens + first) * stride +
                   (static_cast<int64_t>(head) * gridDim.x + blockIdx.x) * (2 + dim);
-  attend_page(PlainRows{row(begin, 1), row(begin, 2), call.qkv.stride}, queries, scores, count, dim,
-              tokens, states, stride);
+  attend_page(PlainRows{row(begin, 1), row(begin, 2), call.qkv.stride}, memory, count, dim, tokens,
+              states, stride);
 }
 
 __global__ void __launch_bounds__(kThreads)
     merge_vision_kernel(const VisionAttentionCall call, int64_t pages) {
   const int head = blockIdx.x;
   const int64_t query = blockIdx.y;
-  merge(call.out.data + query * call.out.stride + static_cast<int64_t>(head) * call.dim,
-        call.states + (query * call.heads + head) * pages * (2 + call.dim), pages, call.dim);
+  finish(call.out.data + query * call.out.stride + static_cast<int64_t>(head) * call.dim,
+         call.states + (query * call.heads + head) * pages * (2 + call.dim), pages, 2 + call.dim,
+         call.dim);
 }
 
 unsigned extent(int64_t count) { return static_cast<unsigned>(count); }
@@ -326,9 +455,16 @@ int launch_attend(const AttendCall& call, Stream stream) {
   const int slices = (group + kMostQueries - 1) / kMostQueries;
   const dim3 grid{extent(call.most_pages), extent(call.heads.key_value * slices),
                   extent(call.count)};
-  const int error =
-      launch(attend_kernel, grid, kThreads, attend_shared(call.heads.dim), stream, call);
+  int error = launch(attend_kernel, grid, kThreads,
+                     attend_shared(call.heads.dim, padded_of(call.closed)), stream, call);
   if (error != 0) return error;
+  if (call.most_pages > kGroupPages) {
+    const int64_t groups = (call.most_pages + kGroupPages - 1) / kGroupPages;
+    error = launch(merge_group_kernel,
+                   dim3{extent(call.heads.query), extent(call.count), extent(groups)}, kThreads, 0,
+                   stream, call);
+    if (error != 0) return error;
+  }
   return launch(merge_kernel, dim3{extent(call.heads.query), extent(call.count), 1}, kThreads, 0,
                 stream, call);
 }
@@ -342,7 +478,7 @@ int launch_vision_attention(const VisionAttentionCall& call, Stream stream) {
   const int64_t blocks = (call.tokens + kMostQueries - 1) / kMostQueries;
   error = launch(attend_vision_kernel,
                  dim3{extent(pages), extent(call.heads), extent(call.tiles * blocks)}, kThreads,
-                 attend_shared(call.dim), stream, call);
+                 attend_shared(call.dim, 0), stream, call);
   if (error != 0) return error;
   return launch(merge_vision_kernel, dim3{extent(call.heads), extent(rows), 1}, kThreads, 0, stream,
                 call, pages);

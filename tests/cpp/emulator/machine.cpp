@@ -45,6 +45,9 @@ constexpr size_t kStackBytes = 256 << 10;
 constexpr size_t kStackBytes = 64 << 10;
 #endif
 constexpr int kSavedRegisters = 6;
+// What devices allow: in the second and third direction, and without being asked for more.
+constexpr unsigned kMostBlocks = 65535;
+constexpr size_t kMostShared = 48 << 10;
 constexpr size_t kSharedAlignment = 16;  // as shared_memory() promises
 
 }  // namespace
@@ -114,6 +117,11 @@ void Machine::run(Extent grid, Extent block, size_t shared_bytes,
   if (running_) throw Fault("a kernel was launched from within a kernel");
   if (block.count() > 1024 || block.count() % kWarpLanes != 0)
     throw Fault("a block of " + std::to_string(block.count()) + " threads");
+  if (grid.y > kMostBlocks || grid.z > kMostBlocks)
+    throw Fault("a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " +
+                std::to_string(grid.z) + " blocks");
+  if (shared_bytes > kMostShared)
+    throw Fault(std::to_string(shared_bytes) + " bytes of shared memory");
   ++launches_;
   running_ = true;
   grid_extent = grid;
