@@ -13,6 +13,7 @@
 #include <string>
 
 #include "backend/backend.h"
+#include "base/error.h"
 #include "bench.h"
 #include "engine/factory.h"
 #include "quant/encode.h"

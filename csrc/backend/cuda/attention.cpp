@@ -64,7 +64,8 @@ const void* closed_page(const AttentionInput& input, const AttentionSegment& seg
 
 }  // namespace
 
-void CudaBackend::append(const AttentionInput& input) {
+// Each of these adds its tables, and returns what is to be done once all of them are sent.
+std::function<void()> CudaBackend::append(const AttentionInput& input) {
   const int64_t rows = input.qkv.rows, pairs = input.layout.head_dim / 2;
   std::vector<cuda::AppendedRow> to;
   for (const AttentionSegment& segment : input.segments)
@@ -78,41 +79,45 @@ void CudaBackend::append(const AttentionInput& input) {
   const size_t places = tables_.add(std::span<const cuda::AppendedRow>(to));
   const size_t cos = floats(input.cos, rows * pairs), sin = floats(input.sin, rows * pairs);
   const size_t temperature = floats(input.temperature, rows);
-  tables_.send(*device_);
-  const auto sent = [&](const float* values, size_t number) {
-    return values != nullptr ? tables_.at<float>(number) : nullptr;
+  return [=, this, &input] {
+    const auto sent = [&](const float* values, size_t number) {
+      return values != nullptr ? tables_.at<float>(number) : nullptr;
+    };
+    cuda::AppendCall call = {};
+    call.qkv = device_rows(input.qkv);
+    call.rows = rows;
+    call.heads = heads_of(input);
+    call.open = open_pages(input.layout);
+    call.to = tables_.at<cuda::AppendedRow>(places);
+    call.cos = sent(input.cos, cos);
+    call.sin = sent(input.sin, sin);
+    call.temperature = sent(input.temperature, temperature);
+    call.norm = input.qk_norm;
+    call.norm_eps = input.qk_norm_eps;
+    call.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(input.layout.head_dim)));
+    device_->run("append", &cuda::DeviceTable::append, call);
   };
-  cuda::AppendCall call = {};
-  call.qkv = device_rows(input.qkv);
-  call.rows = rows;
-  call.heads = heads_of(input);
-  call.open = open_pages(input.layout);
-  call.to = tables_.at<cuda::AppendedRow>(places);
-  call.cos = sent(input.cos, cos);
-  call.sin = sent(input.sin, sin);
-  call.temperature = sent(input.temperature, temperature);
-  call.norm = input.qk_norm;
-  call.norm_eps = input.qk_norm_eps;
-  call.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(input.layout.head_dim)));
-  device_->run("append", &cuda::DeviceTable::append, call);
 }
 
-void CudaBackend::seal(const AttentionInput& input) {
+std::function<void()> CudaBackend::seal(const AttentionInput& input) {
   std::vector<cuda::SealedPage> pages;
-  for (const AttentionSegment& segment : input.segments) {
-    const int64_t first = segment.position - segment.first_position;
-    for (int64_t page = first / kPageTokens; page < (first + segment.rows) / kPageTokens; ++page)
-      pages.push_back({segment.sealed[static_cast<size_t>(page)], open_page(segment, page)});
-  }
-  if (pages.empty()) return;
+  if (seals(input))
+    for (const AttentionSegment& segment : input.segments) {
+      const int64_t first = segment.position - segment.first_position;
+      for (int64_t page = first / kPageTokens; page < (first + segment.rows) / kPageTokens; ++page)
+        pages.push_back({segment.sealed[static_cast<size_t>(page)], open_page(segment, page)});
+    }
   const size_t table = tables_.add(std::span<const cuda::SealedPage>(pages));
-  tables_.send(*device_);
-  device_->run("seal", &cuda::DeviceTable::seal,
-               cuda::SealCall{tables_.at<cuda::SealedPage>(table), std::ssize(pages),
-                              heads_of(input), open_pages(input.layout), closed_pages(input)});
+  const int64_t count = std::ssize(pages);
+  return [=, this, &input] {
+    if (count == 0) return;
+    device_->run("seal", &cuda::DeviceTable::seal,
+                 cuda::SealCall{tables_.at<cuda::SealedPage>(table), count, heads_of(input),
+                                open_pages(input.layout), closed_pages(input)});
+  };
 }
 
-void CudaBackend::attend(Rows out, const AttentionInput& input) {
+std::function<void()> CudaBackend::attend(Rows out, const AttentionInput& input) {
   std::vector<cuda::AttentionQuery> queries;
   std::vector<const void*> pages;  // of the segments, one after the other
   int64_t most_pages = 0;
@@ -135,26 +140,27 @@ void CudaBackend::attend(Rows out, const AttentionInput& input) {
   }
   const size_t query_table = tables_.add(std::span<const cuda::AttentionQuery>(queries));
   const size_t page_table = tables_.add(std::span<const void* const>(pages));
-  tables_.send(*device_);
-
-  cuda::AttendCall call = {};
-  call.qkv = device_rows(ConstRows(input.qkv));
-  call.pages = tables_.at<const void*>(page_table);
-  call.most_pages = most_pages;
-  call.heads = heads_of(input);
-  call.open = open_pages(input.layout);
-  call.closed = closed_pages(input);
-  const int64_t row_floats = input.heads * most_pages * (2 + input.layout.head_dim);
-  const int64_t each =
-      std::clamp<int64_t>(kStateBytes / (row_floats * static_cast<int64_t>(sizeof(float))), 1,
-                          std::min(out.rows, kMostQueries));
-  call.states = states_.reserve<float>(*device_, each * row_floats);
-  for (int64_t first = 0; first < out.rows; first += each) {
-    call.count = std::min(each, out.rows - first);
-    call.queries = tables_.at<cuda::AttentionQuery>(query_table) + first;
-    call.out = device_rows(out.slice(first, call.count));
-    device_->run("attend", &cuda::DeviceTable::attend, call);
-  }
+  return [=, this, &input] {
+    if (out.rows == 0) return;
+    cuda::AttendCall call = {};
+    call.qkv = device_rows(ConstRows(input.qkv));
+    call.pages = tables_.at<const void*>(page_table);
+    call.most_pages = most_pages;
+    call.heads = heads_of(input);
+    call.open = open_pages(input.layout);
+    call.closed = closed_pages(input);
+    const int64_t row_floats = input.heads * most_pages * (2 + input.layout.head_dim);
+    const int64_t each =
+        std::clamp<int64_t>(kStateBytes / (row_floats * static_cast<int64_t>(sizeof(float))), 1,
+                            std::min(out.rows, kMostQueries));
+    call.states = states_.reserve<float>(*device_, each * row_floats);
+    for (int64_t first = 0; first < out.rows; first += each) {
+      call.count = std::min(each, out.rows - first);
+      call.queries = tables_.at<cuda::AttentionQuery>(query_table) + first;
+      call.out = device_rows(out.slice(first, call.count));
+      device_->run("attend", &cuda::DeviceTable::attend, call);
+    }
+  };
 }
 
 void CudaBackend::attention(Rows out, const AttentionInput& input) {
@@ -165,9 +171,10 @@ void CudaBackend::attention(Rows out, const AttentionInput& input) {
            "[attention] the CUDA backend does not leave pages out; leave attention= out, or load "
            "with device='cpu'");
   if (input.qkv.rows == 0) return;
-  append(input);
-  if (seals(input)) seal(input);
-  if (out.rows > 0) attend(out, input);
+  // A table that is sent holds up what the device does: one for all.
+  const std::function<void()> steps[] = {append(input), seal(input), attend(out, input)};
+  tables_.send(*device_);
+  for (const std::function<void()>& step : steps) step();
 }
 
 void CudaBackend::vision_attention(Rows out, Rows qkv, int64_t tiles, int64_t tokens, int64_t heads,

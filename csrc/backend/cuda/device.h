@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <span>
 #include <string>
@@ -101,6 +102,23 @@ class CudaTables {
   std::vector<char> bytes_;
   CudaScratch memory_;
   char* sent_ = nullptr;
+};
+
+// Arrays of device addresses that are the same from call to call, as those of a layer's experts:
+// sent when they are first asked for, and kept.
+class CudaConstants {
+ public:
+  const void* const* of(CudaDevice& device, const std::vector<const void*>& addresses) {
+    std::shared_ptr<void>& memory = sent_[addresses];
+    if (memory == nullptr) {
+      memory = device.allocate(addresses.size() * sizeof(void*));
+      device.upload(memory.get(), addresses.data(), addresses.size() * sizeof(void*));
+    }
+    return static_cast<const void* const*>(memory.get());
+  }
+
+ private:
+  std::map<std::vector<const void*>, std::shared_ptr<void>> sent_;
 };
 
 }  // namespace puna

@@ -1,6 +1,7 @@
 // The class behind make_cuda_backend(); shared by the files of backend/cuda and nobody else.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -72,15 +73,16 @@ class CudaBackend final : public Backend {
   }
 
   // attention.cpp
-  void append(const AttentionInput& input);
-  void seal(const AttentionInput& input);
-  void attend(Rows out, const AttentionInput& input);
+  std::function<void()> append(const AttentionInput& input);
+  std::function<void()> seal(const AttentionInput& input);
+  std::function<void()> attend(Rows out, const AttentionInput& input);
 
   std::shared_ptr<CudaDevice> device_;
   int ordinal_;
   std::unique_ptr<Backend> host_;
 
   CudaTables tables_;
+  CudaConstants expert_tables_;
   CudaScratch operand_, hidden_, pixels_;
   CudaScratch logits_, routing_, routed_hidden_, routed_out_;
   CudaScratch states_;  // attention

@@ -148,11 +148,9 @@ void CudaBackend::moe(Rows residual, ConstRows x, const MoeWeights& weights) {
   const auto pointers = [&](const std::vector<WeightRef>& matrices) {
     std::vector<const void*> data;
     for (const WeightRef& matrix : matrices) data.push_back(matrix.data.get());
-    return tables_.add(std::span<const void* const>(data));
+    return expert_tables_.of(*device_, data);
   };
-  const size_t ups = pointers(weights.gate_up), downs = pointers(weights.down);
-  tables_.send(*device_);
-  cuda::ExpertRows rows{routing.offsets, routing.occupied, tables_.at<const void*>(ups),
+  cuda::ExpertRows rows{routing.offsets, routing.occupied, pointers(weights.gate_up),
                         static_cast<int32_t>(places)};
   const Rows hidden(routed_hidden_.reserve<float>(*device_, slots * gate_up.rows), slots,
                     gate_up.rows);
@@ -166,7 +164,7 @@ void CudaBackend::moe(Rows residual, ConstRows x, const MoeWeights& weights) {
   const Source activated{.x = hidden, .rows = slots, .cols = down.cols, .gated = true};
   cuda::ProductCall call =
       product_call(out, prepare(activated, down.format, operand_), slots, down);
-  rows.matrices = tables_.at<const void*>(downs);
+  rows.matrices = pointers(weights.down);
   call.experts = rows;
   multiply(call);
   device_->run("add_experts", &cuda::DeviceTable::add_experts,
