@@ -311,7 +311,8 @@ class Engine:
                 decode step. The result does not depend on them.
 
         Returns:
-            float32 [T, vocab].
+            float32 [T, vocab], in the host's memory whatever the device; other libraries take it
+            without a copy by DLPack, as `torch.from_dlpack(llm.logits(ids))`.
 
         Raises:
             InvalidRequest: Ids outside the vocabulary, cuts that do not add up, or more or fewer
