@@ -7,6 +7,7 @@ import logging
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -182,7 +183,7 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> type[FakeSystem]:
         for name, total, free in cards
     ]
     monkeypatch.setattr(FakeSystem.Device, "devices", devices)
-    monkeypatch.setattr(gpus.importlib, "import_module", lambda name: FakeSystem)
+    monkeypatch.setitem(sys.modules, "cuda.core.system", FakeSystem)
     return FakeSystem
 
 
@@ -212,12 +213,8 @@ def test_plans_for_the_memory_of_a_gpu(nvml: type[FakeSystem]) -> None:
 
 @pytest.mark.parametrize("package", ["missing", "without a driver"])
 def test_gpus_without_nvml(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, package: str) -> None:
-    def import_module(name: str) -> type[FakeSystem]:
-        if package == "missing":
-            raise ModuleNotFoundError(name)
-        return FakeSystem
-
-    monkeypatch.setattr(gpus.importlib, "import_module", import_module)
+    there = None if package == "missing" else FakeSystem
+    monkeypatch.setitem(sys.modules, "cuda.core.system", there)
     monkeypatch.setattr(gpus, "_PROC", tmp_path)
     why = "not installed" if package == "missing" else "cuda-python: no driver"
     found = gpus.find_gpus()
