@@ -6,6 +6,7 @@
 // read and write, over its time, beside the rate of a copy in the same run.
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <iostream>
 #include <memory>
 #include <random>
@@ -314,20 +315,24 @@ class Timings {
 }  // namespace
 
 int run_cuda(int argc, char** argv) {
-  const Arguments arguments("cuda",
-                            {{"device", "N", "which GPU (default: 0)"},
-                             {"check", nullptr, "only whether results are right"},
-                             {"time", nullptr, "only the timings, right or not"},
-                             {"only", "NAME", "products, experts, norms or attention"},
-                             {"small", nullptr, "tiny shapes, to see that it runs"},
-                             {"json", nullptr, "the timings as JSON"},
-                             {"help", nullptr, "this text"}},
-                            argc, argv);
+  const Arguments arguments(
+      "cuda",
+      {{"device", "N", "which GPU (default: 0)"},
+       {"kernels", "PATH", "libpuna_cuda.so, unless PUNA_CUDA_LIBRARY is set"},
+       {"check", nullptr, "only whether results are right"},
+       {"time", nullptr, "only the timings, right or not"},
+       {"only", "NAME", "products, experts, norms or attention"},
+       {"small", nullptr, "tiny shapes, to see that it runs"},
+       {"json", nullptr, "the timings as JSON"},
+       {"help", nullptr, "this text"}},
+      argc, argv);
   if (arguments.wants_help()) {
     std::cout << arguments.help();
     return 0;
   }
   const std::string device = "cuda:" + std::to_string(arguments.integer("device", 0, 0, 1000));
+  if (arguments.has("kernels"))  // what is set stays
+    setenv("PUNA_CUDA_LIBRARY", arguments.text("kernels", "").c_str(), 0);
   const std::string only = arguments.text("only", "");
   for (const char* name : {"products", "experts", "norms", "attention", ""}) {
     if (only == name) break;

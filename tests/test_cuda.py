@@ -94,16 +94,15 @@ def test_auto_does_not_take_a_device_that_is_there(
     assert np.array_equal(auto.logits, cpu.logits)
 
 
-def test_the_benchmark_finds_the_kernels_of_the_package(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("PUNA_CUDA_LIBRARY", raising=False)
-    assert "PUNA_CUDA_LIBRARY" not in cli._bench_environment(tmp_path)
+def test_the_benchmark_finds_the_kernels_of_the_package(tmp_path: Path) -> None:
+    given = ["cuda", "--check"]
+    assert cli._bench_arguments(given, tmp_path) == given
     kernels = tmp_path / "libpuna_cuda.so"
     kernels.touch()
-    assert cli._bench_environment(tmp_path)["PUNA_CUDA_LIBRARY"] == str(kernels)
-    monkeypatch.setenv("PUNA_CUDA_LIBRARY", "another")
-    assert cli._bench_environment(tmp_path)["PUNA_CUDA_LIBRARY"] == "another"
+    found = ["cuda", "--kernels", str(kernels), "--check"]
+    assert cli._bench_arguments(given, tmp_path) == found
+    for other in (["ops", "--json"], ["cuda", "--kernels", "another"], []):
+        assert cli._bench_arguments(other, tmp_path) == other
 
 
 def test_logits_are_handed_out_by_dlpack(engine: MakeEngine) -> None:

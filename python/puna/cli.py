@@ -549,16 +549,15 @@ def _bench(options: argparse.Namespace) -> int:
     if program is None:
         print("puna: puna-bench was not found beside python or on PATH", file=sys.stderr)
         return 1
-    return subprocess.run(
-        [program, *options.rest], env=_bench_environment(), check=False
-    ).returncode
+    return subprocess.run([program, *_bench_arguments(options.rest)], check=False).returncode
 
 
-def _bench_environment(package: Path = Path(puna.__file__).parent) -> dict[str, str]:
-    """Where puna-bench, which lies elsewhere, finds the CUDA kernels of the package."""
+def _bench_arguments(given: list[str], package: Path = Path(puna.__file__).parent) -> list[str]:
+    """Tells puna-bench, which lies elsewhere, where the CUDA kernels of the package are."""
     kernels = package / "libpuna_cuda.so"
-    given = {"PUNA_CUDA_LIBRARY": str(kernels)} if kernels.is_file() else {}
-    return {**given, **os.environ}
+    if given[:1] != ["cuda"] or "--kernels" in given or not kernels.is_file():
+        return given
+    return ["cuda", "--kernels", str(kernels), *given[1:]]
 
 
 def _demo(options: argparse.Namespace) -> int:
