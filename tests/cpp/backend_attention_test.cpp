@@ -145,9 +145,9 @@ const Shape kShapes[] = {
 
 TEST(attention_is_near_the_reference) {
   std::mt19937 random(1);
+  const std::pair<int64_t, int64_t> places[] = {{8192, 257}, {0, 1}, {512, 40}, {0, 300}};
   for (const Shape& shape : kShapes)
-    for (const auto& [start, tokens] :
-         {std::pair<int64_t, int64_t>{0, 1}, {512, 40}, {0, 300}, {8192, 257}}) {
+    for (const auto& [start, tokens] : std::span(places).first(check::trials(4))) {
       const Sequence sequence(random, shape, start, tokens);
       const std::vector<float> expected = attend_whole(ref(), sequence);
       const std::vector<double> bound(expected.size(), attention_bound(sequence));
