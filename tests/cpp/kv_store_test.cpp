@@ -3,6 +3,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <fstream>
@@ -431,7 +432,7 @@ TEST(ram_tier_serves_any_sizes_within_its_budget) {
         CHECK(next == pages.end() || data + bytes <= next->first);
         CHECK(place == pages.begin() ||
               std::prev(place)->first + std::prev(place)->second.bytes <= data);
-        for (int64_t i = 0; i < bytes; i += 64) CHECK_EQ(int{data[i]}, 0);
+        CHECK(std::all_of(data, data + bytes, [](unsigned char byte) { return byte == 0; }));
         data[0] = data[bytes - 1] = place->second.mark;
       } else {
         const auto page = std::next(pages.begin(), static_cast<int64_t>(random() % pages.size()));
