@@ -100,7 +100,7 @@ small=()
 if [ -x "$bench" ]; then
   # Each in a process of its own: an error of memory ends what a process may do with the GPU.
   for what in products experts norms attention; do
-    step "check-$what" 60 "$bench" cuda --check --only "$what"
+    step "check-$what" 90 "$bench" cuda --check --only "$what"
   done
   # What is timed first matters most; the timings do not wait for the checks to pass.
   for what in products attention; do
