@@ -165,6 +165,7 @@ class Comparison:
             f"{'side by side' if together else 'loaded one after the other in every round'}"
         )
         try:
+            _read_once(self.path)
             for name in list(self.commands):
                 self._attempt(name, self._first_load)
                 if not together:
@@ -377,6 +378,14 @@ def _commands(arguments: argparse.Namespace) -> dict[str, list[str]]:
     if arguments.ik:
         commands["ik_llama_cpp"] = [arguments.ik, peer, "ik"]
     return commands
+
+
+def _read_once(path: Path) -> None:
+    """Reads the file, so that what caches it below this system has it for the first engine too."""
+    with path.open("rb", buffering=0) as file:
+        buffer = bytearray(1 << 24)
+        while file.readinto(buffer):
+            pass
 
 
 def _drop_from_cache(path: Path) -> None:

@@ -17,7 +17,7 @@ from puna.demo import passkey, records
 from puna.demo.scene import CAPTION_REQUEST, draw, random_scene
 from puna.demo.stories import random_story, story_request
 from puna.demo.sums import random_sum
-from puna.demo.toolbox import random_task
+from puna.demo.toolbox import SCHEMAS, random_task
 from tools.demo_model.model import Shape
 from tools.demo_model.prompts import tool_prompt
 from tools.demo_model.tokenizer import special_ids
@@ -25,6 +25,8 @@ from tools.demo_model.tokenizer import special_ids
 STORY_WEIGHT = 0.3  # of the loss: which name or colour comes next in a story cannot be learned
 # Of the haystacks: the answer lies on both sides of a chunk boundary. Chance has that less often.
 STRADDLES = 0.1
+# Tools that training asks for: numbers of one to three digits are copied right last of all.
+PRACTISED = (*SCHEMAS, "multiply", "multiply", "multiply", "get_weather")
 _SPECIAL = special_ids()
 
 
@@ -148,7 +150,7 @@ class Writer:
 
     def tool_call(self) -> Document:
         """Offered tools, a request, and the call; no words stand between the two marks."""
-        task = random_task(self.rng)
+        task = random_task(self.rng, tuple(SCHEMAS) if self._held_out else PRACTISED)
         document = self.begin()
         self.user(document, tool_prompt(task))
         self.header(document, "assistant")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,9 +102,9 @@ _KINDS: dict[str, Callable[[random.Random], tuple[str, dict[str, str | int]]]] =
 }
 
 
-def random_task(rng: random.Random) -> Task:
-    """A request for one of one or two offered tools."""
-    name = rng.choice(list(_KINDS))
+def random_task(rng: random.Random, names: Sequence[str] = tuple(_KINDS)) -> Task:
+    """A request for one of one or two offered tools; for one of `names`, each as likely."""
+    name = rng.choice(names)
     request, arguments = _KINDS[name](rng)
     offered = [name]
     if rng.random() < 0.5:
