@@ -24,6 +24,7 @@ from puna.chat_template import (
     ImagePlaceholder,
     RenderedPrompt,
     SpecialToken,
+    answer_message,
     find_template,
     render,
 )
@@ -254,6 +255,19 @@ def test_images_go_in_front_of_the_last_user_message() -> None:
 def test_images_fill_parts_without_a_picture() -> None:
     messages = [user([text("a"), {"type": "image"}, IMAGE]), user([{"type": "image"}])]
     assert order(ask(messages, images=[OTHER, PICTURE])) == [[7, 7, 7], [0, 1, 2], [0, 1, 2]]
+
+
+def test_an_answer_becomes_a_message() -> None:
+    call = '{"name": "add", "parameters": {"a": 1}}'
+    one = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    assert answer_message(call, calls=False) == {"role": "assistant", "content": call}
+    for text, calls in ((call, [one]), (call + call, [one, one])):
+        message = answer_message(text, calls=True)
+        assert message == {"role": "assistant", "content": "", "tool_calls": calls}
+        rendered = joined(ask([{"role": "user", "content": "x"}, message]))
+        assert f"<|python_start|><|python_end|>{text}<|eot|>" in rendered
+    for text in ("", "{", "7", '{"name": "add"}', '{"name": 7, "parameters": {}}', call + " so"):
+        assert answer_message(text, calls=True) == {"role": "assistant", "content": text}
 
 
 def test_images_with_tools() -> None:

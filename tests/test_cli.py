@@ -77,6 +77,7 @@ def test_usage_errors_are_2(capsys: pytest.CaptureFixture[str]) -> None:
         ["generate", "demo", "x", "--top-p", "high"],
         ["generate", "demo", "x", "--kv", "q9"],
         ["generate", "demo", "x", "--n", "2"],
+        ["generate", "demo", "x", "--logit-bias", "7"],
         ["doctor", "extra"],
     ):
         with pytest.raises(SystemExit) as left:
@@ -162,6 +163,7 @@ def test_sampling_flags_reach_the_model() -> None:
         *("--temperature", "0.9", "--top-p", "0.8", "--top-k", "30", "--min-p", "0.01"),
         *("--seed", "5", "--stop", "fox", "--stop", "xyzzy", "--repetition-penalty", "1.1"),
         *("--presence-penalty", "0.1", "--frequency-penalty", "0.2", "--min-tokens", "3"),
+        *("--logit-bias", "300=-1e9", "--logit-bias", "301=2.5"),
         *("--ignore-eos", "--timeout", "60", "--max-tokens", "40", "--threads", "1"),
         *("--context", "2k", "--kv", "fp32", "--no-vision", "--device", "cpu", "--isa", "scalar"),
     ]
@@ -180,6 +182,7 @@ def test_sampling_flags_reach_the_model() -> None:
             presence_penalty=0.1,
             frequency_penalty=0.2,
             min_tokens=3,
+            logit_bias={300: -1e9, 301: 2.5},
             ignore_eos=True,
             max_tokens=40,
         )

@@ -53,6 +53,34 @@ def test_turns_are_those_of_the_whole_conversation(llm: puna.Engine) -> None:
         ]
 
 
+def test_tools_are_offered_in_every_turn(llm: puna.Engine, tmp_path: Path) -> None:
+    weather, timer = ({"name": name, "parameters": {}} for name in ("get_weather", "set_timer"))
+    session = llm.session(tools=[weather])
+    first = session.chat("Will it rain by the lake on Monday?", **GREEDY)
+    call = {"name": "get_weather", "arguments": {"place": "the lake", "day": "Monday"}}
+    assert session.messages[-1] == {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": call}],
+    }
+    result = {"role": "ipython", "content": "rain"}
+    second = session.chat([result], **GREEDY)
+    assert second.usage.cached >= first.usage.total - 1
+    for answer, held in ((first, session.messages[:1]), (second, session.messages[:3])):
+        whole = llm.chat(held, tools=[weather], **GREEDY)
+        assert isinstance(whole, puna.Completion)
+        assert answer.tokens == whole.tokens
+    assert session.fork().tools == [weather]
+    session.save(tmp_path / "saved")
+    session.close()
+    with llm.session(tmp_path / "saved", readonly=True) as opened:
+        assert opened.tools == [weather]
+    with llm.session(tmp_path / "saved", readonly=True, tools=[timer]) as opened:
+        assert opened.tools == [timer]
+    with pytest.raises(puna.InvalidRequest, match="list of JSON schemas"):
+        llm.session(tools="get_weather")  # type: ignore[arg-type]
+
+
 def test_a_long_conversation_passes_chunk_boundaries(llm: puna.Engine) -> None:
     session = llm.session()
     while len(session) < 3 * 256:

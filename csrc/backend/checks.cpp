@@ -284,12 +284,14 @@ void check_attention(ConstRows out, const AttentionInput& input) {
 }
 
 void check_vision_attention(ConstRows out, ConstRows qkv, int64_t tiles, int64_t tokens,
-                            int64_t heads, const float* cos, const float* sin) {
+                            int64_t heads, const float* cos, const float* sin, DType operands) {
   if (tiles < 0 || tokens < 1 || heads < 1 || qkv.cols % (3 * heads) != 0 ||
       qkv.cols / (3 * heads) % 2 != 0)
     fail(ErrorCode::kInternal, "[vision_attention] qkv has ", qkv.cols, " columns for ", heads,
          " heads of queries, keys and values");
   if (cos == nullptr || sin == nullptr) fail(ErrorCode::kInternal, "[vision_attention] no angles");
+  if (operands != DType::kF32 && operands != DType::kBF16)
+    fail(ErrorCode::kInternal, "[vision_attention] operands are float32 or bfloat16");
   check_rows("vision_attention", "qkv", qkv, tiles * tokens, qkv.cols);
   check_rows("vision_attention", "out", out, tiles * tokens, qkv.cols / 3);
 }

@@ -29,7 +29,7 @@ void check_mlp(ConstRows residual, ConstRows x, const WeightRef& gate_up, const 
 void check_moe(ConstRows residual, ConstRows x, const MoeWeights& weights);
 void check_attention(ConstRows out, const AttentionInput& input);
 void check_vision_attention(ConstRows out, ConstRows qkv, int64_t tiles, int64_t tokens,
-                            int64_t heads, const float* cos, const float* sin);
+                            int64_t heads, const float* cos, const float* sin, DType operands);
 void check_unfold(ConstRows out, const float* pixels, int64_t tiles, int64_t size, int64_t patch);
 void check_pixel_shuffle(ConstRows out, ConstRows x, int64_t tiles, int64_t grid, int64_t factor);
 

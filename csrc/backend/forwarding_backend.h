@@ -58,8 +58,8 @@ class ForwardingBackend : public Backend {
   }
   void attention(Rows out, const AttentionInput& input) override { backend_.attention(out, input); }
   void vision_attention(Rows out, Rows qkv, int64_t tiles, int64_t tokens, int64_t heads,
-                        const float* cos, const float* sin) override {
-    backend_.vision_attention(out, qkv, tiles, tokens, heads, cos, sin);
+                        const float* cos, const float* sin, DType operands) override {
+    backend_.vision_attention(out, qkv, tiles, tokens, heads, cos, sin, operands);
   }
   void unfold(Rows out, const float* pixels, int64_t tiles, int64_t size, int64_t patch) override {
     backend_.unfold(out, pixels, tiles, size, patch);

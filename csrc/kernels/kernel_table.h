@@ -196,6 +196,8 @@ struct KernelTable {
   void (*silu_mul)(float* y, const float* gate, const float* up, int64_t n) = nullptr;
   // y = 0.5 x (1 + erf(x / sqrt 2)): the exact form, not the tanh one
   void (*gelu)(float* y, const float* x, int64_t n) = nullptr;
+  // x = exp(x - max x), whose sum is returned: the softmax of a row before it is divided. n > 0.
+  float (*exp_row)(float* x, int64_t n) = nullptr;
   // y += x
   void (*add)(float* y, const float* x, int64_t n) = nullptr;
   // y = a * x

@@ -91,7 +91,10 @@ void VisionModel::encode_group(Rows out, const float* pixels, int64_t tiles,
     if (poll) poll();
     backend_.layer_norm(normed, hidden, layer.input_norm, layer.input_norm_bias, eps);
     backend_.matmul(qkv, normed, layer.qkv, {.bias = &layer.qkv_bias});
-    backend_.vision_attention(attended, qkv, tiles, tokens, spec_.heads, cos_.data(), sin_.data());
+    // As precise as the products around it.
+    const bool exact = layer.qkv.format == WeightFormat::kF32;
+    backend_.vision_attention(attended, qkv, tiles, tokens, spec_.heads, cos_.data(), sin_.data(),
+                              exact ? DType::kF32 : DType::kBF16);
     backend_.matmul(hidden, attended, layer.output,
                     {.bias = &layer.output_bias, .accumulate = true});
     backend_.layer_norm(normed, hidden, layer.post_norm, layer.post_norm_bias, eps);

@@ -174,7 +174,7 @@ def render(
         ModelFormatError: The template is not valid.
     """
     conversation, sources = _parse_messages(messages, images)
-    schemas = _parse_tools(tools)
+    schemas = plain_tools(tools)
     variables = {
         name: token
         for name, token in (template.tokens or {"bos_token": "<|begin_of_text|>"}).items()
@@ -390,12 +390,40 @@ def _parse_calls(calls: Any, where: str) -> list[dict[str, Any]]:
     return parsed
 
 
-def _parse_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[Any] | None:
+def answer_message(text: str, *, calls: bool) -> dict[str, Any]:
+    """An answer as a message of the assistant.
+
+    Args:
+        text: What it said.
+        calls: Whether it began with the marks of a tool call. Then `text` is read as one or more
+            calls, which templates write with their marks; if it is none, it stays text.
+    """
+    said: dict[str, Any] = {"role": "assistant", "content": text}
+    if not calls:
+        return said
+    functions = []
+    decoder, place = json.JSONDecoder(), 0
+    while place < len(text):
+        try:
+            call, place = decoder.raw_decode(text, place)
+        except ValueError:
+            return said
+        if not isinstance(call, dict) or call.keys() != {"name", "parameters"}:
+            return said
+        functions.append({"name": call["name"], "arguments": call["parameters"]})
+    if not all(isinstance(function["name"], str) for function in functions):
+        return said
+    called = [{"type": "function", "function": function} for function in functions]
+    return {"role": "assistant", "content": "", "tool_calls": called} if called else said
+
+
+def plain_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
+    """A copy of JSON schemas of functions; None if there are none."""
     if not tools:
         return None
     if isinstance(tools, str | Mapping) or not all(isinstance(tool, Mapping) for tool in tools):
         raise InvalidRequest("tools must be a list of JSON schemas (dicts)", param="tools")
-    plain: list[Any] = _plain(tools, "tools", param="tools")
+    plain: list[dict[str, Any]] = _plain(tools, "tools", param="tools")
     return plain
 
 

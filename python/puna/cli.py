@@ -169,9 +169,26 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--repetition-penalty", type=float)
     group.add_argument("--presence-penalty", type=float)
     group.add_argument("--frequency-penalty", type=float)
+    group.add_argument(
+        "--logit-bias",
+        action="append",
+        type=_bias,
+        metavar="ID=NUMBER",
+        help="added to the logit of a token; -1e9 bans it; may be repeated",
+    )
     group.add_argument("--min-tokens", type=int)
     group.add_argument("--ignore-eos", action="store_true")
     group.add_argument("--timeout", type=float, metavar="SECONDS")
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, number = text.partition("=")
+    try:
+        return int(token), float(number)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a token id, '=' and a number, as in 12=-1e9"
+        ) from None
 
 
 _SAMPLING = (
@@ -192,7 +209,9 @@ _SAMPLING = (
 
 
 def _sampling(options: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in _SAMPLING}
+    given = {name: getattr(options, name) for name in _SAMPLING}
+    given["logit_bias"] = dict(options.logit_bias) if options.logit_bias else None
+    return given
 
 
 def _add_loading(parser: argparse.ArgumentParser) -> None:

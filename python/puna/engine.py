@@ -221,7 +221,11 @@ class Engine:
         return self._chunks(session, request, Deadline(request.timeout))
 
     def session(
-        self, path: str | os.PathLike[str] | None = None, *, readonly: bool = False
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        readonly: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> Session:
         """A conversation or text that keeps what it has computed; a turn costs only what is new.
 
@@ -230,6 +234,8 @@ class Engine:
                 attention chunk (8192 tokens of Scout) is on disk soon after it is computed, so
                 that a crash loses less than one; `Session.save` keeps the rest too.
             readonly: Only read what is at `path`, which must be there; several may do so at once.
+            tools: JSON schemas of functions that the model may call, in every turn of the
+                conversation; None: those that were saved with it.
 
         Raises:
             SessionMismatch: What is at `path` is of another model or another format of keys and
@@ -237,10 +243,14 @@ class Engine:
         """
         core = self._core_engine()
         if path is None:
-            return Session(self, core.session())
+            return Session(self, core.session(), tools=tools)
         directory = Path(path).expanduser()
         return Session(
-            self, core.open(os.fspath(directory), not readonly), directory, readonly=readonly
+            self,
+            core.open(os.fspath(directory), not readonly),
+            directory,
+            readonly=readonly,
+            tools=tools,
         )
 
     def verify(

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from puna.chat_template import with_pictures
+from puna.chat_template import answer_message, plain_tools, with_pictures
 from puna.errors import InvalidRequest, OutOfMemory
 from puna.options import Request
 from puna.running import BuiltPrompt, Deadline, prefill, read
@@ -30,6 +30,11 @@ class Session:
     The KV cache of everything so far is kept, so a turn computes only its own tokens. A session
     does one thing at a time; fork() makes a second one that continues from here, branch() asks
     many questions at once.
+
+    Attributes:
+        messages: What was said, as `Engine.chat` takes it; may be edited between turns.
+        tools: JSON schemas of functions that the model may call, for the whole conversation. What
+            a call gave back is a message, such as {"role": "ipython", "content": "7"}.
     """
 
     def __init__(
@@ -39,6 +44,7 @@ class Session:
         path: Path | None = None,
         *,
         readonly: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         """Wraps a core session, opened from `path` if that is given; use `Engine.session`."""
         self._engine = engine
@@ -48,9 +54,12 @@ class Session:
         self._lock = threading.Lock()
         self._reads = False  # holds a text
         self.messages: list[dict[str, Any]] = []
+        self.tools: list[dict[str, Any]] = plain_tools(tools) or []
         if path is not None:
             notes = read_notes(path)
             self.messages, self._reads = notes.messages, notes.reads
+            if tools is None:
+                self.tools = notes.tools
             if notes.pending and notes.computed == session.length:
                 session.append(notes.pending)
 
@@ -177,9 +186,11 @@ class Session:
                 "this session holds a conversation: its branches are questions, not token ids",
                 param="prompts",
             )
-        return self._engine._chat_prompt(
-            [*self.messages, {"role": "user", "content": prompt}], None, None
-        )
+        return self._rendered([{"role": "user", "content": prompt}])
+
+    def _rendered(self, added: list[dict[str, Any]]) -> BuiltPrompt:
+        """The whole conversation with some messages more."""
+        return self._engine._chat_prompt([*self.messages, *added], None, self.tools)
 
     @contextlib.contextmanager
     def _busy(self) -> Iterator[None]:
@@ -246,25 +257,30 @@ class Session:
             )
         # Decoded once: the conversation is rendered again at every turn.
         added = with_pictures(message, images)
-        prompt = self._engine._chat_prompt([*self.messages, *added], None, None)
+        prompt = self._rendered(added)
         return self._run(added, prompt, len(self.messages), request)
 
     def _run(
         self, added: list[dict[str, Any]], prompt: BuiltPrompt, before: int, request: Request
     ) -> Iterator[Chunk]:
         said: list[str] = []
+        first: list[int] = []  # ids
         with self._busy():
             try:
                 if len(self.messages) != before:  # another turn came since the call
-                    prompt = self._engine._chat_prompt([*self.messages, *added], None, None)
+                    prompt = self._rendered(added)
                 self._session.prompt(prompt.tokens, prompt.pixels, reuse=True)
                 deadline = Deadline(request.timeout)
                 for chunk in self._engine._chunks(self._session, request, deadline):
                     said.append(chunk.text)
+                    first += chunk.tokens[: 2 - len(first)]
                     yield chunk
             finally:
                 if said:
-                    self.messages += [*added, {"role": "assistant", "content": "".join(said)}]
+                    special = self._engine.tokenizer.special_tokens
+                    marks = [special.get("<|python_start|>"), special.get("<|python_end|>")]
+                    answer = answer_message("".join(said), calls=first == marks)
+                    self.messages += [*added, answer]
 
     # --- the rest --------------------------------------------------------------------------------
 
@@ -272,7 +288,7 @@ class Session:
         """A second conversation that continues from here; what was computed is shared."""
         other = Session(self._engine, self._session.fork())
         other._reads = self._reads
-        other.messages = list(self.messages)
+        other.messages, other.tools = list(self.messages), list(self.tools)
         return other
 
     def save(self, path: str | os.PathLike[str] | None = None) -> None:
@@ -296,7 +312,8 @@ class Session:
             self._session.save(os.fspath(directory))
             computed = len(self) - self._session.pending()
             pending = self._session.tokens(computed)
-            write_notes(directory, Notes(self.messages, self._reads, computed, pending))
+            notes = Notes(self.messages, self._reads, computed, pending, self.tools)
+            write_notes(directory, notes)
 
     def close(self) -> None:
         """Frees what the session holds and lets others write where it was opened.
@@ -305,7 +322,7 @@ class Session:
         """
         with self._busy():
             self._session.close()
-            self.messages, self._reads, self._path = [], False, None
+            self.messages, self.tools, self._reads, self._path = [], [], False, None
 
     def __enter__(self) -> Session:
         return self

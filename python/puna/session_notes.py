@@ -1,4 +1,4 @@
-"""What a saved session holds besides tokens, keys and values: its messages."""
+"""What a saved session holds besides tokens, keys and values: its messages and tools."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from puna.errors import ImageError, SessionMismatch
 from puna.images import to_rgb
 
 _NAME = "conversation.json"
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Notes:
-    """The messages of a session; whether it holds a text instead; ids not computed yet.
+    """The messages of a session and its tools; whether it holds a text; ids not computed yet.
 
     `pending` follow the first `computed` ids. A session that went on after it was saved, and ended
     without being saved again, has others there.
@@ -33,6 +33,7 @@ class Notes:
     reads: bool = False
     computed: int = 0
     pending: list[int] = field(default_factory=list)
+    tools: list[dict[str, Any]] = field(default_factory=list)
 
 
 def write_notes(directory: Path, notes: Notes) -> None:
@@ -42,6 +43,7 @@ def write_notes(directory: Path, notes: Notes) -> None:
         "reads": notes.reads,
         "computed": notes.computed,
         "pending": notes.pending,
+        "tools": notes.tools,
     }
     path = directory / _NAME
     fresh = path.with_suffix(".new")
@@ -79,6 +81,7 @@ def read_notes(directory: Path) -> Notes:
             bool(content["reads"]),
             int(content["computed"]),
             [int(token) for token in content["pending"]],
+            [dict(tool) for tool in content["tools"]],
         )
     except FileNotFoundError:
         return Notes([])

@@ -332,40 +332,43 @@ TEST(pages_are_in_the_stated_layout) {
 TEST(vision_attention) {
   std::mt19937 random(6);
   for (const auto& [tiles, tokens, heads, n] :
-       {std::array<int64_t, 4>{1, 1, 1, 2}, {3, 17, 2, 24}, {2, 577, 2, 22}}) {
-    const int64_t cols = 3 * heads * n, out_cols = heads * n;
-    const std::vector<float> qkv = randoms(random, tiles * tokens * cols);
-    std::vector<float> cos, sin;
-    for (int64_t i = 0; i < tokens * n / 2; ++i) {
-      const float angle = static_cast<float>(random() % 10000) * 1e-3f;
-      cos.push_back(std::cos(angle));
-      sin.push_back(std::sin(angle));
-    }
-    const auto run = [&](Backend& backend, int64_t first, int64_t count) {
-      std::vector<float> scratch(qkv.begin() + first * tokens * cols,
-                                 qkv.begin() + (first + count) * tokens * cols);
-      std::vector<float> out(count * tokens * out_cols);
-      backend.vision_attention({out.data(), count * tokens, out_cols},
-                               {scratch.data(), count * tokens, cols}, count, tokens, heads,
-                               cos.data(), sin.data());
-      return out;
-    };
-    const std::vector<float> expected = run(ref(), 0, tiles);
-    const Shape shape{heads, heads, n, DType::kF32, true, false, false};
-    Sequence sequence(random, shape, 0, tokens);
-    sequence.qkv = qkv;  // for the size of its values
-    const std::vector<double> bound(expected.size(), attention_bound(sequence));
-    for (std::vector<Named>& same_isa : subjects()) {
-      const std::vector<float> got = run(*same_isa[0].backend, 0, tiles);
-      check_close("vision attention on " + same_isa[0].name, got, expected, bound);
-      for (Named& other : same_isa) {
-        const std::string what = "vision attention on " + other.name;
-        check_same_bits(what, run(*other.backend, 0, tiles).data(), got.data(), got.size());
-        check_same_bits(what + ", last tile alone", run(*other.backend, tiles - 1, 1).data(),
-                        got.data() + (tiles - 1) * tokens * out_cols, tokens * out_cols);
+       {std::array<int64_t, 4>{1, 1, 1, 2}, {3, 17, 2, 24}, {2, 577, 2, 22}, {1, 65, 1, 66}})
+    for (const DType operands : {DType::kF32, DType::kBF16}) {
+      const int64_t cols = 3 * heads * n, out_cols = heads * n;
+      const std::vector<float> qkv = randoms(random, tiles * tokens * cols);
+      std::vector<float> cos, sin;
+      for (int64_t i = 0; i < tokens * n / 2; ++i) {
+        const float angle = static_cast<float>(random() % 10000) * 1e-3f;
+        cos.push_back(std::cos(angle));
+        sin.push_back(std::sin(angle));
+      }
+      const auto run = [&](Backend& backend, int64_t first, int64_t count) {
+        std::vector<float> scratch(qkv.begin() + first * tokens * cols,
+                                   qkv.begin() + (first + count) * tokens * cols);
+        std::vector<float> out(count * tokens * out_cols);
+        backend.vision_attention({out.data(), count * tokens, out_cols},
+                                 {scratch.data(), count * tokens, cols}, count, tokens, heads,
+                                 cos.data(), sin.data(), operands);
+        return out;
+      };
+      const std::vector<float> expected = run(ref(), 0, tiles);
+      const Shape shape{heads, heads, n, operands, true, false, false};
+      Sequence sequence(random, shape, 0, tokens);
+      sequence.qkv = qkv;  // for the size of its values
+      // In bfloat16 queries are rounded as keys are, and weights as values are.
+      const int roundings = operands == DType::kBF16 ? 2 : 1;
+      const std::vector<double> bound(expected.size(), roundings * attention_bound(sequence));
+      for (std::vector<Named>& same_isa : subjects()) {
+        const std::vector<float> got = run(*same_isa[0].backend, 0, tiles);
+        check_close("vision attention on " + same_isa[0].name, got, expected, bound);
+        for (Named& other : same_isa) {
+          const std::string what = "vision attention on " + other.name;
+          check_same_bits(what, run(*other.backend, 0, tiles).data(), got.data(), got.size());
+          check_same_bits(what + ", last tile alone", run(*other.backend, tiles - 1, 1).data(),
+                          got.data() + (tiles - 1) * tokens * out_cols, tokens * out_cols);
+        }
       }
     }
-  }
 }
 
 TEST(wrong_attention_is_refused) {

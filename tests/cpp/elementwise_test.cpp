@@ -117,6 +117,29 @@ TEST(silu_mul) {
   });
 }
 
+TEST(exp_row) {
+  for_isas([](const KernelTable& k) {
+    for (const int64_t n : kSizes) {
+      if (n == 0) continue;  // a row has a largest element
+      vector<float> x = random_floats(n, n, 8);
+      if (n > 4) x[1] = -200, x[3] = x[0];
+      vector<float> y(x);
+      const float sum = k.exp_row(y.data(), n);
+      const float top = *std::max_element(x.begin(), x.end());
+      double total = 0;
+      for (int64_t i = 0; i < n; ++i) {
+        const double below = double{x[i]} - top, expected = std::exp(below);
+        total += expected;
+        // exp has 2e-7; the difference rounds once, which counts as often as it is large.
+        check_near(k.isa, "exp_row", n, y[i], expected,
+                   (2e-7 + kEps * (1 - below)) * expected + 1e-30);
+      }
+      check_near(k.isa, "the sum of exp_row", n, sum, total,
+                 (2e-7 + kEps * (static_cast<double>(n) / 4 + 16)) * total);
+    }
+  });
+}
+
 TEST(gelu_over_its_range) {
   for_isas([](const KernelTable& k) {
     vector<float> x;
@@ -220,6 +243,7 @@ vector<float> all_results(const KernelTable& k, int64_t n, size_t shift) {
   collect([&](float* y) { k.gelu(y, x, n); });
   collect([&](float* y) { k.scale(y, x, 0.7f, n); });
   collect([&](float* y) { copy(y), k.add(y, w, n); });
+  if (n > 0) collect([&](float* y) { copy(y), k.exp_row(y, n); });
   collect([&](float* y) { copy(y), k.rope(y, w, u, n / 2 * 2); });
   vector<uint16_t> narrow(shift + static_cast<size_t>(n) + 1, 0xabcd);
   k.bf16_from_f32(narrow.data() + shift, x, n);

@@ -50,7 +50,7 @@ class CpuBackend final : public Backend {
 
   void attention(Rows out, const AttentionInput& input) override;
   void vision_attention(Rows out, Rows qkv, int64_t tiles, int64_t tokens, int64_t heads,
-                        const float* cos, const float* sin) override;
+                        const float* cos, const float* sin, DType operands) override;
 
   void unfold(Rows out, const float* pixels, int64_t tiles, int64_t size, int64_t patch) override;
   void pixel_shuffle(Rows out, ConstRows x, int64_t tiles, int64_t grid, int64_t factor) override;
@@ -141,6 +141,11 @@ class CpuBackend final : public Backend {
       for (int64_t tile; (tile = counter.next()) < tiles;) body(tile);
     }
   }
+
+  // vision_attention.cpp
+  template <class Operands>
+  void attend_tiles(Rows out, Rows qkv, int64_t tiles, int64_t tokens, int64_t heads,
+                    const float* cos, const float* sin);
 
   // products.cpp
   // Room for `rows` rows that will be multiplied with weights of `format` and `cols` columns.

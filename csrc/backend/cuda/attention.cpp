@@ -178,8 +178,8 @@ void CudaBackend::attention(Rows out, const AttentionInput& input) {
 }
 
 void CudaBackend::vision_attention(Rows out, Rows qkv, int64_t tiles, int64_t tokens, int64_t heads,
-                                   const float* cos, const float* sin) {
-  check_vision_attention(out, qkv, tiles, tokens, heads, cos, sin);
+                                   const float* cos, const float* sin, DType operands) {
+  check_vision_attention(out, qkv, tiles, tokens, heads, cos, sin, operands);
   if (tiles == 0) return;
   const int64_t dim = qkv.cols / (3 * heads);
   const auto angles = static_cast<size_t>(tokens * (dim / 2));

@@ -50,7 +50,7 @@ class CudaBackend final : public Backend {
   // attention.cpp
   void attention(Rows out, const AttentionInput& input) override;
   void vision_attention(Rows out, Rows qkv, int64_t tiles, int64_t tokens, int64_t heads,
-                        const float* cos, const float* sin) override;
+                        const float* cos, const float* sin, DType operands) override;
 
  private:
   // A matrix of the host, to the device.

@@ -297,8 +297,8 @@ class RefBackend final : public Backend {
   }
 
   void vision_attention(Rows out, Rows qkv, int64_t tiles, int64_t tokens, int64_t heads,
-                        const float* cos, const float* sin) override {
-    check_vision_attention(out, qkv, tiles, tokens, heads, cos, sin);
+                        const float* cos, const float* sin, DType operands) override {
+    check_vision_attention(out, qkv, tiles, tokens, heads, cos, sin, operands);
     const int64_t head_dim = qkv.cols / (3 * heads);
     const double scale = 1.0 / std::sqrt(static_cast<double>(head_dim));
     const auto turned = [&](int64_t tile, int64_t token, int64_t column) {

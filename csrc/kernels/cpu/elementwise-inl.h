@@ -105,6 +105,22 @@ PUNA_INLINE VF erfc_positive(VF z) {
   });
 }
 
+[[maybe_unused]] float exp_row(float* x, int64_t n) {
+  VF largest = set1(x[0]);
+  int64_t i = 0;
+  for (; i + VF::N <= n; i += VF::N) largest = max(largest, load(x + i));
+  float lanes[VF::N];
+  store(lanes, largest);
+  for (int64_t j = 1; j < VF::N; ++j) lanes[0] = lanes[j] > lanes[0] ? lanes[j] : lanes[0];
+  for (; i < n; ++i) lanes[0] = x[i] > lanes[0] ? x[i] : lanes[0];
+  const VF top = set1(lanes[0]);
+  // Read again after the store, which leaves lanes past the end out of the sum.
+  return sum_of(n, [&](int64_t k, int64_t m) __attribute__((always_inline)) {
+    store_up_to(x + k, exp(load_up_to(x + k, m) - top), m);
+    return load_up_to(x + k, m);
+  });
+}
+
 [[maybe_unused]] void add(float* y, const float* x, int64_t n) {
   for_vectors(n, [&](int64_t i, int64_t m) __attribute__((always_inline)) {
     store_up_to(y + i, load_up_to(y + i, m) + load_up_to(x + i, m), m);
