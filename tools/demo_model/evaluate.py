@@ -29,6 +29,7 @@ SEEDS = {
 
 # Name, tokens of the conversation, how many: in a sample, and in all.
 PASSKEYS = (("4k", 4096, 10, 100), ("16k", 16384, 5, 100), ("64k", 65536, 2, 50))
+FAR_PASSKEYS = (("1m", 1 << 20, 1, 10), ("10m", 10_000_000, 1, 1))
 
 
 def captions(llm: puna.Engine, count: int) -> float:
@@ -165,6 +166,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo")
     parser.add_argument("--quick", action="store_true", help="a sample, in less than a minute")
+    parser.add_argument(
+        "--far", action="store_true", help="only pass keys in one and in ten million tokens"
+    )
     parser.add_argument("--json", action="store_true", help="only the last line")
     options = parser.parse_args()
     count = 50 if options.quick else 500
@@ -178,6 +182,14 @@ def main() -> None:
             if not options.json:
                 print(f"{name:<12} {results[name]:7.1%} of {number:>4}  {seconds:6.1f} s")
 
+        def measure_passkeys(distances: tuple[tuple[str, int, int, int], ...]) -> None:
+            for name, tokens, sample, whole in distances:
+                measure(f"passkey_{name}", sample if options.quick else whole, passkeys, tokens)
+
+        if options.far:
+            measure_passkeys(FAR_PASSKEYS)
+            print(json.dumps(results))
+            return
         measure("captions", count, captions)
         measure("stories", count, stories)
         measure("told", count // 5, told)
@@ -185,8 +197,7 @@ def main() -> None:
         measure("json_exact", count, lambda llm, n: written_json(llm, n)[1])
         measure("tool_calls", count, tool_calls)
         measure("sums", count, sums)
-        for name, tokens, sample, whole in PASSKEYS:
-            measure(f"passkey_{name}", sample if options.quick else whole, passkeys, tokens)
+        measure_passkeys(PASSKEYS)
     print(json.dumps(results))
 
 
