@@ -236,10 +236,10 @@ ThreadPool::~ThreadPool() {
   std::erase(registry().pools, this);
 }
 
-void ThreadPool::run_erased(Erased function, void* context) {
+void ThreadPool::run_erased(Erased function, void* context, bool alone) {
   if (current_pool == this) {
-    Lane alone(*this, 0, 1);
-    return function(context, alone);
+    Lane only(*this, 0, 1);
+    return function(context, only);
   }
   Team& team = *team_;
   const std::lock_guard turn(team.turn);
@@ -248,9 +248,9 @@ void ThreadPool::run_erased(Erased function, void* context) {
     explicit Enter(const ThreadPool* pool) { current_pool = pool; }
     ~Enter() { current_pool = outer; }
   } enter(this);
-  if (lanes_ == 1) {
-    Lane alone(*this, 0, 1);
-    return function(context, alone);
+  if (lanes_ == 1 || alone) {
+    Lane only(*this, 0, 1);
+    return function(context, only);
   }
   if (team.workers.empty()) team.start();
   team.function = function;

@@ -71,14 +71,15 @@ class ThreadPool {
 
   int lanes() const { return lanes_; }
 
-  // Throws DeviceError if the system refuses the threads.
+  // Throws DeviceError if the system refuses the threads. `alone`: on the calling thread only, as
+  // the one lane there is, for what is not worth waking others.
   template <class Function>
-  void run(Function&& function) {
+  void run(Function&& function, bool alone = false) {
     run_erased(
         [](void* context, Lane& lane) {
           (*static_cast<std::remove_reference_t<Function>*>(context))(lane);
         },
-        const_cast<void*>(static_cast<const void*>(&function)));
+        const_cast<void*>(static_cast<const void*>(&function)), alone);
   }
 
   // While one lives, lanes that wait spin for a while before they sleep; unless there are more
@@ -100,7 +101,7 @@ class ThreadPool {
   using Erased = void (*)(void*, Lane&);
   struct Team;  // the workers and what they look at; replaced in a forked child
 
-  void run_erased(Erased function, void* context);
+  void run_erased(Erased function, void* context, bool alone);
 
   const int lanes_;
   const bool may_spin_;

@@ -62,10 +62,12 @@ void CpuBackend::attention(Rows out, const AttentionInput& input) {
   AttentionCall call(out, input, kernels_, attention_plan_, page_choice_, pool_.lanes());
   call.use(lanes_.reserve<char>(pool_.lanes() * call.lane_bytes()),
            leaves_.reserve<char>(call.shared_bytes()));
-  pool_.run([&](Lane& lane) {
-    prepare_attention(lane, input);
-    call.run(lane);
-  });
+  pool_.run(
+      [&](Lane& lane) {
+        prepare_attention(lane, input);
+        call.run(lane);
+      },
+      small(attention_plan_.seen() * input.heads * 2 * input.layout.head_dim));
   call.finish();
 }
 

@@ -51,6 +51,12 @@ class AttentionPlan {
   // That this call fills and seals.
   const std::vector<FullPage>& full_pages() const { return full_pages_; }
   int64_t leaves() const { return leaves_; }  // of the longest task
+  // Tokens that the queries see, added up.
+  int64_t seen() const {
+    int64_t total = 0;
+    for (const Query& query : queries_) total += query.page * kPageTokens + query.seen;
+    return total;
+  }
   bool streams() const { return !streams_.empty(); }
 
   // Pages that come through streams are held for pages [first, end) alone: waits for those that a

@@ -126,6 +126,11 @@ class CpuBackend final : public Backend {
       });
   }
 
+  // Whether so many multiply-adds are not worth waking other lanes. These take one lane some 10 us,
+  // and others save little of that; where the machine has other work to do, waiting for a lane that
+  // must first get a core costs milliseconds.
+  static bool small(int64_t multiply_adds) { return multiply_adds <= int64_t{1} << 18; }
+
   // As many rows only stream the weights.
   static constexpr int64_t kStreamedRows = 4;
 

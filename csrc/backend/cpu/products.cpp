@@ -122,21 +122,23 @@ void CpuBackend::matmul(Rows out, ConstRows x, const WeightRef& weight,
   const float* bias = options.bias != nullptr ? options.bias->get() : nullptr;
   auto* sums = lanes_.reserve<float>(pool_.lanes() * tiles.tile_size());
   TileCounter counter;
-  pool_.run([&](Lane& lane) {
-    float* lane_sums = sums + lane.id() * tiles.tile_size();
-    for_tiles(lane, counter, tiles.count(), x.rows, [&](int64_t index) {
-      const Tile tile = tiles.at(index);
-      const auto target_row = [&](int64_t r) { return out.row(tile.first + r) + tile.column; };
-      float* target = options.accumulate ? lane_sums : target_row(0);
-      const int64_t stride = options.accumulate ? tile.width : out.stride;
-      multiply(target, stride, operand, weight, tile, bias);
-      for (int64_t r = 0; r < tile.rows; ++r) {
-        float* row = target + r * stride;
-        if (options.gelu) kernels_.gelu(row, row, tile.width);
-        if (options.accumulate) kernels_.add(target_row(r), row, tile.width);
-      }
-    });
-  });
+  pool_.run(
+      [&](Lane& lane) {
+        float* lane_sums = sums + lane.id() * tiles.tile_size();
+        for_tiles(lane, counter, tiles.count(), x.rows, [&](int64_t index) {
+          const Tile tile = tiles.at(index);
+          const auto target_row = [&](int64_t r) { return out.row(tile.first + r) + tile.column; };
+          float* target = options.accumulate ? lane_sums : target_row(0);
+          const int64_t stride = options.accumulate ? tile.width : out.stride;
+          multiply(target, stride, operand, weight, tile, bias);
+          for (int64_t r = 0; r < tile.rows; ++r) {
+            float* row = target + r * stride;
+            if (options.gelu) kernels_.gelu(row, row, tile.width);
+            if (options.accumulate) kernels_.add(target_row(r), row, tile.width);
+          }
+        });
+      },
+      small(x.rows * weight.rows * weight.cols));
 }
 
 CpuBackend::FeedForward CpuBackend::plan_feed_forward(const Operand& x, int64_t rows,
@@ -175,24 +177,26 @@ void CpuBackend::mlp(Rows residual, ConstRows x, const WeightRef& gate_up, const
   const Tiling up = tiling(x.rows, gate_up.rows), out = tiling(x.rows, down.rows);
   auto* sums = lanes_.reserve<float>(pool_.lanes() * out.tile_size());
   TileCounter up_counter, activation_counter, down_counter;
-  pool_.run([&](Lane& lane) {
-    for_tiles(lane, up_counter, up.count(), x.rows, [&](int64_t index) {
-      const Tile tile = up.at(index);
-      multiply(plan.hidden + tile.first * gate_up.rows + tile.column, gate_up.rows, plan.x, gate_up,
-               tile);
-    });
-    lane.barrier();
-    activate(lane, activation_counter, plan, x.rows);
-    lane.barrier();
-    float* lane_sums = sums + lane.id() * out.tile_size();
-    for_tiles(lane, down_counter, out.count(), x.rows, [&](int64_t index) {
-      const Tile tile = out.at(index);
-      multiply(lane_sums, tile.width, plan.activated, down, tile);
-      for (int64_t r = 0; r < tile.rows; ++r)
-        kernels_.add(residual.row(tile.first + r) + tile.column, lane_sums + r * tile.width,
-                     tile.width);
-    });
-  });
+  pool_.run(
+      [&](Lane& lane) {
+        for_tiles(lane, up_counter, up.count(), x.rows, [&](int64_t index) {
+          const Tile tile = up.at(index);
+          multiply(plan.hidden + tile.first * gate_up.rows + tile.column, gate_up.rows, plan.x,
+                   gate_up, tile);
+        });
+        lane.barrier();
+        activate(lane, activation_counter, plan, x.rows);
+        lane.barrier();
+        float* lane_sums = sums + lane.id() * out.tile_size();
+        for_tiles(lane, down_counter, out.count(), x.rows, [&](int64_t index) {
+          const Tile tile = out.at(index);
+          multiply(lane_sums, tile.width, plan.activated, down, tile);
+          for (int64_t r = 0; r < tile.rows; ++r)
+            kernels_.add(residual.row(tile.first + r) + tile.column, lane_sums + r * tile.width,
+                         tile.width);
+        });
+      },
+      small(x.rows * (gate_up.rows * gate_up.cols + down.rows * down.cols)));
 }
 
 }  // namespace puna
