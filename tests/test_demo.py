@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tools.demo_model import evaluate
+from tools.demo_model import evaluate, pictures
 
 import puna
 from conftest import oracle_module
@@ -61,6 +61,21 @@ def test_what_it_can_do(
     llm: puna.Engine, measure: Callable[[puna.Engine, int], float], count: int, least: float
 ) -> None:
     assert measure(llm, count) >= least
+
+
+def test_pictures_of_words() -> None:
+    rng = random.Random(4)
+    shown, others = ({pictures.random_word(rng, of) for _ in range(200)} for of in (False, True))
+    assert not shown & others
+    word = min(shown)
+    drawn = [pictures.draw_word(random.Random(seed), word, 112) for seed in (1, 1, 2)]
+    assert drawn[0].tobytes() == drawn[1].tobytes() != drawn[2].tobytes()
+    for picture in drawn:
+        # One colour of paper around the letters, which take their part of it.
+        paper = max(picture.getcolors(112 * 112))[0]
+        assert 0.5 < paper / 112**2 < 0.98
+    for character, name in list(pictures.emoji_names().items())[:3]:
+        assert name and pictures.draw_emoji(rng, character, 112).size == (112, 112)
 
 
 def test_greedy_text_is_the_same_everywhere() -> None:

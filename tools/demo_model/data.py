@@ -18,6 +18,7 @@ from puna.demo.scene import CAPTION_REQUEST, draw, random_scene
 from puna.demo.stories import random_story, story_request
 from puna.demo.sums import random_sum
 from puna.demo.toolbox import SCHEMAS, random_task
+from tools.demo_model import pictures
 from tools.demo_model.model import Shape
 from tools.demo_model.prompts import tool_prompt
 from tools.demo_model.tokenizer import special_ids
@@ -27,6 +28,8 @@ STORY_WEIGHT = 0.3  # of the loss: which name or colour comes next in a story ca
 STRADDLES = 0.1
 # Tools that training asks for: numbers of one to three digits are copied right last of all.
 PRACTISED = (*SCHEMAS, "multiply", "multiply", "multiply", "get_weather")
+# Pixels along a side of a tile in which a word of six letters can be read.
+LEGIBLE = 112
 _SPECIAL = special_ids()
 
 
@@ -62,6 +65,10 @@ class Writer:
             "tool_call": self.tool_call,
             "sum": self.sum,
         }
+        if shape.image_size >= LEGIBLE:
+            self.kinds = {**self.kinds, "word": self.word}
+            if pictures.emoji_names():
+                self.kinds = {**self.kinds, "emoji": self.emoji}
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, special tokens unread."""
@@ -106,27 +113,39 @@ class Writer:
         header = [_SPECIAL["<|header_start|>"], *self.encode(role), _SPECIAL["<|header_end|>"]]
         document.add(header, 0.0)
 
-    def _exchange(self, request: str, answer: str) -> Document:
+    def _exchange(
+        self, request: str, answer: str, picture: NDArray[np.float32] | None = None
+    ) -> Document:
         document = self.begin()
-        self.user(document, request)
+        self.user(document, request, picture)
         self.assistant(document, answer)
         return document
 
     def caption(self) -> Document:
         """A picture and its description."""
         scene = random_scene(self.rng)
-        document = self.begin()
-        self.user(document, CAPTION_REQUEST, pixels(draw(scene, self.shape.image_size)))
-        self.assistant(document, scene.caption())
-        return document
+        picture = draw(scene, self.shape.image_size)
+        return self._exchange(CAPTION_REQUEST, scene.caption(), pixels(picture))
 
     def scene_json(self) -> Document:
         """A picture and its description as JSON."""
         scene = random_scene(self.rng)
-        document = self.begin()
-        self.user(document, records.SCENE_REQUEST, pixels(draw(scene, self.shape.image_size)))
-        self.assistant(document, records.write(records.scene_value(scene)))
-        return document
+        picture = draw(scene, self.shape.image_size)
+        answer = records.write(records.scene_value(scene))
+        return self._exchange(records.SCENE_REQUEST, answer, pixels(picture))
+
+    def word(self) -> Document:
+        """A picture of a word, and the word."""
+        word = pictures.random_word(self.rng, self._held_out)
+        picture = pictures.draw_word(self.rng, word, self.shape.image_size)
+        return self._exchange(pictures.WORD_REQUEST, f"{word}.", pixels(picture))
+
+    def emoji(self) -> Document:
+        """An emoji and its name."""
+        names = pictures.emoji_names()
+        character = self.rng.choice(list(names))
+        picture = pictures.draw_emoji(self.rng, character, self.shape.image_size)
+        return self._exchange(pictures.EMOJI_REQUEST, f"{names[character]}.", pixels(picture))
 
     def story(self) -> Document:
         """A story, with questions about it and its facts as JSON."""

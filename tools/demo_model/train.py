@@ -34,6 +34,9 @@ MIX = {
     "record": 0.18,
     "tool_call": 0.24,
     "sum": 0.32,
+    # Of models with tiles to read.
+    "word": 0.12,
+    "emoji": 0.12,
 }
 SHORTEST_HAYSTACK = 96
 LONGEST_HAYSTACK = 1 << 24
@@ -191,7 +194,8 @@ def train(rank: int, options: argparse.Namespace) -> None:
     run = Run(options)
     seed = (options.seed * 1_000_003 + run.step) * options.processes + rank
     writer = Writer(run.tokenizer, run.model.shape, random.Random(seed))
-    stream = Stream(writer, options.length, MIX)
+    mix = {kind: share for kind, share in MIX.items() if kind in writer.kinds}
+    stream = Stream(writer, options.length, mix)
     if rank == 0:
         count = sum(p.numel() for p in run.model.parameters())
         print(f"{count:,} parameters, {run.spent:.0f} s done", flush=True)
