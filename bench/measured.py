@@ -4,7 +4,8 @@
     python bench/measured.py --write    puts it in README.md between its marks
 
 Results: `llama_cpp_*.json` of compare_llama_cpp.py, `model_*.json` of `puna-bench model --json`,
-`tokenizer.json` of tokenizer.py, and `ledger_*.json` of `ledger.py --json`.
+`vision.json` of compare_vision.py, `tokenizer.json` of tokenizer.py, `kv_decode_<tokens>_*.json` of
+`puna-bench kv-decode --json`, and `ledger_*.json` of `ledger.py --json`.
 """
 
 from __future__ import annotations
@@ -28,9 +29,15 @@ def table() -> str:
     models = sorted(RESULTS.glob("model_*.json"))
     if models:
         parts.append("\n".join(_unquantised(models)))
+    vision = RESULTS / "vision.json"
+    if vision.exists():
+        parts.append("\n".join(_vision(vision)))
     tokenizer = RESULTS / "tokenizer.json"
     if tokenizer.exists():
         parts.append("\n".join(_tokenizer(tokenizer)))
+    decodes = sorted(RESULTS.glob("kv_decode_[0-9]*.json"))
+    if decodes:
+        parts.append("\n".join(_kv_decode(decodes)))
     ledgers = sorted(RESULTS.glob("ledger_*.json"))
     if ledgers:
         parts.append("\n".join(_ledger(ledgers)))
@@ -59,6 +66,47 @@ def _comparison(path: Path) -> str:
         cells += [f"{row['ratio_best_peer']:.2f}" if "ratio_best_peer" in row else "-", _share(row)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _vision(path: Path) -> Iterator[str]:
+    result = json.loads(path.read_text(encoding="utf-8"))
+    machine = result["machine"]
+    yield (
+        f"The vision tower in its true size, random weights, {machine['processor']}, beside "
+        f"transformers {machine['transformers']} with torch {machine['torch']} in the faster of "
+        "bfloat16 and float32; seconds:"
+    )
+    yield ""
+    yield "| tiles | threads | puna | transformers | ratio | share of bf16 peak |"
+    yield "|---|---|---|---|---|---|"
+    for row in result["rows"]:
+        yield (
+            f"| {row['tiles']} | {row['threads']} | {row['puna_seconds']:.2f} "
+            f"| {row['transformers_seconds']:.2f} | {row['ratio']:.2f} "
+            f"| {100 * row['share_of_bf16_peak']:.0f} % |"
+        )
+
+
+def _kv_decode(paths: list[Path]) -> Iterator[str]:
+    yield (
+        "Attention of one decoded token over a long cache, one layer of Scout with full attention, "
+        "by `puna-bench kv-decode`:"
+    )
+    yield ""
+    yield "| tokens | KV cache | ms | GB/s | share of what reading alone takes | peak memory |"
+    yield "|---|---|---|---|---|---|"
+    # Of one length, the widest first.
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    results.sort(key=lambda result: (result["facts"]["tokens"], -result["facts"]["cache GB"]))
+    for result in results:
+        facts, row = result["facts"], result["rows"][0]
+        disk = row.get("% of disk read")
+        share = row["% of read"] if disk is None else disk
+        yield (
+            f"| {facts['tokens']:,} | {facts['kv']}, {facts['cache GB']:.2f} GB, "
+            f"{'memory' if disk is None else 'memory and disk'} | {row['ms a step']:,.0f} "
+            f"| {row['cache GB/s']:.1f} | {share:.0f} % | {facts['peak resident GiB']:.2f} GiB |"
+        )
 
 
 def _ledger(paths: list[Path]) -> Iterator[str]:
