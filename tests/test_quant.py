@@ -15,6 +15,7 @@ import puna
 from conftest import MakeCheckpoint, MakeEngine
 from oracle import tiny
 from puna.demo.scene import draw, random_scene
+from puna.demo.stories import story_request
 
 FORMATS = ("int8", "fp8", "int4", "int4_64", "int4_128", "int4_min_32", "int5_32", "int5_min_32")
 FORMATS += ("table4_32", "table4_64", "table4_128")
@@ -86,13 +87,16 @@ def divergence(exact: np.ndarray, other: np.ndarray) -> float:
 
 def test_quality_of_the_demo_model(demo_checkpoint: Path) -> None:
     with puna.load(demo_checkpoint, progress=False) as llm:
-        story = llm.chat("Tell me a story about a fox.", temperature=0, max_tokens=120)
-        tokens = [*llm.tokenizer.encode("Tell me a story about a fox."), *story.tokens]
-        exact = llm.logits(tokens)
+        conversations = []
+        for animal in ("fox", "bear", "owl", "duck"):
+            with llm.session() as session:
+                session.chat(story_request(animal), temperature=0, max_tokens=120)
+                conversations.append(session.tokens())
+        exact = [llm.logits(tokens) for tokens in conversations]
     found = {}
     for quant in ("int8", "int4_min_32", "int4_32", "int4_128"):
         with puna.load(demo_checkpoint, quant=quant, progress=False) as llm:
-            found[quant] = divergence(exact, llm.logits(tokens))
+            found[quant] = sum(map(divergence, exact, map(llm.logits, conversations))) / len(exact)
     assert found["int8"] < found["int4_min_32"] < found["int4_128"]
     assert found["int8"] < 0.01
     assert found["int4_32"] < 0.3
