@@ -157,8 +157,8 @@ class Backend {
   // causal attention of each row over its segment's pages; out [queries][heads * head_dim].
   virtual void attention(Rows out, const AttentionInput& input) = 0;
   // Bidirectional attention within each tile of `tokens` rows. qkv [tiles * tokens][3 * heads *
-  // head_dim] is scratch afterwards; cos, sin [tokens][head_dim / 2] turn q and k. `operands`: fp32,
-  // or bfloat16, to which what goes into the two products may then be rounded.
+  // head_dim] is scratch afterwards; cos, sin [tokens][head_dim / 2] turn q and k. `operands`:
+  // fp32, or bfloat16, to which what goes into the two products may then be rounded.
   virtual void vision_attention(Rows out, Rows qkv, int64_t tiles, int64_t tokens, int64_t heads,
                                 const float* cos, const float* sin, DType operands) = 0;
 
