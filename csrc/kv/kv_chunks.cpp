@@ -406,8 +406,7 @@ int64_t KvStore::growth_reserve() const {
          static_cast<int64_t>(geometry().sealed_bytes());
 }
 
-// --- passes that may leave pages out
-// ----------------------------------------------------------------------------------------------
+// --- passes that may leave pages out -------------------------------------------------------------
 
 // Of the pages of one chunk and layer; 0 where pages are not sealed into fewer bits.
 size_t KvStore::key_scale_bytes() const {

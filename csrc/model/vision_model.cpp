@@ -1,18 +1,9 @@
 #include "model/vision_model.h"
 
-#include <algorithm>
 #include <cmath>
 #include <numeric>
 
 namespace puna {
-
-namespace {
-
-// Tiles computed at once. One is enough rows (577) for the products; more were measured to be no
-// faster and take as many times the memory (13 MB of fp32 for a tile's widest activation).
-constexpr int64_t kTilesAtOnce = 1;
-
-}  // namespace
 
 VisionModel::VisionModel(const ModelSpec& spec, VisionParameters parameters, Backend& backend)
     : spec_(*spec.vision),
@@ -51,49 +42,55 @@ VectorRef VisionModel::start_rows() {
 
 void VisionModel::encode(Rows out, std::span<const float> pixels, int64_t tiles,
                          const LayerPoll& poll) {
+  const int64_t patches = grid_ * grid_, tokens = patches + 1, dim = spec_.hidden;
+  const int64_t factor = spec_.shuffle_factor;
+  std::vector<Buffer> buffers;
+  const auto scratch = [&](int64_t rows, int64_t cols) {
+    buffers.push_back(backend_.allocate(static_cast<size_t>(rows * cols) * sizeof(float)));
+    return Rows(buffers.back().floats(), rows, cols);
+  };
+  // One tile is enough rows (577) for the products: four at once were measured to be no faster, and
+  // take four times the memory.
+  const Activations memory = {
+      .unfolded = scratch(patches, 3 * spec_.patch_size * spec_.patch_size),
+      .hidden = scratch(tokens, dim),
+      .normed = scratch(tokens, dim),
+      .qkv = scratch(tokens, 3 * dim),
+      .attended = scratch(tokens, dim),
+      .inner = scratch(tokens, spec_.intermediate),
+      .joined = scratch(tokens_per_tile_, factor * factor * dim),
+      .adapted1 = scratch(tokens_per_tile_, parameters_.adapter1.rows),
+      .adapted2 = scratch(tokens_per_tile_, parameters_.adapter2.rows),
+  };
   const int64_t tile_pixels = 3 * spec_.image_size * spec_.image_size;
-  for (int64_t first = 0; first < tiles; first += kTilesAtOnce) {
-    const int64_t count = std::min(kTilesAtOnce, tiles - first);
-    encode_group(out.slice(first * tokens_per_tile_, count * tokens_per_tile_),
-                 pixels.data() + first * tile_pixels, count, poll);
-  }
+  for (int64_t t = 0; t < tiles; ++t)
+    encode_tile(out.slice(t * tokens_per_tile_, tokens_per_tile_), pixels.data() + t * tile_pixels,
+                memory, poll);
 }
 
-void VisionModel::encode_group(Rows out, const float* pixels, int64_t tiles,
-                               const LayerPoll& poll) {
-  const int64_t patches = grid_ * grid_, tokens = patches + 1, rows = tiles * tokens;
-  const int64_t dim = spec_.hidden;
+void VisionModel::encode_tile(Rows out, const float* pixels, const Activations& memory,
+                              const LayerPoll& poll) {
+  const auto& [unfolded, hidden, normed, qkv, attended, inner, joined, adapted1, adapted2] = memory;
+  const int64_t patches = unfolded.rows, tokens = hidden.rows, dim = spec_.hidden;
   const auto eps = static_cast<float>(spec_.norm_eps);
-  std::vector<Buffer> buffers;
-  const auto scratch = [&](int64_t count, int64_t cols) {
-    buffers.push_back(backend_.allocate(static_cast<size_t>(count * cols) * sizeof(float)));
-    return Rows(buffers.back().floats(), count, cols);
-  };
+  std::vector<int32_t> every(static_cast<size_t>(tokens));
+  std::iota(every.begin(), every.end(), 0);
 
   // Each row starts as its position (the class token, last, with its embedding), and the patches'
   // products are added.
-  const Rows unfolded = scratch(tiles * patches, 3 * spec_.patch_size * spec_.patch_size);
-  const Rows hidden = scratch(rows, dim), normed = scratch(rows, dim);
-  backend_.unfold(unfolded, pixels, tiles, spec_.image_size, spec_.patch_size);
-  std::vector<int32_t> every(static_cast<size_t>(tokens));
-  std::iota(every.begin(), every.end(), 0);
-  for (int64_t t = 0; t < tiles; ++t) {
-    const Rows tile = hidden.slice(t * tokens, tokens);
-    backend_.gather(tile, {start_.get(), tokens, dim}, every);
-    backend_.matmul(tile.slice(0, patches), unfolded.slice(t * patches, patches),
-                    parameters_.patch_embedding, {.accumulate = true});
-  }
+  backend_.unfold(unfolded, pixels, 1, spec_.image_size, spec_.patch_size);
+  backend_.gather(hidden, {start_.get(), tokens, dim}, every);
+  backend_.matmul(hidden.slice(0, patches), unfolded, parameters_.patch_embedding,
+                  {.accumulate = true});
   backend_.layer_norm(hidden, hidden, parameters_.pre_norm, parameters_.pre_norm_bias, eps);
 
-  const Rows qkv = scratch(rows, 3 * dim), attended = scratch(rows, dim);
-  const Rows inner = scratch(rows, spec_.intermediate);
   for (const VisionParameters::Layer& layer : parameters_.layers) {
     if (poll) poll();
     backend_.layer_norm(normed, hidden, layer.input_norm, layer.input_norm_bias, eps);
     backend_.matmul(qkv, normed, layer.qkv, {.bias = &layer.qkv_bias});
     // As precise as the products around it.
     const bool exact = layer.qkv.format == WeightFormat::kF32;
-    backend_.vision_attention(attended, qkv, tiles, tokens, spec_.heads, cos_.data(), sin_.data(),
+    backend_.vision_attention(attended, qkv, 1, tokens, spec_.heads, cos_.data(), sin_.data(),
                               exact ? DType::kF32 : DType::kBF16);
     backend_.matmul(hidden, attended, layer.output,
                     {.bias = &layer.output_bias, .accumulate = true});
@@ -103,19 +100,9 @@ void VisionModel::encode_group(Rows out, const float* pixels, int64_t tiles,
   }
   backend_.layer_norm(hidden, hidden, parameters_.post_norm, parameters_.post_norm_bias, eps);
 
-  // The class token is dropped, neighbouring patches are joined, and the adapter applies GELU after
-  // both of its products.
-  const Rows kept = normed.slice(0, tiles * patches);
-  std::vector<int32_t> index;
-  for (int64_t t = 0; t < tiles; ++t) {
-    for (int64_t p = 0; p < patches; ++p) index.push_back(static_cast<int32_t>(t * tokens + p));
-  }
-  backend_.gather(kept, hidden, index);
-  const int64_t factor = spec_.shuffle_factor, joined_rows = tiles * tokens_per_tile_;
-  const Rows joined = scratch(joined_rows, factor * factor * dim);
-  backend_.pixel_shuffle(joined, kept, tiles, grid_, factor);
-  const Rows adapted1 = scratch(joined_rows, parameters_.adapter1.rows);
-  const Rows adapted2 = scratch(joined_rows, parameters_.adapter2.rows);
+  // The class token, last, is dropped, neighbouring patches are joined, and the adapter applies
+  // GELU after both of its products.
+  backend_.pixel_shuffle(joined, hidden.slice(0, patches), 1, grid_, spec_.shuffle_factor);
   backend_.matmul(adapted1, joined, parameters_.adapter1, {.gelu = true});
   backend_.matmul(adapted2, adapted1, parameters_.adapter2, {.gelu = true});
   backend_.matmul(out, adapted2, parameters_.projector);

@@ -25,7 +25,12 @@ class VisionModel {
   int64_t tokens_per_tile() const { return tokens_per_tile_; }
 
  private:
-  void encode_group(Rows out, const float* pixels, int64_t tiles, const LayerPoll& poll);
+  // What is computed of a tile on the way: rows are patches, these and the class token, or joined
+  // patches.
+  struct Activations {
+    Rows unfolded, hidden, normed, qkv, attended, inner, joined, adapted1, adapted2;
+  };
+  void encode_tile(Rows out, const float* pixels, const Activations& memory, const LayerPoll& poll);
   VectorRef start_rows();
 
   const VisionSpec& spec_;

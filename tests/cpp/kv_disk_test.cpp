@@ -69,12 +69,7 @@ std::string message_of(ErrorCode code, Function&& function) {
 
 // Reads the whole sequence, without appending anything that stays.
 int64_t look(KvStore& store, KvStore::Sequence sequence, const Text& text) {
-  Text more = text;
-  more.grow(1, 999);
-  const KvStore::Append append{sequence, 1, more.view()};
-  store.apply(store.plan({&append, 1}));
-  const std::vector<int64_t> layers{0, 1, 2, 3};
-  store.begin_pass(layers);
+  begin_pass_of_one_more(store, sequence, text, {0, 1, 2, 3});
   return read_layer(store, {{sequence, &text, 0}}, 1) +
          read_layer(store, {{sequence, &text, 0}}, 3);
 }
@@ -278,12 +273,7 @@ TEST(pages_are_overwritten_once_they_were_passed) {
   const auto s = store.create();
   Text text;
   grow(store, s, text, 20 * kUnit, 1);
-  Text more = text;
-  more.grow(1, 1);
-  const KvStore::Append append{s, 1, more.view()};
-  store.apply(store.plan({&append, 1}));
-  const std::vector<int64_t> layers{1};
-  store.begin_pass(layers);
+  begin_pass_of_one_more(store, s, text, {1});
   const KvView view = store.view(s, 1);
   int64_t first = 0;
   while (view.sealed[static_cast<size_t>(first)]) ++first;
@@ -306,13 +296,8 @@ TEST(the_next_layer_is_read_behind_the_one_at_hand) {
     const std::lock_guard guard(mutex);
     order.push_back({path, offset});
   };
-  Text more = text;
-  more.grow(1, 1);
-  const KvStore::Append append{s, 1, more.view()};
-  store.apply(store.plan({&append, 1}));
   const int64_t before = store.statistics().read_bytes;
-  const std::vector<int64_t> layers{0, 1, 2, 3};
-  store.begin_pass(layers);
+  begin_pass_of_one_more(store, s, text, {0, 1, 2, 3});
   // Nothing was asked for, and the ring fills: layer 1, then layer 3.
   const int64_t missing = 10 - store.statistics().resident;
   const int64_t bytes = missing * unit_bytes(store.geometry());
@@ -329,29 +314,12 @@ TEST(a_layer_that_is_not_read_is_not_streamed) {
   const auto s = store.create();
   Text text;
   grow(store, s, text, 10 * kUnit, 1);
-  Text more = text;
-  more.grow(1, 1);
-  const KvStore::Append append{s, 1, more.view()};
-  store.apply(store.plan({&append, 1}));
   const int64_t before = store.statistics().read_bytes;
-  const std::vector<int64_t> layers{0, 1, 2};
-  store.begin_pass(layers);
+  begin_pass_of_one_more(store, s, text, {0, 1, 2});
   CHECK_EQ(read_layer(store, {{s, &text, 0}}, 1), 0);
   CHECK(store.view(s, 3).stream == nullptr);
   CHECK_EQ(store.statistics().read_bytes - before,
            (10 - store.statistics().resident) * unit_bytes(store.geometry()) / 2);
-}
-
-// A pass of one more token over layers 1 and 3, which may leave pages out; nothing of it stays.
-template <class Body>
-void pass_partly(KvStore& store, KvStore::Sequence sequence, const Text& text, Body&& body) {
-  Text more = text;
-  more.grow(1, 999);
-  const KvStore::Append append{sequence, 1, more.view()};
-  store.apply(store.plan({&append, 1}));
-  const std::vector<int64_t> layers{1, 3};
-  store.begin_pass(layers, true);
-  body();
 }
 
 TEST(a_pass_that_leaves_pages_out_does_not_read_them) {
@@ -369,46 +337,44 @@ TEST(a_pass_that_leaves_pages_out_does_not_read_them) {
 
   // What is read once is known from then on, within the budget.
   int64_t unknown = 0;
-  pass_partly(store, s, text, [&] {
-    for (const int64_t layer : {1, 3}) {
-      const KvView view = store.view(s, layer);
-      CHECK_EQ(view.key_scales.size(), view.sealed.size());
-      unknown += std::count(view.key_scales.begin(), view.key_scales.end(), nullptr);
-      CHECK_EQ(read_layer(store, {{s, &text, 0}}, layer), 0);
-    }
-  });
+  begin_pass_of_one_more(store, s, text, {1, 3}, true);
+  for (const int64_t layer : {1, 3}) {
+    const KvView view = store.view(s, layer);
+    CHECK_EQ(view.key_scales.size(), view.sealed.size());
+    unknown += std::count(view.key_scales.begin(), view.key_scales.end(), nullptr);
+    CHECK_EQ(read_layer(store, {{s, &text, 0}}, layer), 0);
+  }
   CHECK_EQ(unknown, 2 * 80);
   CHECK(store.bytes_in_use() <= rig.budget);
   for (const int64_t step : {1, 3, 200}) {
     const int64_t before = store.statistics().read_bytes;
     int64_t streamed = 0, wanted_pages = 0;
-    pass_partly(store, s, text, [&] {
-      for (const int64_t layer : {1, 3}) {
-        const KvView view = store.view(s, layer);
-        std::vector<uint8_t> wanted(view.sealed.size()), others(view.sealed.size());
-        for (size_t i = 0; i < view.sealed.size(); ++i) {
-          CHECK_EQ(view.key_scales[i] == nullptr, view.sealed[i] != nullptr);
-          if (view.sealed[i] != nullptr) continue;
-          ++streamed;
-          (static_cast<int64_t>(i) % step == 0 ? wanted : others)[i] = 1;
-          const auto* scales = static_cast<const uint64_t*>(view.key_scales[i]);
-          for (size_t w = 0; w < words; ++w)
-            CHECK_EQ(scales[w],
-                     mixed(keys[i] + static_cast<uint64_t>(layer) * 7919 + first_word + w));
-        }
-        // In a second round what the first left out, but for every fifth.
-        for (size_t i = 0; i < others.size(); i += 5) others[i] = 0;
-        for (const auto* round : {&wanted, &others}) {
-          view.stream->restart(*round);
-          for (size_t i = 0; i < round->size(); ++i) {
-            if ((*round)[i] == 0) continue;
-            ++wanted_pages;
-            CHECK(page_is(view.stream->wait(static_cast<int64_t>(i)), page_bytes, layer, keys[i]));
-            view.stream->passed(static_cast<int64_t>(i) + 1);
-          }
+    begin_pass_of_one_more(store, s, text, {1, 3}, true);
+    for (const int64_t layer : {1, 3}) {
+      const KvView view = store.view(s, layer);
+      std::vector<uint8_t> wanted(view.sealed.size()), others(view.sealed.size());
+      for (size_t i = 0; i < view.sealed.size(); ++i) {
+        CHECK_EQ(view.key_scales[i] == nullptr, view.sealed[i] != nullptr);
+        if (view.sealed[i] != nullptr) continue;
+        ++streamed;
+        (static_cast<int64_t>(i) % step == 0 ? wanted : others)[i] = 1;
+        const auto* scales = static_cast<const uint64_t*>(view.key_scales[i]);
+        for (size_t w = 0; w < words; ++w)
+          CHECK_EQ(scales[w],
+                   mixed(keys[i] + static_cast<uint64_t>(layer) * 7919 + first_word + w));
+      }
+      // In a second round what the first left out, but for every fifth.
+      for (size_t i = 0; i < others.size(); i += 5) others[i] = 0;
+      for (const auto* round : {&wanted, &others}) {
+        view.stream->restart(*round);
+        for (size_t i = 0; i < round->size(); ++i) {
+          if ((*round)[i] == 0) continue;
+          ++wanted_pages;
+          CHECK(page_is(view.stream->wait(static_cast<int64_t>(i)), page_bytes, layer, keys[i]));
+          view.stream->passed(static_cast<int64_t>(i) + 1);
         }
       }
-    });
+    }
     CHECK(streamed > 2 * 50);
     CHECK_EQ(look(store, s, text), 0);
     CHECK(store.bytes_in_use() <= rig.budget);

@@ -51,6 +51,16 @@ struct Text {
   }
 };
 
+// Begins a pass of one more token over `layers`; nothing of it stays.
+inline void begin_pass_of_one_more(KvStore& store, KvStore::Sequence sequence, const Text& text,
+                                   const std::vector<int64_t>& layers, bool partly = false) {
+  Text more = text;
+  more.grow(1, 999);
+  const KvStore::Append append{sequence, 1, more.view()};
+  store.apply(store.plan({&append, 1}));
+  store.begin_pass(layers, partly);
+}
+
 inline void fill_page(void* page, size_t bytes, int64_t layer, uint64_t key) {
   auto* words = static_cast<uint64_t*>(page);
   for (size_t i = 0; i < bytes / 8; ++i)

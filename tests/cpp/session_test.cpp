@@ -32,11 +32,7 @@ std::unique_ptr<KvStore> make_store(FileSystem* files, const std::string& disk =
 
 // Pages of all layers, the chunked one's too; nothing of what this appends stays.
 int64_t look(KvStore& store, KvStore::Sequence sequence, const Text& text) {
-  Text more = text;
-  more.grow(1, 999);
-  const KvStore::Append append{sequence, 1, more.view()};
-  store.apply(store.plan({&append, 1}));
-  store.begin_pass(kLayers);
+  begin_pass_of_one_more(store, sequence, text, kLayers);
   int64_t wrong = read_layer(store, {{sequence, &text, 0}}, 1);
   wrong += read_layer(store, {{sequence, &text, 0}}, 2);
   for (const int64_t layer : kLayers) {

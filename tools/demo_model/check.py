@@ -38,7 +38,7 @@ def check_logits(model: DemoModel, directory: Path, tokenizer: Tokenizer) -> boo
     reference = Llama4ForConditionalGeneration.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    writer = held_out_writer(tokenizer, model)
+    writer = held_out_writer(tokenizer, model.shape)
     length = 3 * model.shape.chunk + 9
     text = torch.tensor([[writer.rng.randrange(RANKS) for _ in range(length)]])
     ids, _, tiles = Stream(writer, length, MIX).batch(2)

@@ -57,7 +57,7 @@ class Writer:
         self.shape, self.rng = shape, rng
         self._held_out = held_out
         self._cache: dict[str, list[int]] = {}
-        self.kinds: Mapping[str, Callable[[], Document]] = {
+        kinds: dict[str, Callable[[], Document]] = {
             "caption": self.caption,
             "scene_json": self.scene_json,
             "story": self.story,
@@ -66,9 +66,10 @@ class Writer:
             "sum": self.sum,
         }
         if shape.image_size >= LEGIBLE:
-            self.kinds = {**self.kinds, "word": self.word}
+            kinds["word"] = self.word
             if pictures.emoji_names():
-                self.kinds = {**self.kinds, "emoji": self.emoji}
+                kinds["emoji"] = self.emoji
+        self.kinds: Mapping[str, Callable[[], Document]] = kinds
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, special tokens unread."""

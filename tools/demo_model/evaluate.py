@@ -188,16 +188,15 @@ def main() -> None:
 
         if options.far:
             measure_passkeys(FAR_PASSKEYS)
-            print(json.dumps(results))
-            return
-        measure("captions", count, captions)
-        measure("stories", count, stories)
-        measure("told", count // 5, told)
-        measure("json", count, lambda llm, n: written_json(llm, n)[0])
-        measure("json_exact", count, lambda llm, n: written_json(llm, n)[1])
-        measure("tool_calls", count, tool_calls)
-        measure("sums", count, sums)
-        measure_passkeys(PASSKEYS)
+        else:
+            measure("captions", count, captions)
+            measure("stories", count, stories)
+            measure("told", count // 5, told)
+            measure("json", count, lambda llm, n: written_json(llm, n)[0])
+            measure("json_exact", count, lambda llm, n: written_json(llm, n)[1])
+            measure("tool_calls", count, tool_calls)
+            measure("sums", count, sums)
+            measure_passkeys(PASSKEYS)
     print(json.dumps(results))
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import random
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import puna
-from tools.demo_model.data import Document, Writer
-from tools.demo_model.held_out import SEED
+from tools.demo_model.data import Document
+from tools.demo_model.held_out import held_out_writer
 from tools.demo_model.model import SHAPES
 from tools.demo_model.tokenizer import RANKS, read_ranks
 
@@ -39,7 +38,7 @@ class Figures:
 
 def documents(ranks: Path, shape: str, count: int) -> dict[str, list[Document]]:
     """Held-out documents of every kind."""
-    writer = Writer(read_ranks(ranks), SHAPES[shape], random.Random(SEED), held_out=True)
+    writer = held_out_writer(read_ranks(ranks), SHAPES[shape])
     return {name: [make() for _ in range(count)] for name, make in writer.kinds.items()}
 
 

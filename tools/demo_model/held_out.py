@@ -10,16 +10,16 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from tools.demo_model.data import Document, Writer, haystacks, joined
-from tools.demo_model.model import DemoModel
+from tools.demo_model.model import DemoModel, Shape
 from tools.demo_model.tokenizer import special_ids
 
 SEED = 999_000_001  # training draws from generators seeded near 0
 _DISTANCES = (256, 4096, 65536, 1 << 20)
 
 
-def held_out_writer(tokenizer: Tokenizer, model: DemoModel) -> Writer:
+def held_out_writer(tokenizer: Tokenizer, shape: Shape) -> Writer:
     """Writes the same documents each time, none of which training saw."""
-    return Writer(tokenizer, model.shape, random.Random(SEED), held_out=True)
+    return Writer(tokenizer, shape, random.Random(SEED), held_out=True)
 
 
 def padded(documents: list[Document]) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -39,7 +39,7 @@ def report(model: DemoModel, tokenizer: Tokenizer, count: int = 48) -> str:
     decoding writes the answer. A story is one of many that would do; its answers are all that
     counts.
     """
-    writer = held_out_writer(tokenizer, model)
+    writer = held_out_writer(tokenizer, model.shape)
     lines = []
     for name, make in writer.kinds.items():
         ids, weights, tiles = padded([make() for _ in range(count)])
@@ -69,7 +69,7 @@ def _line(name: str, logits: Tensor, ids: Tensor, weights: Tensor) -> str:
 @torch.no_grad()
 def expert_loads(model: DemoModel, tokenizer: Tokenizer, count: int) -> Tensor:
     """[layers, experts]: each expert's share of the tokens of all kinds of documents; mean 1."""
-    writer = held_out_writer(tokenizer, model)
+    writer = held_out_writer(tokenizer, model.shape)
     loads = torch.zeros(model.shape.layers, model.shape.experts)
     for make in writer.kinds.values():
         for _ in range(count):

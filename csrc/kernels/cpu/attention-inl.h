@@ -94,10 +94,8 @@ void softmax_row(float* scores, int64_t visible, int64_t head_dim, float* m, flo
 
   VF largest = set1(*m);
   for (int64_t t = 0; t < padded; t += kLanes) largest = max(largest, load(scores + t));
-  float lanes[kLanes];
-  store(lanes, largest);
-  for (int64_t i = 1; i < kLanes; ++i) lanes[0] = lanes[i] > lanes[0] ? lanes[i] : lanes[0];
-  const VF top = set1(lanes[0]);
+  const float highest = largest_lane(largest);
+  const VF top = set1(highest);
 
   VF weights = set1(0.0f);
   for (int64_t t = 0; t < padded; t += kLanes) {
@@ -107,9 +105,8 @@ void softmax_row(float* scores, int64_t visible, int64_t head_dim, float* m, flo
   }
 
   const VF decay = exp(set1(*m) - top);
-  *m = lanes[0];
-  store(lanes, decay);
-  *l = *l * lanes[0] + sum(weights);
+  *m = highest;
+  *l = *l * first_lane(decay) + sum(weights);
   int64_t c = 0;
   for (; c + kLanes <= head_dim; c += kLanes) store(out + c, load(out + c) * decay);
   if (c < head_dim) store_n(out + c, load_n(out + c, head_dim - c) * decay, head_dim - c);

@@ -109,11 +109,9 @@ PUNA_INLINE VF erfc_positive(VF z) {
   VF largest = set1(x[0]);
   int64_t i = 0;
   for (; i + VF::N <= n; i += VF::N) largest = max(largest, load(x + i));
-  float lanes[VF::N];
-  store(lanes, largest);
-  for (int64_t j = 1; j < VF::N; ++j) lanes[0] = lanes[j] > lanes[0] ? lanes[j] : lanes[0];
-  for (; i < n; ++i) lanes[0] = x[i] > lanes[0] ? x[i] : lanes[0];
-  const VF top = set1(lanes[0]);
+  float highest = largest_lane(largest);
+  for (; i < n; ++i) highest = x[i] > highest ? x[i] : highest;
+  const VF top = set1(highest);
   // Read again after the store, which leaves lanes past the end out of the sum.
   return sum_of(n, [&](int64_t k, int64_t m) __attribute__((always_inline)) {
     store_up_to(x + k, exp(load_up_to(x + k, m) - top), m);

@@ -323,9 +323,7 @@ void gemm_quantized(float* out, int64_t out_stride, const QuantizedRows& x, cons
       most = max(abs(values), most);
       poisons = fma(values, set1(0.0f), poisons);  // NaN if a value is not finite
     }
-    float lanes[VF::N], largest = 0;
-    store(lanes, most);
-    for (const float lane : lanes) largest = lane > largest ? lane : largest;
+    const float largest = largest_lane(most);
     const float poison = sum(poisons);
     const bool zeros = largest < 0x1p-100f;
     const float inverse = zeros || !(poison == 0) ? 0.0f : 127.0f / largest;
