@@ -4,7 +4,8 @@
 # beside a copy. A step that fails, or takes too long, is told and does not keep the others from running.
 #
 #   bench/gpu_run.sh OUT [PUNA_BENCH]       on the machine with the GPU
-#   bench/gpu_run.sh --prepare FOLDER       beforehand, where there are nvcc and the rest: FOLDER/puna-bench
+#   bench/gpu_run.sh --prepare FOLDER [CMAKE_OPTION...]
+#                                           beforehand, where there are nvcc and the rest: FOLDER/puna-bench
 #
 # OUT gets a log of each step and summary.json. PUNA_BENCH is a puna-bench with libpuna_cuda.so beside it; with none,
 # or one that does not start there, both are built, which needs nvcc, cmake, ninja (or make), a C++ compiler and
@@ -13,7 +14,7 @@
 # emulator.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
-usage="usage: bench/gpu_run.sh OUT [PUNA_BENCH], or bench/gpu_run.sh --prepare FOLDER"
+usage="usage: bench/gpu_run.sh OUT [PUNA_BENCH], or bench/gpu_run.sh --prepare FOLDER [CMAKE_OPTION...]"
 
 # Configures and builds puna-bench and the kernels in folder $1, for the architectures $2; $3...: more of cmake's.
 build() {
@@ -30,7 +31,7 @@ build() {
 if [ "${1:-}" = --prepare ]; then
   folder=${2:?$usage}
   # Older systems have an older libstdc++.
-  build "$folder" "80;90a-real" -DCMAKE_EXE_LINKER_FLAGS="-static-libstdc++ -static-libgcc" || exit 1
+  build "$folder" "80;90a-real" -DCMAKE_EXE_LINKER_FLAGS="-static-libstdc++ -static-libgcc" "${@:3}" || exit 1
   json=$(sed -n 's/^PUNA_JSON_INCLUDE:PATH=//p' "$folder/CMakeCache.txt")
   mkdir -p "$folder/include" && cp -r "$json/nlohmann" "$folder/include/"
   strip "$folder/puna-bench" "$folder/libpuna_cuda.so"

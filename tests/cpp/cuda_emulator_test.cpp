@@ -146,7 +146,7 @@ TEST(lanes_apart_and_threads_that_wait_for_ever_are_reported) {
                  }),
              "8 threads wait at __syncwarp");
   check_told(run(33, 0, {}, [] {}), "a block of 33 threads");
-  check_told(run(32, (48 << 10) + 1, {}, [] {}), "49153 bytes of shared memory");
+  check_told(run(32, (99 << 10) + 1, {}, [] {}), "101377 bytes of shared memory");
   try {
     Machine::instance().run({1, 65536, 1}, {32}, 0, [] {});
     CHECK(false);

@@ -52,6 +52,7 @@ __device__ __forceinline__ void turn(float* head, int dim, const float* cos, con
 
 // A warp for each row and head; heads are those of queries, then of keys (with their values).
 __global__ void __launch_bounds__(kWarp) append_kernel(const AppendCall call) {
+  after_earlier_kernels();
   const int64_t r = blockIdx.x;
   const int head = blockIdx.y, dim = call.heads.dim, lane = threadIdx.x;
   float* x = call.qkv.data + r * call.qkv.stride + static_cast<int64_t>(head) * dim;
@@ -294,6 +295,7 @@ __device__ __forceinline__ Sealed<kBits> sealed_page(const AttendCall& call, con
 
 // Some heads of queries that share a KV head, one row, one page.
 __global__ void __launch_bounds__(kThreads) attend_kernel(const AttendCall call) {
+  after_earlier_kernels();
   const AttentionQuery& query = call.queries[blockIdx.z];
   const int64_t index = blockIdx.x;
   if (index > query.before) return;
@@ -361,6 +363,7 @@ __device__ __forceinline__ State merge(const float* states, int64_t count, int64
 
 // A group of pages, into the place of its first one.
 __global__ void __launch_bounds__(kThreads) merge_group_kernel(const AttendCall call) {
+  after_earlier_kernels();
   const int head = blockIdx.x, dim = call.heads.dim;
   const int64_t query = blockIdx.y, first = blockIdx.z * kGroupPages;
   const int64_t left = call.queries[query].before + 1 - first;
@@ -389,6 +392,7 @@ __device__ __forceinline__ void finish(float* out, const float* states, int64_t 
 }
 
 __global__ void __launch_bounds__(kThreads) merge_kernel(const AttendCall call) {
+  after_earlier_kernels();
   const int head = blockIdx.x, dim = call.heads.dim;
   const int64_t query = blockIdx.y, pages = call.queries[query].before + 1;
   const bool grouped = call.most_pages > kGroupPages;
@@ -402,6 +406,7 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(const AttendCall call) 
 
 // A warp turns a head of queries (blockIdx.y < heads) or keys.
 __global__ void __launch_bounds__(kWarp) turn_vision_kernel(const VisionAttentionCall call) {
+  after_earlier_kernels();
   const int64_t r = blockIdx.x, angles = r % call.tokens * (call.dim / 2);
   const bool query = blockIdx.y < static_cast<unsigned>(call.heads);
   float* x = call.qkv.data + r * call.qkv.stride + static_cast<int64_t>(blockIdx.y) * call.dim;
@@ -410,6 +415,7 @@ __global__ void __launch_bounds__(kWarp) turn_vision_kernel(const VisionAttentio
 
 // kPageTokens keys of a tile, kMostQueries neighbouring queries, one head.
 __global__ void __launch_bounds__(kThreads) attend_vision_kernel(const VisionAttentionCall call) {
+  after_earlier_kernels();
   const int64_t blocks = (call.tokens + kMostQueries - 1) / kMostQueries;
   const int64_t tile = blockIdx.z / blocks, first = blockIdx.z % blocks * kMostQueries;
   const int64_t left = call.tokens - first;
@@ -434,6 +440,7 @@ __global__ void __launch_bounds__(kThreads) attend_vision_kernel(const VisionAtt
 
 __global__ void __launch_bounds__(kThreads)
     merge_vision_kernel(const VisionAttentionCall call, int64_t pages) {
+  after_earlier_kernels();
   const int head = blockIdx.x;
   const int64_t query = blockIdx.y;
   finish(call.out.data + query * call.out.stride + static_cast<int64_t>(head) * call.dim,

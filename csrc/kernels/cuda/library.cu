@@ -8,7 +8,18 @@ namespace {
 struct Device {
   int ordinal;
   cudaStream_t stream;
+  bool overlaps;  // kernels may wait for one another
 };
+
+__global__ void architecture_kernel() {}
+
+// Whether the kernels that the current device runs were compiled with after_earlier_kernels().
+cudaError_t kernels_wait(bool* wait) {
+  cudaFuncAttributes of = {};
+  const cudaError_t error = cudaFuncGetAttributes(&of, architecture_kernel);
+  *wait = of.ptxVersion >= 90;
+  return error;
+}
 
 int code(cudaError_t error) {
   if (error != cudaSuccess) cudaGetLastError();  // so that the next call does not report it again
@@ -22,6 +33,7 @@ template <class Work>
 int on(void* device, const Work& work) {
   const Device& of = device_of(device);
   if (const cudaError_t error = cudaSetDevice(of.ordinal)) return code(error);
+  launches_overlap = of.overlaps;
   return code(work(of.stream));
 }
 
@@ -59,10 +71,12 @@ int open(int ordinal, void** device) {
   if (const cudaError_t error =
           cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &all))
     return code(error);
+  bool overlaps = false;
+  if (const cudaError_t error = kernels_wait(&overlaps)) return code(error);
   cudaStream_t stream;
   if (const cudaError_t error = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking))
     return code(error);
-  *device = new Device{ordinal, stream};
+  *device = new Device{ordinal, stream, overlaps};
   return 0;
 }
 

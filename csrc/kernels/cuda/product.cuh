@@ -70,6 +70,7 @@ constexpr size_t kProductShared =
 template <class Weights, int kTokenTiles>
 __global__ void __launch_bounds__(kProductWarps<kTokenTiles>* kWarp, 1)
     product_kernel(const ProductCall call) {
+  after_earlier_kernels();
   constexpr int kWarps = kProductWarps<kTokenTiles>, kTokens = kTokenTiles * kTileTokens;
   constexpr int kThreads = kWarps * kWarp, kEach = kTokens * kPanel / kThreads;
   int64_t begin = 0, end = call.count;

@@ -19,19 +19,51 @@ using Stream = void*;  // cudaStream_t
 constexpr int kWarp = 32;
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
+// Blocks of the next kernel may come to a multiprocessor while blocks of this one still run: on
+// devices whose code has after_earlier_kernels(). Set for the calling thread.
+inline thread_local bool launches_overlap = false;
+
 // Starts a kernel; returns the error of the launch, 0 for none. An empty grid is no launch.
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
            Stream stream, const Arguments&... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return 0;
 #ifdef __CUDACC__
-  kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
-  return static_cast<int>(cudaGetLastError());
+  constexpr size_t kUsualShared = 48 << 10;  // more must be asked for
+  if (shared_bytes > kUsualShared) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return static_cast<int>(error);
+  }
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3{static_cast<unsigned>(threads), 1, 1};
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &overlap;
+  config.numAttrs = launches_overlap ? 1 : 0;
+  return static_cast<int>(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 #else
   (void)stream;
-  emulator::Machine::instance().run(grid, {static_cast<unsigned>(threads)}, shared_bytes,
-                                    [&] { kernel(arguments...); });
+  emulator::Machine::instance().run(grid, {static_cast<unsigned>(threads)}, shared_bytes, [&] {
+    kernel(arguments...);
+    emulator::Machine::instance().check_waited_for_earlier_launches();
+  });
   return 0;
+#endif
+}
+
+// Every thread of every kernel calls this before it reads what earlier kernels wrote, or writes
+// what they read. Weights, which no kernel writes, may be asked for before.
+__device__ __forceinline__ void after_earlier_kernels() {
+#ifndef __CUDACC__
+  emulator::Machine::instance().wait_for_earlier_launches();
+#elif __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");  // the next one may come, and waits here
+  asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 

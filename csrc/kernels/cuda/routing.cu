@@ -30,6 +30,7 @@ __device__ void choose(const float* logits, int experts, int top_k, int32_t* bes
 }
 
 __global__ void __launch_bounds__(kThreads) route_kernel(const RoutingCall call) {
+  after_earlier_kernels();
   const int64_t slots = call.rows * call.top_k;
   // `slot` holds the experts themselves until each has its slots.
   for (int64_t r = threadIdx.x; r < call.rows; r += kThreads)

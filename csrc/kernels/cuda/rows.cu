@@ -61,6 +61,7 @@ __device__ __forceinline__ void quantize_span(const Operand& to, int64_t r, int6
 }
 
 __global__ void __launch_bounds__(kThreads) prepare_kernel(const OperandCall call) {
+  after_earlier_kernels();
   const Operand& to = call.operand;
   const int64_t r = blockIdx.y;
   const int64_t span = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
@@ -87,6 +88,7 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const OperandCall cal
 
 // A block normalises a row. x may be out.
 __global__ void __launch_bounds__(kThreads) norm_kernel(const NormCall call) {
+  after_earlier_kernels();
   auto* scratch = reinterpret_cast<float*>(shared_memory());
   const float* x = call.x.data + blockIdx.x * call.x.stride;
   float* out = call.out.data + blockIdx.x * call.out.stride;
@@ -108,6 +110,7 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const NormCall call) {
 }
 
 __global__ void __launch_bounds__(kThreads) move_kernel(const MoveCall call) {
+  after_earlier_kernels();
   const int64_t r = blockIdx.y;
   const float* x = call.x.data + (call.from != nullptr ? call.from[r] : r) * call.x.stride;
   float* out = call.out.data + (call.to != nullptr ? call.to[r] : r) * call.out.stride;
@@ -116,6 +119,7 @@ __global__ void __launch_bounds__(kThreads) move_kernel(const MoveCall call) {
 }
 
 __global__ void __launch_bounds__(kThreads) add_experts_kernel(const AddExpertsCall call) {
+  after_earlier_kernels();
   const int64_t r = blockIdx.y;
   const int64_t c = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (c >= call.cols) return;
@@ -127,6 +131,7 @@ __global__ void __launch_bounds__(kThreads) add_experts_kernel(const AddExpertsC
 }
 
 __global__ void __launch_bounds__(kThreads) unfold_kernel(const UnfoldCall call) {
+  after_earlier_kernels();
   const int64_t r = blockIdx.y, grid = call.size / call.patch, area = call.patch * call.patch;
   const int64_t c = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (c >= 3 * area) return;
@@ -138,6 +143,7 @@ __global__ void __launch_bounds__(kThreads) unfold_kernel(const UnfoldCall call)
 }
 
 __global__ void __launch_bounds__(kThreads) pixel_shuffle_kernel(const PixelShuffleCall call) {
+  after_earlier_kernels();
   const int64_t r = blockIdx.y, small = call.grid / call.factor;
   const int64_t c = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (c >= call.factor * call.factor * call.cols) return;

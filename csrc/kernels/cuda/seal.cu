@@ -135,6 +135,7 @@ __device__ void seal_values(uint8_t* page, const SealCall& call, const OpenHead&
 
 // A page's head; the last one also clears what fills the page's last block.
 __global__ void __launch_bounds__(kThreads) seal_kernel(const SealCall call) {
+  after_earlier_kernels();
   const SealedPage& at = call.pages[blockIdx.x];
   const int head = blockIdx.y;
   auto* page = static_cast<uint8_t*>(at.sealed);

@@ -47,8 +47,8 @@ constexpr size_t kStackBytes = 64 << 10;
 constexpr int kSavedRegisters = 6;
 // What devices allow: in the second and third direction, and without being asked for more.
 constexpr unsigned kMostBlocks = 65535;
-constexpr size_t kMostShared = 48 << 10;
-constexpr size_t kSharedAlignment = 16;  // as shared_memory() promises
+constexpr size_t kMostShared = 99 << 10;  // of a block: the least of devices from sm_80 on
+constexpr size_t kSharedAlignment = 16;   // as shared_memory() promises
 
 }  // namespace
 
@@ -92,6 +92,7 @@ void Machine::start_block(size_t shared_bytes) {
   for (int i = 0; i < threads; ++i) {
     Fibre& fibre = fibres_[i];
     fibre.done = false;
+    fibre.waited = false;
     fibre.waits_at = nullptr;
     fibre.fake_stack = nullptr;
     fibre.open.clear();

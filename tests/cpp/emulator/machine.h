@@ -58,6 +58,11 @@ class Machine {
   Extent thread_index() const { return fibres_[current_].index; }
   unsigned char* shared() { return shared_; }
 
+  void wait_for_earlier_launches() { fibres_[current_].waited = true; }
+  void check_waited_for_earlier_launches() const {
+    if (!fibres_[current_].waited)
+      throw Fault("a thread ended without waiting for earlier kernels");
+  }
   void sync_block();
   // `instruction` names what the lanes are at; evaluate(in, out) is called once, for all lanes.
   template <class In, class Out, class Evaluate>
@@ -86,6 +91,7 @@ class Machine {
     Extent index;
     int lane = 0, warp = 0;
     bool done = false;
+    bool waited = false;                // for earlier launches
     const Barrier* waits_at = nullptr;  // until its generation is another than `seen`
     unsigned seen = 0;
     const char* place = "";  // what it waits for
