@@ -25,7 +25,8 @@ inline std::vector<std::vector<Named>>& subjects() {
     emulator::device_table().device_count(&schedules);
     // Where sanitizers take their time, without the first schedule, which is the plain one.
     for (int i = check::trials(4) < 4; i < schedules; ++i) {
-      auto backend = make_cuda_backend(emulator::device_table(), i, make_cpu_backend({"", 1}));
+      // Results are read where they are, so each kernel is started at once.
+      auto backend = make_cuda_backend(emulator::device_table(), i, make_cpu_backend({"", 1}), 1);
       std::string name = backend->description();
       made[0].push_back({std::move(name), std::move(backend)});
     }

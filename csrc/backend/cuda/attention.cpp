@@ -64,8 +64,7 @@ const void* closed_page(const AttentionInput& input, const AttentionSegment& seg
 
 }  // namespace
 
-// Each of these adds its tables, and returns what is to be done once all of them are sent.
-std::function<void()> CudaBackend::append(const AttentionInput& input) {
+void CudaBackend::append(const AttentionInput& input) {
   const int64_t rows = input.qkv.rows, pairs = input.layout.head_dim / 2;
   std::vector<cuda::AppendedRow> to;
   for (const AttentionSegment& segment : input.segments)
@@ -73,51 +72,41 @@ std::function<void()> CudaBackend::append(const AttentionInput& input) {
       const int64_t token = segment.position + i - segment.first_position;
       to.push_back({open_page(segment, token / kPageTokens), token % kPageTokens});
     }
-  const auto floats = [&](const float* values, int64_t count) {
-    return tables_.add(std::span(values, static_cast<size_t>(values != nullptr ? count : 0)));
+  const auto sent = [&](const float* values, int64_t count) {
+    return device_->table(std::span(values, static_cast<size_t>(values != nullptr ? count : 0)));
   };
-  const size_t places = tables_.add(std::span<const cuda::AppendedRow>(to));
-  const size_t cos = floats(input.cos, rows * pairs), sin = floats(input.sin, rows * pairs);
-  const size_t temperature = floats(input.temperature, rows);
-  return [=, this, &input] {
-    const auto sent = [&](const float* values, size_t number) {
-      return values != nullptr ? tables_.at<float>(number) : nullptr;
-    };
-    cuda::AppendCall call = {};
-    call.qkv = device_rows(input.qkv);
-    call.rows = rows;
-    call.heads = heads_of(input);
-    call.open = open_pages(input.layout);
-    call.to = tables_.at<cuda::AppendedRow>(places);
-    call.cos = sent(input.cos, cos);
-    call.sin = sent(input.sin, sin);
-    call.temperature = sent(input.temperature, temperature);
-    call.norm = input.qk_norm;
-    call.norm_eps = input.qk_norm_eps;
-    call.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(input.layout.head_dim)));
-    device_->run("append", &cuda::DeviceTable::append, call);
-  };
+  cuda::AppendCall call = {};
+  call.qkv = device_rows(input.qkv);
+  call.rows = rows;
+  call.heads = heads_of(input);
+  call.open = open_pages(input.layout);
+  call.to = device_->table(std::span<const cuda::AppendedRow>(to));
+  call.cos = sent(input.cos, rows * pairs);
+  call.sin = sent(input.sin, rows * pairs);
+  call.temperature = sent(input.temperature, rows);
+  call.norm = input.qk_norm;
+  call.norm_eps = input.qk_norm_eps;
+  call.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(input.layout.head_dim)));
+  device_->run("append", &cuda::DeviceTable::append, call);
 }
 
-std::function<void()> CudaBackend::seal(const AttentionInput& input) {
+void CudaBackend::seal(const AttentionInput& input) {
+  if (!seals(input)) return;
   std::vector<cuda::SealedPage> pages;
-  if (seals(input))
-    for (const AttentionSegment& segment : input.segments) {
-      const int64_t first = segment.position - segment.first_position;
-      for (int64_t page = first / kPageTokens; page < (first + segment.rows) / kPageTokens; ++page)
-        pages.push_back({segment.sealed[static_cast<size_t>(page)], open_page(segment, page)});
-    }
-  const size_t table = tables_.add(std::span<const cuda::SealedPage>(pages));
-  const int64_t count = std::ssize(pages);
-  return [=, this, &input] {
-    if (count == 0) return;
-    device_->run("seal", &cuda::DeviceTable::seal,
-                 cuda::SealCall{tables_.at<cuda::SealedPage>(table), count, heads_of(input),
-                                open_pages(input.layout), closed_pages(input)});
-  };
+  for (const AttentionSegment& segment : input.segments) {
+    const int64_t first = segment.position - segment.first_position;
+    for (int64_t page = first / kPageTokens; page < (first + segment.rows) / kPageTokens; ++page)
+      pages.push_back({segment.sealed[static_cast<size_t>(page)], open_page(segment, page)});
+  }
+  if (pages.empty()) return;
+  device_->run(
+      "seal", &cuda::DeviceTable::seal,
+      cuda::SealCall{device_->table(std::span<const cuda::SealedPage>(pages)), std::ssize(pages),
+                     heads_of(input), open_pages(input.layout), closed_pages(input)});
 }
 
-std::function<void()> CudaBackend::attend(Rows out, const AttentionInput& input) {
+void CudaBackend::attend(Rows out, const AttentionInput& input) {
+  if (out.rows == 0) return;
   std::vector<cuda::AttentionQuery> queries;
   std::vector<const void*> pages;  // of the segments, one after the other
   int64_t most_pages = 0;
@@ -138,29 +127,25 @@ std::function<void()> CudaBackend::attend(Rows out, const AttentionInput& input)
                        static_cast<int32_t>(token % kPageTokens + 1)});
     most_pages = std::max(most_pages, own + 1);
   }
-  const size_t query_table = tables_.add(std::span<const cuda::AttentionQuery>(queries));
-  const size_t page_table = tables_.add(std::span<const void* const>(pages));
-  return [=, this, &input] {
-    if (out.rows == 0) return;
-    cuda::AttendCall call = {};
-    call.qkv = device_rows(ConstRows(input.qkv));
-    call.pages = tables_.at<const void*>(page_table);
-    call.most_pages = most_pages;
-    call.heads = heads_of(input);
-    call.open = open_pages(input.layout);
-    call.closed = closed_pages(input);
-    const int64_t row_floats = input.heads * most_pages * (2 + input.layout.head_dim);
-    const int64_t each =
-        std::clamp<int64_t>(kStateBytes / (row_floats * static_cast<int64_t>(sizeof(float))), 1,
-                            std::min(out.rows, kMostQueries));
-    call.states = states_.reserve<float>(*device_, each * row_floats);
-    for (int64_t first = 0; first < out.rows; first += each) {
-      call.count = std::min(each, out.rows - first);
-      call.queries = tables_.at<cuda::AttentionQuery>(query_table) + first;
-      call.out = device_rows(out.slice(first, call.count));
-      device_->run("attend", &cuda::DeviceTable::attend, call);
-    }
-  };
+  cuda::AttendCall call = {};
+  call.qkv = device_rows(ConstRows(input.qkv));
+  call.pages = device_->table(std::span<const void* const>(pages));
+  call.most_pages = most_pages;
+  call.heads = heads_of(input);
+  call.open = open_pages(input.layout);
+  call.closed = closed_pages(input);
+  const auto* const query_table = device_->table(std::span<const cuda::AttentionQuery>(queries));
+  const int64_t row_floats = input.heads * most_pages * (2 + input.layout.head_dim);
+  const int64_t each =
+      std::clamp<int64_t>(kStateBytes / (row_floats * static_cast<int64_t>(sizeof(float))), 1,
+                          std::min(out.rows, kMostQueries));
+  call.states = states_.reserve<float>(*device_, each * row_floats);
+  for (int64_t first = 0; first < out.rows; first += each) {
+    call.count = std::min(each, out.rows - first);
+    call.queries = query_table + first;
+    call.out = device_rows(out.slice(first, call.count));
+    device_->run("attend", &cuda::DeviceTable::attend, call);
+  }
 }
 
 void CudaBackend::attention(Rows out, const AttentionInput& input) {
@@ -171,10 +156,9 @@ void CudaBackend::attention(Rows out, const AttentionInput& input) {
            "[attention] the CUDA backend does not leave pages out; leave attention= out, or load "
            "with device='cpu'");
   if (input.qkv.rows == 0) return;
-  // A table that is sent holds up what the device does: one for all.
-  const std::function<void()> steps[] = {append(input), seal(input), attend(out, input)};
-  tables_.send(*device_);
-  for (const std::function<void()>& step : steps) step();
+  append(input);
+  seal(input);
+  attend(out, input);
 }
 
 void CudaBackend::vision_attention(Rows out, Rows qkv, int64_t tiles, int64_t tokens, int64_t heads,
@@ -183,9 +167,6 @@ void CudaBackend::vision_attention(Rows out, Rows qkv, int64_t tiles, int64_t to
   if (tiles == 0) return;
   const int64_t dim = qkv.cols / (3 * heads);
   const auto angles = static_cast<size_t>(tokens * (dim / 2));
-  const size_t cosines = tables_.add(std::span(cos, angles));
-  const size_t sines = tables_.add(std::span(sin, angles));
-  tables_.send(*device_);
   cuda::VisionAttentionCall call = {};
   call.out = device_rows(out);
   call.qkv = device_rows(qkv);
@@ -193,8 +174,8 @@ void CudaBackend::vision_attention(Rows out, Rows qkv, int64_t tiles, int64_t to
   call.tokens = tokens;
   call.heads = static_cast<int32_t>(heads);
   call.dim = static_cast<int32_t>(dim);
-  call.cos = tables_.at<float>(cosines);
-  call.sin = tables_.at<float>(sines);
+  call.cos = device_->table(std::span(cos, angles));
+  call.sin = device_->table(std::span(sin, angles));
   call.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(dim)));
   const int64_t pages = (tokens + kPageTokens - 1) / kPageTokens;
   call.states = states_.reserve<float>(*device_, tiles * tokens * heads * pages * (2 + dim));

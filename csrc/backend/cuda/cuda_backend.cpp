@@ -9,8 +9,8 @@
 namespace puna {
 
 std::unique_ptr<Backend> make_cuda_backend(const cuda::DeviceTable& table, int ordinal,
-                                           std::unique_ptr<Backend> host) {
-  return std::make_unique<CudaBackend>(table, ordinal, std::move(host));
+                                           std::unique_ptr<Backend> host, size_t batch_kernels) {
+  return std::make_unique<CudaBackend>(table, ordinal, std::move(host), batch_kernels);
 }
 
 std::string CudaBackend::description() const {
@@ -51,6 +51,7 @@ VectorRef CudaBackend::load_vector(std::span<const TensorRef> parts) {
 void CudaBackend::to_host(float* out, ConstRows x) {
   device_->download(out, x.data, static_cast<size_t>(x.cols) * sizeof(float),
                     static_cast<size_t>(x.stride) * sizeof(float), x.rows);
+  device_->next_pass();
 }
 
 void CudaBackend::from_host(Rows out, const float* x) {
@@ -68,6 +69,7 @@ void CudaBackend::from_host(Rows out, const float* x) {
 
 void CudaBackend::embed(Rows out, const TensorRef& table, std::span<const int32_t> ids) {
   check_embed(out, table, ids);
+  device_->next_pass();
   std::vector<float> rows(static_cast<size_t>(out.rows * out.cols));
   host_->embed({rows.data(), out.rows, out.cols}, table, ids);
   from_host(out, rows.data());
@@ -75,19 +77,15 @@ void CudaBackend::embed(Rows out, const TensorRef& table, std::span<const int32_
 
 void CudaBackend::gather(Rows out, ConstRows x, std::span<const int32_t> index) {
   check_gather(out, x, index);
-  const size_t from = tables_.add(index);
-  tables_.send(*device_);
   device_->run("gather", &cuda::DeviceTable::move,
-               cuda::MoveCall{device_rows(out), device_rows(x), nullptr, tables_.at<int32_t>(from),
+               cuda::MoveCall{device_rows(out), device_rows(x), nullptr, device_->table(index),
                               out.rows, out.cols});
 }
 
 void CudaBackend::scatter(Rows out, ConstRows x, std::span<const int32_t> index) {
   check_scatter(out, x, index);
-  const size_t to = tables_.add(index);
-  tables_.send(*device_);
   device_->run("scatter", &cuda::DeviceTable::move,
-               cuda::MoveCall{device_rows(out), device_rows(x), tables_.at<int32_t>(to), nullptr,
+               cuda::MoveCall{device_rows(out), device_rows(x), device_->table(index), nullptr,
                               x.rows, x.cols});
 }
 

@@ -11,9 +11,10 @@
 
 namespace puna {
 
-// `host` packs weights and decodes embeddings.
+// `host` packs weights and decodes embeddings. Kernels are started `batch_kernels` at a time (0: as
+// many as are good for speed), or when a result is asked for.
 std::unique_ptr<Backend> make_cuda_backend(const cuda::DeviceTable& table, int ordinal,
-                                           std::unique_ptr<Backend> host);
+                                           std::unique_ptr<Backend> host, size_t batch_kernels = 0);
 
 // Whether libpuna_cuda.so and a device are there, and which, or what is missing.
 BackendStatus cuda_status();

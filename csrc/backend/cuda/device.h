@@ -1,12 +1,16 @@
-// A CUDA device behind its table of functions: errors become exceptions, memory has owners.
+// A CUDA device behind its table of functions: errors become exceptions, memory has owners, and
+// kernels are noted and started in batches, which repeat from pass to pass as graphs.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <span>
 #include <string>
+#include <type_traits>
+#include <unordered_map>
 #include <vector>
 
 #include "backend/buffer.h"
@@ -17,9 +21,13 @@ namespace puna {
 
 class CudaDevice : public std::enable_shared_from_this<CudaDevice> {
  public:
+  // Starting a kernel takes the host longer than many a kernel takes; so many are started together,
+  // while the host notes the next. A decoding pass of Scout has some hundreds.
+  static constexpr size_t kBatchKernels = 128;
+
   // Throws DeviceError, with the driver's words, if it cannot be opened.
-  CudaDevice(const cuda::DeviceTable& table, int ordinal);
-  ~CudaDevice() { table_.close(handle_); }
+  CudaDevice(const cuda::DeviceTable& table, int ordinal, size_t batch_kernels);
+  ~CudaDevice();
   CudaDevice(const CudaDevice&) = delete;
   CudaDevice& operator=(const CudaDevice&) = delete;
 
@@ -29,31 +37,99 @@ class CudaDevice : public std::enable_shared_from_this<CudaDevice> {
   // Zeroed; OutOfMemory with the numbers. Lives as long as what was handed out.
   std::shared_ptr<void> allocate(size_t bytes);
 
+  // --- in the order of the calls ---
   void upload(void* to, const void* from, size_t bytes) {
+    start();
     check("upload", table_.upload(handle_, to, from, bytes));
   }
-  void download(void* to, const void* from, size_t bytes, size_t stride, int64_t rows) {
-    check("download", table_.download(handle_, to, from, bytes, stride, rows));
-  }
   void copy(void* to, const void* from, size_t bytes) {
+    start();
     check("copy", table_.copy(handle_, to, from, bytes));
   }
-  // run("product", &cuda::DeviceTable::product, call)
+  // Waits until all is done.
+  void download(void* to, const void* from, size_t bytes, size_t stride, int64_t rows) {
+    start();
+    check("download", table_.download(handle_, to, from, bytes, stride, rows));
+  }
+  // run("product", &cuda::DeviceTable::product, call): notes a kernel.
   template <class Call>
   void run(const char* name, int (*cuda::DeviceTable::*kernel)(void*, const Call*),
            const Call& call) {
-    check(name, (table_.*kernel)(handle_, &call));
+    static_assert(std::is_trivially_copyable_v<Call>);
+    struct Noted {
+      int (*cuda::DeviceTable::*kernel)(void*, const Call*);
+      Call call;
+    };
+    Noted noted{kernel, call};
+    clear_padding(noted);  // batches are compared by their bytes
+    const auto start = [](const cuda::DeviceTable& table, void* handle, const char* bytes) {
+      Noted noted;
+      std::memcpy(&noted, bytes, sizeof(noted));
+      return (table.*noted.kernel)(handle, &noted.call);
+    };
+    note({name, start, sizeof(noted)}, &noted);
   }
+  // Starts what is noted.
+  void start();
+
+  // A copy of a small array of the host on the device, for kernels that are noted before
+  // next_pass().
+  template <class T>
+  const T* table(std::span<const T> values) {
+    return static_cast<const T*>(table(values.data(), values.size_bytes()));
+  }
+  // Starts what is noted; tables take the places of earlier ones from here on.
+  void next_pass();
 
  private:
+  // A kernel as noted, followed by the bytes that start() takes.
+  struct Noted {
+    const char* name;
+    int (*start)(const cuda::DeviceTable&, void* handle, const char* bytes);
+    size_t bytes;
+  };
+  struct Graph {
+    void* handle = nullptr;  // made when a batch comes a second time
+  };
+  // Memory for tables, as long as the device; `used` bytes are taken, `sent` of them are there.
+  struct TableChunk {
+    std::vector<char> host;
+    void* memory;
+    size_t used = 0, sent = 0;
+  };
+
+  template <class T>
+  static void clear_padding(T& value) {
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_clear_padding)
+    __builtin_clear_padding(&value);
+#endif
+#endif
+    static_cast<void>(value);
+  }
+  void note(const Noted& kernel, const void* bytes);
+  const void* table(const void* data, size_t bytes);
+  void send_tables();
+  void start_kernels() const;
+  void release_memory();
   void check(const char* what, int code) const {
     if (code != 0) fail(ErrorCode::kDevice, "[cuda] ", what, ": ", table_.describe(code));
   }
 
   const cuda::DeviceTable& table_;
+  const size_t batch_kernels_;
   int ordinal_;
   void* handle_ = nullptr;
   cuda::DeviceInfo info_ = {};
+
+  std::string noted_;  // each a Noted and its bytes
+  size_t kernels_ = 0;
+  std::unordered_map<std::string, Graph> graphs_;  // by what was noted
+  std::vector<TableChunk> tables_;
+  size_t chunk_ = 0;  // of tables, in use
+
+  std::mutex mutex_;               // memory may be given back by any thread
+  std::vector<void*> given_back_;  // until what is noted has been started
 };
 
 // Device memory that grows as it is needed and whose contents last for one operation.
@@ -73,35 +149,6 @@ class CudaScratch {
  private:
   std::shared_ptr<void> memory_;
   size_t bytes_ = 0;
-};
-
-// Small arrays of the host that an operation needs on the device: added one by one, sent together.
-class CudaTables {
- public:
-  // Returns a number for at().
-  template <class T>
-  size_t add(std::span<const T> values) {
-    constexpr size_t kAlignment = 16;
-    const size_t at = (bytes_.size() + kAlignment - 1) / kAlignment * kAlignment;
-    bytes_.resize(at + values.size_bytes());
-    if (!values.empty()) std::memcpy(bytes_.data() + at, values.data(), values.size_bytes());
-    return at;
-  }
-  void send(CudaDevice& device) {
-    if (bytes_.empty()) return;
-    sent_ = memory_.reserve<char>(device, static_cast<int64_t>(bytes_.size()));
-    device.upload(sent_, bytes_.data(), bytes_.size());
-    bytes_.clear();
-  }
-  template <class T>
-  const T* at(size_t number) const {
-    return reinterpret_cast<const T*>(sent_ + number);
-  }
-
- private:
-  std::vector<char> bytes_;
-  CudaScratch memory_;
-  char* sent_ = nullptr;
 };
 
 // Arrays of device addresses that are the same from call to call, as those of a layer's experts:

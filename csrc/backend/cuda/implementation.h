@@ -1,7 +1,6 @@
 // The class behind make_cuda_backend(); shared by the files of backend/cuda and nobody else.
 #pragma once
 
-#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -14,8 +13,10 @@ namespace puna {
 
 class CudaBackend final : public Backend {
  public:
-  CudaBackend(const cuda::DeviceTable& table, int ordinal, std::unique_ptr<Backend> host)
-      : device_(std::make_shared<CudaDevice>(table, ordinal)),
+  CudaBackend(const cuda::DeviceTable& table, int ordinal, std::unique_ptr<Backend> host,
+              size_t batch_kernels)
+      : device_(std::make_shared<CudaDevice>(
+            table, ordinal, batch_kernels > 0 ? batch_kernels : CudaDevice::kBatchKernels)),
         ordinal_(ordinal),
         host_(std::move(host)) {}
 
@@ -73,15 +74,14 @@ class CudaBackend final : public Backend {
   }
 
   // attention.cpp
-  std::function<void()> append(const AttentionInput& input);
-  std::function<void()> seal(const AttentionInput& input);
-  std::function<void()> attend(Rows out, const AttentionInput& input);
+  void append(const AttentionInput& input);
+  void seal(const AttentionInput& input);
+  void attend(Rows out, const AttentionInput& input);
 
   std::shared_ptr<CudaDevice> device_;
   int ordinal_;
   std::unique_ptr<Backend> host_;
 
-  CudaTables tables_;
   CudaConstants expert_tables_;
   CudaScratch operand_, hidden_, pixels_;
   CudaScratch logits_, routing_, routed_hidden_, routed_out_;

@@ -12,7 +12,7 @@
 namespace puna::cuda {
 
 // Of this file: both sides must have been compiled with the same.
-constexpr int32_t kTableVersion = 1;
+constexpr int32_t kTableVersion = 2;
 
 struct DeviceInfo {
   char name[256];
@@ -246,6 +246,13 @@ struct DeviceTable {
   int (*download)(void* device, void* to, const void* from, size_t bytes, size_t stride,
                   int64_t rows);
   int (*copy)(void* device, void* to, const void* from, size_t bytes);
+
+  // --- graphs: kernels that are started between begin and end are not carried out, but noted; and
+  // all of them each time that start_graph() is called
+  int (*begin_graph)(void* device);
+  int (*end_graph)(void* device, void** graph);
+  int (*start_graph)(void* device, void* graph);
+  int (*release_graph)(void* device, void* graph);
 
   // --- kernels
 #define PUNA_OPERATION(name, Call) int (*name)(void* device, const Call*);

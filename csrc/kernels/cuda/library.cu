@@ -128,6 +128,38 @@ int copy(void* device, void* to, const void* from, size_t bytes) {
   });
 }
 
+int begin_graph(void* device) {
+  return on(device, [](cudaStream_t stream) {
+    return cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal);
+  });
+}
+
+int end_graph(void* device, void** graph) {
+  return on(device, [&](cudaStream_t stream) {
+    cudaGraph_t noted = nullptr;
+    cudaError_t error = cudaStreamEndCapture(stream, &noted);
+    if (error != cudaSuccess) return error;
+    cudaGraphExec_t made = nullptr;
+    error = cudaGraphInstantiate(&made, noted, 0);
+    cudaGraphDestroy(noted);
+    *graph = made;
+    return error;
+  });
+}
+
+int start_graph(void* device, void* graph) {
+  return on(device, [&](cudaStream_t stream) {
+    return cudaGraphLaunch(static_cast<cudaGraphExec_t>(graph), stream);
+  });
+}
+
+// One that is under way ends first.
+int release_graph(void* device, void* graph) {
+  return on(device, [&](cudaStream_t) {
+    return cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(graph));
+  });
+}
+
 template <auto kLaunch, class Call>
 int run(void* device, const Call* call) {
   return on(device,
@@ -135,8 +167,9 @@ int run(void* device, const Call* call) {
 }
 
 constexpr DeviceTable kTable = {
-    kTableVersion, &device_count, &device_info, &describe, &open,     &close,
-    &synchronise,  &allocate,     &release,     &upload,   &download, &copy,
+    kTableVersion, &device_count, &device_info, &describe,      &open,     &close,
+    &synchronise,  &allocate,     &release,     &upload,        &download, &copy,
+    &begin_graph,  &end_graph,    &start_graph, &release_graph,
 #define PUNA_OPERATION(name, Call) &run<launch_##name, Call>,
 #include "kernels/cuda/operations.inc"
 #undef PUNA_OPERATION

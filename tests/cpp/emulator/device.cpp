@@ -3,8 +3,11 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <iterator>
+#include <memory>
 #include <string>
+#include <vector>
 
 #include "emulator/machine.h"
 #include "kernels/cuda/launches.h"
@@ -17,22 +20,30 @@ using puna::cuda::DeviceInfo;
 constexpr int kFault = 1;
 std::string last_fault;
 
+using Graph = std::vector<std::function<int()>>;
+
 struct Device {
   const char* name;
   Schedule schedule;
+  std::unique_ptr<Graph> noting;  // while a graph is made
 };
 // The last warp of a block of eight often ends the sums of the others.
-const Device kDevices[] = {
-    {"emulator", {}},
-    {"emulator, late copies, warp 0 starved", {true, 0}},
-    {"emulator, warp 1 starved", {false, 1}},
-    {"emulator, late copies, warp 7 starved", {true, 7}},
+Device devices[] = {
+    {"emulator", {}, {}},
+    {"emulator, late copies, warp 0 starved", {true, 0}, {}},
+    {"emulator, warp 1 starved", {false, 1}, {}},
+    {"emulator, late copies, warp 7 starved", {true, 7}, {}},
 };
 
 // A fault in a kernel becomes the code of its launch, as on a device.
 template <auto kLaunch, class Call>
 int run(void* device, const Call* call) {
-  Machine::instance().set_schedule(static_cast<const Device*>(device)->schedule);
+  auto& of = *static_cast<Device*>(device);
+  if (of.noting != nullptr) {
+    of.noting->push_back([device, noted = *call] { return run<kLaunch>(device, &noted); });
+    return 0;
+  }
+  Machine::instance().set_schedule(of.schedule);
   try {
     return kLaunch(*call, nullptr);
   } catch (const Fault& fault) {
@@ -41,21 +52,42 @@ int run(void* device, const Call* call) {
   }
 }
 
+int begin_graph(void* device) {
+  static_cast<Device*>(device)->noting = std::make_unique<Graph>();
+  return 0;
+}
+
+int end_graph(void* device, void** graph) {
+  *graph = static_cast<Device*>(device)->noting.release();
+  return 0;
+}
+
+int start_graph(void*, void* graph) {
+  for (const auto& kernel : *static_cast<Graph*>(graph))
+    if (const int code = kernel()) return code;
+  return 0;
+}
+
+int release_graph(void*, void* graph) {
+  delete static_cast<Graph*>(graph);
+  return 0;
+}
+
 int device_count(int* count) {
-  *count = static_cast<int>(std::size(kDevices));
+  *count = static_cast<int>(std::size(devices));
   return 0;
 }
 
 int device_info(int ordinal, DeviceInfo* info) {
   *info = {{}, 9, 0, int64_t{1} << 32, int64_t{1} << 32};
-  std::snprintf(info->name, sizeof(info->name), "%s", kDevices[ordinal].name);
+  std::snprintf(info->name, sizeof(info->name), "%s", devices[ordinal].name);
   return 0;
 }
 
 const char* describe(int) { return last_fault.c_str(); }
 
 int open_device(int ordinal, void** device) {
-  *device = const_cast<Device*>(&kDevices[ordinal]);
+  *device = &devices[ordinal];
   return 0;
 }
 
@@ -87,8 +119,22 @@ int download(void*, void* to, const void* from, size_t bytes, size_t stride, int
 const puna::cuda::DeviceTable& device_table() {
   using namespace puna::cuda;  // NOLINT
   static const DeviceTable table = {
-      kTableVersion,           &device_count, &device_info, &describe, &open_device, [](void*) {},
-      [](void*) { return 0; }, &allocate,     &release,     &copy,     &download,    &copy,
+      kTableVersion,
+      &device_count,
+      &device_info,
+      &describe,
+      &open_device,
+      [](void*) {},
+      [](void*) { return 0; },
+      &allocate,
+      &release,
+      &copy,
+      &download,
+      &copy,
+      &begin_graph,
+      &end_graph,
+      &start_graph,
+      &release_graph,
 #define PUNA_OPERATION(name, Call) &run<launch_##name, Call>,
 #include "kernels/cuda/operations.inc"
 #undef PUNA_OPERATION
