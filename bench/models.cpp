@@ -9,6 +9,8 @@
 
 #include "base/error.h"
 #include "bench.h"
+#include "cloning_backend.h"
+#include "device_ceilings.h"
 #include "engine/factory.h"
 #include "kernels/cpu/dispatch.h"
 #include "kv/kv_store.h"
@@ -21,11 +23,10 @@
 namespace puna::bench {
 namespace {
 
-// Of the 202,048 tokens: enough for prompts without repetition, while embedding and head stay small
-// beside the few layers made.
-constexpr int64_t kVocabulary = 2048;
-// Rows of one forward pass, as in the engine.
-constexpr int64_t kBatchRows = 512;
+// Enough for prompts without repetition, while embedding and head stay small beside the few layers
+// made.
+constexpr int64_t kVocabulary = 2048, kWholeVocabulary = 202048;
+constexpr int64_t kBatchRows = 512;  // of one forward pass
 
 std::string gib(int64_t bytes) {
   const int64_t tenths = (bytes * 10 + (int64_t{1} << 29)) >> 30;
@@ -82,10 +83,10 @@ int64_t packed_bytes(const ModelSpec& spec, const QuantRecipe& recipe) {
 }
 
 // With `experts` experts, or if that is 0 with all, halved until they fit into `budget` bytes.
-ModelSpec fitting_spec(const std::string& shape, int64_t layers, int64_t experts,
+ModelSpec fitting_spec(const std::string& shape, int64_t layers, int64_t experts, int64_t vocab,
                        const QuantRecipe& recipe, int64_t budget) {
   const auto spec_with = [&](int64_t made) {
-    return published_spec(shape, {.layers = layers, .experts = made, .vocab = kVocabulary});
+    return published_spec(shape, {.layers = layers, .experts = made, .vocab = vocab});
   };
   const int64_t published = experts_of(spec_with(0));
   if (experts > published) {
@@ -109,8 +110,12 @@ ModelSpec fitting_spec(const std::string& shape, int64_t layers, int64_t experts
 class Runner {
  public:
   Runner(const ModelSpec& spec, Backend& backend, TextModel& model, int64_t depth)
-      : spec_(spec), model_(model), kv_(geometry_of(spec), make_memory_tier(0)) {
-    logits_ = backend.allocate(static_cast<size_t>(spec.vocab_size) * sizeof(float));
+      : spec_(spec),
+        backend_(backend),
+        model_(model),
+        kv_(geometry_of(spec), make_memory_tier(backend, backend.device_memory().value_or(0))),
+        host_(static_cast<size_t>(spec.vocab_size)) {
+    logits_ = backend.allocate(host_.size() * sizeof(float));
     start_ = kv_.create();
     // Zero keys and values: attention takes the same time over any.
     for (int64_t left = depth; left > 0;) {
@@ -135,8 +140,9 @@ class Runner {
       const auto last = static_cast<int32_t>(append.tokens - 1);
       const KvStore::Plan plan = kv_.plan({&append, 1});
       kv_.apply(plan);
-      model_.forward({ids, {&segment, 1}, {}, {&last, 1}}, kv_,
-                     {logits_.floats(), 1, spec_.vocab_size}, {});
+      const Rows logits(logits_.floats(), 1, spec_.vocab_size);
+      model_.forward({ids, {&segment, 1}, {}, {&last, 1}}, kv_, logits, {});
+      backend_.to_host(host_.data(), logits);
       kv_.commit(plan);
       done += append.tokens;
     }
@@ -145,10 +151,36 @@ class Runner {
 
  private:
   const ModelSpec& spec_;
+  Backend& backend_;
   TextModel& model_;
   KvStore kv_;
   KvStore::Sequence start_ = 0;
   Buffer logits_;
+  std::vector<float> host_;  // the logits
+};
+
+// Of the processor or of the GPU.
+class MachineCeilings {
+ public:
+  MachineCeilings(bool gpu, const std::string& isa, int threads) {
+    if (gpu) {
+      gpu_ = std::make_unique<DeviceCeilings>(0, false);
+    } else {
+      pool_ = std::make_unique<ThreadPool>(threads);
+      cpu_ = std::make_unique<Ceilings>(resolve_isa(isa), *pool_);
+    }
+  }
+  void sample() {
+    if (gpu_ != nullptr) gpu_->sample();
+    if (cpu_ != nullptr) cpu_->sample();
+  }
+  double read() const { return gpu_ != nullptr ? gpu_->read() : cpu_->read(); }
+  double bf16() const { return gpu_ != nullptr ? gpu_->bf16() : cpu_->bf16(); }
+
+ private:
+  std::unique_ptr<DeviceCeilings> gpu_;
+  std::unique_ptr<ThreadPool> pool_;
+  std::unique_ptr<Ceilings> cpu_;
 };
 
 struct Phase {
@@ -169,6 +201,9 @@ int run_model(int argc, char** argv) {
        {"prompt", "N", "tokens of the prompt (default 512)"},
        {"tokens", "N", "tokens decoded (default 64)"},
        {"depth", "N", "tokens already in the cache before either (default 0)"},
+       {"vocab", "N", "tokens of the vocabulary made (default 2048 of 202048)"},
+       {"batch", "N", "tokens of the prompt in one pass (default 512)"},
+       {"device", "NAME", "cpu (default), cuda or cuda:N, where matrices of one shape are equal"},
        {"threads", "N", "compute threads (default: the usable cores)"},
        {"isa", "NAME", "instruction set (default: the best)"},
        {"rounds", "N", "rounds of which the medians are taken (default 3)"},
@@ -189,12 +224,19 @@ int run_model(int argc, char** argv) {
   const auto threads = static_cast<int>(arguments.integer("threads", 0, 1, ThreadPool::kMaxLanes));
   const std::string isa = arguments.text("isa", "");
 
+  const int64_t vocab = arguments.integer("vocab", kVocabulary, 1, kWholeVocabulary);
+  const int64_t batch = arguments.integer("batch", kBatchRows, 1, 1 << 20);
+
+  const std::unique_ptr<Backend> device =
+      make_backend(arguments.text("device", "cpu"), {isa, threads});
+  const bool on_gpu = device->device_memory().has_value();
   // Beside the weights: what the ceilings read, the block of random numbers, activations and cache.
-  const int64_t beside = Ceilings::kBytes + (int64_t{1} << 30);
-  const ModelSpec spec = fitting_spec(shape, layers, arguments.integer("experts", 0, 1, 128),
-                                      recipe, available_memory_bytes() - beside);
-  const std::unique_ptr<Backend> cpu = make_backend("cpu", {isa, threads});
-  RoutingProbe backend(*cpu);
+  const int64_t beside = on_gpu ? int64_t{8} << 30 : Ceilings::kBytes + (int64_t{1} << 30);
+  const ModelSpec spec =
+      fitting_spec(shape, layers, arguments.integer("experts", 0, 1, 128), vocab, recipe,
+                   device->device_memory().value_or(available_memory_bytes()) - beside);
+  CloningBackend cloning(*device);
+  RoutingProbe backend(on_gpu ? cloning : *device);
   auto source = std::make_unique<SyntheticWeights>(spec);
   // Read where it lies, so copied from the block, which goes.
   const TensorRef& table = source->weights().text.embed;
@@ -210,19 +252,17 @@ int run_model(int argc, char** argv) {
                                         load_text(spec, source->weights().text, loader), backend);
   });
   source.reset();
-  const KernelTable kernels = resolve_isa(isa);
-  ThreadPool pool(threads);
-  Ceilings ceilings(kernels, pool);
+  MachineCeilings ceilings(on_gpu, isa, threads);
   Runner runner(spec, backend, *model, depth);
 
   backend.watch(true);
-  runner.run(prompt, kBatchRows);
+  runner.run(prompt, batch);
   backend.watch(false);
   const int64_t seen = backend.experts_seen();
   const int64_t moe_layers = std::count_if(spec.layers.begin(), spec.layers.end(),
                                            [](const LayerSpec& layer) { return layer.moe; });
   const int64_t made = moe_layers * experts_of(spec);
-  Phase phases[] = {{"prefill", prompt, kBatchRows, {}}, {"decode", tokens, 1, {}}};
+  Phase phases[] = {{"prefill", prompt, batch, {}}, {"decode", tokens, 1, {}}};
   for (int64_t round = 0; round < rounds; ++round) {
     for (Phase& phase : phases) {
       ceilings.sample();
@@ -232,16 +272,14 @@ int run_model(int argc, char** argv) {
 
   Report report;
   report.fact("processor", processor_name());
-  report.fact("isa", std::string(kernels.isa));
-  report.fact("threads", static_cast<int64_t>(pool.lanes()));
+  report.fact("device", device->description());
   report.fact("memory GiB", static_cast<double>(total_memory_bytes()) / (1 << 30));
   report.fact("rounds", rounds);
   report.fact("shape", shape + ", random weights, " + dtype);
   report.fact("layers made", layers);
-  report.fact("vocabulary made", std::to_string(kVocabulary) + " of 202048");
+  report.fact("vocabulary made", std::to_string(vocab) + " of " + std::to_string(kWholeVocabulary));
   if (moe_layers > 0) {
-    const int64_t published =
-        experts_of(published_spec(shape, {.layers = layers, .vocab = kVocabulary}));
+    const int64_t published = experts_of(published_spec(shape, {.layers = layers, .vocab = vocab}));
     report.fact("experts made", std::to_string(experts_of(spec)) + " of " +
                                     std::to_string(published) + " in " +
                                     std::to_string(moe_layers) + " layers");

@@ -93,15 +93,17 @@ void CudaBackend::rms_norm(Rows out, ConstRows x, const VectorRef& weight, float
   check_rms_norm(out, x, weight);
   device_->run(
       "rms_norm", &cuda::DeviceTable::norm,
-      cuda::NormCall{device_rows(out), device_rows(x), weight.get(), nullptr, x.rows, x.cols, eps});
+      cuda::NormCall{
+          device_rows(out), device_rows(x), weight.get(), nullptr, x.rows, x.cols, eps, {}});
 }
 
 void CudaBackend::layer_norm(Rows out, ConstRows x, const VectorRef& weight, const VectorRef& bias,
                              float eps) {
   check_layer_norm(out, x, weight, bias);
-  device_->run("layer_norm", &cuda::DeviceTable::norm,
-               cuda::NormCall{device_rows(out), device_rows(x), weight.get(), bias.get(), x.rows,
-                              x.cols, eps});
+  device_->run(
+      "layer_norm", &cuda::DeviceTable::norm,
+      cuda::NormCall{
+          device_rows(out), device_rows(x), weight.get(), bias.get(), x.rows, x.cols, eps, {}});
 }
 
 void CudaBackend::unfold(Rows out, const float* pixels, int64_t tiles, int64_t size,

@@ -73,6 +73,7 @@ void CudaDevice::release_memory() {
 // --- kernels -------------------------------------------------------------------------------------
 
 void CudaDevice::note(const Noted& kernel, const void* bytes) {
+  last_ = noted_.size();
   noted_.append(reinterpret_cast<const char*>(&kernel), sizeof(kernel));
   noted_.append(static_cast<const char*>(bytes), kernel.bytes);
   if (++kernels_ >= batch_kernels_) start();

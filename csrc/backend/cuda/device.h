@@ -46,28 +46,36 @@ class CudaDevice : public std::enable_shared_from_this<CudaDevice> {
     start();
     check("copy", table_.copy(handle_, to, from, bytes));
   }
-  // Waits until all is done.
+  // Waits until all is done, also for nothing.
   void download(void* to, const void* from, size_t bytes, size_t stride, int64_t rows) {
     start();
-    check("download", table_.download(handle_, to, from, bytes, stride, rows));
+    check("download", rows > 0 ? table_.download(handle_, to, from, bytes, stride, rows)
+                               : table_.synchronise(handle_));
   }
+  template <class Call>
+  using Kernel = int (*cuda::DeviceTable::*)(void* device, const Call*);
   // run("product", &cuda::DeviceTable::product, call): notes a kernel.
   template <class Call>
-  void run(const char* name, int (*cuda::DeviceTable::*kernel)(void*, const Call*),
-           const Call& call) {
+  void run(const char* name, Kernel<Call> kernel, const Call& call) {
     static_assert(std::is_trivially_copyable_v<Call>);
-    struct Noted {
-      int (*cuda::DeviceTable::*kernel)(void*, const Call*);
-      Call call;
-    };
-    Noted noted{kernel, call};
+    KernelCall<Call> noted{kernel, call};
     clear_padding(noted);  // batches are compared by their bytes
-    const auto start = [](const cuda::DeviceTable& table, void* handle, const char* bytes) {
-      Noted noted;
-      std::memcpy(&noted, bytes, sizeof(noted));
-      return (table.*noted.kernel)(handle, &noted.call);
-    };
-    note({name, start, sizeof(noted)}, &noted);
+    note({name, &start_call<Call>, sizeof(noted)}, &noted);
+  }
+  // Whether change(call) was made to the kernel noted last: if that is this one, and has not been
+  // started, and change() has not declined by returning false.
+  template <class Call, class Change>
+  bool change_last(Kernel<Call> kernel, const Change& change) {
+    Noted last;
+    if (kernels_ == 0) return false;
+    std::memcpy(&last, noted_.data() + last_, sizeof(last));
+    if (last.start != &start_call<Call>) return false;
+    KernelCall<Call> noted;
+    char* const bytes = noted_.data() + last_ + sizeof(last);
+    std::memcpy(&noted, bytes, sizeof(noted));
+    if (noted.kernel != kernel || !change(noted.call)) return false;
+    std::memcpy(bytes, &noted, sizeof(noted));
+    return true;
   }
   // Starts what is noted.
   void start();
@@ -88,6 +96,17 @@ class CudaDevice : public std::enable_shared_from_this<CudaDevice> {
     int (*start)(const cuda::DeviceTable&, void* handle, const char* bytes);
     size_t bytes;
   };
+  template <class Call>
+  struct KernelCall {
+    Kernel<Call> kernel;
+    Call call;
+  };
+  template <class Call>
+  static int start_call(const cuda::DeviceTable& table, void* handle, const char* bytes) {
+    KernelCall<Call> noted;
+    std::memcpy(&noted, bytes, sizeof(noted));
+    return (table.*noted.kernel)(handle, &noted.call);
+  }
   struct Graph {
     void* handle = nullptr;  // made when a batch comes a second time
   };
@@ -122,8 +141,8 @@ class CudaDevice : public std::enable_shared_from_this<CudaDevice> {
   void* handle_ = nullptr;
   cuda::DeviceInfo info_ = {};
 
-  std::string noted_;  // each a Noted and its bytes
-  size_t kernels_ = 0;
+  std::string noted_;                              // each a Noted and its bytes
+  size_t kernels_ = 0, last_ = 0;                  // how many, and where the last one begins
   std::unordered_map<std::string, Graph> graphs_;  // by what was noted
   std::vector<TableChunk> tables_;
   size_t chunk_ = 0;  // of tables, in use

@@ -17,6 +17,7 @@ constexpr int32_t kTableVersion = 2;
 struct DeviceInfo {
   char name[256];
   int32_t major, minor;  // compute capability
+  int32_t multiprocessors;
   int64_t memory, free_memory;
 };
 
@@ -117,6 +118,7 @@ struct NormCall {
   const float *weight, *bias;  // a bias makes it a layer norm
   int64_t rows, cols;
   float eps;
+  Operand operand;  // out, too, as an operand of products; none if its data is null
 };
 
 // out[to[r]] = x[from[r]]; a null index counts from 0.
@@ -225,6 +227,24 @@ struct PixelShuffleCall {
   ConstFloatRows x;
   int64_t tiles, grid, factor, cols;  // cols of x
 };
+
+// --- what the device can do at best --------------------------------------------------------------
+
+enum Exercise : int32_t { kExerciseRead, kExerciseInt8, kExerciseBF16 };
+
+// Nothing but reading `bytes` of memory, or `rounds` times kExerciseProducts products of the tensor
+// cores, of exercise_operations() multiplications and additions each, by each warp.
+constexpr int32_t kExerciseProducts = 8;
+constexpr int64_t exercise_operations(int32_t kind) {
+  return 2 * 16 * 8 * (kind == kExerciseInt8 ? 32 : 16);
+}
+struct ExerciseCall {
+  const void* data;  // bytes is a multiple of 16
+  int64_t bytes, rounds;
+  int32_t* out;          // something that depends on all of it: one
+  int32_t kind, blocks;  // of kExerciseWarps
+};
+constexpr int32_t kExerciseWarps = 8;
 
 struct DeviceTable {
   int32_t version;

@@ -52,6 +52,7 @@ int device_info(int ordinal, DeviceInfo* info) {
   info->name[i] = '\0';
   info->major = found.major;
   info->minor = found.minor;
+  info->multiprocessors = found.multiProcessorCount;
   if (const cudaError_t error = cudaSetDevice(ordinal)) return code(error);
   size_t free = 0, total = 0;
   if (const cudaError_t error = cudaMemGetInfo(&free, &total)) return code(error);

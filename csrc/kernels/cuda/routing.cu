@@ -6,57 +6,82 @@ namespace puna::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
 
-// Whether logit `a` goes before `b`. Equal ones keep their order; NaN comes last.
-__device__ __forceinline__ bool before(float a, float b) { return a > b || (b != b && a == a); }
-
-// The top_k of a row, by ascending index, into `best`.
-__device__ void choose(const float* logits, int experts, int top_k, int32_t* best) {
-  int count = 0;
-  for (int e = 0; e < experts; ++e) {  // descending by logit, by insertion
-    int place = count;
-    while (place > 0 && before(logits[e], logits[best[place - 1]])) --place;
-    if (place == top_k) continue;
-    count = count < top_k ? count + 1 : top_k;
-    for (int i = count - 1; i > place; --i) best[i] = best[i - 1];
-    best[place] = e;
-  }
-  for (int i = 1; i < top_k; ++i)
-    for (int j = i; j > 0 && best[j] < best[j - 1]; --j) {
-      const int32_t larger = best[j - 1];
-      best[j - 1] = best[j];
-      best[j] = larger;
-    }
+// Whether logit `a` of expert i goes before `b` of expert j: of equal ones the lower index, and NaN
+// comes last.
+__device__ __forceinline__ bool before(float a, int i, float b, int j) {
+  if (a > b || (b != b && a == a)) return true;
+  return i < j && (a == b || (a != a && b != b));
 }
 
-__global__ void __launch_bounds__(kThreads) route_kernel(const RoutingCall call) {
+// A warp finds the top_k of a row, by ascending index, into `best`: one after the other, each the
+// first of those behind the one before.
+__device__ void choose(const float* logits, int experts, int top_k, int32_t* best) {
+  const int lane = threadIdx.x % kWarp;
+  float last_logit = INFINITY;
+  int last = -1;
+  for (int k = 0; k < top_k; ++k) {
+    float logit = 0;
+    int expert = experts;  // none
+    for (int e = lane; e < experts; e += kWarp)
+      if ((k == 0 || before(last_logit, last, logits[e], e)) &&
+          (expert == experts || before(logits[e], e, logit, expert))) {
+        logit = logits[e];
+        expert = e;
+      }
+#pragma unroll
+    for (int mask = 1; mask < kWarp; mask *= 2) {
+      const float other_logit = __shfl_xor_sync(kAllLanes, logit, mask);
+      const int other = __shfl_xor_sync(kAllLanes, expert, mask);
+      if (other != experts && (expert == experts || before(other_logit, other, logit, expert))) {
+        logit = other_logit;
+        expert = other;
+      }
+    }
+    last_logit = logit;
+    last = expert;
+    if (lane != 0) continue;
+    int place = k;  // ascending, by insertion
+    for (; place > 0 && best[place - 1] > expert; --place) best[place] = best[place - 1];
+    best[place] = expert;
+  }
+}
+
+// `first` [experts + 1] is in shared memory, and so is `chosen` [slots], the experts of the slots
+// in the order of rows, if the slots are few.
+__global__ void __launch_bounds__(kThreads) route_kernel(const RoutingCall call, int few) {
   after_earlier_kernels();
+  auto* const first = reinterpret_cast<int32_t*>(shared_memory());
+  int32_t* const chosen = few != 0 ? first + call.experts + 1 : call.slot;
   const int64_t slots = call.rows * call.top_k;
-  // `slot` holds the experts themselves until each has its slots.
-  for (int64_t r = threadIdx.x; r < call.rows; r += kThreads)
-    choose(call.logits + r * call.experts, call.experts, call.top_k, call.slot + r * call.top_k);
+  for (int64_t r = threadIdx.x / kWarp; r < call.rows; r += kWarps)
+    choose(call.logits + r * call.experts, call.experts, call.top_k, chosen + r * call.top_k);
   __syncthreads();
   for (int e = threadIdx.x; e < call.experts; e += kThreads) {
     int32_t count = 0;
-    for (int64_t i = 0; i < slots; ++i) count += call.slot[i] == e;
-    call.offsets[e + 1] = count;
+    for (int64_t i = 0; i < slots; ++i) count += chosen[i] == e;
+    first[e + 1] = count;
   }
   __syncthreads();
   if (threadIdx.x == 0) {
-    call.offsets[0] = 0;
+    first[0] = 0;
     int occupied = 0;
     for (int e = 0; e < call.experts; ++e) {
-      if (call.offsets[e + 1] > 0) call.occupied[occupied++] = e;
-      call.offsets[e + 1] += call.offsets[e];
+      if (first[e + 1] > 0) call.occupied[occupied++] = e;
+      first[e + 1] += first[e];
     }
     const int64_t places = call.experts < slots ? call.experts : slots;
     while (occupied < places) call.occupied[occupied++] = -1;
   }
   __syncthreads();
-  for (int e = threadIdx.x; e < call.experts; e += kThreads) {
-    int32_t next = call.offsets[e];
+  for (int e = threadIdx.x; e <= call.experts; e += kThreads) {
+    call.offsets[e] = first[e];
+    if (e == call.experts) break;
+    int32_t next = first[e];
+    if (next == first[e + 1]) continue;
     for (int64_t i = 0; i < slots; ++i) {
-      if (call.slot[i] != e) continue;
+      if (chosen[i] != e) continue;
       const auto r = static_cast<int32_t>(i / call.top_k);
       const double logit = call.logits[static_cast<int64_t>(r) * call.experts + e];
       call.row[next] = r;
@@ -68,7 +93,8 @@ __global__ void __launch_bounds__(kThreads) route_kernel(const RoutingCall call)
   for (int64_t i = threadIdx.x; i < slots; i += kThreads) {
     // The rows of an expert are ascending: its slot of this row is found by halving.
     const auto r = static_cast<int32_t>(i / call.top_k);
-    int32_t low = call.offsets[call.slot[i]], high = call.offsets[call.slot[i] + 1];
+    const int32_t expert = chosen[i];
+    int32_t low = first[expert], high = first[expert + 1];
     while (high - low > 1) {
       const int32_t middle = low + (high - low) / 2;
       (call.row[middle] <= r ? low : high) = middle;
@@ -80,7 +106,13 @@ __global__ void __launch_bounds__(kThreads) route_kernel(const RoutingCall call)
 }  // namespace
 
 int launch_route(const RoutingCall& call, Stream stream) {
-  return launch(route_kernel, dim3{1, 1, 1}, kThreads, 0, stream, call);
+  constexpr int64_t kFew = 8192;
+  const int64_t slots = call.rows * call.top_k;
+  const bool few = slots <= kFew;
+  const size_t shared =
+      (static_cast<size_t>(call.experts) + 1 + (few ? static_cast<size_t>(slots) : 0)) *
+      sizeof(int32_t);
+  return launch(route_kernel, dim3{1, 1, 1}, kThreads, shared, stream, call, int{few});
 }
 
 }  // namespace puna::cuda

@@ -1,14 +1,11 @@
 // What happens to rows of activations between products: norms, moves, rounding and quantising.
-#include "kernels/cuda/launches.h"
-#include "kernels/cuda/reduce.cuh"
-#include "kernels/kernel_table.h"
+#include "kernels/cuda/operand.cuh"
 
 namespace puna::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kSpan = static_cast<int>(kActivationGroup);
-constexpr int kLaneColumns = kSpan / kWarp;  // that a lane takes of a span
+constexpr int kWarps = kThreads / kWarp;
 
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
 
@@ -19,93 +16,59 @@ __device__ __forceinline__ float operand_value(const OperandCall& call, int64_t 
   return call.score != nullptr ? call.score[r] * x[c] : x[c];
 }
 
-__device__ __forceinline__ int8_t quantize(float x, float inverse) {
-  // Codes of 0 where there is nothing to scale: NaN has no integer.
-  return inverse > 0 ? static_cast<int8_t>(rintf(x * inverse)) : int8_t{0};
-}
-
-// A warp quantises kSpan columns, a lane kLaneColumns neighbours of them. kernel_table.h
-// (quantize_row) says what results, bit for bit.
-__device__ __forceinline__ void quantize_span(const Operand& to, int64_t r, int64_t span,
-                                              const float (&x)[kLaneColumns]) {
-  float most = 0, poison = 0;
-#pragma unroll
-  for (const float value : x) {
-    most = fmaxf(most, fabsf(value));
-    poison += value * 0.0f;  // NaN if the value is not finite
-  }
-  most = max_lanes(most);
-  poison = sum_lanes(poison);
-  const bool zeros = most < 0x1p-100f;
-  const float inverse = zeros || !(poison == 0) ? 0.0f : 127.0f / most;
-  const int lane = threadIdx.x % kWarp;
-  const int64_t column = span * kSpan + lane * kLaneColumns;
-  uint32_t codes = 0;
-  int32_t sum = 0;
-#pragma unroll
-  for (int i = 0; i < kLaneColumns; ++i) {
-    const int8_t code = quantize(x[i], inverse);
-    codes |= static_cast<uint32_t>(static_cast<uint8_t>(code)) << 8 * i;
-    sum += code;
-  }
-  // A group is at least 16 columns.
-  int32_t sums = sum_lanes<4>(sum);
-  if (to.group > 16) sums += __shfl_xor_sync(kAllLanes, sums, 4);
-  if (to.group > 32) sums += __shfl_xor_sync(kAllLanes, sums, 8);
-  if (to.group > 64) sums += __shfl_xor_sync(kAllLanes, sums, 16);
-  if (column < to.stride) {
-    *reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(to.data) + r * to.stride + column) = codes;
-    if (column % to.group == 0) to.sums[r * to.groups + column / to.group] = sums;
-  }
-  if (lane == 0) to.scales[r * to.spans + span] = (zeros ? 0.0f : most / 127.0f) + poison;
-}
-
+// A warp takes a span of a row.
 __global__ void __launch_bounds__(kThreads) prepare_kernel(const OperandCall call) {
   after_earlier_kernels();
   const Operand& to = call.operand;
   const int64_t r = blockIdx.y;
-  const int64_t span = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
-  const int64_t first = span * kSpan + threadIdx.x % kWarp * kLaneColumns;
-  if (span * kSpan >= to.stride) return;  // a whole warp
+  const int64_t span = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+  const int64_t first = span * kOperandSpan + threadIdx.x % kWarp * kLaneColumns;
+  if (span * kOperandSpan >= to.stride) return;  // a whole warp
   float x[kLaneColumns];
 #pragma unroll
   for (int i = 0; i < kLaneColumns; ++i)
     x[i] = first + i < call.cols ? operand_value(call, r, first + i) : 0.0f;
-  if (to.kind == kOperandInt8) {
-    quantize_span(to, r, span, x);
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kLaneColumns; ++i) {
-    if (first + i >= to.stride) break;
-    const int64_t at = r * to.stride + first + i;
-    if (to.kind == kOperandF32)
-      static_cast<float*>(to.data)[at] = x[i];
-    else
-      static_cast<uint16_t*>(to.data)[at] = static_cast<uint16_t>(bf16_of_float(x[i]));
-  }
+  store_operand(to, r, span, x);
 }
 
-// A block normalises a row. x may be out.
+// A block normalises a row, and writes it as an operand too if there is one. x may be out. Warps
+// take spans in turn, in each step the same, so a thread reads what itself has written.
 __global__ void __launch_bounds__(kThreads) norm_kernel(const NormCall call) {
   after_earlier_kernels();
   auto* scratch = reinterpret_cast<float*>(shared_memory());
-  const float* x = call.x.data + blockIdx.x * call.x.stride;
-  float* out = call.out.data + blockIdx.x * call.out.stride;
+  const int64_t r = blockIdx.x;
+  const float* x = call.x.data + r * call.x.stride;
+  float* out = call.out.data + r * call.out.stride;
   const auto count = static_cast<float>(call.cols);
-  float mean = 0;
-  if (call.bias != nullptr) {
+  const int64_t begin = threadIdx.x / kWarp * kOperandSpan + threadIdx.x % kWarp * kLaneColumns;
+  constexpr int64_t kStep = kWarps * kOperandSpan;
+  const auto sum_of = [&](const auto& term) {
     float sum = 0;
-    for (int64_t c = threadIdx.x; c < call.cols; c += kThreads) sum += x[c];
-    mean = sum_block<kThreads>(sum, scratch) / count;
-  }
-  float squares = 0;
-  for (int64_t c = threadIdx.x; c < call.cols; c += kThreads)
-    squares = fmaf(x[c] - mean, x[c] - mean, squares);
-  const float factor = 1.0f / sqrtf(sum_block<kThreads>(squares, scratch) / count + call.eps);
-  for (int64_t c = threadIdx.x; c < call.cols; c += kThreads) {
-    const float value = (x[c] - mean) * factor * call.weight[c];
-    out[c] = call.bias != nullptr ? value + call.bias[c] : value;
+    for (int64_t first = begin; first < call.cols; first += kStep)
+#pragma unroll
+      for (int i = 0; i < kLaneColumns; ++i)
+        if (first + i < call.cols) sum = term(sum, x[first + i]);
+    return sum_block<kThreads>(sum, scratch);
+  };
+  const float mean =
+      call.bias != nullptr ? sum_of([](float sum, float at) { return sum + at; }) / count : 0.0f;
+  const float squares =
+      sum_of([&](float sum, float at) { return fmaf(at - mean, at - mean, sum); });
+  const float factor = 1.0f / sqrtf(squares / count + call.eps);
+  const bool prepares = call.operand.data != nullptr;
+  const int64_t end = prepares ? call.operand.stride : call.cols;
+  for (int64_t first = begin; first / kOperandSpan * kOperandSpan < end; first += kStep) {
+    float values[kLaneColumns];
+#pragma unroll
+    for (int i = 0; i < kLaneColumns; ++i) {
+      const int64_t c = first + i;
+      values[i] = 0;
+      if (c >= call.cols) continue;
+      values[i] = (x[c] - mean) * factor * call.weight[c];
+      if (call.bias != nullptr) values[i] += call.bias[c];
+      out[c] = values[i];
+    }
+    if (prepares) store_operand(call.operand, r, first / kOperandSpan, values);
   }
 }
 
@@ -168,7 +131,7 @@ int launch_prepare_operand(const OperandCall& call, Stream stream) {
 }
 int launch_norm(const NormCall& call, Stream stream) {
   return launch(norm_kernel, dim3{static_cast<unsigned>(call.rows), 1, 1}, kThreads,
-                kThreads / kWarp * sizeof(float), stream, call);
+                kWarps * sizeof(float), stream, call);
 }
 int launch_move(const MoveCall& call, Stream stream) {
   return launch(move_kernel, grid_over(call.rows, call.cols), kThreads, 0, stream, call);

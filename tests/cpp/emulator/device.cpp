@@ -79,7 +79,7 @@ int device_count(int* count) {
 }
 
 int device_info(int ordinal, DeviceInfo* info) {
-  *info = {{}, 9, 0, int64_t{1} << 32, int64_t{1} << 32};
+  *info = {{}, 9, 0, 1, int64_t{1} << 32, int64_t{1} << 32};
   std::snprintf(info->name, sizeof(info->name), "%s", devices[ordinal].name);
   return 0;
 }
