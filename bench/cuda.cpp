@@ -6,6 +6,7 @@
 // read and write, and operations, over its time, beside what the device reads and multiplies at
 // best in the same run. What is timed is a graph of many in a row, so the host's part is not in it.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdlib>
 #include <iostream>
@@ -242,32 +243,64 @@ class Timings {
     }
   }
 
-  // Decoding: one row over full pages.
-  void decode(Report& report, int64_t tokens) {
-    if (small_) tokens = 600;
+  // `rows` rows after `depth` tokens, on a layer that keeps everything, or after the full pages of
+  // a chunk. Pages are of so many sets that none is in a cache when its turn comes.
+  void attention(Report& report, int64_t rows, int64_t depth, KvSeal seal) {
+    if (small_) depth = depth / 1000 / kPageTokens * kPageTokens;
+    if (small_) rows = std::min<int64_t>(rows, 20);
     const int64_t heads = 40, kv_heads = 8, dim = 128;
-    const KvPageLayout layout{DType::kBF16, kv_heads, dim};
-    std::vector<Buffer> buffers;
-    std::vector<void*> pages;
-    for (int64_t t = 0; t < tokens; t += kPageTokens) {
-      buffers.push_back(gpu_.allocate(layout.page_bytes()));
-      pages.push_back(buffers.back().data());
-    }
-    const Placed qkv(gpu_, 1, randoms(random_, (heads + 2 * kv_heads) * dim));
-    const Placed out(gpu_, 1, heads * dim);
-    AttentionSegment segment;
-    segment.rows = 1;
-    segment.position = tokens - 1;
-    segment.open = pages;
     AttentionInput input;
-    input.qkv = qkv.rows;
     input.heads = heads;
-    input.layout = layout;
+    input.layout = {DType::kBF16, kv_heads, dim};
+    input.sealed = {seal, kv_heads, dim};
+    const bool seals = seal != KvSeal::kNone;
+    const int64_t own = (depth + rows - 1) / kPageTokens + 1 - depth / kPageTokens;
+    const size_t page_bytes = seals ? input.sealed.page_bytes() : input.layout.page_bytes();
+    const int64_t before = depth / kPageTokens;
+    struct Cache {
+      std::vector<Buffer> buffers;
+      std::vector<void*> sealed, open;
+    };
+    std::vector<Cache> caches;
+    int64_t bytes = 0;
+    constexpr int64_t kAtLeast = int64_t{512} << 20;
+    do {
+      Cache& cache = caches.emplace_back();
+      const auto page = [&](std::vector<void*>& pages, size_t size) {
+        cache.buffers.push_back(gpu_.allocate(size));
+        pages.push_back(cache.buffers.back().data());
+        bytes += static_cast<int64_t>(size);
+      };
+      for (int64_t i = 0; i < before; ++i) page(cache.sealed, page_bytes);
+      for (int64_t i = 0; i < own; ++i) page(cache.open, input.layout.page_bytes());
+      for (int64_t i = 0; seals && i < own; ++i) page(cache.sealed, page_bytes);
+    } while (!small_ && bytes < kAtLeast);
+    const Placed qkv(gpu_, rows, randoms(random_, rows * (heads + 2 * kv_heads) * dim));
+    const Placed out(gpu_, rows, heads * dim);
+    input.qkv = qkv.rows;
+    AttentionSegment segment;
+    segment.rows = rows;
+    segment.position = depth;
+    segment.first_open = before;
     input.segments = {&segment, 1};
-    const double seconds = seconds_each([&](int64_t) { gpu_.attention(out.rows, input); });
-    row(report, "attention, context " + std::to_string(tokens), 1, seconds,
-        static_cast<double>(tokens * kv_heads * dim * 4),
-        4.0 * static_cast<double>(tokens * heads * dim));
+    const double seconds = seconds_each([&](int64_t i) {
+      Cache& cache = caches[static_cast<size_t>(i % std::ssize(caches))];
+      // Sealed: those that are full after this.
+      const int64_t full = seals ? (depth + rows) / kPageTokens : before;
+      segment.sealed = std::span(cache.sealed).first(static_cast<size_t>(full));
+      segment.open = cache.open;
+      gpu_.attention(out.rows, input);
+    });
+    double seen = 0;  // by all rows together
+    for (int64_t r = 0; r < rows; ++r) seen += static_cast<double>(depth + r + 1);
+    const double read = static_cast<double>(before) * static_cast<double>(page_bytes) +
+                        static_cast<double>(own) * static_cast<double>(input.layout.page_bytes());
+    row(report,
+        std::string("attention after ") + std::to_string(depth) + ", " +
+            (seal == KvSeal::kNone   ? "bf16"
+             : seal == KvSeal::kInt8 ? "int8"
+                                     : "int4"),
+        rows, seconds, read, 4.0 * seen * static_cast<double>(heads * dim));
   }
 
  private:
@@ -367,8 +400,13 @@ int run_cuda(int argc, char** argv) {
     timings.product(report, "down", 5120, 8192, int4);
     timings.product(report, "head", 202048, 5120, int8);
   }
-  if (wanted("attention"))
-    for (const int64_t tokens : {8192, 131072}) timings.decode(report, tokens);
+  if (wanted("attention")) {
+    for (const KvSeal seal : {KvSeal::kNone, KvSeal::kInt8, KvSeal::kInt4})
+      for (const int64_t depth : {7936, 131072, 1048576}) timings.attention(report, 1, depth, seal);
+    for (const auto [rows, depth] : {std::array<int64_t, 2>{2048, 0}, {512, 7680}, {2048, 131072}})
+      timings.attention(report, rows, depth, KvSeal::kNone);
+    timings.attention(report, 2048, 131072, KvSeal::kInt8);
+  }
   report.print(std::cout, arguments.has("json"));
   return 0;
 }

@@ -4,7 +4,7 @@
 
 #include "backend/cuda/cuda_backend.h"
 #include "base/error.h"
-#include "bench.h"
+#include "kernels/cpu/dispatch.h"
 
 namespace puna::bench {
 namespace {
@@ -67,5 +67,21 @@ double DeviceCeilings::read() const { return median(read_); }
 double DeviceCeilings::copy() const { return median(copy_); }
 double DeviceCeilings::int8() const { return median(int8_); }
 double DeviceCeilings::bf16() const { return median(bf16_); }
+
+MachineCeilings::MachineCeilings(const Backend& backend, const std::string& isa, int threads) {
+  if (backend.device_memory()) {
+    // "cuda:1 (name)"
+    const std::string device = backend.description();
+    gpu_ = std::make_unique<DeviceCeilings>(std::stoi(device.substr(device.find(':') + 1)), false);
+  } else {
+    pool_ = std::make_unique<ThreadPool>(threads);
+    cpu_ = std::make_unique<Ceilings>(resolve_isa(isa), *pool_);
+  }
+}
+
+void MachineCeilings::sample() {
+  if (gpu_ != nullptr) gpu_->sample();
+  if (cpu_ != nullptr) cpu_->sample();
+}
 
 }  // namespace puna::bench

@@ -2,9 +2,14 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
+#include <string>
 #include <vector>
 
+#include "backend/backend.h"
+#include "bench.h"
 #include "kernels/cuda/device_table.h"
+#include "platform/thread_pool.h"
 
 namespace puna::bench {
 
@@ -33,6 +38,22 @@ class DeviceCeilings {
   int64_t bytes_, rounds_;
   int32_t multiprocessors_ = 0;
   std::vector<double> read_, copy_, int8_, bf16_;
+};
+
+// Of whatever `backend` computes on: the processor, with those instructions and threads, or the
+// GPU.
+class MachineCeilings {
+ public:
+  MachineCeilings(const Backend& backend, const std::string& isa, int threads);
+
+  void sample();
+  double read() const { return gpu_ != nullptr ? gpu_->read() : cpu_->read(); }
+  double bf16() const { return gpu_ != nullptr ? gpu_->bf16() : cpu_->bf16(); }
+
+ private:
+  std::unique_ptr<DeviceCeilings> gpu_;
+  std::unique_ptr<ThreadPool> pool_;
+  std::unique_ptr<Ceilings> cpu_;
 };
 
 }  // namespace puna::bench

@@ -1,8 +1,11 @@
 // puna-bench model: prefill and decode of a text model of the true layer shapes with random
 // weights, through the whole path of the engine: TextModel, Backend and KvStore.
 #include <algorithm>
+#include <cmath>
+#include <functional>
 #include <iostream>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <string>
 #include <vector>
@@ -12,7 +15,6 @@
 #include "cloning_backend.h"
 #include "device_ceilings.h"
 #include "engine/factory.h"
-#include "kernels/cpu/dispatch.h"
 #include "kv/kv_store.h"
 #include "model/parameters.h"
 #include "model/text_model.h"
@@ -127,8 +129,34 @@ class Runner {
     }
   }
 
+  // One token more of each of `sequences` copies of the start, `tokens` times.
+  void decode(int64_t tokens, int64_t sequences) {
+    std::vector<KvStore::Append> appends;
+    for (int64_t i = 0; i < sequences; ++i) appends.push_back({kv_.fork(start_), 1});
+    std::vector<int32_t> ids(appends.size()), last(appends.size());
+    std::iota(last.begin(), last.end(), 0);
+    std::mt19937 random(1);
+    std::uniform_int_distribution<int32_t> draw(0, static_cast<int32_t>(spec_.vocab_size) - 1);
+    const Buffer buffer =
+        backend_.allocate(ids.size() * static_cast<size_t>(spec_.vocab_size) * sizeof(float));
+    const Rows logits(buffer.floats(), sequences, spec_.vocab_size);
+    std::vector<float> host(ids.size() * static_cast<size_t>(spec_.vocab_size));
+    for (int64_t done = 0; done < tokens; ++done) {
+      for (int32_t& id : ids) id = draw(random);
+      std::vector<TextBatch::Segment> segments;
+      for (const KvStore::Append& append : appends)
+        segments.push_back({append.sequence, kv_.length(append.sequence), 1});
+      const KvStore::Plan plan = kv_.plan(appends);
+      kv_.apply(plan);
+      model_.forward({ids, segments, {}, last}, kv_, logits, {});
+      backend_.to_host(host.data(), logits);
+      kv_.commit(plan);
+    }
+    for (const KvStore::Append& append : appends) kv_.release(append.sequence);
+  }
+
   // `tokens` more of a copy of the start, `rows` in a pass.
-  void run(int64_t tokens, int64_t rows) {
+  void prefill(int64_t tokens, int64_t rows) {
     const KvStore::Sequence sequence = kv_.fork(start_);
     std::mt19937 random(1);
     std::uniform_int_distribution<int32_t> draw(0, static_cast<int32_t>(spec_.vocab_size) - 1);
@@ -159,33 +187,11 @@ class Runner {
   std::vector<float> host_;  // the logits
 };
 
-// Of the processor or of the GPU.
-class MachineCeilings {
- public:
-  MachineCeilings(bool gpu, const std::string& isa, int threads) {
-    if (gpu) {
-      gpu_ = std::make_unique<DeviceCeilings>(0, false);
-    } else {
-      pool_ = std::make_unique<ThreadPool>(threads);
-      cpu_ = std::make_unique<Ceilings>(resolve_isa(isa), *pool_);
-    }
-  }
-  void sample() {
-    if (gpu_ != nullptr) gpu_->sample();
-    if (cpu_ != nullptr) cpu_->sample();
-  }
-  double read() const { return gpu_ != nullptr ? gpu_->read() : cpu_->read(); }
-  double bf16() const { return gpu_ != nullptr ? gpu_->bf16() : cpu_->bf16(); }
-
- private:
-  std::unique_ptr<DeviceCeilings> gpu_;
-  std::unique_ptr<ThreadPool> pool_;
-  std::unique_ptr<Ceilings> cpu_;
-};
-
 struct Phase {
   std::string name;
-  int64_t tokens, rows;  // in all, and in one pass
+  int64_t tokens, rows;  // of each sequence, and in one pass
+  int64_t sequences;
+  std::function<void()> run;
   std::vector<double> seconds;
 };
 
@@ -200,6 +206,7 @@ int run_model(int argc, char** argv) {
        {"dtype", "NAME", "bf16, or what weights are quantised to (default bf16)"},
        {"prompt", "N", "tokens of the prompt (default 512)"},
        {"tokens", "N", "tokens decoded (default 64)"},
+       {"sequences", "N", "that are decoded together (default 1)"},
        {"depth", "N", "tokens already in the cache before either (default 0)"},
        {"vocab", "N", "tokens of the vocabulary made (default 2048 of 202048)"},
        {"batch", "N", "tokens of the prompt in one pass (default 512)"},
@@ -220,6 +227,7 @@ int run_model(int argc, char** argv) {
   const int64_t prompt = arguments.integer("prompt", 512, 1, 1 << 20);
   const int64_t tokens = arguments.integer("tokens", 64, 1, 1 << 20);
   const int64_t depth = arguments.integer("depth", 0, 0, (1 << 20) - 1);
+  const int64_t sequences = arguments.integer("sequences", 1, 1, 1024);
   const int64_t rounds = arguments.integer("rounds", 3, 1, 1000);
   const auto threads = static_cast<int>(arguments.integer("threads", 0, 1, ThreadPool::kMaxLanes));
   const std::string isa = arguments.text("isa", "");
@@ -252,21 +260,23 @@ int run_model(int argc, char** argv) {
                                         load_text(spec, source->weights().text, loader), backend);
   });
   source.reset();
-  MachineCeilings ceilings(on_gpu, isa, threads);
+  MachineCeilings ceilings(*device, isa, threads);
   Runner runner(spec, backend, *model, depth);
 
   backend.watch(true);
-  runner.run(prompt, batch);
+  runner.prefill(prompt, batch);
   backend.watch(false);
   const int64_t seen = backend.experts_seen();
   const int64_t moe_layers = std::count_if(spec.layers.begin(), spec.layers.end(),
                                            [](const LayerSpec& layer) { return layer.moe; });
   const int64_t made = moe_layers * experts_of(spec);
-  Phase phases[] = {{"prefill", prompt, batch, {}}, {"decode", tokens, 1, {}}};
+  Phase phases[] = {
+      {"prefill", prompt, batch, 1, [&] { runner.prefill(prompt, batch); }, {}},
+      {"decode", tokens, 1, sequences, [&] { runner.decode(tokens, sequences); }, {}}};
   for (int64_t round = 0; round < rounds; ++round) {
     for (Phase& phase : phases) {
       ceilings.sample();
-      phase.seconds.push_back(seconds_of([&] { runner.run(phase.tokens, phase.rows); }));
+      phase.seconds.push_back(seconds_of(phase.run));
     }
   }
 
@@ -296,24 +306,32 @@ int run_model(int argc, char** argv) {
     for (int64_t done = 0; done < phase.tokens; done += phase.rows) {
       const int64_t rows = std::min(phase.rows, phase.tokens - done);
       const Work work = forward_work(spec, depth + done, rows);
-      operations += work.operations;
-      // A prompt reads every expert that it uses once, a token its top_k (one) in each layer.
+      operations += work.operations * static_cast<double>(phase.sequences);
+      // A prompt reads every expert that it uses once, a token its top_k (one) in each layer, and
+      // tokens of several sequences as many as they hit, if they choose evenly.
+      const auto experts = static_cast<double>(std::max<int64_t>(1, experts_of(spec)));
+      const double hit =
+          experts * (1 - std::pow(1 - 1 / experts, static_cast<double>(phase.sequences)));
       const double routed = static_cast<double>(loader.routed_bytes()) /
                             static_cast<double>(std::max<int64_t>(1, made));
-      bytes += work.cache_bytes + static_cast<double>(loader.bytes() - loader.routed_bytes()) +
-               routed * static_cast<double>(rows == 1 ? moe_layers : seen);
+      bytes += work.cache_bytes * static_cast<double>(phase.sequences) +
+               static_cast<double>(loader.bytes() - loader.routed_bytes()) +
+               routed * (phase.rows == 1 ? hit * static_cast<double>(moe_layers)
+                                         : static_cast<double>(seen));
     }
     const double seconds = median(phase.seconds);
-    report.row({{"phase", phase.name},
-                {"tokens", phase.tokens},
-                {"depth", depth},
-                {"tokens/s", static_cast<double>(phase.tokens) / seconds},
-                {"best", static_cast<double>(phase.tokens) /
-                             *std::min_element(phase.seconds.begin(), phase.seconds.end())},
-                {"GB/s", bytes / seconds / 1e9},
-                {"% of read", 100 * bytes / seconds / ceilings.read()},
-                {"GFLOP/s", operations / seconds / 1e9},
-                {"% of bf16 peak", 100 * operations / seconds / ceilings.bf16()}});
+    const double made_tokens = static_cast<double>(phase.tokens * phase.sequences);
+    report.row(
+        {{"phase", phase.name},
+         {"tokens", phase.tokens},
+         {"depth", depth},
+         {"sequences", phase.sequences},
+         {"tokens/s", made_tokens / seconds},
+         {"best", made_tokens / *std::min_element(phase.seconds.begin(), phase.seconds.end())},
+         {"GB/s", bytes / seconds / 1e9},
+         {"% of read", 100 * bytes / seconds / ceilings.read()},
+         {"GFLOP/s", operations / seconds / 1e9},
+         {"% of bf16 peak", 100 * operations / seconds / ceilings.bf16()}});
   }
   report.print(std::cout, arguments.has("json"));
   return 0;

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "bench.h"
+#include "device_ceilings.h"
 #include "engine/factory.h"
 #include "kernels/cpu/dispatch.h"
 #include "model/parameters.h"
@@ -36,6 +37,7 @@ int run_vision(int argc, char** argv) {
   const Arguments arguments("vision",
                             {{"tiles", "N", "tiles encoded together (default: 1, then 5)"},
                              {"layers", "N", "of the tower's 34 layers (default: all)"},
+                             {"device", "NAME", "cpu (default), cuda or cuda:N"},
                              {"threads", "N", "compute threads (default: the usable cores)"},
                              {"isa", "NAME", "instruction set (default: the best)"},
                              {"rounds", "N", "rounds of which the medians are taken (default 3)"},
@@ -53,16 +55,15 @@ int run_vision(int argc, char** argv) {
   ModelSpec spec = published_spec("guard", {.layers = 1, .vocab = 1});
   spec.vision->layers = arguments.integer("layers", spec.vision->layers, 1, spec.vision->layers);
   const VisionSpec& vision = *spec.vision;
-  const std::unique_ptr<Backend> backend = make_backend("cpu", {isa, threads});
+  const std::unique_ptr<Backend> backend =
+      make_backend(arguments.text("device", "cpu"), {isa, threads});
   auto source = std::make_unique<SyntheticWeights>(spec);
   const QuantRecipe recipe;
   SyntheticLoader loader(*backend, recipe, *source);
   const auto model =
       std::make_unique<VisionModel>(spec, load_vision(*source->weights().vision, loader), *backend);
   source.reset();
-  const KernelTable kernels = resolve_isa(isa);
-  ThreadPool pool(threads);
-  Ceilings ceilings(kernels, pool);
+  MachineCeilings ceilings(*backend, isa, threads);
 
   std::vector<Case> cases;
   std::vector<int64_t> tile_counts = {1, 5};
@@ -75,8 +76,9 @@ int run_vision(int argc, char** argv) {
         tiles * 3 * vision.image_size * vision.image_size, 0.25f);
     cases.push_back({std::to_string(tiles),
                      tile_operations(vision, spec.hidden) * static_cast<double>(tiles),
-                     [&model, &spec, tiles, rows, out, pixels] {
+                     [&backend, &model, &spec, tiles, rows, out, pixels] {
                        model->encode({out->floats(), rows, spec.hidden}, *pixels, tiles, {});
+                       backend->to_host(nullptr, {out->floats(), 0, spec.hidden});  // waits
                      },
                      {}});
   }
@@ -89,8 +91,8 @@ int run_vision(int argc, char** argv) {
 
   Report report;
   report.fact("processor", processor_name());
-  report.fact("isa", std::string(kernels.isa));
-  report.fact("threads", static_cast<int64_t>(pool.lanes()));
+  report.fact("device", backend->description());
+  report.fact("isa", backend->device_memory() ? "" : std::string(resolve_isa(isa).isa));
   report.fact("memory GiB", static_cast<double>(total_memory_bytes()) / (1 << 30));
   report.fact("rounds", rounds);
   report.fact("tower", std::to_string(vision.layers) +
