@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <cstdlib>
 #include <iostream>
 #include <memory>
 #include <random>
@@ -349,7 +348,6 @@ int run_cuda(int argc, char** argv) {
   const Arguments arguments(
       "cuda",
       {{"device", "N", "which GPU (default: 0)"},
-       {"kernels", "PATH", "libpuna_cuda.so, unless PUNA_CUDA_LIBRARY is set"},
        {"check", nullptr, "only whether results are right"},
        {"time", nullptr, "only the timings, right or not"},
        {"only", "NAME", "products, experts, norms or attention"},
@@ -363,8 +361,6 @@ int run_cuda(int argc, char** argv) {
   }
   const auto ordinal = static_cast<int>(arguments.integer("device", 0, 0, 1000));
   const std::string device = "cuda:" + std::to_string(ordinal);
-  if (arguments.has("kernels"))  // what is set stays
-    setenv("PUNA_CUDA_LIBRARY", arguments.text("kernels", "").c_str(), 0);
   const std::string only = arguments.text("only", "");
   for (const char* name : {"products", "experts", "norms", "attention", ""}) {
     if (only == name) break;

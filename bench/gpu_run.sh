@@ -7,7 +7,7 @@
 #   bench/gpu_run.sh --prepare FOLDER [CMAKE_OPTION...]
 #                                           beforehand, where there are nvcc and the rest: FOLDER/puna-bench
 #
-# OUT gets a log of each step and summary.json. PUNA_BENCH is a puna-bench with libpuna_cuda.so beside it; with none,
+# OUT gets a log of each step, and cuda.json: which steps passed, and what was measured. PUNA_BENCH is a puna-bench with libpuna_cuda.so beside it; with none,
 # or one that does not start there, both are built, which needs nvcc, cmake, ninja (or make), a C++ compiler and
 # nlohmann/json.hpp (from its wheel, the system, or the folder of PUNA_BENCH). Uses nothing but bash and coreutils
 # otherwise. SMALL=1 measures tiny shapes, to see that all runs; PUNA_CUDA_LIBRARY replaces the kernels, as by the
@@ -98,6 +98,16 @@ fi
 small=()
 [ -n "${SMALL:-}" ] && small=(--small)
 
+# measure NAME SECONDS ARGUMENT...: a step whose output is JSON.
+measured=()
+measure() {
+  local name=$1 limit=$2
+  shift 2
+  step "$name" "$limit" "$bench" "$@" --json || return 1
+  mv "$out/$name.txt" "$out/$name.json"
+  measured+=("$name")
+}
+
 if [ -x "$bench" ]; then
   # Each in a process of its own: an error of memory ends what a process may do with the GPU.
   for what in products experts norms attention; do
@@ -105,10 +115,17 @@ if [ -x "$bench" ]; then
   done
   # What is timed first matters most; the timings do not wait for the checks to pass.
   for what in products attention; do
-    if step "time-$what" 120 "$bench" cuda --time --only "$what" --json "${small[@]}"; then
-      mv "$out/time-$what.txt" "$out/time-$what.json"
-    fi
+    measure "$what" 120 cuda --time --only "$what" "${small[@]}"
   done
+  if [ -z "${SMALL:-}" ]; then
+    # Whole models of the true shapes; the second with as many of its experts as fit.
+    int4=(model --device cuda --dtype int4 --layers 48 --vocab 202048 --batch 4096)
+    measure scout 60 "${int4[@]}" --prompt 8192 --tokens 128
+    measure scout-2k 60 "${int4[@]}" --prompt 2048 --tokens 128 --depth 2048
+    measure scout-64-sequences 60 "${int4[@]}" --prompt 512 --tokens 16 --sequences 64
+    measure maverick 90 "${int4[@]}" --shape maverick --prompt 2048 --tokens 128
+    measure vision 60 vision --device cuda --tiles 17
+  fi
   if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
       for what in products attention experts norms; do
@@ -124,10 +141,12 @@ fi
 {
   printf '{"failed": %d, "steps": [\n' "$failed"
   (IFS=$'\n' && printf '%s\n' "${rows[*]}" | sed '$!s/$/,/')
-  printf ']}\n'
-} >"$out/summary.json"
-for file in "$out"/time-*.json; do
-  [ -f "$file" ] && cat "$file"
-done
+  printf ']'
+  for name in "${measured[@]}"; do
+    printf ',\n"%s": ' "$name"
+    cat "$out/$name.json"
+  done
+  printf '}\n'
+} >"$out/cuda.json"
 echo "all of it is in $out"
 exit "$failed"

@@ -5,7 +5,8 @@
 
 Results: `llama_cpp_*.json` of compare_llama_cpp.py, `model_*.json` of `puna-bench model --json`,
 `vision.json` of compare_vision.py, `tokenizer.json` of tokenizer.py, `kv_decode_<tokens>_*.json` of
-`puna-bench kv-decode --json`, and `ledger_*.json` of `ledger.py --json`.
+`puna-bench kv-decode --json`, `ledger_*.json` of `ledger.py --json`, and `cuda_*.json` of
+`gpu_run.sh`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ def table() -> str:
     vision = RESULTS / "vision.json"
     if vision.exists():
         parts.append("\n".join(_vision(vision)))
+    parts += ["\n".join(_cuda(path)) for path in sorted(RESULTS.glob("cuda_*.json"))]
     tokenizer = RESULTS / "tokenizer.json"
     if tokenizer.exists():
         parts.append("\n".join(_tokenizer(tokenizer)))
@@ -84,6 +86,49 @@ def _vision(path: Path) -> Iterator[str]:
             f"| {row['tiles']} | {row['threads']} | {row['puna_seconds']:.2f} "
             f"| {row['transformers_seconds']:.2f} | {row['ratio']:.2f} "
             f"| {100 * row['share_of_bf16_peak']:.0f} % |"
+        )
+
+
+def _cuda(path: Path) -> Iterator[str]:
+    result = json.loads(path.read_text(encoding="utf-8"))
+    facts = result["products"]["facts"]
+    yield (
+        f"On a GPU ({facts['device']}: reads {facts['read GB/s'] / 1000:.2f} TB/s, "
+        f"{facts['int8 TOP/s']:.0f} TOP/s of int8 and {facts['bf16 TFLOP/s']:.0f} TFLOP/s of "
+        "bf16 by the instructions used, measured beside it), by `bench/gpu_run.sh`:"
+    )
+    yield ""
+    yield "| models of the true shapes, random weights | | tokens/s | share of the ceiling |"
+    yield "|---|---|---|---|"
+    for name, model in result.items():
+        for row in model.get("rows", []) if isinstance(model, dict) else []:
+            if "phase" not in row:
+                continue
+            what = f"{row['phase']} {row['tokens']} at {row['depth']}"
+            if row["phase"] == "decode":
+                share = f"{row['% of read']:.0f} % of read bandwidth"
+                what += f", {row['sequences']} sequences" if row["sequences"] > 1 else ""
+            elif "-sequences" in name:
+                continue
+            else:
+                share = f"{row['% of bf16 peak']:.0f} % of bf16 peak"
+            yield (
+                f"| {model['facts']['shape']}, {model['facts']['layers made']} layers, "
+                f"{model['facts'].get('experts made', 'dense')} | {what} "
+                f"| {row['tokens/s']:,.0f} | {share} |"
+            )
+    for row in result.get("vision", {}).get("rows", []):
+        yield (
+            f"| vision tower, bfloat16 | {row['tiles']} tiles | {row['tiles/s']:,.0f} tiles/s "
+            f"| {row['% of bf16 peak']:.0f} % of bf16 peak |"
+        )
+    yield ""
+    yield "| operation | rows | us | GB/s | of read | TOP/s | of int8 |"
+    yield "|---|---|---|---|---|---|---|"
+    for row in [*result["products"]["rows"], *result["attention"]["rows"]]:
+        yield (
+            f"| {row['operation']} | {row['rows']} | {row['us']:,.1f} | {row['GB/s']:,.0f} "
+            f"| {row['% of read']:.0f} % | {row['TOP/s']:.1f} | {row['% of int8']:.0f} % |"
         )
 
 

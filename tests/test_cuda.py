@@ -94,15 +94,16 @@ def test_auto_does_not_take_a_device_that_is_there(
     assert np.array_equal(auto.logits, cpu.logits)
 
 
-def test_the_benchmark_finds_the_kernels_of_the_package(tmp_path: Path) -> None:
-    given = ["cuda", "--check"]
-    assert cli._bench_arguments(given, tmp_path) == given
+def test_the_benchmark_finds_the_kernels_of_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PUNA_CUDA_LIBRARY", raising=False)
+    assert "PUNA_CUDA_LIBRARY" not in cli._bench_environment(tmp_path)
     kernels = tmp_path / "libpuna_cuda.so"
     kernels.touch()
-    found = ["cuda", "--kernels", str(kernels), "--check"]
-    assert cli._bench_arguments(given, tmp_path) == found
-    for other in (["ops", "--json"], ["cuda", "--kernels", "another"], []):
-        assert cli._bench_arguments(other, tmp_path) == other
+    assert cli._bench_environment(tmp_path)["PUNA_CUDA_LIBRARY"] == str(kernels)
+    monkeypatch.setenv("PUNA_CUDA_LIBRARY", "another")
+    assert cli._bench_environment(tmp_path)["PUNA_CUDA_LIBRARY"] == "another"
 
 
 def test_logits_are_handed_out_by_dlpack(engine: MakeEngine) -> None:
@@ -121,7 +122,8 @@ case "$*" in
 *--help*) echo usage ;;
 *"--check --only norms"*) echo "WRONG norms"; exit 1 ;;
 *"--check --only experts"*) kill -SEGV $$ ;;
-*--time*) echo '{"rows": []}' ;;
+vision*) exit 2 ;;
+*--json*) echo '{"rows": []}' ;;
 esac
 """
 
@@ -137,19 +139,21 @@ def test_the_gpu_run_goes_on_after_a_failure(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert "    WRONG norms" in done.stdout
-    summary = json.loads((out / "summary.json").read_text())
-    status = {row["step"]: row["status"] for row in summary["steps"]}
+    result = json.loads((out / "cuda.json").read_text())
+    status = {row["step"]: row["status"] for row in result["steps"]}
     assert status == status | {
         "start": "passed",
         "check-products": "passed",
         "check-experts": "failed",
         "check-norms": "failed",
         "check-attention": "passed",
-        "time-products": "passed",
-        "time-attention": "passed",
+        "products": "passed",
+        "attention": "passed",
+        "vision": "failed",
     }
-    assert summary["failed"] == 1
-    assert json.loads((out / "time-products.json").read_text()) == {"rows": []}
+    assert result["failed"] == 1
+    assert result["products"] == result["attention"] == {"rows": []}
+    assert "vision" not in result
 
 
 # --- finding GPUs ---------------------------------------------------------------------------------

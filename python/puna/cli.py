@@ -568,15 +568,16 @@ def _bench(options: argparse.Namespace) -> int:
     if program is None:
         print("puna: puna-bench was not found beside python or on PATH", file=sys.stderr)
         return 1
-    return subprocess.run([program, *_bench_arguments(options.rest)], check=False).returncode
+    return subprocess.run(
+        [program, *options.rest], check=False, env=_bench_environment()
+    ).returncode
 
 
-def _bench_arguments(given: list[str], package: Path = Path(puna.__file__).parent) -> list[str]:
+def _bench_environment(package: Path = Path(puna.__file__).parent) -> dict[str, str]:
     """Tells puna-bench, which lies elsewhere, where the CUDA kernels of the package are."""
     kernels = package / "libpuna_cuda.so"
-    if given[:1] != ["cuda"] or "--kernels" in given or not kernels.is_file():
-        return given
-    return ["cuda", "--kernels", str(kernels), *given[1:]]
+    there = {"PUNA_CUDA_LIBRARY": str(kernels)} if kernels.is_file() else {}
+    return there | dict(os.environ)  # what is set stays
 
 
 def _demo(options: argparse.Namespace) -> int:
