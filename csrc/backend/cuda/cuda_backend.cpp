@@ -91,10 +91,16 @@ void CudaBackend::scatter(Rows out, ConstRows x, std::span<const int32_t> index)
 
 void CudaBackend::rms_norm(Rows out, ConstRows x, const VectorRef& weight, float eps) {
   check_rms_norm(out, x, weight);
-  device_->run(
-      "rms_norm", &cuda::DeviceTable::norm,
-      cuda::NormCall{
-          device_rows(out), device_rows(x), weight.get(), nullptr, x.rows, x.cols, eps, {}});
+  cuda::NormCall call{
+      device_rows(out), device_rows(x), weight.get(), nullptr, x.rows, x.cols, eps, {}, {}};
+  // The sum of a layer's experts, if that has just been noted, goes on into the next layer's norm.
+  const cuda::AddExpertsCall* const added = device_->last(&cuda::DeviceTable::add_experts);
+  if (added != nullptr && added->residual.data == x.data && added->residual.stride == x.stride &&
+      added->rows == x.rows && added->cols == x.cols) {
+    call.added = *added;
+    device_->drop_last();
+  }
+  device_->run("rms_norm", &cuda::DeviceTable::norm, call);
 }
 
 void CudaBackend::layer_norm(Rows out, ConstRows x, const VectorRef& weight, const VectorRef& bias,
@@ -103,7 +109,7 @@ void CudaBackend::layer_norm(Rows out, ConstRows x, const VectorRef& weight, con
   device_->run(
       "layer_norm", &cuda::DeviceTable::norm,
       cuda::NormCall{
-          device_rows(out), device_rows(x), weight.get(), bias.get(), x.rows, x.cols, eps, {}});
+          device_rows(out), device_rows(x), weight.get(), bias.get(), x.rows, x.cols, eps, {}, {}});
 }
 
 void CudaBackend::unfold(Rows out, const float* pixels, int64_t tiles, int64_t size,

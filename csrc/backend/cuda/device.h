@@ -57,25 +57,23 @@ class CudaDevice : public std::enable_shared_from_this<CudaDevice> {
   // run("product", &cuda::DeviceTable::product, call): notes a kernel.
   template <class Call>
   void run(const char* name, Kernel<Call> kernel, const Call& call) {
-    static_assert(std::is_trivially_copyable_v<Call>);
+    static_assert(std::is_trivially_copyable_v<Call> && sizeof(KernelCall<Call>) % 8 == 0);
     KernelCall<Call> noted{kernel, call};
     clear_padding(noted);  // batches are compared by their bytes
     note({name, &start_call<Call>, sizeof(noted)}, &noted);
   }
-  // Whether change(call) was made to the kernel noted last: if that is this one, and has not been
-  // started, and change() has not declined by returning false.
-  template <class Call, class Change>
-  bool change_last(Kernel<Call> kernel, const Change& change) {
-    Noted last;
-    if (kernels_ == 0) return false;
-    std::memcpy(&last, noted_.data() + last_, sizeof(last));
-    if (last.start != &start_call<Call>) return false;
-    KernelCall<Call> noted;
-    char* const bytes = noted_.data() + last_ + sizeof(last);
-    std::memcpy(&noted, bytes, sizeof(noted));
-    if (noted.kernel != kernel || !change(noted.call)) return false;
-    std::memcpy(bytes, &noted, sizeof(noted));
-    return true;
+  // The kernel noted last, if it is this one and has not been started; null otherwise. What is done
+  // with it is that it is changed, or dropped because another will do its work.
+  template <class Call>
+  Call* last(Kernel<Call> kernel) {
+    if (kernels_ == 0) return nullptr;
+    auto* const noted = reinterpret_cast<Noted*>(noted_.data() + last_);
+    auto* const of = reinterpret_cast<KernelCall<Call>*>(noted + 1);
+    return noted->start == &start_call<Call> && of->kernel == kernel ? &of->call : nullptr;
+  }
+  void drop_last() {
+    noted_.resize(last_);
+    --kernels_;
   }
   // Starts what is noted.
   void start();
@@ -94,7 +92,7 @@ class CudaDevice : public std::enable_shared_from_this<CudaDevice> {
   struct Noted {
     const char* name;
     int (*start)(const cuda::DeviceTable&, void* handle, const char* bytes);
-    size_t bytes;
+    size_t bytes;  // a multiple of 8
   };
   template <class Call>
   struct KernelCall {

@@ -69,17 +69,15 @@ cuda::Operand CudaBackend::prepare(const Source& source, WeightFormat format,
     };
     carve(Carver(scratch.reserve<char>(*device_, carve(Carver(nullptr)))));
   }
-  // Straight from the norm, if that has just been noted.
-  const auto by_norm = [&](cuda::NormCall& norm) {
-    if (norm.out.data != source.x.data || norm.out.stride != source.x.stride ||
-        norm.rows != source.rows || norm.cols != source.cols || norm.operand.data != nullptr)
-      return false;
-    norm.operand = operand;
-    return true;
-  };
-  if (source.index == nullptr && source.score == nullptr && !source.gated &&
-      device_->change_last<cuda::NormCall>(&cuda::DeviceTable::norm, by_norm))
-    return operand;
+  if (source.index == nullptr && source.score == nullptr && !source.gated) {
+    // Straight from the norm, if that has just been noted.
+    cuda::NormCall* const norm = device_->last(&cuda::DeviceTable::norm);
+    if (norm != nullptr && norm->out.data == source.x.data && norm->out.stride == source.x.stride &&
+        norm->rows == source.rows && norm->cols == source.cols && norm->operand.data == nullptr) {
+      norm->operand = operand;
+      return operand;
+    }
+  }
   device_->run("prepare", &cuda::DeviceTable::prepare_operand,
                cuda::OperandCall{operand, device_rows(source.x), source.rows, source.cols,
                                  source.index, source.score, source.gated});

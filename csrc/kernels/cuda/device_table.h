@@ -12,7 +12,7 @@
 namespace puna::cuda {
 
 // Of this file: both sides must have been compiled with the same.
-constexpr int32_t kTableVersion = 2;
+constexpr int32_t kTableVersion = 3;
 
 struct DeviceInfo {
   char name[256];
@@ -118,7 +118,8 @@ struct NormCall {
   const float *weight, *bias;  // a bias makes it a layer norm
   int64_t rows, cols;
   float eps;
-  Operand operand;  // out, too, as an operand of products; none if its data is null
+  Operand operand;       // out, too, as an operand of products; none if its data is null
+  AddExpertsCall added;  // before, to x, which is its residual; nothing if it has no rows
 };
 
 // out[to[r]] = x[from[r]]; a null index counts from 0.

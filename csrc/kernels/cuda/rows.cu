@@ -31,45 +31,106 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const OperandCall cal
   store_operand(to, r, span, x);
 }
 
-// A block normalises a row, and writes it as an operand too if there is one. x may be out. Warps
-// take spans in turn, in each step the same, so a thread reads what itself has written.
-__global__ void __launch_bounds__(kThreads) norm_kernel(const NormCall call) {
+// Columns first .. first + 3 of a row, 0 beyond the last.
+struct Four {
+  float at[kLaneColumns];
+};
+__device__ __forceinline__ Four load_four(const float* row, int first, int cols) {
+  Four four;
+  if (first + kLaneColumns <= cols && reinterpret_cast<uintptr_t>(row + first) % 16 == 0) {
+    const float4 words = *reinterpret_cast<const float4*>(row + first);
+    four = {{words.x, words.y, words.z, words.w}};
+    return four;
+  }
+#pragma unroll
+  for (int i = 0; i < kLaneColumns; ++i) four.at[i] = first + i < cols ? row[first + i] : 0.0f;
+  return four;
+}
+__device__ __forceinline__ void store_four(float* row, int first, int cols, const Four& four) {
+  if (first + kLaneColumns <= cols && reinterpret_cast<uintptr_t>(row + first) % 16 == 0) {
+    *reinterpret_cast<float4*>(row + first) = {four.at[0], four.at[1], four.at[2], four.at[3]};
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kLaneColumns; ++i)
+    if (first + i < cols) row[first + i] = four.at[i];
+}
+
+__device__ __forceinline__ float add_experts(const AddExpertsCall& call, int64_t r, int64_t c,
+                                             float sum) {
+  for (int i = 0; i < call.top_k; ++i)
+    sum += call.x.data[call.slot[r * call.top_k + i] * call.x.stride + c];
+  return sum;
+}
+
+// A block normalises a row, to which experts may be added before, and writes it as an operand too
+// if there is one. x may be out. Warps take spans in turn, in each step the same; what a thread has
+// in the first kKept of them stays in registers (6,144 columns), so that most rows are read once.
+constexpr int kNormThreads = 512, kNormWarps = kNormThreads / kWarp, kKept = 3;
+__global__ void __launch_bounds__(kNormThreads, 1) norm_kernel(const NormCall call) {
+  constexpr int kStep = kNormWarps * kOperandSpan;
+  const int begin = threadIdx.x / kWarp * kOperandSpan + threadIdx.x % kWarp * kLaneColumns;
+  const auto cols = static_cast<int>(call.cols);
+  const auto kept = [&](const auto& each) {
+#pragma unroll
+    for (int k = 0; k < kKept; ++k) each(k, begin + k * kStep);
+  };
+  Four weights[kKept], values[kKept];
+  kept([&](int k, int first) { weights[k] = load_four(call.weight, first, cols); });
   after_earlier_kernels();
   auto* scratch = reinterpret_cast<float*>(shared_memory());
   const int64_t r = blockIdx.x;
   const float* x = call.x.data + r * call.x.stride;
   float* out = call.out.data + r * call.out.stride;
-  const auto count = static_cast<float>(call.cols);
-  const int64_t begin = threadIdx.x / kWarp * kOperandSpan + threadIdx.x % kWarp * kLaneColumns;
-  constexpr int64_t kStep = kWarps * kOperandSpan;
+  const auto count = static_cast<float>(cols);
   const auto sum_of = [&](const auto& term) {
     float sum = 0;
-    for (int64_t first = begin; first < call.cols; first += kStep)
+    const auto add = [&](const Four& four, int first) {
 #pragma unroll
       for (int i = 0; i < kLaneColumns; ++i)
-        if (first + i < call.cols) sum = term(sum, x[first + i]);
-    return sum_block<kThreads>(sum, scratch);
+        if (first + i < cols) sum = term(sum, four.at[i]);
+    };
+    kept([&](int k, int first) { add(values[k], first); });
+    for (int first = begin + kKept * kStep; first < cols; first += kStep)
+      add(load_four(x, first, cols), first);
+    return sum_block<kNormThreads>(sum, scratch);
   };
+  kept([&](int k, int first) { values[k] = load_four(x, first, cols); });
+  if (call.added.rows > 0) {
+    float* residual = call.added.residual.data + r * call.added.residual.stride;  // x
+    const auto add = [&](Four& four, int first) {
+#pragma unroll
+      for (int i = 0; i < kLaneColumns; ++i)
+        if (first + i < cols) four.at[i] = add_experts(call.added, r, first + i, four.at[i]);
+      store_four(residual, first, cols, four);
+    };
+    kept([&](int k, int first) { add(values[k], first); });
+    for (int first = begin + kKept * kStep; first < cols; first += kStep) {
+      Four four = load_four(x, first, cols);
+      add(four, first);
+    }
+  }
   const float mean =
       call.bias != nullptr ? sum_of([](float sum, float at) { return sum + at; }) / count : 0.0f;
   const float squares =
       sum_of([&](float sum, float at) { return fmaf(at - mean, at - mean, sum); });
   const float factor = 1.0f / sqrtf(squares / count + call.eps);
   const bool prepares = call.operand.data != nullptr;
-  const int64_t end = prepares ? call.operand.stride : call.cols;
-  for (int64_t first = begin; first / kOperandSpan * kOperandSpan < end; first += kStep) {
-    float values[kLaneColumns];
+  const int end = prepares ? static_cast<int>(call.operand.stride) : cols;
+  const auto finish = [&](Four four, const Four& weight, int first) {
+    if (first / kOperandSpan * kOperandSpan >= end) return;  // a whole warp
 #pragma unroll
     for (int i = 0; i < kLaneColumns; ++i) {
-      const int64_t c = first + i;
-      values[i] = 0;
-      if (c >= call.cols) continue;
-      values[i] = (x[c] - mean) * factor * call.weight[c];
-      if (call.bias != nullptr) values[i] += call.bias[c];
-      out[c] = values[i];
+      four.at[i] = (four.at[i] - mean) * factor * weight.at[i];
+      if (call.bias != nullptr && first + i < cols) four.at[i] += call.bias[first + i];
+      if (first + i >= cols) four.at[i] = 0;
     }
-    if (prepares) store_operand(call.operand, r, first / kOperandSpan, values);
-  }
+    store_four(out, first, cols, four);
+    if (prepares) store_operand(call.operand, r, first / kOperandSpan, four.at);
+  };
+  kept([&](int k, int first) { finish(values[k], weights[k], first); });
+  for (int first = begin + kKept * kStep; first / kOperandSpan * kOperandSpan < end; first += kStep)
+    finish(load_four(x, first, cols), load_four(call.weight, first, cols), first);
 }
 
 __global__ void __launch_bounds__(kThreads) move_kernel(const MoveCall call) {
@@ -87,10 +148,7 @@ __global__ void __launch_bounds__(kThreads) add_experts_kernel(const AddExpertsC
   const int64_t c = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (c >= call.cols) return;
   float* residual = call.residual.data + r * call.residual.stride + c;
-  float sum = *residual;
-  for (int i = 0; i < call.top_k; ++i)
-    sum += call.x.data[call.slot[r * call.top_k + i] * call.x.stride + c];
-  *residual = sum;
+  *residual = add_experts(call, r, c, *residual);
 }
 
 __global__ void __launch_bounds__(kThreads) unfold_kernel(const UnfoldCall call) {
@@ -130,8 +188,8 @@ int launch_prepare_operand(const OperandCall& call, Stream stream) {
                 kThreads, 0, stream, call);
 }
 int launch_norm(const NormCall& call, Stream stream) {
-  return launch(norm_kernel, dim3{static_cast<unsigned>(call.rows), 1, 1}, kThreads,
-                kWarps * sizeof(float), stream, call);
+  return launch(norm_kernel, dim3{static_cast<unsigned>(call.rows), 1, 1}, kNormThreads,
+                kNormWarps * sizeof(float), stream, call);
 }
 int launch_move(const MoveCall& call, Stream stream) {
   return launch(move_kernel, grid_over(call.rows, call.cols), kThreads, 0, stream, call);

@@ -26,6 +26,9 @@ struct alignas(16) uint4 {
 struct alignas(8) float2 {
   float x, y;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 
 #define threadIdx (emulator::Machine::instance().thread_index())
 #define blockIdx (emulator::Machine::instance().block_index)
