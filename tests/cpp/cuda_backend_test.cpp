@@ -3,3 +3,51 @@
 
 // by the tests of every backend.
 #include "backend_test.cpp"
+
+// Passes of which every one brings other tables, whose kernels are started one by one, in batches
+// of which some are cut anywhere, and at the end of the pass: the third time as graphs. Operations
+// that do another's work must not change a bit either.
+TEST(passes_in_batches_have_the_bits_of_single_kernels) {
+  std::mt19937 random(11);
+  constexpr int64_t kRows = 3, kHidden = 260, kWidth = 96, kExperts = 5;
+  const MoeData experts(random, kHidden, kWidth, kExperts, 2, DType::kBF16);
+  const Matrix square = random_matrix(random, kHidden, kHidden, DType::kF32);
+  const std::vector<float> weight = randoms(random, kHidden);
+  std::vector<std::vector<float>> inputs;
+  std::vector<std::vector<int32_t>> orders = {{2, 0, 1}, {1, 0, 2}, {0, 0, 0}, {2, 0, 1}};
+  for (size_t pass = 0; pass < orders.size(); ++pass)
+    inputs.push_back(randoms(random, kRows * kHidden));
+
+  const auto passes = [&](size_t batch_kernels) {
+    const auto backend =
+        make_cuda_backend(emulator::device_table(), 0, make_cpu_backend({"", 1}), batch_kernels);
+    const MoeWeights moe = experts.load(*backend);
+    const MatrixSource part = square.source();
+    const WeightRef quantized = backend->load_matrix({&part, 1}, {WeightFormat::kInt8G32});
+    const VectorRef norm = load_vector(*backend, weight);
+    const Buffer memory[] = {backend->allocate(kRows * kHidden * 4),
+                             backend->allocate(kRows * kHidden * 4),
+                             backend->allocate(kRows * kHidden * 4)};
+    const auto rows = [&](int i) { return Rows(memory[i].floats(), kRows, kHidden); };
+    std::vector<std::vector<float>> results;
+    for (size_t pass = 0; pass < orders.size(); ++pass) {
+      backend->from_host(rows(0), inputs[pass].data());
+      backend->gather(rows(1), rows(0), orders[pass]);
+      for (int layer = 0; layer < 3; ++layer) {
+        backend->rms_norm(rows(2), rows(1), norm, 1e-5f);
+        backend->matmul(rows(1), rows(2), quantized, {.accumulate = true});
+        backend->rms_norm(rows(2), rows(1), norm, 1e-5f);
+        backend->moe(rows(1), rows(2), moe);
+      }
+      backend->rms_norm(rows(2), rows(1), norm, 1e-5f);
+      for (const int i : {1, 2}) {
+        results.emplace_back(kRows * kHidden);
+        backend->to_host(results.back().data(), rows(i));
+      }
+    }
+    return results;
+  };
+  const auto single = passes(1);
+  CHECK(single[0] != single[2]);
+  for (const size_t batch_kernels : {2, 7, 0}) CHECK(passes(batch_kernels) == single);
+}

@@ -78,6 +78,18 @@ cuda::Operand CudaBackend::prepare(const Source& source, WeightFormat format,
       return operand;
     }
   }
+  // Of few rows by the routing that chose them, if that has just been noted: it is one block.
+  constexpr int64_t kFewRows = 4;
+  if (source.index != nullptr && source.rows <= kFewRows) {
+    cuda::RoutingCall* const routing = device_->last(&cuda::DeviceTable::route);
+    if (routing != nullptr && routing->row == source.index && routing->score == source.score &&
+        routing->operand.data == nullptr) {
+      routing->operand = operand;
+      routing->x = device_rows(source.x);
+      routing->cols = source.cols;
+      return operand;
+    }
+  }
   device_->run("prepare", &cuda::DeviceTable::prepare_operand,
                cuda::OperandCall{operand, device_rows(source.x), source.rows, source.cols,
                                  source.index, source.score, source.gated});

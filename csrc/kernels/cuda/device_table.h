@@ -99,6 +99,10 @@ struct RoutingCall {
   int32_t* offsets;   // [experts + 1]: first slot of each expert
   int32_t* occupied;  // [min(experts, slots)] as in ExpertRows
   int32_t* slot;      // [rows][top_k]: a row's slots by ascending expert
+  // Rows times their scores, by slot, as an operand; none if its data is null.
+  Operand operand;
+  ConstFloatRows x;
+  int64_t cols;
 };
 
 // residual[r] += x[slot[r][0]], then + x[slot[r][1]], ...

@@ -1,11 +1,11 @@
 // Which expert gets which rows: a counting sort by one block, so that nothing of it waits for the
 // host.
-#include "kernels/cuda/launches.h"
+#include "kernels/cuda/operand.cuh"
 
 namespace puna::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
 
 // Whether logit `a` of expert i goes before `b` of expert j: of equal ones the lower index, and NaN
@@ -100,6 +100,19 @@ __global__ void __launch_bounds__(kThreads) route_kernel(const RoutingCall call,
       (call.row[middle] <= r ? low : high) = middle;
     }
     call.slot[i] = low;
+  }
+  if (call.operand.data == nullptr) return;
+  // Scores and rows are read by other threads than wrote them: all have passed a barrier since.
+  const int64_t spans = (call.operand.stride + kOperandSpan - 1) / kOperandSpan;
+  for (int64_t i = threadIdx.x / kWarp; i < slots * spans; i += kWarps) {
+    const int64_t slot = i / spans, span = i % spans;
+    const float* x = call.x.data + call.row[slot] * call.x.stride;
+    const int64_t column = span * kOperandSpan + threadIdx.x % kWarp * kLaneColumns;
+    float values[kLaneColumns];
+#pragma unroll
+    for (int k = 0; k < kLaneColumns; ++k)
+      values[k] = column + k < call.cols ? call.score[slot] * x[column + k] : 0.0f;
+    store_operand(call.operand, slot, span, values);
   }
 }
 
