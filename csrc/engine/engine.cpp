@@ -32,6 +32,12 @@ int64_t disk_budget(const LoadOptions& options) {
   return error ? 0 : static_cast<int64_t>(space.available);
 }
 
+// Whether what is asked for is nothing that the CPU alone can do: keys and values on a disk, or
+// named instructions.
+bool gpu_will_do(const LoadOptions& options) {
+  return options.kv_disk.empty() && options.isa.empty();
+}
+
 }  // namespace
 
 Engine::Engine(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
@@ -60,13 +66,18 @@ std::shared_ptr<Engine> Engine::load(const LoadOptions& options) {
   const DType weight_type = stored_type(weights.text);
 
   // What will be needed, before a weight is read.
-  impl->backend = make_backend(options.device, {options.isa, options.threads});
-  const Planner planner(spec, weights, packed ? std::optional(packed->sizes()) : std::nullopt,
-                        impl->backend->device_memory().value_or(available_memory_bytes()));
-  impl->plan = planner.plan(options, disk_budget(options));
+  std::optional<Planner> planner;
+  for (const std::string& device : devices_to_try(options.device, gpu_will_do(options))) {
+    impl->backend.reset();
+    impl->backend = make_backend(device, {options.isa, options.threads});
+    planner.emplace(spec, weights, packed ? std::optional(packed->sizes()) : std::nullopt,
+                    impl->backend->device_memory().value_or(available_memory_bytes()));
+    impl->plan = planner->plan(options, disk_budget(options));
+    if (impl->plan.fits) break;
+  }
   const Plan& plan = impl->plan;
   require_fit(plan);
-  const PackedBytes& sizes = planner.weights(options);
+  const PackedBytes& sizes = planner->weights(options);
   const bool vision = options.vision && spec.vision.has_value();
   impl->tokenizer = tokenizer_of(*impl->checkpoint);
   KvStoreOptions kv;

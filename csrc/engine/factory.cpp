@@ -1,7 +1,6 @@
 #include "engine/factory.h"
 
 #include <charconv>
-#include <string_view>
 
 #include "backend/cpu/cpu_backend.h"
 #include "backend/cuda/cuda_backend.h"
@@ -24,9 +23,6 @@ struct Entry {
   std::unique_ptr<Backend> (*make)(const BackendOptions&);
   BackendStatus (*status)();
 };
-
-// "auto" leaves this one out until it has passed its tests on hardware (ADR 0009).
-constexpr std::string_view kUntried = "cuda";
 
 constexpr Entry kBackends[] = {
 #define PUNA_BACKEND(name) {#name, &make_##name##_backend, &name##_status},
@@ -54,13 +50,21 @@ std::unique_ptr<Backend> make_backend(const std::string& device, BackendOptions 
   }
   for (const Entry& entry : kBackends) {
     names += (names.empty() ? "" : ", ") + std::string(entry.name);
-    if (name == "auto" ? entry.name == kUntried : name != entry.name) continue;
+    if (name != entry.name) continue;
     const BackendStatus status = entry.status();
     if (status.available) return entry.make(options);
-    if (name != "auto") fail(ErrorCode::kDevice, "device '", device, "': ", status.why);
+    fail(ErrorCode::kDevice, "device '", device, "': ", status.why);
   }
   fail(ErrorCode::kInvalidRequest, "device is '", device, "'; it must be 'auto' or one of ", names,
        " (of several GPUs cuda:0, cuda:1, ...)");
+}
+
+std::vector<std::string> devices_to_try(const std::string& device, bool gpu_will_do) {
+  if (device != "auto") return {device};
+  std::vector<std::string> devices;
+  if (gpu_will_do && cuda_status().available) devices.push_back("cuda");
+  devices.push_back("cpu");
+  return devices;
 }
 
 std::unique_ptr<KvTier> make_memory_tier(int64_t budget) { return make_ram_tier(budget); }

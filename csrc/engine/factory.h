@@ -10,9 +10,13 @@
 
 namespace puna {
 
-// "auto" takes the first available of backends.inc. Throws InvalidRequest for a name that does not
-// exist, and DeviceError, with the reason, for one that cannot run here.
+// Throws InvalidRequest for a name that does not exist, and DeviceError, with the reason, for one
+// that cannot run here.
 std::unique_ptr<Backend> make_backend(const std::string& device, BackendOptions options);
+
+// Where to load a model, the best first: the device itself, or of "auto" a GPU, if one is there and
+// will do, then the CPU, for models that do not fit the GPU's memory.
+std::vector<std::string> devices_to_try(const std::string& device, bool gpu_will_do);
 
 // Every instruction set of the backend that has them, best first.
 std::vector<IsaStatus> available_isas();

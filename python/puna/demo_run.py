@@ -31,7 +31,7 @@ def run_demo(seed: int | None = None, image_out: str | None = None) -> int:
     """
     seed = random.randrange(10**6) if seed is None else seed
     started = time.monotonic()
-    with puna.load("demo", progress=False) as llm:
+    with puna.load("demo", device="cpu", progress=False) as llm:
         parameters = llm.info.parameters / 1e6
         print(
             f"This is puna {puna.__version__} with its demo model: a real Llama 4 in miniature "

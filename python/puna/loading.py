@@ -61,8 +61,9 @@ def load(
         kv_disk: Bytes that those files may take, as a number or like "200G"; None is what the disk
             has free.
         device: "cpu", "cuda" (or "cuda:1", of several GPUs), or "ref": the slow double-precision
-            reference. "auto" is the CPU, even where there is a GPU: the CUDA backend has not run on
-            hardware yet, only on an emulator.
+            reference. "auto" is the GPU if there is one whose memory holds the model and its
+            context, and neither `kv_offload` nor `isa` is given; otherwise the CPU. Sessions can
+            be saved, and `attention` be other than exact, on the CPU alone.
         experts: Where expert weights live: "auto" or "cpu" so far.
         memory: Bytes for weights and KV cache together, as a number or like "24G"; None is what the
             system has free.
@@ -108,7 +109,7 @@ def load(
     finally:
         if bar:
             bar.close()
-    if device == "auto":
+    if device == "auto" and not core.info()["device"].startswith("cuda"):
         _say_why_without_gpu()
     return Engine(core, path, progress)
 
@@ -119,8 +120,8 @@ def _say_why_without_gpu() -> None:
     cuda = next(backend for backend in _core.backends() if backend["name"] == "cuda")
     if cuda["available"]:
         _LOGGER.warning(
-            "device='auto' is the CPU although there is a GPU (%s): the CUDA backend has not been"
-            " tested on hardware yet; device='cuda' uses it",
+            "device='auto' is the CPU although there is a GPU (%s): its memory does not hold the"
+            " model and its context, or kv_offload or isa is given; device='cuda' says more",
             cuda["why"],
         )
     else:

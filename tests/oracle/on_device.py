@@ -31,10 +31,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """Logits of every token of the prompt, and the continuation."""
+    """Logits of every token of the prompt, the continuation, and what computed them."""
 
     logits: np.ndarray
     continuation: list[int]
+    device: str
 
 
 def compute(jobs: list[Job], folder: Path, library: str | None = None) -> list[Result]:
@@ -55,7 +56,10 @@ def compute(jobs: list[Job], folder: Path, library: str | None = None) -> list[R
     )
     assert done.returncode == 0, done.stderr[-4000:]
     with np.load(out) as found:
-        return [Result(found[f"logits{i}"], found[f"tokens{i}"].tolist()) for i in range(len(jobs))]
+        return [
+            Result(found[f"logits{i}"], found[f"tokens{i}"].tolist(), str(found[f"device{i}"]))
+            for i in range(len(jobs))
+        ]
 
 
 def _run(job: Job) -> Result:
@@ -71,7 +75,7 @@ def _run(job: Job) -> Result:
             )
             assert isinstance(made, puna.Completion)
             tokens = list(made.tokens)
-        return Result(logits, tokens)
+        return Result(logits, tokens, llm.plan.device)
 
 
 if __name__ == "__main__":
@@ -80,4 +84,5 @@ if __name__ == "__main__":
         result = _run(Job(**raw))
         RESULTS[f"logits{number}"] = result.logits
         RESULTS[f"tokens{number}"] = np.array(result.continuation, np.int64)
+        RESULTS[f"device{number}"] = np.array(result.device)
     np.savez(sys.argv[2], **RESULTS)

@@ -50,7 +50,7 @@ __device__ void choose(const float* logits, int experts, int top_k, int32_t* bes
 
 // `first` [experts + 1] is in shared memory, and so is `chosen` [slots], the experts of the slots
 // in the order of rows, if the slots are few.
-__global__ void __launch_bounds__(kThreads) route_kernel(const RoutingCall call, int few) {
+__global__ void __launch_bounds__(kThreads, 1) route_kernel(const RoutingCall call, int few) {
   after_earlier_kernels();
   auto* const first = reinterpret_cast<int32_t*>(shared_memory());
   int32_t* const chosen = few != 0 ? first + call.experts + 1 : call.slot;

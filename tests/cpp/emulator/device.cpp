@@ -79,7 +79,9 @@ int device_count(int* count) {
 }
 
 int device_info(int ordinal, DeviceInfo* info) {
-  *info = {{}, 9, 0, 1, int64_t{1} << 32, int64_t{1} << 32};
+  const char* const given = std::getenv("EMULATOR_MEMORY");  // bytes
+  const int64_t memory = given != nullptr ? std::atoll(given) : int64_t{1} << 32;
+  *info = {{}, 9, 0, 1, memory, memory};
   std::snprintf(info->name, sizeof(info->name), "%s", devices[ordinal].name);
   return 0;
 }
