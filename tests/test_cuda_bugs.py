@@ -68,13 +68,46 @@ CODES = Place("rows.cu", "rows.cu", "cuda_product_test", "products_of_Int4")
 ODD_CODES = Place("rows.cu", "rows.cu", "cuda_product_test", "odd")
 SUMS = Place("reduce.cuh", "rows.cu", "cuda_backend_test", "norms")
 ROUTING = Place("routing.cu", "routing.cu", "cuda_backend_test", "moe")
-ATTENTION = Place("attention.cu", "attention.cu", "cuda_attention_test", "attention_is_near")
-BATCHES = Place("attention.cu", "attention.cu", "cuda_attention_test", "a_batch_gives")
-LONG = Place("attention.cu", "attention.cu", "cuda_attention_test", "scores_may")
-GROUPS = Place("attention.cu", "attention.cu", "cuda_attention_test", "many_leaves")
-LAYOUT = Place("attention.cu", "attention.cu", "cuda_attention_test", "stated_layout")
-TILES = Place("attention.cu", "attention.cu", "cuda_attention_test", "vision_attention")
+TURNS = Place("turn.cuh", "append.cu", "cuda_attention_test", "attention_is_near")
+APPENDS = Place("append.cu", "append.cu", "cuda_attention_test", "attention_is_near")
+APPENDED_BATCHES = Place("append.cu", "append.cu", "cuda_attention_test", "a_batch_gives")
+LAYOUT = Place("append.cu", "append.cu", "cuda_attention_test", "stated_layout")
+PLAIN = Place("plain_attention.cuh", "attention.cu", "cuda_attention_test", "attention_is_near")
+PLAIN_SEALED = Place(
+    "plain_attention.cuh", "attention.cu", "cuda_sealed_attention_test", "sealed_attention"
+)
+PLAIN_PAGES = Place("attention.cu", "attention.cu", "cuda_attention_test", "attention_is_near")
+PLAIN_BATCHES = Place("attention.cu", "attention.cu", "cuda_attention_test", "a_batch_gives")
 SEALED = Place("attention.cu", "attention.cu", "cuda_sealed_attention_test", "sealed_attention")
+PAIRS = Place("attention.cuh", "attention.cu", "cuda_attention_test", "attention_is_near")
+LONG = Place("attention.cuh", "attention.cu", "cuda_attention_test", "scores_may")
+GROUPS = Place("attention.cuh", "attention.cu", "cuda_attention_test", "many_leaves")
+TENSOR = Place("tensor_attention.cu", "tensor_attention.cu", "cuda_attention_test", "any_cut")
+TENSOR_NEAR = Place(
+    "tensor_attention.cu", "tensor_attention.cu", "cuda_attention_test", "attention_is_near"
+)
+PRODUCTS_NEAR = Place(
+    "tile_products.cuh", "tensor_attention.cu", "cuda_attention_test", "attention_is_near"
+)
+PRODUCTS_CUT = Place("tile_products.cuh", "tensor_attention.cu", "cuda_attention_test", "any_cut")
+TENSOR_GROUPS = Place(
+    "tensor_attention.cu", "tensor_attention.cu", "cuda_attention_test", "groups_of_pages"
+)
+TENSOR_SEALED = Place(
+    "tensor_attention.cu", "tensor_attention.cu", "cuda_sealed_attention_test", "where_pages_lie"
+)
+OPEN_TILES = Place(
+    "page_tiles.cuh", "tensor_attention.cu", "cuda_attention_test", "attention_is_near"
+)
+OPEN_NAN_TILES = Place(
+    "page_tiles.cuh", "tensor_attention.cu", "cuda_attention_test", "groups_of_pages"
+)
+SEALED_TILES = Place(
+    "page_tiles.cuh", "tensor_attention.cu", "cuda_sealed_attention_test", "sealed_attention"
+)
+TILES = Place(
+    "vision_attention.cu", "vision_attention.cu", "cuda_attention_test", "vision_attention"
+)
 SEALING = Place("seal.cu", "seal.cu", "cuda_sealed_attention_test", "sealed")
 
 
@@ -96,7 +129,8 @@ SAMPLE = [
     Bug(quantized("Int4G32"), "{low[0], low[1], high[0], high[1]}", "{low[0], high[0], low[1], high[1]}"),
     Bug(SUMS, "  __syncthreads();  // what was read of an earlier sum\n", ""),
     Bug(ROUTING, BARRIER, "", behind="call.slot + r * call.top_k);"),
-    Bug(ATTENTION, BARRIER, "", behind="scores[t] = sums;"),
+    Bug(PLAIN, BARRIER, "", behind="scores[t] = sums;"),
+    Bug(PRODUCTS_CUT, "    __syncthreads();  // the tile is there, and the one before is not needed any more\n", ""),
     Bug(SEALING, "(bits & 0xffffu) != 0 ? 1 : 0", "0", behind="bf16_above"),
 ]  # fmt: skip
 OTHERS = [
@@ -202,46 +236,80 @@ OTHERS = [
     Bug(ROUTING, "if (call.offsets[e + 1] > 0)", "if (call.offsets[e + 1] > 1)"),
     Bug(ROUTING, "call.row[middle] <= r", "call.row[middle] < r"),
     Bug(ROUTING, "1.0 + exp(-logit)", "1.0 + exp(logit)"),
-    # --- attention.cu: turning and storing
-    Bug(ATTENTION, "a = fmaf(x, c, -(y * s))", "a = fmaf(x, c, y * s)"),
-    Bug(ATTENTION, "sum_lanes(squares) / static_cast<float>(dim)", "sum_lanes(squares)"),
-    Bug(ATTENTION, "mean = sum_lanes(squares)", "mean = squares"),
-    Bug(ATTENTION, "call.temperature[r] * call.scale", "call.scale"),
-    Bug(BATCHES, "call.cos + r * (dim / 2)", "call.cos"),
+    # --- append.cu, turn.cuh
+    Bug(TURNS, "a = fmaf(x, c, -(y * s))", "a = fmaf(x, c, y * s)"),
+    Bug(TURNS, "sum_lanes(squares) / static_cast<float>(dim)", "sum_lanes(squares)"),
+    Bug(TURNS, "mean = sum_lanes(squares)", "mean = squares"),
+    Bug(APPENDS, "call.temperature[r] * call.scale", "call.scale"),
+    Bug(APPENDED_BATCHES, "call.cos + r * (dim / 2)", "call.cos"),
     Bug(LAYOUT, "(token / kKeyBlock * dim + c) * kKeyBlock", "(token / kKeyBlock + c) * kKeyBlock"),
     Bug(LAYOUT, "(head - call.heads.query) * call.open.head_bytes", "0"),
-    # --- attention.cu: pages and their states
-    Bug(ATTENTION, "index > query.before", "index >= query.before"),
-    Bug(ATTENTION, "own ? query.seen : kPageTokens", "kPageTokens"),
-    Bug(ATTENTION, "own ? query.seen : kPageTokens", "own ? query.seen - 1 : kPageTokens"),
-    Bug(BATCHES, "call.pages[query.first + index]", "call.pages[index]"),
-    Bug(BATCHES, "query.row * call.qkv.stride", "blockIdx.z * call.qkv.stride * 0"),
-    Bug(ATTENTION, "first = blockIdx.y % slices * kMostQueries", "first = 0"),
-    Bug(ATTENTION, "group - first < kMostQueries ? group - first : kMostQueries", "kMostQueries"),
-    Bug(ATTENTION, "sum += scores[t].of[i] = expf", "sum += expf"),
-    Bug(ATTENTION, "most = max_lanes(most);", ""),
-    Bug(ATTENTION, BARRIER, "", behind="states[i * stride + 1] = sum;"),
-    Bug(ATTENTION, BARRIER, "", behind="const auto attend = [&]"),
-    Bug(LONG, "const float top = fmaxf(most, state[0]);", "const float top = state[0];"),
-    Bug(ATTENTION, "sum = fmaf(sum, old_factor, ", "sum = fmaf(sum, 1.0f, "),
-    Bug(ATTENTION, "pages = call.queries[query].before + 1", "pages = call.queries[query].before"),
-    Bug(ATTENTION, "if (j >= there) break;", "", behind="page.values(t, c, there)"),
-    # --- attention.cu: groups of pages
-    Bug(GROUPS, "  __syncthreads();  // all have read what the first thread overwrites\n", ""),
-    Bug(GROUPS, "first = blockIdx.z * kGroupPages", "first = 0"),
-    Bug(GROUPS, "left < kGroupPages ? left : kGroupPages", "kGroupPages"),
-    Bug(GROUPS, "(pages + kGroupPages - 1) / kGroupPages", "pages / kGroupPages"),
-    Bug(GROUPS, "states[1] = merged.total", "states[1] = merged.sum"),
-    Bug(GROUPS, "(grouped ? kGroupPages : 1) * (2 + dim)", "2 + dim"),
-    # --- attention.cu: sealed pages
-    Bug(SEALED, "half(high, i) << 4 | half(low, i)", "half(high, i) << 4"),
-    Bug(SEALED, "i % 4 * 8 + i / 4 * 4", "i % 4 * 8"),
-    Bug(SEALED, "key_scales[padded + c + i]", "key_scales[c + i]"),
-    Bug(SEALED, "value_scales[kPageTokens + t + i]", "value_scales[t + i]"),
-    Bug(SEALED, "i < 4 ? first : second", "first"),
-    Bug(SEALED, "c / kLineRows * (kPageTokens / kTokens)", "c / kLineRows"),
+    # --- attention.cu, plain_attention.cuh
+    Bug(PLAIN_PAGES, "page > tile.before", "page >= tile.before"),
+    Bug(PLAIN_PAGES, "pair_of(call, tile, kv_head, 0).seen : kPageTokens", "kPageTokens : kPageTokens"),
+    Bug(PLAIN_BATCHES, "call.pages[tile.first_page + page]", "call.pages[page]"),
+    Bug(PLAIN_PAGES, BARRIER, "", behind="const auto attend = [&]"),
+    Bug(PLAIN, "sum += scores[t].of[i] = power_of_2", "sum += power_of_2"),
+    Bug(PLAIN, "most = max_lanes(most);", ""),
+    Bug(PLAIN, BARRIER, "", behind="states[i * stride + 1] = sum;"),
+    Bug(PLAIN, "if (j >= there) break;", "", behind="page.values(t, c, there)"),
+    Bug(PLAIN_SEALED, "half(high, i) << 4 | half(low, i)", "half(high, i) << 4"),
+    Bug(PLAIN_SEALED, "i % 4 * 8 + i / 4 * 4", "i % 4 * 8"),
+    Bug(PLAIN_SEALED, "key_scales[padded + c + i]", "key_scales[c + i]"),
+    Bug(PLAIN_SEALED, "value_scales[kPageTokens + t + i]", "value_scales[t + i]"),
+    Bug(PLAIN_SEALED, "i < 4 ? first : second", "first"),
+    Bug(PLAIN_SEALED, "c / kLineRows * (kPageTokens / kTokens)", "c / kLineRows"),
     Bug(SEALED, "bytes + at.values + head * at.code_bytes", "bytes + at.values"),
-    # --- attention.cu: vision
+    # --- attention.cuh: pairs and states
+    Bug(PAIRS, "query = tile.query + (tile.first + i) / group", "query = tile.query"),
+    Bug(PAIRS, "(tile.first + i) % group", "i % group"),
+    Bug(PAIRS, "of.row * call.qkv.stride", "query * call.qkv.stride * 0"),
+    Bug(LONG, "const float top = fmaxf(most, state_most);", "const float top = state_most;"),
+    Bug(PAIRS, "fmaf(sum, old_one, ", "fmaf(sum, 1.0f, "),
+    Bug(PAIRS, "if (*slot) *arrived = 0;", ""),
+    Bug(PAIRS, "+ 1 == count", "+ 1 == 2"),
+    Bug(PAIRS, BARRIER, "", behind="if (*slot) *arrived = 0;"),
+    Bug(PAIRS, "  __syncthreads();  // for the only group's block, which reads what its threads wrote\n", ""),
+    Bug(GROUPS, "first = group * kGroupPages;", "first = 0;"),
+    Bug(GROUPS, "count = left < kGroupPages ? left : kGroupPages", "count = kGroupPages"),
+    Bug(GROUPS, "call.most_pages + group", "call.most_pages"),
+    Bug(GROUPS, "state[1] = static_cast<float>(merged.total)", "state[1] = sums[0]"),
+    # --- tensor_attention.cu
+    Bug(TENSOR, "float2*>(to + kStateHead + 8 * (kCount * warp + n) + 2 * t)", "float2*>(to + kStateHead + 8 * n + 2 * t)"),
+    Bug(TENSOR, "if (pair >= tile.pairs) return 0;", "if (pair > tile.pairs) return 0;"),
+    Bug(TENSOR_NEAR, "seen[half] = g + 8 * half < tile.pairs ? pair.seen : kPageTokens;", "seen[half] = kPageTokens;"),
+    Bug(TENSOR, "first + lane % 16, 2 * step + lane / 16", "first + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2"),
+    Bug(PRODUCTS_NEAR, "2 * t + i % 2 >= seen[i / 2]", "2 * t + i % 2 > seen[i / 2]"),
+    Bug(PRODUCTS_NEAR, "2 * t + i % 2 >= seen[i / 2]", "2 * t >= seen[i / 2]"),
+    Bug(PRODUCTS_NEAR, "most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 1));", ""),
+    Bug(PRODUCTS_NEAR, "total[row] *= factor[row];", ""),
+    Bug(PRODUCTS_NEAR, "sums[n][i] *= factor[i / 2]", "sums[n][i] *= factor[i % 2]"),
+    Bug(PRODUCTS_NEAR, "total[1] = totals[2];", "total[1] = totals[1];"),
+    Bug(TENSOR_NEAR, "if (own) hide(scores", "if (false) hide(scores"),
+    Bug(TENSOR, "w < kTileWarps; ++w", "w < kTileWarps - 1; ++w"),
+    Bug(TENSOR, BARRIER, "", behind="memory.most[warp][g + 8 * row] = most;"),
+    Bug(TENSOR, BARRIER, "", behind="memory.weights[g + 8 * row][4 * warp + t] ="),
+    Bug(TENSOR, "from.page == tile.own", "false"),
+    Bug(TENSOR, "from.number * kTileTokens", "0", behind="attend_groups_kernel"),
+    Bug(TENSOR, "from.number + 1 < tiles_of(from.tokens)", "from.number + 1 < kPageTiles"),
+    Bug(TENSOR, "step % kPageTiles", "step"),
+    Bug(TENSOR_GROUPS, "first + threadIdx.x < tile.before", "first + threadIdx.x + 1 < tile.before"),
+    Bug(TENSOR_GROUPS, "left < kGroupPages ? left : kGroupPages", "kGroupPages"),
+    Bug(TENSOR_GROUPS, "if (left < kGroupPages) {", "if (left <= kGroupPages) {"),
+    # --- page_tiles.cuh
+    Bug(PRODUCTS_NEAR, "column * kColumn + row * 16", "column * kColumn + row / 2 * 32"),
+    Bug(PRODUCTS_NEAR, "n + lane % 8 + lane / 16 * 8, k / 8 + lane / 8 % 2", "n + lane % 16, k / 8 + lane / 16"),
+    Bug(OPEN_TILES, "2 * block + half)", "2 * block + 1 - half)"),
+    Bug(OPEN_NAN_TILES, "i < left)", "true)"),
+    Bug(OPEN_TILES, "wait_for_copies<0>();", "wait_for_copies<1>();"),
+    Bug(SEALED_TILES, "kMinus2176 = 0xc508c508u", "kMinus2176 = 0xc500c500u"),
+    Bug(SEALED_TILES, "kNeighbours = 0x3120u", "kNeighbours = 0x3210u"),
+    Bug(SEALED_TILES, "pair(4, scale.z, zero.z)", "pair(4, scale.z, zero.y)"),
+    Bug(SEALED_TILES, "scales + octet * 16", "scales + warp * 16"),
+    Bug(SEALED_TILES, "(value[part][1] & ~kLow)", "(value[part][1] & kLow)"),
+    Bug(SEALED_TILES, "line += call.closed.lower", "line += 0"),
+    Bug(SEALED_TILES, "(of.number * kTileTokens + warp * 8) * 2;", "(of.number * kTileTokens) * 2;"),
+    # --- vision_attention.cu
     Bug(TILES, "r % call.tokens * (call.dim / 2)", "r * (call.dim / 2)"),
     Bug(TILES, "keys_left < kPageTokens ? keys_left : kPageTokens", "kPageTokens"),
     Bug(TILES, "tile * call.tokens + token) * call.qkv.stride", "token) * call.qkv.stride"),

@@ -111,7 +111,10 @@ double largest(const std::vector<float>& values) {
 // through RoPE, norm and scale; a relative error of exp(score), twice (weight and total), and the
 // sums over at most one leaf, whose roundings have random signs (4 standard deviations taken).
 // bfloat16 pages: a key or value next to a rounding boundary may fall to the other side; one
-// channel of a score and one value are granted.
+// channel of a score and one value are granted. That is also more than is lost where queries and
+// weights are rounded to bfloat16: of a score, whose n terms are products of standard normal
+// values, 4 standard deviations are 4 / sqrt(12) sqrt(n) kEpsBF16, while the largest of thousands
+// of channels, squared, is above 20; of a weight half of kEpsBF16.
 double attention_bound(const Sequence& sequence) {
   const Shape& shape = sequence.shape;
   const auto n = static_cast<double>(shape.head_dim);
@@ -138,7 +141,7 @@ const Shape kShapes[] = {
     {4, 2, 24, DType::kF32, true, true, false},   {5, 1, 16, DType::kF32, false, false, true},
     {6, 3, 18, DType::kBF16, true, false, false}, {3, 3, 128, DType::kBF16, false, false, true},
     {2, 1, 34, DType::kBF16, true, true, true},   {1, 1, 2, DType::kF32, true, false, false},
-    {11, 1, 4, DType::kF32, false, false, false},
+    {11, 1, 4, DType::kF32, false, false, false}, {10, 2, 64, DType::kBF16, true, true, false},
 };
 
 }  // namespace

@@ -23,7 +23,10 @@ std::vector<float> rows_of(const std::vector<float>& all, int64_t first, int64_t
 // the same on both sides. Sealed pages add, per score and per output, what the whole numbers of a
 // query and of the weights are off by (attention_sealed_test.cpp), where they become such; the
 // scale of a channel is at most its range, twice the largest value, over the levels, and rounded
-// up.
+// up. Where the operands of products are bfloat16 each term of a score loses two roundings, of the
+// query and of the unsealed key, a half of kEpsBF16 at most and evenly spread; the terms are
+// products of standard normal values, and 4 standard deviations are granted. An output loses those
+// of a weight and of a value.
 double bound_of(const Sequence& sequence) {
   const Shape& shape = sequence.shape;
   const auto n = static_cast<double>(shape.head_dim);
@@ -38,6 +41,10 @@ double bound_of(const Sequence& sequence) {
     score += 4 * std::sqrt(n) * word * value * factor;
     added += 4 * 16 * word;
   }
+  if (kRoundsOperands && shape.page_type == DType::kBF16) {
+    score += 4 / std::sqrt(12.0) * std::sqrt(2 * n) * kEpsBF16 * factor;
+    added += kEpsBF16 * value;
+  }
   const auto terms = static_cast<double>(std::min<int64_t>(sequence.tokens, 2048));
   return value * (4 * score + (4 * std::sqrt(terms) + 32) * kEps) + added;
 }
@@ -45,7 +52,8 @@ double bound_of(const Sequence& sequence) {
 const Shape kShapes[] = {
     {4, 2, 24, DType::kBF16, KvSeal::kInt8}, {5, 1, 16, DType::kBF16, KvSeal::kInt4},
     {3, 1, 33, DType::kF32, KvSeal::kInt8},  {8, 4, 7, DType::kBF16, KvSeal::kInt4},
-    {3, 3, 20, DType::kBF16, KvSeal::kNone},
+    {3, 3, 20, DType::kBF16, KvSeal::kNone}, {5, 1, 64, DType::kBF16, KvSeal::kInt4},
+    {6, 2, 64, DType::kBF16, KvSeal::kInt8},
 };
 // For short texts: plain code takes its time.
 const Shape kWide[] = {{5, 1, 128, DType::kBF16, KvSeal::kInt8},

@@ -18,6 +18,8 @@ constexpr size_t kBatched = 3;
 constexpr bool kReadsStreams = true;
 // Whether queries and weights become whole numbers before they meet the codes of sealed pages.
 constexpr bool kSealedInIntegers = true;
+// Whether queries, weights and what is unsealed become bfloat16.
+constexpr bool kRoundsOperands = false;
 
 // The CPU backend for each instruction set that runs here, each with 1, 2 and 3 threads.
 inline std::vector<std::vector<Named>>& subjects() {

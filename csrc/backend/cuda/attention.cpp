@@ -13,7 +13,10 @@ namespace {
 // million 85 MB.
 constexpr int64_t kStateBytes = int64_t{256} << 20;
 // A device's limit for all but the first direction of a grid.
-constexpr int64_t kMostQueries = 65535;
+constexpr int64_t kMostTiles = 65535;
+// What a multiprocessor of an H200 takes for a page, in microseconds: with a tile of kAttendPages,
+// and with one of kAttendGroups.
+constexpr double kPagesMicroseconds = 1.2, kGroupsMicroseconds = 3.6;
 
 cuda::OpenPages open_pages(const KvPageLayout& layout) {
   return {static_cast<int64_t>(layout.head_bytes()), static_cast<int64_t>(layout.part_bytes()),
@@ -62,6 +65,42 @@ const void* closed_page(const AttentionInput& input, const AttentionSegment& seg
   return page;
 }
 
+// Cuts runs of pairs into tiles for the kinds of kernels, whichever takes less time.
+void divide(std::span<const cuda::AttentionTile> runs, const cuda::AttendCall& call,
+            int multiprocessors, std::span<std::vector<cuda::AttentionTile>> tiles) {
+  const auto tiles_of = [](const cuda::AttentionTile& run, cuda::AttendKind kind) {
+    return (run.pairs + cuda::kMostPairs[kind] - 1) / cuda::kMostPairs[kind];
+  };
+  const auto cut = [&](const cuda::AttentionTile& run, cuda::AttendKind kind, int32_t unit) {
+    for (int32_t begin = 0; begin < run.pairs; begin += unit)
+      for (int32_t first = begin; first < begin + unit && first < run.pairs;
+           first += cuda::kMostPairs[kind]) {
+        cuda::AttentionTile& tile = tiles[kind].emplace_back(run);
+        tile.first = first;
+        tile.pairs = std::min({cuda::kMostPairs[kind], begin + unit - first, run.pairs - first});
+      }
+  };
+  if (!cuda::on_tensor_cores(call.open.form, call.heads.dim)) {
+    for (const cuda::AttentionTile& run : runs)  // tiles are of one query
+      cut(run, cuda::kAttendPlain, call.heads.query / call.heads.key_value);
+    return;
+  }
+  const auto is_wide = [&](const auto& run) { return tiles_of(run, cuda::kAttendPages) > 1; };
+  double by_pages = 0, by_groups = 0, longest = 0;
+  for (const cuda::AttentionTile& run : runs) {
+    if (!is_wide(run)) continue;
+    const double pages = static_cast<double>((run.before + 1) * call.heads.key_value);
+    by_pages += tiles_of(run, cuda::kAttendPages) * pages * kPagesMicroseconds;
+    by_groups += tiles_of(run, cuda::kAttendGroups) * pages * kGroupsMicroseconds;
+    longest = std::max(longest,
+                       static_cast<double>(std::min<int64_t>(run.before + 1, cuda::kGroupPages)) *
+                           kGroupsMicroseconds);
+  }
+  const bool groups = by_groups / multiprocessors + longest < by_pages / multiprocessors;
+  for (const cuda::AttentionTile& run : runs)
+    cut(run, groups && is_wide(run) ? cuda::kAttendGroups : cuda::kAttendPages, run.pairs);
+}
+
 }  // namespace
 
 void CudaBackend::append(const AttentionInput& input) {
@@ -108,8 +147,9 @@ void CudaBackend::seal(const AttentionInput& input) {
 void CudaBackend::attend(Rows out, const AttentionInput& input) {
   if (out.rows == 0) return;
   std::vector<cuda::AttentionQuery> queries;
-  std::vector<const void*> pages;  // of the segments, one after the other
-  int64_t most_pages = 0;
+  std::vector<const void*> pages;         // of the segments, one after the other
+  std::vector<cuda::AttentionTile> runs;  // of all queries in a row that have the same own page
+  const int64_t group = input.heads / input.layout.kv_heads;
   const AttentionSegment* segment = nullptr;
   int64_t first_page = 0;
   for (int64_t i = 0; i < out.rows; ++i) {
@@ -123,27 +163,50 @@ void CudaBackend::attend(Rows out, const AttentionInput& input) {
     const int64_t own = token / kPageTokens;
     for (int64_t page = std::ssize(pages) - first_page; page < own; ++page)
       pages.push_back(closed_page(input, *segment, page));
-    queries.push_back({open_page(*segment, own), row, first_page, own,
-                       static_cast<int32_t>(token % kPageTokens + 1)});
-    most_pages = std::max(most_pages, own + 1);
+    queries.push_back({row, token % kPageTokens + 1});
+    const void* const own_page = open_page(*segment, own);
+    if (runs.empty() || runs.back().own != own_page)
+      runs.push_back({own_page, first_page, own, i, 0, 0});
+    runs.back().pairs += static_cast<int32_t>(group);
   }
   cuda::AttendCall call = {};
+  call.out = device_rows(out);
   call.qkv = device_rows(ConstRows(input.qkv));
+  call.queries = device_->table(std::span<const cuda::AttentionQuery>(queries));
   call.pages = device_->table(std::span<const void* const>(pages));
-  call.most_pages = most_pages;
   call.heads = heads_of(input);
   call.open = open_pages(input.layout);
   call.closed = closed_pages(input);
-  const auto* const query_table = device_->table(std::span<const cuda::AttentionQuery>(queries));
-  const int64_t row_floats = input.heads * most_pages * (2 + input.layout.head_dim);
+  std::vector<cuda::AttentionTile> tiles[std::size(cuda::kMostPairs)];
+  divide(runs, call, device_->multiprocessors(), tiles);
+  for (int32_t kind = 0; kind < static_cast<int32_t>(std::size(tiles)); ++kind) {
+    call.kind = kind;
+    attend_tiles(call, tiles[kind]);
+  }
+}
+
+void CudaBackend::attend_tiles(cuda::AttendCall call, std::span<const cuda::AttentionTile> tiles) {
+  if (tiles.empty()) return;
+  for (const cuda::AttentionTile& tile : tiles) {
+    call.most_pages = std::max(call.most_pages, tile.before + 1);
+    call.most_pairs = std::max<int64_t>(call.most_pairs, tile.pairs);
+  }
+  // The same for many steps of decoding, whose kernels then repeat.
+  if (call.most_pages > cuda::kGroupPages)
+    call.most_pages = cuda::groups_of(call.most_pages) * cuda::kGroupPages;
+  const int64_t tile_floats = call.heads.key_value * call.most_pairs *
+                              cuda::parts_of(call.kind, call.most_pages) *
+                              cuda::state_floats(call.heads.dim);
   const int64_t each =
-      std::clamp<int64_t>(kStateBytes / (row_floats * static_cast<int64_t>(sizeof(float))), 1,
-                          std::min(out.rows, kMostQueries));
-  call.states = states_.reserve<float>(*device_, each * row_floats);
-  for (int64_t first = 0; first < out.rows; first += each) {
-    call.count = std::min(each, out.rows - first);
-    call.queries = query_table + first;
-    call.out = device_rows(out.slice(first, call.count));
+      std::clamp<int64_t>(kStateBytes / (tile_floats * static_cast<int64_t>(sizeof(float))), 1,
+                          std::min(std::ssize(tiles), kMostTiles));
+  const int64_t counters = call.heads.key_value * (cuda::groups_of(call.most_pages) + 1);
+  call.states = states_.reserve<float>(*device_, each * tile_floats);
+  call.arrived = arrived_.reserve<int32_t>(*device_, each * counters);
+  const cuda::AttentionTile* const table = device_->table(tiles);
+  for (int64_t first = 0; first < std::ssize(tiles); first += each) {
+    call.count = std::min(each, std::ssize(tiles) - first);
+    call.tiles = table + first;
     device_->run("attend", &cuda::DeviceTable::attend, call);
   }
 }
@@ -174,11 +237,13 @@ void CudaBackend::vision_attention(Rows out, Rows qkv, int64_t tiles, int64_t to
   call.tokens = tokens;
   call.heads = static_cast<int32_t>(heads);
   call.dim = static_cast<int32_t>(dim);
+  call.bf16 = operands == DType::kBF16;
   call.cos = device_->table(std::span(cos, angles));
   call.sin = device_->table(std::span(sin, angles));
   call.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(dim)));
   const int64_t pages = (tokens + kPageTokens - 1) / kPageTokens;
-  call.states = states_.reserve<float>(*device_, tiles * tokens * heads * pages * (2 + dim));
+  call.states =
+      states_.reserve<float>(*device_, tiles * tokens * heads * pages * cuda::state_floats(dim));
   device_->run("vision_attention", &cuda::DeviceTable::vision_attention, call);
 }
 

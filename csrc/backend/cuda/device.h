@@ -33,6 +33,7 @@ class CudaDevice : public std::enable_shared_from_this<CudaDevice> {
 
   const char* name() const { return info_.name; }
   int64_t free_memory() const;
+  int32_t multiprocessors() const { return info_.multiprocessors; }
 
   // Zeroed; OutOfMemory with the numbers. Lives as long as what was handed out.
   std::shared_ptr<void> allocate(size_t bytes);

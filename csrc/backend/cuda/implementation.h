@@ -77,6 +77,7 @@ class CudaBackend final : public Backend {
   void append(const AttentionInput& input);
   void seal(const AttentionInput& input);
   void attend(Rows out, const AttentionInput& input);
+  void attend_tiles(cuda::AttendCall call, std::span<const cuda::AttentionTile> tiles);
 
   std::shared_ptr<CudaDevice> device_;
   int ordinal_;
@@ -85,7 +86,7 @@ class CudaBackend final : public Backend {
   CudaConstants expert_tables_;
   CudaScratch operand_, hidden_, pixels_;
   CudaScratch logits_, routing_, routed_hidden_, routed_out_;
-  CudaScratch states_;  // attention
+  CudaScratch states_, arrived_;  // attention
 };
 
 inline cuda::FloatRows device_rows(Rows x) { return {x.data, x.stride}; }

@@ -12,7 +12,7 @@
 namespace puna::cuda {
 
 // Of this file: both sides must have been compiled with the same.
-constexpr int32_t kTableVersion = 3;
+constexpr int32_t kTableVersion = 4;
 
 struct DeviceInfo {
   char name[256];
@@ -187,40 +187,74 @@ struct SealCall {
   SealedPages sealed;
 };
 
-// A row of queries: it sees pages[first .. first + before) as wholes, in their closed form, and
-// `seen` tokens of its own, open one.
+// A row of queries sees the pages before its own as wholes, in their closed form, and `seen` tokens
+// of its own, open one.
 struct AttentionQuery {
-  const void* own;
   int64_t row;  // of qkv
-  int64_t first, before;
-  int32_t seen;
+  int64_t seen;
+};
+// Some pairs of a query and a head: of neighbouring queries, whose own page is the same, and of the
+// heads that share a KV head; for each KV head. Pair i is head i % group of query i / group.
+struct AttentionTile {
+  const void* own;
+  int64_t first_page, before;  // they see pages[first_page .. first_page + before)
+  int64_t query;               // that pair 0 belongs to
+  int32_t first, pairs;        // pairs [first, first + pairs)
 };
 
-// out[i] = attention of queries[i]. The states of each page (largest score, sum, weighted values)
-// go through `states`: [queries][heads][pages][2 + dim], and are added up in the order of pages.
+// How tiles are worked on. A pair has the same bits in both of the last two.
+enum AttendKind : int32_t {
+  kAttendPlain,   // in fp32: a block for each page; a tile is of one query
+  kAttendPages,   // on the tensor cores: a block for each page
+  kAttendGroups,  // on the tensor cores: a block for each group of pages
+};
+// Of one tile.
+constexpr int kMostPairs[] = {8, 16, 128};
+// The states of so many pages are added up, in order, to that of a group; then those of groups.
+constexpr int kGroupPages = 16;
+
+// out[i] = attention of queries[i].
 struct AttendCall {
   FloatRows out;
   ConstFloatRows qkv;
   const AttentionQuery* queries;
-  int64_t count;
+  const AttentionTile* tiles;
+  int64_t count;  // of tiles
   const void* const* pages;
-  int64_t most_pages;  // that one of the queries sees
+  int64_t most_pages;  // at least as many as a tile sees, its own among them
+  int64_t most_pairs;  // of a tile
   Heads heads;
   OpenPages open;
   SealedPages closed;
+  int32_t kind;
+  // The states of each page (kAttendGroups: none), then of each group of pages:
+  // [count][KV heads][most_pairs][parts][kStateHead + dim, rounded up to 4].
   float* states;
+  // [count][KV heads][groups + 1]: zero before and after.
+  int32_t* arrived;
 };
+constexpr int kStateHead = 4;  // largest score, sum, two that are not used
+constexpr int64_t groups_of(int64_t pages) { return (pages + kGroupPages - 1) / kGroupPages; }
+constexpr int64_t parts_of(int32_t kind, int64_t most_pages) {
+  return (kind == kAttendGroups ? 0 : most_pages) + groups_of(most_pages);
+}
+constexpr int64_t state_floats(int64_t dim) { return kStateHead + (dim + 3) / 4 * 4; }
+// Whether kAttendPages and kAttendGroups are there for these heads and pages.
+constexpr bool on_tensor_cores(int32_t open_form, int64_t dim) {
+  return open_form == kPageBF16 && (dim == 64 || dim == 128);
+}
 
 // --- vision --------------------------------------------------------------------------------------
 
 // q and k of qkv [tiles * tokens][3 * heads * dim] are turned in place, then attend within tiles.
 struct VisionAttentionCall {
-  FloatRows out, qkv;
+  FloatRows out, qkv;  // with even strides
   int64_t tiles, tokens;
-  int32_t heads, dim;
-  const float *cos, *sin;  // [tokens][dim / 2]
+  int32_t heads, dim, bf16;  // whether queries, keys, weights and values may be rounded
+  const float *cos, *sin;    // [tokens][dim / 2]
   float scale;
-  float* states;  // [tiles * tokens][heads][ceil(tokens / kPageTokens)][2 + dim]
+  // [tiles * tokens][heads][ceil(tokens / kPageTokens)][kStateHead + dim, rounded up to 4]
+  float* states;
 };
 struct UnfoldCall {
   FloatRows out;

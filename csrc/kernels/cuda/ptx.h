@@ -34,6 +34,9 @@ int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_
     const cudaError_t error = cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return static_cast<int>(error);
+    // As many blocks as there is memory for, at the cost of the first cache.
+    cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                         cudaSharedmemCarveoutMaxShared);
   }
   cudaLaunchAttribute overlap = {};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -90,6 +93,39 @@ __device__ __forceinline__ uint32_t bf16_of_float(float value) {
 __device__ __forceinline__ uint32_t bf16_pair(float low, float high) {
   return bf16_of_float(low) | bf16_of_float(high) << 16;
 }
+// The same in one instruction, whose NaN is always the same.
+__device__ __forceinline__ uint32_t rounded_bf16_pair(float low, float high) {
+#ifdef __CUDACC__
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+#else
+  return bf16_pair(low, high);
+#endif
+}
+// a * b + c of both halves, each rounded once.
+__device__ __forceinline__ uint32_t fma_bf16_pair(uint32_t a, uint32_t b, uint32_t c) {
+#ifdef __CUDACC__
+  uint32_t result;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  return result;
+#else
+  const auto half = [&](int shift) {
+    const auto of = [&](uint32_t x) { return double{float_of_bf16(x >> shift & 0xffffu)}; };
+    return bf16_of_float(static_cast<float>(of(a) * of(b) + of(c)));
+  };
+  return half(0) | half(16) << 16;
+#endif
+}
+__device__ __forceinline__ uint32_t masked_or(uint32_t word, uint32_t mask, uint32_t bits) {
+#ifdef __CUDACC__
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(word), "r"(mask), "r"(bits));
+  return result;
+#else
+  return (word & mask) | bits;
+#endif
+}
 __device__ __forceinline__ float float_of_f16(uint16_t value) {
 #ifdef __CUDACC__
   float result;
@@ -97,6 +133,17 @@ __device__ __forceinline__ float float_of_f16(uint16_t value) {
   return result;
 #else
   return puna::float_of_f16(value);
+#endif
+}
+
+// 2 to the power of x, within 2^-22 of it; powers below 2^-126 are 0.
+__device__ __forceinline__ float power_of_2(float x) {
+#ifdef __CUDACC__
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return x < -126 ? 0.0f : std::exp2(x);
 #endif
 }
 
@@ -112,6 +159,123 @@ __device__ __forceinline__ uint4 load_streaming(const void* from) {
   memcpy(&value, from, sizeof(value));
 #endif
   return value;
+}
+
+// What no block of the same kernel writes, wherever the pointer is from.
+__device__ __forceinline__ uint32_t load_word(const void* from) {
+  uint32_t value;
+#ifdef __CUDACC__
+  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(value) : "l"(from));
+#else
+  memcpy(&value, from, sizeof(value));
+#endif
+  return value;
+}
+__device__ __forceinline__ uint4 load_words(const void* from) {
+  uint4 value;
+#ifdef __CUDACC__
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(from));
+#else
+  memcpy(&value, from, sizeof(value));
+#endif
+  return value;
+}
+
+// 16 bytes that other blocks of the same kernel may have written.
+__device__ __forceinline__ uint4 load_shared_by_blocks(const void* from) {
+  uint4 value;
+#ifdef __CUDACC__
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(from));
+#else
+  memcpy(&value, from, sizeof(value));
+#endif
+  return value;
+}
+
+// Adds 1; what this thread wrote, or knows to be written, is there for whoever sees the new count.
+__device__ __forceinline__ int32_t add_after_writes(int32_t* count) {
+#ifdef __CUDACC__
+  __threadfence();
+  const int32_t before = atomicAdd(count, 1);
+  __threadfence();
+  return before;
+#else
+  return (*count)++;
+#endif
+}
+
+// --- copies to shared memory ---------------------------------------------------------------------
+// They land when they are waited for, by the thread that made them. 16 bytes; zeros unless `there`.
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool there) {
+#ifdef __CUDACC__
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(from), "r"(there ? 16 : 0)
+               : "memory");
+#else
+  static constexpr unsigned char kZeros[16] = {};
+  emulator::Machine::instance().copy_async(to, there ? from : kZeros, 16);
+#endif
+}
+__device__ __forceinline__ void commit_copies() {
+#ifdef __CUDACC__
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#else
+  emulator::Machine::instance().commit_copies();
+#endif
+}
+// All but the last `kLeft` groups of copies have landed.
+template <int kLeft>
+__device__ __forceinline__ void wait_for_copies() {
+#ifdef __CUDACC__
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+#else
+  emulator::Machine::instance().wait_copies(kLeft);
+#endif
+}
+
+// --- matrices of 8 x 8 in shared memory ----------------------------------------------------------
+// Four matrices of 16-bit elements; lane 8 i + r says where row r of matrix i is, 16 bytes. With
+// g = lane / 4 and t = lane % 4, a lane gets elements 2 t and 2 t + 1 of row g of each, or, of the
+// transposed ones, of column g.
+template <bool kTransposed>
+__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row) {
+#ifdef __CUDACC__
+  const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  if constexpr (kTransposed)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(at)
+                 : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(at)
+                 : "memory");
+#else
+  struct Result {
+    uint32_t of[4];
+  };
+  const Result result = emulator::Machine::instance().with_warp<const void*, Result>(
+      "load_matrices", row, [](const auto& rows, auto& out) {
+        for (int matrix = 0; matrix < 4; ++matrix) {
+          uint16_t element[8][8];
+          for (int r = 0; r < 8; ++r) memcpy(element[r], rows[8 * matrix + r], 16);
+          for (int lane = 0; lane < kWarp; ++lane) {
+            const int g = lane / 4, t = lane % 4;
+            const auto at = [&](int i) {
+              return uint32_t{kTransposed ? element[2 * t + i][g] : element[g][2 * t + i]};
+            };
+            out[lane].of[matrix] = at(0) | at(1) << 16;
+          }
+        }
+      });
+  for (int i = 0; i < 4; ++i) to[i] = result.of[i];
+#endif
 }
 
 // --- products of warps ---------------------------------------------------------------------------
