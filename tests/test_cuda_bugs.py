@@ -64,8 +64,11 @@ ROWS = Place("rows.cu", "rows.cu", "cuda_backend_test", "moe")
 NORMS = Place("rows.cu", "rows.cu", "cuda_backend_test", "norms")
 MOVES = Place("rows.cu", "rows.cu", "cuda_backend_test", "moves")
 VISION = Place("rows.cu", "rows.cu", "cuda_backend_test", "vision")
-CODES = Place("rows.cu", "rows.cu", "cuda_product_test", "products_of_Int4")
-ODD_CODES = Place("rows.cu", "rows.cu", "cuda_product_test", "odd")
+OPERANDS = Place("rows.cu", "rows.cu", "cuda_product_test", "products_of_Int4")
+CODES = Place("operand.cuh", "rows.cu", "cuda_product_test", "products_of_Int4")
+ODD_CODES = Place("operand.cuh", "rows.cu", "cuda_product_test", "odd")
+PASSES = Place("rows.cu", "rows.cu", "cuda_backend_test", "passes")
+ROUTED_PASSES = Place("routing.cu", "routing.cu", "cuda_backend_test", "passes")
 SUMS = Place("reduce.cuh", "rows.cu", "cuda_backend_test", "norms")
 ROUTING = Place("routing.cu", "routing.cu", "cuda_backend_test", "moe")
 TURNS = Place("turn.cuh", "append.cu", "cuda_attention_test", "attention_is_near")
@@ -80,6 +83,7 @@ PLAIN_PAGES = Place("attention.cu", "attention.cu", "cuda_attention_test", "atte
 PLAIN_BATCHES = Place("attention.cu", "attention.cu", "cuda_attention_test", "a_batch_gives")
 SEALED = Place("attention.cu", "attention.cu", "cuda_sealed_attention_test", "sealed_attention")
 PAIRS = Place("attention.cuh", "attention.cu", "cuda_attention_test", "attention_is_near")
+TICKETS = Place("reduce.cuh", "attention.cu", "cuda_attention_test", "attention_is_near")
 LONG = Place("attention.cuh", "attention.cu", "cuda_attention_test", "scores_may")
 GROUPS = Place("attention.cuh", "attention.cu", "cuda_attention_test", "many_leaves")
 TENSOR = Place("tensor_attention.cu", "tensor_attention.cu", "cuda_attention_test", "any_cut")
@@ -203,20 +207,25 @@ OTHERS = [
     Bug(CODES, "rintf(x * inverse)", "truncf(x * inverse)"),
     Bug(CODES, "if (to.group > 32) sums", "if (to.group > 64) sums"),
     Bug(CODES, "column % to.group == 0", "lane == 0"),
-    Bug(CODES, "first + i < call.cols ?", "true ?"),
+    Bug(OPERANDS, "first + i < call.cols ?", "true ?"),
     Bug(CODES, "static_cast<uint8_t>(code)) << 8 * i", "static_cast<uint8_t>(code)) << 8 * (3 - i)"),
-    Bug(CODES, "if (span * kSpan >= to.stride) return;", "if (span * kSpan + kSpan >= to.stride && span) return;"),
+    Bug(OPERANDS, "if (span * kOperandSpan >= to.stride) return;",
+        "if (span * kOperandSpan + kOperandSpan >= to.stride && span) return;"),
     Bug(ODD_CODES, "most < 0x1p-100f", "most < 0x1p-120f"),
     Bug(ODD_CODES, "(zeros ? 0.0f : most / 127.0f) + poison", "zeros ? 0.0f : most / 127.0f"),
     Bug(ROWS, "call.score[r] * x[c]", "x[c]"),
     Bug(ROWS, "silu(x[c]) * x[call.cols + c]", "x[c] * silu(x[call.cols + c])"),
     Bug(ROWS, "call.index != nullptr ? call.index[r] : r", "r"),
     Bug(ROWS, "for (int i = 0; i < call.top_k; ++i)", "for (int i = 0; i < 1; ++i)"),
-    Bug(ROWS, "float sum = *residual;", "float sum = 0;"),
+    Bug(ROWS, "add_experts(call, r, c, *residual)", "add_experts(call, r, c, 0)"),
     Bug(ROWS, "call.slot[r * call.top_k + i]", "call.slot[r + i]"),
     Bug(NORMS, "/ count + call.eps", "/ count"),
-    Bug(NORMS, "squares = fmaf(x[c] - mean, x[c] - mean, squares)", "squares = fmaf(x[c], x[c], squares)"),
-    Bug(NORMS, "value + call.bias[c] : value", "value : value"),
+    Bug(NORMS, "fmaf(at - mean, at - mean, sum)", "fmaf(at, at, sum)"),
+    Bug(NORMS, "four.at[i] += call.bias[first + i];", ""),
+    Bug(NORMS, "first + kLaneColumns <= cols", "first <= cols"),
+    Bug(PASSES, "if (first + i >= cols) four.at[i] = 0;", ""),
+    Bug(PASSES, "store_four(residual, first, cols, four);", ""),
+    Bug(PASSES, "add_experts(call.added, r, first + i, four.at[i])", "four.at[i]"),
     Bug(MOVES, "if (c < call.cols) out[c]", "if (c <= call.cols) out[c]"),
     Bug(MOVES, "call.to != nullptr ? call.to[r] : r", "r"),
     Bug(VISION, "tile * 3 + channel", "tile + channel"),
@@ -229,11 +238,16 @@ OTHERS = [
     # --- routing.cu
     Bug(ROUTING, "a > b || (b != b && a == a)", "a >= b"),
     Bug(ROUTING, "a > b || (b != b && a == a)", "a > b"),
-    Bug(ROUTING, "if (place == top_k) continue;", "if (place >= top_k - 1) continue;"),
-    Bug(ROUTING, "call.offsets[e + 1] += call.offsets[e];", ""),
-    Bug(ROUTING, BARRIER, "", behind="call.offsets[e + 1] = count;"),
+    Bug(ROUTING, "return i < j && (a == b", "return i > j && (a == b"),
+    Bug(ROUTING, "(k == 0 || before(last_logit, last, logits[e], e)) &&", ""),
+    Bug(ROUTING, "best[place - 1] > expert", "best[place - 1] < expert"),
+    Bug(ROUTING, "mask < kWarp; mask *= 2", "mask < 4; mask *= 2"),
+    Bug(ROUTING, "first[e + 1] += first[e];", ""),
+    Bug(ROUTING, BARRIER, "", behind="first[e + 1] = count;"),
     Bug(ROUTING, BARRIER, "", behind="call.occupied[occupied++] = -1;"),
-    Bug(ROUTING, "if (call.offsets[e + 1] > 0)", "if (call.offsets[e + 1] > 1)"),
+    Bug(ROUTING, "if (first[e + 1] > 0)", "if (first[e + 1] > 1)"),
+    Bug(ROUTED_PASSES, "call.score[slot] * x[column + k]", "x[column + k]"),
+    Bug(ROUTED_PASSES, "call.row[slot] * call.x.stride", "slot * call.x.stride"),
     Bug(ROUTING, "call.row[middle] <= r", "call.row[middle] < r"),
     Bug(ROUTING, "1.0 + exp(-logit)", "1.0 + exp(logit)"),
     # --- append.cu, turn.cuh
@@ -266,9 +280,9 @@ OTHERS = [
     Bug(PAIRS, "of.row * call.qkv.stride", "query * call.qkv.stride * 0"),
     Bug(LONG, "const float top = fmaxf(most, state_most);", "const float top = state_most;"),
     Bug(PAIRS, "fmaf(sum, old_one, ", "fmaf(sum, 1.0f, "),
-    Bug(PAIRS, "if (*slot) *arrived = 0;", ""),
-    Bug(PAIRS, "+ 1 == count", "+ 1 == 2"),
-    Bug(PAIRS, BARRIER, "", behind="if (*slot) *arrived = 0;"),
+    Bug(TICKETS, "if (*slot) *arrived = 0;", ""),
+    Bug(TICKETS, "+ 1 == count", "+ 1 == 2"),
+    Bug(TICKETS, BARRIER, "", behind="if (*slot) *arrived = 0;"),
     Bug(PAIRS, "  __syncthreads();  // for the only group's block, which reads what its threads wrote\n", ""),
     Bug(GROUPS, "first = group * kGroupPages;", "first = 0;"),
     Bug(GROUPS, "count = left < kGroupPages ? left : kGroupPages", "count = kGroupPages"),

@@ -8,6 +8,7 @@
 
 #include "kernels/cuda/device_table.h"
 #include "kernels/cuda/ptx.h"
+#include "kernels/cuda/reduce.cuh"
 
 namespace puna::cuda {
 
@@ -101,18 +102,6 @@ __device__ __forceinline__ void merge_parts(const States& states, int pairs, int
     }
     give(pair, channel, merged, sums);
   }
-}
-
-// Whether all threads of `count` blocks have come here, of which this is the last; `slot` is of
-// shared memory.
-__device__ __forceinline__ bool is_last(int32_t* arrived, int64_t count, int32_t* slot) {
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    *slot = add_after_writes(arrived) + 1 == count;
-    if (*slot) *arrived = 0;
-  }
-  __syncthreads();
-  return *slot != 0;
 }
 
 // The states of a tile's groups become its results, in the block that comes last.

@@ -88,10 +88,19 @@ struct ProductCall {
 
 // --- mixture of experts --------------------------------------------------------------------------
 
+// Of rows of few slots the router itself, as weights of fp32 in panels: many blocks multiply, and
+// the one that comes last routes. A logit has the bits of the product with a router.
+struct Router {
+  const void* weights;  // null: the logits are there
+  int64_t panel_bytes;
+  float* parts;      // [rows][spans of kActivationGroup columns][experts]
+  int32_t* arrived;  // one, 0
+};
+
 // From the router's logits [rows][experts]: the top_k experts of each row (ties: the lower index),
 // and the rows by expert, in order. Slots number pairs of a row and one of its experts.
 struct RoutingCall {
-  const float* logits;
+  float* logits;
   int64_t rows;
   int32_t experts, top_k;
   int32_t* row;       // [slots]: of each slot
@@ -99,10 +108,10 @@ struct RoutingCall {
   int32_t* offsets;   // [experts + 1]: first slot of each expert
   int32_t* occupied;  // [min(experts, slots)] as in ExpertRows
   int32_t* slot;      // [rows][top_k]: a row's slots by ascending expert
-  // Rows times their scores, by slot, as an operand; none if its data is null.
-  Operand operand;
-  ConstFloatRows x;
+  ConstFloatRows x;   // of `cols` columns, for the two that follow
   int64_t cols;
+  Router router;
+  Operand operand;  // rows times their scores, by slot; none if its data is null
 };
 
 // residual[r] += x[slot[r][0]], then + x[slot[r][1]], ...

@@ -183,7 +183,17 @@ __device__ __forceinline__ uint4 load_words(const void* from) {
   return value;
 }
 
-// 16 bytes that other blocks of the same kernel may have written.
+// What other blocks of the same kernel may have written.
+__device__ __forceinline__ float load_float_shared_by_blocks(const float* from) {
+#ifdef __CUDACC__
+  float value;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(from));
+  return value;
+#else
+  return *from;
+#endif
+}
+// 16 bytes of it.
 __device__ __forceinline__ uint4 load_shared_by_blocks(const void* from) {
   uint4 value;
 #ifdef __CUDACC__

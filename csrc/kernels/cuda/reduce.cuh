@@ -1,4 +1,5 @@
-// Sums and maxima over the lanes of a warp and the threads of a block, in a fixed order.
+// Sums and maxima over the lanes of a warp and the threads of a block, in a fixed order; and blocks
+// that wait for none, but know which of them comes last.
 #pragma once
 
 #include "kernels/cuda/ptx.h"
@@ -30,6 +31,18 @@ __device__ __forceinline__ float sum_block(float value, float* scratch) {
   float sum = 0;
   for (int warp = 0; warp < kThreads / kWarp; ++warp) sum += scratch[warp];
   return sum;
+}
+
+// Whether all threads of `count` blocks have come here, of which this is the last; `slot` is of
+// shared memory.
+__device__ __forceinline__ bool is_last(int32_t* arrived, int64_t count, int32_t* slot) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    *slot = add_after_writes(arrived) + 1 == count;
+    if (*slot) *arrived = 0;
+  }
+  __syncthreads();
+  return *slot != 0;
 }
 
 }  // namespace puna::cuda

@@ -1,6 +1,7 @@
 // Which expert gets which rows: a counting sort by one block, so that nothing of it waits for the
-// host.
+// host; of few rows in the same kernel as the product with the router.
 #include "kernels/cuda/operand.cuh"
+#include "quant/panel.h"
 
 namespace puna::cuda {
 namespace {
@@ -48,12 +49,9 @@ __device__ void choose(const float* logits, int experts, int top_k, int32_t* bes
   }
 }
 
-// `first` [experts + 1] is in shared memory, and so is `chosen` [slots], the experts of the slots
-// in the order of rows, if the slots are few.
-__global__ void __launch_bounds__(kThreads, 1) route_kernel(const RoutingCall call, int few) {
-  after_earlier_kernels();
-  auto* const first = reinterpret_cast<int32_t*>(shared_memory());
-  int32_t* const chosen = few != 0 ? first + call.experts + 1 : call.slot;
+// By a block, from the logits. `first` [experts + 1] is in shared memory, and so is `chosen`
+// [slots], the experts of the slots in the order of rows, if the slots are few.
+__device__ __forceinline__ void route(const RoutingCall& call, int32_t* first, int32_t* chosen) {
   const int64_t slots = call.rows * call.top_k;
   for (int64_t r = threadIdx.x / kWarp; r < call.rows; r += kWarps)
     choose(call.logits + r * call.experts, call.experts, call.top_k, chosen + r * call.top_k);
@@ -116,6 +114,75 @@ __global__ void __launch_bounds__(kThreads, 1) route_kernel(const RoutingCall ca
   }
 }
 
+__global__ void __launch_bounds__(kThreads, 1) route_kernel(const RoutingCall call, int few) {
+  after_earlier_kernels();
+  auto* const first = reinterpret_cast<int32_t*>(shared_memory());
+  route(call, first, few != 0 ? first + call.experts + 1 : call.slot);
+}
+
+// --- with the router -----------------------------------------------------------------------------
+// A warp takes 8 experts and a span of columns of one row. Its lanes have two experts each and
+// every eighth column, as in products with fp32 weights, of which logits are to have the bits.
+
+constexpr int kWarpExperts = 8, kLaneExperts = 2;
+constexpr int kColumnsApart = kWarp * kLaneExperts / kWarpExperts;
+constexpr int kTurns = kOperandSpan / kColumnsApart;
+
+__global__ void __launch_bounds__(kThreads, 1) router_kernel(const RoutingCall call) {
+  const Router& router = call.router;
+  const int lane = threadIdx.x % kWarp, cols = static_cast<int>(call.cols);
+  const int spans = (cols + kOperandSpan - 1) / kOperandSpan;
+  const int groups = (call.experts + kWarpExperts - 1) / kWarpExperts;
+  const int64_t unit = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+  const int64_t r = unit / (spans * groups);
+  const int span = static_cast<int>(unit / groups % spans);
+  const int expert = static_cast<int>(unit % groups) * kWarpExperts + lane % 4 * kLaneExperts;
+  const int begin = span * kOperandSpan + lane / 4;
+  const bool works = r < call.rows;
+  float2 weights[kTurns];
+  const auto* panel = static_cast<const char*>(router.weights) +
+                      expert / static_cast<int>(kPanelRows) * router.panel_bytes;
+#pragma unroll
+  for (int i = 0; i < kTurns; ++i) {
+    const int column = begin + i * kColumnsApart;
+    weights[i] = {0, 0};
+    if (works && column < cols)
+      weights[i] = *reinterpret_cast<const float2*>(
+          panel + (static_cast<int64_t>(column) * kPanelRows + expert % kPanelRows) * 4);
+  }
+  after_earlier_kernels();
+  if (works) {  // a whole warp
+    const float* x = call.x.data + r * call.x.stride;
+    float2 sums = {0, 0};
+#pragma unroll
+    for (int i = 0; i < kTurns; ++i) {
+      const int column = begin + i * kColumnsApart;
+      if (column >= cols) break;
+      sums.x = fmaf(x[column], weights[i].x, sums.x);
+      sums.y = fmaf(x[column], weights[i].y, sums.y);
+    }
+#pragma unroll
+    for (int mask = 4; mask < kWarp; mask *= 2) {
+      sums.x += __shfl_xor_sync(kAllLanes, sums.x, mask);
+      sums.y += __shfl_xor_sync(kAllLanes, sums.y, mask);
+    }
+    float* part = router.parts + (r * spans + span) * call.experts + expert;
+    if (lane < 4 && expert < call.experts) part[0] = sums.x;
+    if (lane < 4 && expert + 1 < call.experts) part[1] = sums.y;
+  }
+  auto* const first = reinterpret_cast<int32_t*>(shared_memory());
+  if (!is_last(router.arrived, gridDim.x, first)) return;
+  for (int64_t i = threadIdx.x; i < call.rows * call.experts; i += kThreads) {
+    const float* part = router.parts + i / call.experts * spans * call.experts + i % call.experts;
+    float sum = 0;
+#pragma unroll 8
+    for (int s = 0; s < spans; ++s) sum += load_float_shared_by_blocks(part + s * call.experts);
+    call.logits[i] = sum;
+  }
+  __syncthreads();
+  route(call, first, first + call.experts + 1);
+}
+
 }  // namespace
 
 int launch_route(const RoutingCall& call, Stream stream) {
@@ -125,7 +192,12 @@ int launch_route(const RoutingCall& call, Stream stream) {
   const size_t shared =
       (static_cast<size_t>(call.experts) + 1 + (few ? static_cast<size_t>(slots) : 0)) *
       sizeof(int32_t);
-  return launch(route_kernel, dim3{1, 1, 1}, kThreads, shared, stream, call, int{few});
+  if (call.router.weights == nullptr)
+    return launch(route_kernel, dim3{1, 1, 1}, kThreads, shared, stream, call, int{few});
+  const int64_t units = call.rows * ((call.cols + kOperandSpan - 1) / kOperandSpan) *
+                        ((call.experts + kWarpExperts - 1) / kWarpExperts);
+  return launch(router_kernel, dim3{static_cast<unsigned>((units + kWarps - 1) / kWarps), 1, 1},
+                kThreads, shared, stream, call);
 }
 
 }  // namespace puna::cuda
