@@ -327,6 +327,8 @@ void bind_engine(py::module_& module) {
       .def("tokens", &Session::tokens, "first"_a = 0,
            "Ids held, computed and pending, from there on.")
       .def_property_readonly("length", &Session::length, "Number of ids held.")
+      .def_property_readonly("batch_rows", &Session::batch_rows,
+                             "Tokens that a forward pass computes at most.")
       .def("pending", &Session::pending, py::call_guard<py::gil_scoped_release>(),
            "How many of them are not computed yet.")
       .def(

@@ -71,7 +71,7 @@ std::shared_ptr<Engine> Engine::load(const LoadOptions& options) {
     impl->backend.reset();
     impl->backend = make_backend(device, {options.isa, options.threads});
     planner.emplace(spec, weights, packed ? std::optional(packed->sizes()) : std::nullopt,
-                    impl->backend->device_memory().value_or(available_memory_bytes()));
+                    impl->backend->device_memory());
     impl->plan = planner->plan(options, disk_budget(options));
     if (impl->plan.fits) break;
   }

@@ -85,8 +85,12 @@ KvGeometry kv_geometry(const ModelSpec& spec, const KvFormat& format) {
 }
 
 Planner::Planner(const ModelSpec& spec, const ModelWeights& weights,
-                 std::optional<PackedBytes> packed, int64_t free_memory)
-    : spec_(spec), weights_(weights), packed_(packed), free_memory_(free_memory) {}
+                 std::optional<PackedBytes> packed, std::optional<int64_t> device_memory)
+    : spec_(spec),
+      weights_(weights),
+      packed_(packed),
+      free_memory_(device_memory.value_or(available_memory_bytes())),
+      batch_rows_(device_memory ? kDeviceBatchRows : kBatchRows) {}
 
 const PackedBytes& Planner::weights(const LoadOptions& options) const {
   if (packed_) return *packed_;
@@ -104,6 +108,7 @@ Plan Planner::evaluate(const LoadOptions& options, int64_t disk) const {
 
   Plan plan;
   plan.kv = format.name;
+  plan.batch_rows = batch_rows_;
   plan.max_context = spec_.max_position;
   plan.text_bytes = sizes.text_packed;
   plan.vision_bytes = options.vision && spec_.vision ? sizes.vision_packed : 0;
@@ -117,7 +122,7 @@ Plan Planner::evaluate(const LoadOptions& options, int64_t disk) const {
                            : static_cast<int64_t>(kShareOfFreeMemory *
                                                   static_cast<double>(std::max<int64_t>(left, 0)));
 
-  const auto pass = [](int64_t tokens) { return std::min(tokens, kBatchRows); };
+  const auto pass = [this](int64_t tokens) { return std::min(tokens, batch_rows_); };
   const auto footprint = [&](int64_t tokens) { return kv.footprint(tokens, pass(tokens)); };
   const int64_t ahead = disk > 0 ? kv.read_ahead_bytes() : 0;
   const auto fits = [&](int64_t tokens) {
@@ -273,8 +278,7 @@ Plan plan(const LoadOptions& options, int64_t disk) {
   const ModelWeights weights =
       packed ? packed->weights(opened.spec) : resolve_weights(opened.spec, *opened.checkpoint);
   const Planner planner(opened.spec, weights,
-                        packed ? std::optional(packed->sizes()) : std::nullopt,
-                        available_memory_bytes());
+                        packed ? std::optional(packed->sizes()) : std::nullopt, std::nullopt);
   return planner.plan(options, disk);
 }
 

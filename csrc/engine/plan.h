@@ -14,8 +14,9 @@ namespace puna {
 
 // Rows of one forward pass: enough for every expert of Scout to see some 64 of them, so that
 // reading its weights is paid for, and few enough that the activations stay within a few hundred
-// MB.
-constexpr int64_t kBatchRows = 1024;
+// MB; on a GPU, whose tiles of a product are larger and which computes the more in the same time,
+// enough for 256 of them.
+constexpr int64_t kBatchRows = 1024, kDeviceBatchRows = 4096;
 
 std::string in_words(int64_t bytes);
 
@@ -31,10 +32,10 @@ KvGeometry kv_geometry(const ModelSpec& spec, const KvFormat& format);
 class Planner {
  public:
   // `packed`: what a checkpoint in the packed form holds; without, the weights are packed as the
-  // options say. `free_memory`: bytes where there is no budget. What is referred to must outlive
-  // it.
+  // options say. `device_memory`: bytes free of a device that computes; none: the host does, with
+  // its own. What is referred to must outlive it.
   Planner(const ModelSpec& spec, const ModelWeights& weights, std::optional<PackedBytes> packed,
-          int64_t free_memory);
+          std::optional<int64_t> device_memory);
 
   // Throws ContextOverflow.
   Plan plan(const LoadOptions& options, int64_t disk) const;
@@ -53,7 +54,8 @@ class Planner {
   const ModelSpec& spec_;
   const ModelWeights& weights_;
   const std::optional<PackedBytes> packed_;
-  const int64_t free_memory_;
+  const int64_t free_memory_;  // where there is no budget
+  const int64_t batch_rows_;
   mutable std::map<std::string, PackedBytes> sizes_;  // by quant
 };
 

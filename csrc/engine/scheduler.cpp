@@ -232,7 +232,7 @@ int64_t Engine::Impl::prefill(Session::State& session, int64_t most, const Poll&
   TokenSequence& text = session.text;
   // The last token's logits choose the next one: it is left to step().
   const int64_t pending = text.tokens.size() - kv->length(text.sequence) - 1;
-  const int64_t rows = std::min({most, pending, kv->room(text.sequence), kBatchRows});
+  const int64_t rows = std::min({most, pending, kv->room(text.sequence), plan.batch_rows});
   if (rows <= 0) return std::max<int64_t>(pending, 0);
   const Clock::time_point start = Clock::now();
   const PassMember one{&text, rows};
@@ -297,7 +297,7 @@ std::vector<StepResult> Engine::Impl::step(std::span<Session::State* const> sess
       Session::State& session = *sessions[i];
       TokenSequence& text = session.text;
       const int64_t pending = text.tokens.size() - kv->length(text.sequence);
-      const int64_t take = std::min({pending, kv->room(text.sequence), kBatchRows - used});
+      const int64_t take = std::min({pending, kv->room(text.sequence), plan.batch_rows - used});
       if (take <= 0) continue;
       used += take;
       pass.push_back(

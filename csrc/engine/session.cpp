@@ -220,6 +220,7 @@ std::shared_ptr<Session> Session::fork() {
 }
 
 int64_t Session::length() const { return state_->text.tokens.size(); }
+int64_t Session::batch_rows() const { return engine_->impl_->plan.batch_rows; }
 
 std::vector<int32_t> Session::tokens(int64_t first) const {
   first = std::clamp<int64_t>(first, 0, length());

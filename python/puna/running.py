@@ -89,10 +89,6 @@ def timings(raw: Mapping[str, Any]) -> Timings:
     )
 
 
-# A forward pass computes at most so many tokens at once (kBatchRows).
-_PASS = 1024
-
-
 def read(
     session: _core.Session,
     pieces: Iterable[NDArray[np.integer[Any]] | list[int]],
@@ -102,7 +98,7 @@ def read(
     for ids in pieces:
         if len(ids):
             session.append(ids)
-        while session.pending() > _PASS and deadline.left() > 0:
+        while session.pending() > session.batch_rows and deadline.left() > 0:
             session.prefill(deadline.left())
 
 

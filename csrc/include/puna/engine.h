@@ -125,8 +125,9 @@ class Session {
   // A session that shares everything computed so far.
   std::shared_ptr<Session> fork();
 
-  int64_t length() const;   // tokens held: computed and pending
-  int64_t pending() const;  // of them
+  int64_t length() const;      // tokens held: computed and pending
+  int64_t pending() const;     // of them
+  int64_t batch_rows() const;  // that a forward pass computes at most
   std::vector<int32_t> tokens(int64_t first = 0) const;
   Timings timings() const;  // of the current turn
   // What attention left out in the current turn.

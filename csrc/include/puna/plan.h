@@ -21,6 +21,7 @@ struct Plan {
   int64_t context = 0;      // tokens: as asked, or the largest that fits
   int64_t max_context = 0;  // of the model
   int64_t largest_context = 0;
+  int64_t batch_rows = 0;  // tokens that a forward pass computes at most
 
   // Bytes.
   int64_t text_bytes = 0, vision_bytes = 0;  // weights
