@@ -54,10 +54,11 @@ class Bug:
         return f"{self.place.file}: {' '.join(change.split())}"[:100]
 
 
-PRODUCT = Place("product.cuh", "product.cu", "cuda_backend_test", "matmul")
-# Rows of thousands of columns: warps take several spans each.
-LONG_PRODUCT = Place("product.cuh", "product.cu", "cuda_backend_test", "mlp")
-EXPERTS = Place("product.cuh", "product.cu", "cuda_backend_test", "moe")
+PRODUCT = Place("product.cuh", "bf16_product.cu", "cuda_backend_test", "matmul")
+FLOAT_PRODUCT = Place("product.cuh", "product.cu", "cuda_backend_test", "matmul")
+EXPERTS = Place("product.cuh", "bf16_product.cu", "cuda_backend_test", "moe")
+FEW = Place("few_product.cuh", "bf16_product.cu", "cuda_backend_test", "matmul")
+BF16 = Place("bf16_product.cu", "bf16_product.cu", "cuda_backend_test", "matmul")
 FLOATS = Place("product.cu", "product.cu", "cuda_backend_test", "matmul")
 FLOAT8 = Place("product.cu", "product.cu", "cuda_product_test", "float8")
 ROWS = Place("rows.cu", "rows.cu", "cuda_backend_test", "moe")
@@ -115,22 +116,31 @@ TILES = Place(
 SEALING = Place("seal.cu", "seal.cu", "cuda_sealed_attention_test", "sealed")
 
 
-def quantized(*formats: str) -> Place:
+def quantized(
+    *formats: str, file: str = "quantized_product.cu", source: str = "quantized_product.cu"
+) -> Place:
     """Products with weights of these formats."""
     tests = f"products_of_{formats[0]}_"
-    return Place(
-        "quantized_product.cu", "quantized_product.cu", "cuda_product_test", tests, formats
-    )
+    return Place(file, source, "cuda_product_test", tests, formats)
 
 
+def tiled(file: str, *formats: str) -> Place:
+    """The same where a place has more rows, as it is in the tiles of 32."""
+    return quantized(*formats, file=file, source="quantized_small_tiles.cu")
+
+
+LARGE = quantized("Int4G64", file="tiled_product.cuh", source="quantized_large_tiles.cu")
+# Rows of thousands of columns: warps take several spans each.
+LONG_PRODUCT = quantized("Int4G128", file="few_product.cuh")
 BARRIER = "  __syncthreads();\n"
 
 # The ones that every run of the slower checks plants; they are of all kinds.
 SAMPLE = [
-    Bug(PRODUCT, "  " + BARRIER, ""),
-    Bug(LONG_PRODUCT, "first += kWarps, round ^= 1", "first += kWarps"),
-    Bug(PRODUCT, "sums.value[h][j][n][2 * row + column]", "sums.value[h][j][n][2 * column + row]"),
-    Bug(quantized("Int4G32"), "{low[0], low[1], high[0], high[1]}", "{low[0], high[0], low[1], high[1]}"),
+    Bug(FEW, "  " + BARRIER, "", behind="commit_copies();"),
+    Bug(LONG_PRODUCT, "wait_for_copies<kStages - 1>();", "wait_for_copies<kStages>();"),
+    Bug(LARGE, "  " + BARRIER, "", behind="wait_for_copies<kStages - 2>();"),
+    Bug(FEW, "part[j][2 * row + column]", "part[j][2 * column + row]"),
+    Bug(tiled("quantized_weights.cuh", "Int4G32"), "{first[0], first[1], last[0], last[1]}", "{first[0], last[0], first[1], last[1]}"),
     Bug(SUMS, "  __syncthreads();  // what was read of an earlier sum\n", ""),
     Bug(ROUTING, BARRIER, "", behind="call.slot + r * call.top_k);"),
     Bug(PLAIN, BARRIER, "", behind="scores[t] = sums;"),
@@ -138,70 +148,109 @@ SAMPLE = [
     Bug(SEALING, "(bits & 0xffffu) != 0 ? 1 : 0", "0", behind="bf16_above"),
 ]  # fmt: skip
 OTHERS = [
-    # --- product.cuh: shares of blocks, warps and threads
-    Bug(PRODUCT, "for (int w = 0; w < count; ++w)", "for (int w = 0; w < kWarps; ++w)"),
-    Bug(PRODUCT, "for (int w = 0; w < count; ++w)", "for (int w = 1; w < count; ++w)"),
-    Bug(PRODUCT, "spans - first < kWarps ? spans - first : kWarps", "1"),
-    Bug(LONG_PRODUCT, "first + warp < spans", "first + warp + 1 < spans"),
-    Bug(LONG_PRODUCT, "first + warp, tokens)", "warp, tokens)"),
-    Bug(PRODUCT, "column >= call.rows", "column > call.rows"),
-    Bug(PRODUCT, "if (call.bias != nullptr) value += call.bias[column];", ""),
-    Bug(PRODUCT, "value += call.bias[column]", "value += call.bias[at % kPanel]"),
-    Bug(PRODUCT, "(call.rows + kPanel - 1) / kPanel", "call.rows / kPanel + (call.rows < kPanel)"),
-    Bug(PRODUCT, "(call.count + kTokens - 1) / kTokens", "call.count / kTokens + (call.count < kTokens)"),
-    Bug(PRODUCT, "call.accumulate ? *out + value : value", "value"),
-    Bug(PRODUCT, "0.70710678118654752f", "0.7071f"),
-    Bug(PRODUCT, "(call.cols + kSpan - 1) / kSpan", "call.cols / kSpan"),
-    Bug(PRODUCT, "32 * h + 4 * g;", "32 * h + 4 * t;"),
-    Bug(PRODUCT, "2 * t + column) * kPanel", "t + 4 * column) * kPanel"),
-    Bug(PRODUCT, "blockIdx.x * call.panel_bytes", "blockIdx.y * call.panel_bytes"),
-    Bug(PRODUCT, "static_cast<int64_t>(blockIdx.y) * kTokens", "static_cast<int64_t>(blockIdx.y) * 8"),
-    Bug(EXPERTS, "end - tokens.first < kTokens ? end - tokens.first : kTokens", "kTokens"),
+    # --- product.cuh: shares of blocks, and what becomes of a sum
+    Bug(PRODUCT, "if (call.bias != nullptr) sum += bias;", ""),
+    Bug(PRODUCT, "accumulate ? before + sum : sum", "sum"),
+    Bug(FLOAT_PRODUCT, "0.70710678118654752f", "0.7071f"),
+    Bug(PRODUCT, "(rows + kTokens - 1) / kTokens", "rows / kTokens + (rows < kTokens)"),
+    Bug(PRODUCT, "static_cast<int64_t>(tile) * kTokens", "static_cast<int64_t>(tile) * 8"),
+    Bug(PRODUCT, "if (row < count)", "if (row + 1 < count)"),
+    Bug(PRODUCT, "from += int64_t{kTurn} * row_bytes;", ""),
+    Bug(PRODUCT, "const int chunk = 4 * pair + threadIdx.x % kWarp / 8;", "const int chunk = threadIdx.x % kWarp / 8;"),
+    Bug(EXPERTS, "end - share->first < kTokens ? end - share->first : kTokens", "kTokens"),
     Bug(EXPERTS, "begin = call.experts.offsets[expert];", "begin = call.experts.offsets[expert + 1] - 1;"),
-    Bug(EXPERTS, "if (expert < 0) return;", "if (expert <= 0) return;"),
-    Bug(EXPERTS, "call.experts.occupied[blockIdx.z]", "blockIdx.z"),
-    Bug(EXPERTS, "weights = call.experts.matrices[expert];", "weights = call.experts.matrices[0];"),
-    # --- product.cu: weights that are floats
-    Bug(FLOATS, "const int at = pair + t + 4 * i;", "const int at = pair + t;"),
-    Bug(FLOATS, "{low.x, low.y, high.x, high.y}", "{low.x, high.x, low.y, high.y}"),
-    Bug(FLOATS, "{low.z, low.w, high.z, high.w}", "{low.x, low.y, high.x, high.y}"),
-    Bug(FLOATS, "(call.cols + 1) / 2", "call.cols / 2"),
-    Bug(FLOATS, "begin + kSpan / 2 < pairs ? begin + kSpan / 2 : pairs", "begin + kSpan / 2"),
-    Bug(FLOATS, "4 * (at * kPanel + 32 * h + 4 * g)", "4 * (at * kPanel + 32 * h + 4 * t)"),
-    Bug(FLOATS, "call.x.stride + 2 * at)", "call.x.stride + at)"),
-    Bug(FLOATS, "n * kTileTokens + g", "g"),
-    Bug(FLOATS, "begin + kSpan < call.cols ? begin + kSpan : call.cols", "begin + kSpan"),
-    Bug(FLOATS, "fmaf(value, weight.y, sums[token].y)", "fmaf(value, weight.x, sums[token].y)"),
-    Bug(FLOATS, "if (token >= tokens.count) break;", "if (token > 7) break;"),
+    Bug(EXPERTS, "if (expert < 0) return false;", "if (expert <= 0) return false;"),
+    Bug(EXPERTS, "call.experts.occupied[slot]", "slot"),
+    Bug(EXPERTS, "matrix = call.experts.matrices[expert];", "matrix = call.experts.matrices[0];"),
+    Bug(EXPERTS, "      tile -= tiles;\n", ""),
+    Bug(EXPERTS, "(call.count - slots) / kTokens + slots", "slots"),
+    Bug(EXPERTS, "if (!shared) tile -= shared_tiles;", ""),
+    Bug(EXPERTS, "shared ? call.shared.x : call.x", "call.x"),
+    Bug(EXPERTS, "shared ? call.shared.out : call.out", "call.out"),
+    Bug(EXPERTS, "shared ? call.shared.accumulate : call.accumulate", "call.accumulate"),
+    # --- few_product.cuh
+    Bug(FEW, "token < share.count && column < call.rows", "token < share.count"),
+    Bug(FEW, "call.bias[column]", "call.bias[column % 32]"),
+    Bug(FEW, "(call.rows + Weights::kRows - 1) / Weights::kRows", "call.rows / Weights::kRows + (call.rows < Weights::kRows)"),
+    Bug(FEW, "(call.cols + kSpan - 1) / kSpan", "call.cols / kSpan"),
+    Bug(FEW, "4 * g + 2 * j + row", "4 * t + 2 * j + row"),
+    Bug(FEW, "__syncwarp();  // what the other lanes have copied", ""),
+    Bug(LONG_PRODUCT, "__syncwarp();  // the stage has been read", ""),
+    Bug(LONG_PRODUCT, "const int next = span + kStages * kWarps;", "const int next = span + kWarps;"),
+    Bug(LONG_PRODUCT, "slot + 1 == kStages ? 0 : slot + 1", "slot + 2 == kStages ? 0 : slot + 1"),
+    Bug(LONG_PRODUCT, "step < -kStages ? next + kStages * kWarps : next", "next"),
+    Bug(LONG_PRODUCT, "(step < -kStages || step >= 0)", "step >= 0"),
+    Bug(LONG_PRODUCT, "if (step + 1 < turns) __syncthreads();", ""),
+    Bug(LONG_PRODUCT, "(end < spans ? end : spans) - begin", "chunk"),
+    Bug(LONG_PRODUCT, "begin += chunk;", ""),
+    # --- tiled_product.cuh
+    Bug(LARGE, "wait_for_copies<kStages - 2>();", "wait_for_copies<kStages - 1>();"),
+    Bug(LARGE, "step % kStages * Tile::kStageBytes", "step % (kStages - 1) * Tile::kStageBytes"),
+    Bug(LARGE, "for (int i = 0; i < kStages; ++i) tile.clear(stage(i));", ""),
+    Bug(LARGE, "row >= call.rows", "row > call.rows"),
+    Bug(LARGE, "if (at >= share.count) continue;", ""),
+    Bug(LARGE, "(half + h) * kHalf + 4 * g + i", "half * kHalf + 4 * g + i"),
+    Bug(LARGE, "i % 2 * 2 + column", "column * 2 + i % 2"),
+    Bug(LARGE, "warp / Shape::kRowWarps * Shape::kTokenTiles", "warp / Shape::kRowWarps"),
+    # --- bf16_product.cu
+    Bug(BF16, "{words[0].x, words[0].y, words[1].x, words[1].y}", "{words[0].x, words[1].x, words[0].y, words[1].y}"),
+    Bug(BF16, "(call.cols + 1) / 2 * 2", "call.cols / 2 * 2"),
+    Bug(BF16, "t + 4 * i) * kHalfBytes", "t) * kHalfBytes"),
+    Bug(BF16, "2 * first < left", "true"),
+    Bug(BF16, "limit - column - 2 * pair", "limit - column"),
+    Bug(BF16, "part * rows_bytes", "0"),
+    Bug(BF16, "pair / 2 * rows_bytes", "0"),
+    Bug(BF16, "t + 4 * i) * kPairBytes", "t) * kPairBytes"),
+    Bug(BF16, "(half + h) % 2 * (kHalf / 4) + g", "g"),
+    Bug(BF16, "part[h][j][n][i] = 0;", ""),
+    # --- product.cu: weights that are floats, without the tensor cores
+    Bug(FLOATS, "i * (kWarp / kLanes) + lane / kLanes", "i * (kWarp / kLanes)"),
+    Bug(FLOATS, "if (span * kSpan + own >= cols) break;", ""),
+    Bug(FLOATS, "mask = kLanes; mask < kWarp", "mask = kLanes; mask < kWarp / 2"),
+    Bug(FLOATS, "kPanel + first_row) *", "kPanel) *"),
+    Bug(FLOATS, "x + token * stride + column", "x + column"),
     Bug(FLOAT8, "(exponent + 120) << 23", "(exponent + 119) << 23"),
     Bug(FLOAT8, "if (exponent != 0)", "if (true)"),
-    Bug(FLOAT8, "kFp8ScaleBytes + column * kPanel", "column * kPanel"),
-    Bug(FLOAT8, "sums[token].y * factor.y", "sums[token].y * factor.x"),
-    # --- quantized_product.cu: codes, scales and offsets
-    Bug(quantized("Int8G32"), "step = kBits == 8 ? 4 : 1", "step = 1"),
-    Bug(quantized("Int2K"), "bits_at<3>(last, 2 * t)", "bits_at<3>(first, 2 * t)"),
-    Bug(quantized("Int5G32"), "bits_at<1>(first, t + 4)", "bits_at<1>(first, t)"),
-    Bug(quantized("Int6K"), "codes.high[row] |= upper.high[row] << kLow;", ""),
-    Bug(quantized("Int3K"), "kLow = kBits == 3 ? 2 : 4", "kLow = kBits == 3 ? 1 : 4"),
-    Bug(quantized("Int5K"), "high.load(at + 64 * kLow, t)", "high.load(at, t)"),
-    Bug(quantized("Table4G32"), "(codes >> 3 & 0x01010101u) * 0xffu", "0"),
-    Bug(quantized("Table4K"), "low >> 8 & 0x700u", "low >> 4 & 0x700u"),
-    Bug(quantized("Int4G64"), "(within / kColumns + step) * (kPanel / 16)", "(within / kColumns) * (kPanel / 16)"),
-    Bug(quantized("Int4G128"), "+ 2 * h + g / 4;", "+ 2 * h + g % 2;"),
-    Bug(quantized("Int4G128"), "16 * (g % 4), t)", "16 * (g / 2), t)"),
-    Bug(quantized("Int4G32"), "begin + kSpan < padded ? begin + kSpan : padded", "begin + kSpan"),
-    Bug(quantized("Int4G32"), "at + kColumns / 2", "at + 4"),
-    Bug(quantized("Int6K"), "mma_u8s8_half(dots[1][h][j][n], high[0], high[1], b[1])",
-        "mma_u8s8_half(dots[1][h][j][n], high[0], high[1], b[0])"),
-    Bug(quantized("Int4G32"), "codes[h].high + 2 * j", "codes[h].high"),
-    Bug(quantized("Int6K"), "column / kGroup + each, tokens", "column / kGroup, tokens"),
-    Bug(quantized("Int4K"), "own * kPanel + row);\n      if", "row);\n      if"),
-    Bug(quantized("Int4MinG32"), "if constexpr (Format::kOffset) to = fmaf", "if constexpr (false) to = fmaf"),
-    Bug(quantized("Int4MinG64"), "block + Layout::kOffsets + 2 * row", "block + Layout::kScale + 2 * row"),
-    Bug(quantized("Int4G32"), "- Format::kZero * sum", ""),
-    Bug(quantized("Int4G32"), "row % 2 * 2 + column", "column * 2 + row % 2"),
-    Bug(quantized("Int4G32"), "dots[h][row / 2][n][i] -", "dots[h][row % 2][n][i] -"),
-    Bug(quantized("Int4G32"), "n * kTileTokens + 2 * t + column", "n * kTileTokens + t + 4 * column"),
+    Bug(FLOAT8, "panel + Column::kHeader +", "panel +"),
+    Bug(FLOAT8, "Column::factor(panel, first_row + at)", "Column::factor(panel, first_row)"),
+    # --- quantized_weights.cuh: codes, scales and offsets
+    Bug(tiled("quantized_weights.cuh", "Int8G32"), "step = kBits == 8 ? 4 : 1", "step = 1"),
+    Bug(tiled("quantized_weights.cuh", "Int2K"), "bits_at<3>(last, 2 * t)", "bits_at<3>(first, 2 * t)"),
+    Bug(tiled("quantized_weights.cuh", "Int5G32"), "bits_at<1>(first, t + 4)", "bits_at<1>(first, t)"),
+    Bug(tiled("quantized_weights.cuh", "Int6K"), "codes.high[row] |= upper.high[row] << kLow;", ""),
+    Bug(tiled("quantized_weights.cuh", "Int3K"), "kLow = kBits == 3 ? 2 : 4", "kLow = kBits == 3 ? 1 : 4"),
+    Bug(tiled("quantized_weights.cuh", "Int5K"), "read(kLow + plane)", "read(plane)"),
+    Bug(tiled("quantized_weights.cuh", "Table4G32"), "(codes >> 3 & 0x01010101u) * 0xffu", "0"),
+    Bug(tiled("quantized_weights.cuh", "Table4K"), "low >> 8 & 0x700u", "low >> 4 & 0x700u"),
+    Bug(tiled("quantized_weights.cuh", "Int6K"), "last[0], last[1], high, c", "last[0], last[1], low, c"),
+    Bug(tiled("quantized_weights.cuh", "Int4G32"), "codes.high + 2 * j", "codes.high"),
+    Bug(tiled("quantized_weights.cuh", "Int4G32"), "static_cast<uint32_t>(Format::kZero) *", "0u *"),
+    Bug(tiled("quantized_weights.cuh", "Int4G32"), "16 * (row % 2)", "16 * (row / 2)"),
+    Bug(tiled("quantized_weights.cuh", "Int4K"), "static_cast<Small>(packed.numbers >> 8 * row)", "static_cast<Small>(packed.numbers)"),
+    Bug(tiled("quantized_weights.cuh", "Int4MinG32"), "if constexpr (Format::kOffset) part = fmaf", "if constexpr (false) part = fmaf"),
+    # --- quantized_product.cu: stages of a warp
+    Bug(quantized("Int4G64"), "step / kBlockSteps * Layout::kBytes", "0"),
+    Bug(quantized("Int4G128"), "half * kStepBytes + chunk", "chunk"),
+    Bug(quantized("Int4G128"), "block + Layout::kScale + half * kFactorBytes", "block + Layout::kScale"),
+    Bug(quantized("Int4MinG64"), "block + Layout::kOffsets + half", "block + Layout::kScale + half"),
+    Bug(quantized("Int4K"), "within / Of::kGroup * kPanel + half * kNumberBytes", "half * kNumberBytes"),
+    Bug(quantized("Int4G32"), "token < tokens && group < groups", "token + 1 < tokens && group < groups"),
+    Bug(quantized("Int4G32"), "if (span * kSpan + first >= limit) break;", ""),
+    Bug(quantized("Int4G32"), "first / Of::kGroup + each]", "each]"),
+    Bug(quantized("Int4G32"), "stage + step * kStepBytes + g / 4", "stage + g / 4"),
+    Bug(quantized("Int4G32"), "(2 * step + chunk) ^ token % 8", "(2 * step) ^ token % 8"),
+    Bug(quantized("Int4G32"), "column + step * Of::kColumns >= limit", "false"),
+    # --- quantized_tiles.cuh: stages of a block
+    Bug(tiled("quantized_tiles.cuh", "Int4G64"), "panel * panel_bytes + block * Layout::kBytes", "panel * panel_bytes"),
+    Bug(tiled("quantized_tiles.cuh", "Int4K"), "chunk.is_code ? codes : 0", "0"),
+    Bug(tiled("quantized_tiles.cuh", "Int4G32"), "if (column + chunk.column < limit)", "if (chunk.column < kSpan)"),
+    Bug(tiled("quantized_tiles.cuh", "Int4G32"), "int64_t{thread} * spans + column / kSpan", "int64_t{thread} * spans"),
+    Bug(tiled("quantized_tiles.cuh", "Int4G32"), "row_sums + int64_t{at} * groups + group", "row_sums + int64_t{at} * groups"),
+    Bug(tiled("quantized_tiles.cuh", "Int4G32"), "i % 2 == 0 ? scale.x : scale.y", "scale.x"),
+    Bug(tiled("quantized_tiles.cuh", "Int4K"), "(column % Of::kBlock + first % Of::kBlock) / Of::kGroup + each", "first % Of::kBlock / Of::kGroup + each"),
+    Bug(tiled("quantized_tiles.cuh", "Int4G64"), "first % Of::kBlock / Of::kColumns + step", "first % Of::kBlock / Of::kColumns"),
+    Bug(tiled("quantized_tiles.cuh", "Int4G32"), "group * kTokens + token", "token"),
+    Bug(tiled("quantized_tiles.cuh", "Int4G32"), "at % 2 * kHalf + 4 * g", "4 * g"),
     # --- rows.cu
     Bug(CODES, "fmaxf(most, fabsf(value))", "fmaxf(most, value)"),
     Bug(CODES, "rintf(x * inverse)", "truncf(x * inverse)"),

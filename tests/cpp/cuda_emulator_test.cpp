@@ -60,8 +60,8 @@ TEST(mma_multiplies_matrices) {
       left[i] = bytes([&](int j) { return a[g + i % 2 * 8][i / 2 * 16 + 4 * t + j]; });
     for (int i = 0; i < 2; ++i) right[i] = bytes([&](int j) { return b[i * 16 + 4 * t + j][g]; });
     int32_t whole[4] = {7, 7, 7, 7}, half[4] = {7, 7, 7, 7};
-    mma_u8s8(whole, left, right[0], right[1]);
-    mma_u8s8_half(half, left[0], left[1], right[0]);
+    mma_u8s8(whole, left, right[0], right[1], whole);
+    mma_u8s8_half(half, left[0], left[1], right[0], half);
     float floats[4] = {7, 7, 7, 7};
     const auto pair = [](int32_t low, int32_t high) {
       return bf16_pair(static_cast<float>(low), static_cast<float>(high));
@@ -80,6 +80,25 @@ TEST(mma_multiplies_matrices) {
     }
   });
   CHECK_EQ(told, "");
+  CHECK_EQ(wrong, 0);
+}
+
+TEST(matrices_are_loaded_by_rows) {
+  int wrong = 0;
+  CHECK_EQ(run(32, 32 * 16, {},
+               [&] {
+                 auto* words = reinterpret_cast<uint32_t*>(shared_memory());
+                 for (int i = 0; i < 4; ++i) words[4 * thread() + i] = 4 * thread() + i;
+                 __syncwarp();
+                 // The rows of each matrix from the last one on.
+                 uint32_t got[4];
+                 load_matrices<false>(got, words + 4 * (thread() ^ 7));
+                 for (int i = 0; i < 4; ++i) {
+                   const int row = 8 * i + (thread() / 4 ^ 7);
+                   wrong += got[i] != static_cast<uint32_t>(4 * row + thread() % 4);
+                 }
+               }),
+           "");
   CHECK_EQ(wrong, 0);
 }
 
@@ -163,22 +182,20 @@ TEST(late_copies_land_when_they_are_waited_for) {
                  [&] {
                    if (thread() > 0) return;
                    int* values = reinterpret_cast<int*>(shared_memory());
-                   Machine& machine = Machine::instance();
-                   machine.copy_async(values, source, 4);
-                   machine.commit_copies();
-                   machine.copy_async(values + 1, source + 1, 4);
-                   machine.commit_copies();
-                   machine.wait_copies(1);
+                   copy_async<4>(values, source);
+                   commit_copies();
+                   copy_async<4>(values + 1, source + 1);
+                   commit_copies();
+                   wait_for_copies<1>();
                    before = values[1];
                    after = values[0];
-                   machine.wait_copies(0);
+                   wait_for_copies<0>();
                    after += values[1];
                  }),
              "");
     CHECK_EQ(after, 3);
     CHECK_EQ(before == 2, !late);
   }
-  check_told(
-      run(32, 8, {true}, [&] { Machine::instance().copy_async(shared_memory(), source, 4); }),
-      "ended with asynchronous copies on their way");
+  check_told(run(32, 8, {true}, [&] { copy_async<4>(shared_memory(), source); }),
+             "ended with asynchronous copies on their way");
 }

@@ -50,7 +50,7 @@ struct Packed {
 void check_products(WeightFormat format) {
   std::mt19937 random(1);
   for (const auto& [rows, cols, count] :
-       {std::array<int64_t, 3>{70, 300, 1}, {64, 1150, 3}, {130, 520, 21}}) {
+       {std::array<int64_t, 3>{70, 300, 1}, {64, 2600, 8}, {130, 520, 21}, {70, 300, 66}}) {
     Packed packed(random, format, rows, cols);
     const std::vector<float> x = randoms(random, count * cols), bias = randoms(random, rows);
     const auto run = [&](Backend& backend) {
@@ -137,15 +137,15 @@ TEST(odd_activations_have_the_bits_of_the_cpu) {
 // Experts of quantised weights: as the CPU's, but for the roundings of silu.
 TEST(quantized_experts_are_near_the_cpu) {
   std::mt19937 random(3);
-  const int64_t hidden = 96, width = 80, experts = 5, rows = 20;
+  const int64_t hidden = 96, width = 80, experts = 5, most = 20;
   const Matrix router = random_matrix(random, experts, hidden, DType::kF32);
   std::vector<Matrix> ups, downs;
   for (int64_t e = 0; e <= experts; ++e) {  // the last one is shared
     ups.push_back(random_matrix(random, 2 * width, hidden, DType::kF32));
     downs.push_back(random_matrix(random, hidden, width, DType::kF32));
   }
-  const std::vector<float> x = randoms(random, rows * hidden);
-  const auto run = [&](Backend& backend, int64_t top_k) {
+  const std::vector<float> x = randoms(random, most * hidden);
+  const auto run = [&](Backend& backend, int64_t rows, int64_t top_k) {
     const auto load = [&](const Matrix& matrix) {
       const MatrixSource part = matrix.source();
       return backend.load_matrix({&part, 1}, {WeightFormat::kInt8G32});
@@ -163,13 +163,14 @@ TEST(quantized_experts_are_near_the_cpu) {
     backend.moe({out.data(), rows, hidden}, {x.data(), rows, hidden}, weights);
     return out;
   };
-  for (const int64_t top_k : {1, 3}) {
-    const std::vector<float> expected = run(cpu(), top_k);
+  // Few rows, with which the shared expert is part of the others' products, and more.
+  for (const auto& [rows, top_k] : {std::pair<int64_t, int64_t>{3, 1}, {9, 3}, {20, 1}, {20, 3}}) {
+    const std::vector<float> expected = run(cpu(), rows, top_k);
     // An activation may round to the other of two codes: 1/127 of the largest, times a weight.
     const std::vector<double> bound(expected.size(), 0.01 * static_cast<double>(top_k + 1));
     std::vector<float> first;
     for (Named& subject : subjects()[0]) {
-      const std::vector<float> got = run(*subject.backend, top_k);
+      const std::vector<float> got = run(*subject.backend, rows, top_k);
       check_close("experts on " + subject.name, got, expected, bound);
       if (first.empty()) first = got;
       check_same_bits("experts on " + subject.name, got.data(), first.data(), got.size());

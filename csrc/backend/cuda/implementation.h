@@ -84,7 +84,7 @@ class CudaBackend final : public Backend {
   std::unique_ptr<Backend> host_;
 
   CudaConstants expert_tables_;
-  CudaScratch operand_, hidden_, pixels_;
+  CudaScratch operand_, shared_operand_, hidden_, pixels_;
   CudaScratch logits_, routing_, routed_hidden_, routed_out_;
   CudaScratch states_, arrived_;  // attention
 };

@@ -21,6 +21,10 @@ cuda::WeightKind kind_of(WeightFormat format) {
   }
 }
 
+bool packed_alike(const WeightRef& a, const WeightRef& b) {
+  return a.format == b.format && a.rows == b.rows && a.cols == b.cols;
+}
+
 // Hands out arrays of a piece of device memory; from a null pointer it only adds up their size.
 class Carver {
  public:
@@ -55,6 +59,7 @@ cuda::Operand CudaBackend::prepare(const Source& source, WeightFormat format,
     operand.data = scratch.reserve<float>(*device_, source.rows * operand.stride);
   } else if (format == WeightFormat::kBF16) {
     operand.kind = cuda::kOperandBF16;
+    operand.stride = (operand.stride + kActivationGroup - 1) / kActivationGroup * kActivationGroup;
     operand.data = scratch.reserve<uint16_t>(*device_, source.rows * operand.stride);
   } else {
     operand.kind = cuda::kOperandInt8;
@@ -143,6 +148,20 @@ void CudaBackend::moe(Rows residual, ConstRows x, const MoeWeights& weights) {
   const int64_t slots = x.rows * weights.top_k, places = std::min(experts, slots);
   const WeightRef &gate_up = weights.gate_up[0], &down = weights.down[0];
 
+  // Of few rows, the shared expert is part of the others' products: more weights are on their way
+  // at a time. Its operand comes first, while the norm before may still make it.
+  constexpr int64_t kFewRows = 16;
+  const bool together = x.rows <= kFewRows && packed_alike(weights.shared_gate_up, gate_up) &&
+                        packed_alike(weights.shared_down, down);
+  cuda::SharedExpert shared_up = {}, shared_down = {};
+  Rows shared_hidden(nullptr, x.rows, gate_up.rows);
+  if (together) {
+    shared_hidden.data = hidden_.reserve<float>(*device_, x.rows * gate_up.rows);
+    shared_up = {weights.shared_gate_up.data.get(),
+                 prepare({x, x.rows, x.cols}, gate_up.format, shared_operand_), x.rows,
+                 device_rows(shared_hidden), 0};
+  }
+
   // Who gets which rows.
   const Rows logits(logits_.reserve<float>(*device_, x.rows * experts), x.rows, experts);
   multiply(product_call(logits, prepare({x, x.rows, x.cols}, weights.router.format, operand_),
@@ -163,7 +182,7 @@ void CudaBackend::moe(Rows residual, ConstRows x, const MoeWeights& weights) {
   carve(Carver(routing_.reserve<char>(*device_, carve(Carver(nullptr)))));
   device_->run("route", &cuda::DeviceTable::route, routing);
 
-  mlp(residual, x, weights.shared_gate_up, weights.shared_down);
+  if (!together) mlp(residual, x, weights.shared_gate_up, weights.shared_down);
 
   // The routed experts, of inputs times their scores. Which have rows only the device knows.
   const auto pointers = [&](const std::vector<WeightRef>& matrices) {
@@ -180,6 +199,7 @@ void CudaBackend::moe(Rows residual, ConstRows x, const MoeWeights& weights) {
   cuda::ProductCall up =
       product_call(hidden, prepare(scaled, gate_up.format, operand_), slots, gate_up);
   up.experts = rows;
+  up.shared = shared_up;
   multiply(up);
   const Rows out(routed_out_.reserve<float>(*device_, slots * x.cols), slots, x.cols);
   const Source activated{.x = hidden, .rows = slots, .cols = down.cols, .gated = true};
@@ -187,6 +207,12 @@ void CudaBackend::moe(Rows residual, ConstRows x, const MoeWeights& weights) {
       product_call(out, prepare(activated, down.format, operand_), slots, down);
   rows.matrices = pointers(weights.down);
   call.experts = rows;
+  if (together)
+    shared_down = {weights.shared_down.data.get(),
+                   prepare({.x = shared_hidden, .rows = x.rows, .cols = down.cols, .gated = true},
+                           down.format, shared_operand_),
+                   x.rows, device_rows(residual), 1};
+  call.shared = shared_down;
   multiply(call);
   device_->run("add_experts", &cuda::DeviceTable::add_experts,
                cuda::AddExpertsCall{device_rows(residual), device_rows(ConstRows(out)),

@@ -37,7 +37,8 @@ enum OperandKind : int32_t { kOperandF32, kOperandBF16, kOperandInt8 };
 
 // Activations as products want them, written by prepare_operand and read by product:
 //   f32   data float [rows][stride]
-//   bf16  data uint16 [rows][stride], zero from the last column to the stride
+//   bf16  data uint16 [rows][stride], zero from the last column to the stride, which is a multiple
+//         of kActivationGroup
 //   int8  data int8 [rows][stride], likewise; scales [rows][spans] of kActivationGroup columns;
 //         sums [rows][groups] of the codes of `group` columns (kernel_table.h: quantize_row)
 struct Operand {
@@ -68,6 +69,16 @@ struct ExpertRows {
   int32_t slots;
 };
 
+// The expert that all rows have beside those of their own: a product of the same launch, with a
+// matrix that is packed like the others.
+struct SharedExpert {
+  const void* weights;
+  Operand x;
+  int64_t count;  // rows of x; 0: there is none
+  FloatRows out;
+  int32_t accumulate;
+};
+
 // How weights are packed, in panels of kPanelRows rows (quant/format.h).
 enum WeightKind : int32_t { kWeightsF32, kWeightsBF16, kWeightsFP8, kWeightsQuantized };
 
@@ -84,6 +95,7 @@ struct ProductCall {
   FloatRows out;
   const float* bias;  // or null
   ExpertRows experts;
+  SharedExpert shared;
 };
 
 // --- mixture of experts --------------------------------------------------------------------------

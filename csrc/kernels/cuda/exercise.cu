@@ -41,7 +41,7 @@ __device__ __forceinline__ void multiply(const ExerciseCall& call, const Multipl
 
 __global__ void __launch_bounds__(kThreads) multiply_int8_kernel(const ExerciseCall call) {
   after_earlier_kernels();
-  multiply<int32_t>(call, [](auto&&... operands) { mma_u8s8(operands...); });
+  multiply<int32_t>(call, [](auto& sum, auto&&... operands) { mma_u8s8(sum, operands..., sum); });
 }
 __global__ void __launch_bounds__(kThreads) multiply_bf16_kernel(const ExerciseCall call) {
   after_earlier_kernels();

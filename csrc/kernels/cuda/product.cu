@@ -1,60 +1,11 @@
-// Products with weights that are floats: bfloat16 on the tensor cores, fp32 and fp8 without.
-#include "kernels/cuda/product.cuh"
+// Products, by the kind of weights; and those with fp32 and fp8, without the tensor cores.
+#include "kernels/cuda/few_product.cuh"
 #include "quant/fp8.h"
 
 namespace puna::cuda {
 namespace {
 
-// A panel of bfloat16 is words [pair of columns][kPanel].
-struct BF16Weights {
-  static constexpr bool kScaled = false;
-
-  template <int kTokenTiles>
-  static __device__ void span(float* part, const uint8_t* panel, const ProductCall& call, int span,
-                              const Tokens& tokens) {
-    constexpr int kStepPairs = 8;  // of a product of 16 columns
-    const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-    const int pairs = static_cast<int>((call.cols + 1) / 2);
-    const auto* x = static_cast<const uint16_t*>(call.x.data);
-    Sums<kTokenTiles> sums = {};
-    const int begin = span * kSpan / 2;
-    const int end = begin + kSpan / 2 < pairs ? begin + kSpan / 2 : pairs;
-#pragma unroll 4
-    for (int pair = begin; pair < end; pair += kStepPairs) {
-      uint4 words[kHalves][2];  // rows 4 g .. 4 g + 3 at pairs t and t + 4
-#pragma unroll
-      for (int h = 0; h < kHalves; ++h)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int at = pair + t + 4 * i;
-          words[h][i] = at < end ? load_streaming(panel + 4 * (at * kPanel + 32 * h + 4 * g))
-                                 : uint4{0, 0, 0, 0};
-        }
-#pragma unroll
-      for (int n = 0; n < kTokenTiles; ++n) {
-        const int token = n * kTileTokens + g;
-        uint32_t b[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int at = pair + t + 4 * i;
-          b[i] = at < end && token < tokens.count
-                     ? *reinterpret_cast<const uint32_t*>(
-                           x + (tokens.first + token) * call.x.stride + 2 * at)
-                     : 0;
-        }
-#pragma unroll
-        for (int h = 0; h < kHalves; ++h) {
-          const uint4 low = words[h][0], high = words[h][1];
-          mma_bf16(sums.value[h][0][n], {low.x, low.y, high.x, high.y}, b[0], b[1]);
-          mma_bf16(sums.value[h][1][n], {low.z, low.w, high.z, high.w}, b[0], b[1]);
-        }
-      }
-    }
-    store_sums(part, sums);
-  }
-};
-
-// value(code) of two codes of e4m3, in the lower bytes.
+// value(code) of e4m3.
 __device__ __forceinline__ float float_of_code(uint32_t code) {
   const uint32_t sign = (code & 0x80u) << 24, exponent = code >> 3 & 15u, mantissa = code & 7u;
   if (exponent != 0) return __uint_as_float(sign | (exponent + 120) << 23 | mantissa << 20);
@@ -62,85 +13,127 @@ __device__ __forceinline__ float float_of_code(uint32_t code) {
   return sign != 0 ? -subnormal : subnormal;
 }
 
-// Weights of two rows, without the tensor cores: lane l has rows 2 l and 2 l + 1.
-struct F32Weights {
-  static constexpr bool kScaled = false;
-  static __device__ float2 load(const uint8_t* panel, int64_t column, int lane) {
-    return *reinterpret_cast<const float2*>(panel + (column * kPanel + 2 * lane) * 4);
+// A lane's rows of a column, in kBytes of it.
+struct F32Column {
+  static constexpr int kRows = 2, kBytes = 8;
+  static constexpr int64_t kHeader = 0;
+  static __device__ float value(const unsigned char* at, int row) {
+    return reinterpret_cast<const float*>(at)[row];
   }
-  static __device__ float2 factors(const uint8_t*, int) { return {1, 1}; }
-
-  template <int kTokenTiles>
-  static __device__ void span(float* part, const uint8_t* panel, const ProductCall& call, int span,
-                              const Tokens& tokens);
+  static __device__ float factor(const uint8_t*, int64_t) { return 1; }
+};
+struct FP8Column {
+  static constexpr int kRows = 4, kBytes = 4;
+  static constexpr int64_t kHeader = kFp8ScaleBytes;
+  static __device__ float value(const unsigned char* at, int row) { return float_of_code(at[row]); }
+  static __device__ float factor(const uint8_t* panel, int64_t row) {
+    return reinterpret_cast<const float*>(panel)[row];
+  }
 };
 
-struct FP8Weights {
+// Weights of some rows, [column][kPanel], without the tensor cores. A block has as many rows as 32
+// bytes of a column, what memory hands out at once, so that a matrix of a few rows, as routers
+// are, still has several blocks. Lanes take columns in turn.
+template <class Column>
+struct PlainWeights {
   static constexpr bool kScaled = false;
-  static __device__ float2 load(const uint8_t* panel, int64_t column, int lane) {
-    const uint32_t codes =
-        *reinterpret_cast<const uint16_t*>(panel + kFp8ScaleBytes + column * kPanel + 2 * lane);
-    return {float_of_code(codes & 255u), float_of_code(codes >> 8)};
+  static constexpr int kColumnBytes = 32, kLanes = kColumnBytes / Column::kBytes;  // of a column
+  static constexpr int kRows = kLanes * Column::kRows, kWarps = 5, kStages = 2, kResident = 1;
+  static constexpr int kRowsAt = kSpan * kColumnBytes, kFloatRowBytes = kSpan * 4;  // of x
+  static constexpr int kTurns = kSpan * kLanes / kWarp;  // columns of a span that a lane has
+  static __host__ __device__ int stage_bytes(int tokens) {
+    return kRowsAt + tokens * kFloatRowBytes;
   }
-  static __device__ float2 factors(const uint8_t* panel, int lane) {
-    return reinterpret_cast<const float2*>(panel)[lane];
-  }
+  using Part = float[kTileTokens][Column::kRows];
 
-  template <int kTokenTiles>
-  static __device__ void span(float* part, const uint8_t* panel, const ProductCall& call, int span,
-                              const Tokens& tokens);
-};
+  struct Lane {
+    __device__ Lane(const ProductCall& call, const Share& share, int64_t row, int)
+        : lane(threadIdx.x % kWarp),
+          tokens(share.count),
+          cols(static_cast<int>(call.cols)),
+          first_row(row % kPanel),
+          panel(share.weights + row / kPanel * call.panel_bytes),
+          x(static_cast<const float*>(share.x.data) + share.first * share.x.stride),
+          stride(share.x.stride) {}
 
-template <class Weights, int kTokenTiles>
-__device__ __forceinline__ void plain_span(float* part, const uint8_t* panel,
-                                           const ProductCall& call, int span,
-                                           const Tokens& tokens) {
-  constexpr int kTokens = kTokenTiles * kTileTokens;
-  const int lane = threadIdx.x % kWarp;
-  const auto* x = static_cast<const float*>(call.x.data);
-  float2 sums[kTokens] = {};
-  const int64_t begin = static_cast<int64_t>(span) * kSpan;
-  const int64_t end = begin + kSpan < call.cols ? begin + kSpan : call.cols;
-#pragma unroll 4
-  for (int64_t column = begin; column < end; ++column) {
-    const float2 weight = Weights::load(panel, column, lane);
+    __device__ __forceinline__ void copy_weights(unsigned char* stage, int span) const {
+      constexpr int kElement = kColumnBytes / kRows;
 #pragma unroll
-    for (int token = 0; token < kTokens; ++token) {
-      if (token >= tokens.count) break;
-      const float value = x[(tokens.first + token) * call.x.stride + column];
-      sums[token].x = fmaf(value, weight.x, sums[token].x);
-      sums[token].y = fmaf(value, weight.y, sums[token].y);
+      for (int first = 0; first < kSpan * kColumnBytes / kChunk; first += kWarp) {
+        const int i = first + lane;
+        const int column = i * kChunk / kColumnBytes, chunk = i % (kColumnBytes / kChunk);
+        if (span * kSpan + column < cols)
+          copy_async<kChunk>(
+              stage + i * kChunk,
+              panel + Column::kHeader +
+                  (static_cast<int64_t>(span * kSpan + column) * kPanel + first_row) * kElement +
+                  chunk * kChunk);
+      }
     }
-  }
-  const float2 factor = Weights::factors(panel, lane);
+    // Rows of x need not be aligned to more than their elements.
+    __device__ __forceinline__ void copy_activations(unsigned char* stage, int span) const {
+      for (int token = 0; token < tokens; ++token)
 #pragma unroll
-  for (int token = 0; token < kTokens; ++token) {
-    part[token * kPanel + 2 * lane] = sums[token].x * factor.x;
-    part[token * kPanel + 2 * lane + 1] = sums[token].y * factor.y;
-  }
-}
+        for (int first = 0; first < kSpan; first += kWarp) {
+          const int column = span * kSpan + first + lane;
+          if (column < cols)
+            copy_async<4>(stage + kRowsAt + token * kFloatRowBytes + 4 * (first + lane),
+                          x + token * stride + column);
+        }
+    }
+    __device__ __forceinline__ void multiply(const unsigned char* stage, int span,
+                                             Part& part) const {
+      const auto* rows = reinterpret_cast<const float*>(stage + kRowsAt);
+#pragma unroll 4
+      for (int i = 0; i < kTurns; ++i) {
+        const int own = i * (kWarp / kLanes) + lane / kLanes;
+        if (span * kSpan + own >= cols) break;
+        const unsigned char* at = stage + own * kColumnBytes + lane % kLanes * Column::kBytes;
+#pragma unroll
+        for (int token = 0; token < kTileTokens; ++token) {
+          if (token >= tokens) break;
+          const float value = rows[token * kSpan + own];
+#pragma unroll
+          for (int row = 0; row < Column::kRows; ++row)
+            part[token][row] = fmaf(value, Column::value(at, row), part[token][row]);
+        }
+      }
+    }
+    __device__ __forceinline__ void store(float* to, const Part& part) const {
+#pragma unroll
+      for (int token = 0; token < kTileTokens; ++token) {
+        if (token >= tokens) break;
+#pragma unroll
+        for (int row = 0; row < Column::kRows; ++row) {
+          float sum = part[token][row];
+          // Over the lanes that have the same rows.
+#pragma unroll
+          for (int mask = kLanes; mask < kWarp; mask *= 2)
+            sum += __shfl_xor_sync(kAllLanes, sum, mask);
+          const int at = lane % kLanes * Column::kRows + row;
+          if (lane < kLanes) to[token * kRows + at] = sum * Column::factor(panel, first_row + at);
+        }
+      }
+    }
 
-template <int kTokenTiles>
-__device__ void F32Weights::span(float* part, const uint8_t* panel, const ProductCall& call,
-                                 int span, const Tokens& tokens) {
-  plain_span<F32Weights, kTokenTiles>(part, panel, call, span, tokens);
-}
-template <int kTokenTiles>
-__device__ void FP8Weights::span(float* part, const uint8_t* panel, const ProductCall& call,
-                                 int span, const Tokens& tokens) {
-  plain_span<FP8Weights, kTokenTiles>(part, panel, call, span, tokens);
-}
+    int lane, tokens, cols;
+    int64_t first_row;
+    const uint8_t* panel;
+    const float* x;
+    int64_t stride;
+  };
+};
 
 }  // namespace
 
 int launch_product(const ProductCall& call, Stream stream) {
   switch (call.kind) {
     case kWeightsF32:
-      return launch_product_of<F32Weights>(call, stream);
+      return launch_few_product<PlainWeights<F32Column>>(call, stream);
     case kWeightsBF16:
-      return launch_product_of<BF16Weights>(call, stream);
+      return launch_bf16_product(call, stream);
     case kWeightsFP8:
-      return launch_product_of<FP8Weights>(call, stream);
+      return launch_few_product<PlainWeights<FP8Column>>(call, stream);
     default:
       return launch_quantized_product(call, stream);
   }

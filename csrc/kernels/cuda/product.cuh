@@ -1,14 +1,15 @@
-// The matrix product, for any number of rows. A block computes one panel of weights (64 output
-// columns) for some rows of x.
+// What all kernels of products share: which rows of x a block multiplies with which matrix, and
+// what becomes of a sum.
 //
-// The summed dimension is cut into spans of kActivationGroup columns. Warps take spans in turn and
-// leave each one's sums in shared memory; threads then add these up in the order of the spans. So
-// an element's bits depend neither on the number of rows nor on that of warps, and with quantised
-// weights they are those of the CPU's kernels (kernel_table.h: gemm_quantized).
+// The summed dimension is cut into spans of kActivationGroup columns. Each span's sum starts from
+// zero, and the spans' are added up in their order. So an element's bits depend neither on the
+// number of rows nor on how blocks and warps share the work, and with quantised weights they are
+// those of the CPU's kernels (kernel_table.h: gemm_quantized).
 //
 // Weights are the left operand of the tensor cores, so that few rows of x waste nothing. A lane
 // loads 16 bytes, which are rows 4 g .. 4 g + 3 of 32 (g = lane / 4): a panel's order of bytes is
-// that of the operand's registers but for the order of rows, which the way out puts right.
+// that of the operand's registers but for the order of rows. Of these 32 rows a lane has, with
+// t = lane % 4, the sums [tile j][i] of rows 4 g + 2 j + i / 2 and tokens 2 t + i % 2 of 8.
 #pragma once
 
 #include "kernels/cuda/launches.h"
@@ -19,134 +20,128 @@ namespace puna::cuda {
 
 constexpr int kSpan = static_cast<int>(kActivationGroup);
 constexpr int kPanel = static_cast<int>(kPanelRows);
-constexpr int kHalves = 2;      // of a panel: 32 rows, a 16-byte load of each lane
+constexpr int kHalf = 32;       // rows of a panel that a warp's lanes load together
 constexpr int kTilesEach = 2;   // tiles of 16 rows in a half
 constexpr int kTileTokens = 8;  // columns of a tile
+// Of a block, so that it fits the devices with the least shared memory.
+constexpr int kMostShared = 99 << 10;
 
-// Rows [first, first + count) of x, at most kTileTokens * kTokenTiles.
-struct Tokens {
+// Rows [first, first + count) of x, and what a block does with them.
+struct Share {
+  const uint8_t* weights;
+  Operand x;
+  FloatRows out;
   int64_t first;
   int count;
+  bool accumulate;
 };
 
-// The sums of a warp's span: tile j of half h holds panel rows 32 h + 4 g + 2 j (sums 0 and 1) and
-// + 1 (2 and 3), tokens 2 t and 2 t + 1 of each group of 8.
-template <int kTokenTiles>
-struct Sums {
-  float value[kHalves][kTilesEach][kTokenTiles][4];
-};
+template <int kTokens>
+__host__ __device__ constexpr int64_t tiles_of(int64_t rows) {
+  return (rows + kTokens - 1) / kTokens;
+}
 
-// Leaves them as [token][kPanel].
-template <int kTokenTiles>
-__device__ __forceinline__ void store_sums(float* part, const Sums<kTokenTiles>& sums) {
-  const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+// How many tiles of up to kTokens rows a call has at most, whatever rows its experts have: e of
+// them with n rows each have (n - 1) / kTokens + 1.
+template <int kTokens>
+unsigned most_tiles(const ProductCall& call) {
+  const int64_t slots = call.experts.slots;
+  const int64_t own = call.experts.offsets == nullptr ? tiles_of<kTokens>(call.count)
+                                                      : (call.count - slots) / kTokens + slots;
+  return static_cast<unsigned>(tiles_of<kTokens>(call.shared.count) + own);
+}
+
+// What a product takes: reading the weights, or multiplying with them. Of experts the rows that
+// each has on average decide.
+enum ProductSize { kFewRows, kSomeRows, kManyRows };
+inline ProductSize size_of(const ProductCall& call) {
+  const int64_t matrices = call.experts.offsets == nullptr ? 1 : call.experts.slots;
+  const int64_t rows = call.count / matrices;
+  if (rows <= 16) return kFewRows;
+  // Large tiles, of 128 by 128, where there are enough of them for the whole device.
+  const int64_t tiles = tiles_of<128>(rows) * matrices * tiles_of<128>(call.rows);
+  return rows > 64 && tiles >= multiprocessors() ? kManyRows : kSomeRows;
+}
+
+// Whether the matrix of a tile is known before earlier kernels have ended.
+template <int kTokens>
+__device__ __forceinline__ bool matrix_is_known(const ProductCall& call, int tile) {
+  return call.experts.offsets == nullptr || tile < tiles_of<kTokens>(call.shared.count);
+}
+
+// Finds the tile's share; false if there are not so many tiles. Those of the shared expert come
+// first, then the others' in their order.
+template <int kTokens>
+__device__ __forceinline__ bool find_share(const ProductCall& call, int tile, Share* share) {
+  const int shared_tiles = static_cast<int>(tiles_of<kTokens>(call.shared.count));
+  const bool shared = tile < shared_tiles;
+  share->x = shared ? call.shared.x : call.x;
+  share->out = shared ? call.shared.out : call.out;
+  share->accumulate = (shared ? call.shared.accumulate : call.accumulate) != 0;
+  share->weights = static_cast<const uint8_t*>(shared ? call.shared.weights : call.weights);
+  int64_t begin = 0, end = shared ? call.shared.count : call.count;
+  if (!shared) tile -= shared_tiles;
+  if (!shared && call.experts.offsets != nullptr) {
+    const void* matrix = nullptr;
+#pragma unroll 1
+    for (int slot = 0; slot < call.experts.slots; ++slot) {
+      const int expert = call.experts.occupied[slot];
+      if (expert < 0) return false;
+      begin = call.experts.offsets[expert];
+      end = call.experts.offsets[expert + 1];
+      matrix = call.experts.matrices[expert];
+      const int tiles = static_cast<int>(tiles_of<kTokens>(end - begin));
+      if (tile < tiles) break;
+      tile -= tiles;
+      matrix = nullptr;
+    }
+    if (matrix == nullptr) return false;
+    share->weights = static_cast<const uint8_t*>(matrix);
+  }
+  share->first = begin + static_cast<int64_t>(tile) * kTokens;
+  share->count = static_cast<int>(end - share->first < kTokens ? end - share->first : kTokens);
+  return true;
+}
+
+// --- rows of x in shared memory
+// ------------------------------------------------------------------- kRowBytes of each row are 8
+// chunks of 16 bytes; chunk c of row r lies at c ^ r % 8, so that the lanes that load a column of
+// them meet no bank of the memory twice.
+constexpr int kRowBytes = 128, kChunk = 16, kRowChunks = kRowBytes / kChunk;
+
+// Bytes [at, at + kRowBytes) of `count` rows, as far as these go; by thread `thread` of kThreads.
+template <int kRows, int kThreads>
+__device__ __forceinline__ void copy_rows(unsigned char* to, int thread, const uint8_t* rows,
+                                          int count, int row_bytes, int at) {
+  constexpr int kTurn = kThreads / kRowChunks;  // rows that are copied together
+  const int chunk = thread % kRowChunks;
+  if (at + chunk * kChunk >= row_bytes) return;
+  const uint8_t* from = rows + int64_t{thread / kRowChunks} * row_bytes + at + chunk * kChunk;
 #pragma unroll
-  for (int h = 0; h < kHalves; ++h)
-#pragma unroll
-    for (int n = 0; n < kTokenTiles; ++n)
-#pragma unroll
-      for (int column = 0; column < 2; ++column) {
-        float* to = part + (n * kTileTokens + 2 * t + column) * kPanel + 32 * h + 4 * g;
-#pragma unroll
-        for (int j = 0; j < kTilesEach; ++j)
-#pragma unroll
-          for (int row = 0; row < 2; ++row) to[2 * j + row] = sums.value[h][j][n][2 * row + column];
-      }
+  for (int first = 0; first < kRows; first += kTurn) {
+    const int row = first + thread / kRowChunks;
+    if (row < count) copy_async<kChunk>(to + row * kRowBytes + (chunk ^ row % 8) * kChunk, from);
+    from += int64_t{kTurn} * row_bytes;
+  }
+}
+// The right operands of the products 2 * pair and 2 * pair + 1, of 32 bytes of 8 rows each; lanes
+// of the same lane % 8 name the same row.
+__device__ __forceinline__ void load_rows(uint32_t (&x)[4], const unsigned char* from, int row,
+                                          int pair) {
+  const int chunk = 4 * pair + threadIdx.x % kWarp / 8;
+  load_matrices<false>(x, from + row * kRowBytes + (chunk ^ row % 8) * kChunk);
 }
 
 __device__ __forceinline__ float gelu(float x) {
   return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
 }
 
-template <int kTokenTiles>
-constexpr int kProductWarps = 8 / kTokenTiles;
-// Two rounds of sums: while one is added up, warps write the next.
-template <int kTokenTiles>
-constexpr size_t kProductShared =
-    2 * kProductWarps<kTokenTiles> * kTokenTiles * kTileTokens * kPanel * sizeof(float);
-
-// Weights::span(part, panel, call, span, tokens) is a warp's work; Weights::kScaled: sums are
-// multiplied by the activations' scales.
-template <class Weights, int kTokenTiles>
-__global__ void __launch_bounds__(kProductWarps<kTokenTiles>* kWarp, 1)
-    product_kernel(const ProductCall call) {
-  after_earlier_kernels();
-  constexpr int kWarps = kProductWarps<kTokenTiles>, kTokens = kTokenTiles * kTileTokens;
-  constexpr int kThreads = kWarps * kWarp, kEach = kTokens * kPanel / kThreads;
-  int64_t begin = 0, end = call.count;
-  const void* weights = call.weights;
-  if (call.experts.offsets != nullptr) {
-    const int32_t expert = call.experts.occupied[blockIdx.z];
-    if (expert < 0) return;
-    begin = call.experts.offsets[expert];
-    end = call.experts.offsets[expert + 1];
-    weights = call.experts.matrices[expert];
-  }
-  Tokens tokens;
-  tokens.first = begin + static_cast<int64_t>(blockIdx.y) * kTokens;
-  if (tokens.first >= end) return;
-  tokens.count = static_cast<int>(end - tokens.first < kTokens ? end - tokens.first : kTokens);
-
-  const auto* panel = static_cast<const uint8_t*>(weights) + blockIdx.x * call.panel_bytes;
-  float* parts = reinterpret_cast<float*>(shared_memory());
-  const int warp = threadIdx.x / kWarp;
-  const int spans = static_cast<int>((call.cols + kSpan - 1) / kSpan);
-  float sums[kEach];
-#pragma unroll
-  for (int i = 0; i < kEach; ++i) sums[i] = 0;
-  for (int first = 0, round = 0; first < spans; first += kWarps, round ^= 1) {
-    float* const these = parts + round * kWarps * kTokens * kPanel;
-    if (first + warp < spans)
-      Weights::template span<kTokenTiles>(these + warp * kTokens * kPanel, panel, call,
-                                          first + warp, tokens);
-    __syncthreads();
-    const int count = spans - first < kWarps ? spans - first : kWarps;
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int at = i * kThreads + threadIdx.x, token = at / kPanel;
-      if (token >= tokens.count) continue;
-      for (int w = 0; w < count; ++w) {
-        const float part = these[w * kTokens * kPanel + at];
-        if constexpr (Weights::kScaled)
-          sums[i] =
-              fmaf(part, call.x.scales[(tokens.first + token) * call.x.spans + first + w], sums[i]);
-        else
-          sums[i] += part;
-      }
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    const int at = i * kThreads + threadIdx.x, token = at / kPanel;
-    const int64_t column = static_cast<int64_t>(blockIdx.x) * kPanel + at % kPanel;
-    if (token >= tokens.count || column >= call.rows) continue;
-    float* out = call.out.data + (tokens.first + token) * call.out.stride + column;
-    float value = sums[i];
-    if (call.bias != nullptr) value += call.bias[column];
-    if (call.gelu) value = gelu(value);
-    *out = call.accumulate ? *out + value : value;
-  }
-}
-
-// Rows of x from which a block takes more of them: one reading of the weights serves them all.
-constexpr int64_t kFewTokens = kTileTokens;
-constexpr int kManyTokenTiles = 2;
-
-template <class Weights, int kTokenTiles>
-int launch_product_of(const ProductCall& call, Stream stream) {
-  constexpr int64_t kTokens = kTokenTiles * kTileTokens;
-  const bool experts = call.experts.offsets != nullptr;
-  // Any expert may have all the rows.
-  const dim3 grid{static_cast<unsigned>((call.rows + kPanel - 1) / kPanel),
-                  static_cast<unsigned>((call.count + kTokens - 1) / kTokens),
-                  static_cast<unsigned>(experts ? call.experts.slots : 1)};
-  return launch(product_kernel<Weights, kTokenTiles>, grid, kProductWarps<kTokenTiles> * kWarp,
-                kProductShared<kTokenTiles>, stream, call);
-}
-template <class Weights>
-int launch_product_of(const ProductCall& call, Stream stream) {
-  return call.count <= kFewTokens ? launch_product_of<Weights, 1>(call, stream)
-                                  : launch_product_of<Weights, kManyTokenTiles>(call, stream);
+// What an element of the product becomes: the sum, `bias` and the value that was there.
+__device__ __forceinline__ float finished(const ProductCall& call, float sum, float bias,
+                                          float before, bool accumulate) {
+  if (call.bias != nullptr) sum += bias;
+  if (call.gelu) sum = gelu(sum);
+  return accumulate ? before + sum : sum;
 }
 
 }  // namespace puna::cuda

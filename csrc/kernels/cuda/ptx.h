@@ -59,6 +59,18 @@ int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_
 #endif
 }
 
+// Of the current device.
+inline int multiprocessors() {
+#ifdef __CUDACC__
+  int device = 0, count = 1;
+  if (cudaGetDevice(&device) == cudaSuccess)
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+#else
+  return 1;
+#endif
+}
+
 // Every thread of every kernel calls this before it reads what earlier kernels wrote, or writes
 // what they read. Weights, which no kernel writes, may be asked for before.
 __device__ __forceinline__ void after_earlier_kernels() {
@@ -148,13 +160,33 @@ __device__ __forceinline__ float power_of_2(float x) {
 }
 
 // --- loads ---------------------------------------------------------------------------------------
-// 16 bytes that are read once: they go past the first cache.
+// What no kernel writes and is read once: it goes past the first cache.
 __device__ __forceinline__ uint4 load_streaming(const void* from) {
   uint4 value;
 #ifdef __CUDACC__
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
                : "l"(from));
+#else
+  memcpy(&value, from, sizeof(value));
+#endif
+  return value;
+}
+__device__ __forceinline__ uint2 load_streaming_pair(const void* from) {
+  uint2 value;
+#ifdef __CUDACC__
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
+               : "=r"(value.x), "=r"(value.y)
+               : "l"(from));
+#else
+  memcpy(&value, from, sizeof(value));
+#endif
+  return value;
+}
+__device__ __forceinline__ uint32_t load_streaming_word(const void* from) {
+  uint32_t value;
+#ifdef __CUDACC__
+  asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(value) : "l"(from));
 #else
   memcpy(&value, from, sizeof(value));
 #endif
@@ -229,6 +261,20 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool ther
 #else
   static constexpr unsigned char kZeros[16] = {};
   emulator::Machine::instance().copy_async(to, there ? from : kZeros, 16);
+#endif
+}
+// The same of 4, 8 or 16 bytes, aligned to as many.
+template <int kBytes>
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
+#ifdef __CUDACC__
+  const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(from), "n"(kBytes)
+                 : "memory");
+#else
+  emulator::Machine::instance().copy_async(to, from, kBytes);
 #endif
 }
 __device__ __forceinline__ void commit_copies() {
@@ -353,31 +399,34 @@ inline int32_t byte_operand(uint32_t word, int i, bool left) {
 }
 #endif
 
-// K = 32 of bytes, A without and B with sign; exact.
-__device__ __forceinline__ void mma_u8s8(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0,
-                                         uint32_t b1) {
+// K = 32 of bytes, A without and B with sign; exact. sums = c + A B.
+__device__ __forceinline__ void mma_u8s8(int32_t (&sums)[4], const uint32_t (&a)[4], uint32_t b0,
+                                         uint32_t b1, const int32_t (&c)[4]) {
 #ifdef __CUDACC__
   asm volatile(
       "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+      "{%8, %9}, {%10, %11, %12, %13};"
+      : "=r"(sums[0]), "=r"(sums[1]), "=r"(sums[2]), "=r"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]),
+        "r"(c[2]), "r"(c[3]));
 #else
-  emulated_mma<32>("mma_u8s8", c, a, b0, b1, byte_operand);
+  for (int i = 0; i < 4; ++i) sums[i] = c[i];
+  emulated_mma<32>("mma_u8s8", sums, a, b0, b1, byte_operand);
 #endif
 }
 
 // The same for K = 16: a0, a1 and b alone.
-__device__ __forceinline__ void mma_u8s8_half(int32_t (&c)[4], uint32_t a0, uint32_t a1,
-                                              uint32_t b) {
+__device__ __forceinline__ void mma_u8s8_half(int32_t (&sums)[4], uint32_t a0, uint32_t a1,
+                                              uint32_t b, const int32_t (&c)[4]) {
 #ifdef __CUDACC__
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
-      "{%0, %1, %2, %3};"
-      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-      : "r"(a0), "r"(a1), "r"(b));
+      "{%7, %8, %9, %10};"
+      : "=r"(sums[0]), "=r"(sums[1]), "=r"(sums[2]), "=r"(sums[3])
+      : "r"(a0), "r"(a1), "r"(b), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
 #else
-  emulated_mma<32>("mma_u8s8_half", c, {a0, a1, 0, 0}, b, 0, byte_operand);
+  for (int i = 0; i < 4; ++i) sums[i] = c[i];
+  emulated_mma<32>("mma_u8s8_half", sums, {a0, a1, 0, 0}, b, 0, byte_operand);
 #endif
 }
 

@@ -1,0 +1,16 @@
+// Products of some rows with quantised weights.
+#include "kernels/cuda/quantized_tiles.cuh"
+
+namespace puna::cuda {
+
+int launch_quantized_small_tiles(const ProductCall& call, Stream stream) {
+  using Launch = int (*)(const ProductCall&, Stream);
+  constexpr Launch kLaunches[] = {
+#define PUNA_FORMAT(Traits, name) &launch_tiled_product<QuantizedTile<Traits, SmallTile>>,
+#include "quant/formats.inc"
+#undef PUNA_FORMAT
+  };
+  return kLaunches[call.format](call, stream);
+}
+
+}  // namespace puna::cuda
