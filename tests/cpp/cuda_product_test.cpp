@@ -50,7 +50,7 @@ struct Packed {
 void check_products(WeightFormat format) {
   std::mt19937 random(1);
   for (const auto& [rows, cols, count] :
-       {std::array<int64_t, 3>{70, 300, 1}, {64, 2600, 8}, {130, 520, 21}, {70, 300, 66}}) {
+       {std::array<int64_t, 3>{70, 300, 1}, {64, 5200, 8}, {130, 520, 21}, {70, 300, 66}}) {
     Packed packed(random, format, rows, cols);
     const std::vector<float> x = randoms(random, count * cols), bias = randoms(random, rows);
     const auto run = [&](Backend& backend) {

@@ -108,8 +108,6 @@ struct BF16Tile {
         half(first_half),
         token(first_token) {}
 
-  __device__ void clear(unsigned char*) const {}
-
   __device__ __forceinline__ void copy(unsigned char* stage, int column) const {
     constexpr int kTurn = Shape::kThreads / kPairChunks;  // pairs that are copied together
     const int pair = threadIdx.x / kPairChunks, chunk = threadIdx.x % kPairChunks;

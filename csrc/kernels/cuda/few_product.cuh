@@ -85,85 +85,73 @@ __global__ void __launch_bounds__(FewShape<Weights>::kThreads, Weights::kResiden
   const int stage_bytes = Weights::stage_bytes(tokens);
   unsigned char* const ring = shared_memory() + warp * kStages * stage_bytes;
   const typename Weights::Lane weights(call, share, row, tokens);
-  // The thread's elements (null: none), and what they are added to.
-  float* out[Shape::kEach];
-  float sums[Shape::kEach] = {}, before[Shape::kEach] = {};
 #pragma unroll
-  for (int i = 0; i < Shape::kEach; ++i) {
-    const int element = i * Shape::kThreads + threadIdx.x, token = element / kRows;
-    const int64_t column = row + element % kRows;
-    out[i] = token < share.count && column < call.rows
-                 ? share.out.data + (share.first + token) * share.out.stride + column
-                 : nullptr;
+  for (int i = 0; i < kStages; ++i)
+    if (warp + i * kWarps < spans) weights.copy_weights(ring + i * stage_bytes, warp + i * kWarps);
+  if (known) after_earlier_kernels();
+#pragma unroll
+  for (int i = 0; i < kStages; ++i) {
+    if (warp + i * kWarps < spans)
+      weights.copy_activations(ring + i * stage_bytes, warp + i * kWarps);
+    commit_copies();
   }
 
-  // A warp's turns, one span each. Weights of the first kStages turns are asked for, then rows of x
-  // for these, then a turn's products are followed by the copies of a later one: one loop, since
-  // its instructions have to be read as well.
-  const int turns = (spans + kWarps - 1) / kWarps;
+  // The thread's elements, and what they are added to.
+  float sums[Shape::kEach] = {}, before[Shape::kEach] = {}, bias[Shape::kEach] = {};
+  const auto token_of = [&](int i) { return (i * Shape::kThreads + threadIdx.x) / kRows; };
+  const auto row_of = [&](int i) { return (i * Shape::kThreads + threadIdx.x) % kRows; };
+  const auto is_mine = [&](int i) {
+    return static_cast<int>(token_of(i)) < share.count && row + row_of(i) < call.rows;
+  };
+  const auto out = [&](int i) {
+    return share.out.data + (share.first + token_of(i)) * share.out.stride + row + row_of(i);
+  };
+#pragma unroll
+  for (int i = 0; i < Shape::kEach; ++i) {
+    if (is_mine(i) && share.accumulate) before[i] = *out(i);
+    if (is_mine(i) && call.bias != nullptr) bias[i] = call.bias[row + row_of(i)];
+  }
+
   const int chunk = Shape::chunk(tokens, spans);
   float* const parts = reinterpret_cast<float*>(shared_memory() + Shape::ring_bytes(tokens));
   float* const scales = parts + chunk * tokens * kRows;
-  int slot = 0, begin = 0;  // of the ring; the first span of the chunk
-#pragma unroll 1
-  for (int step = -2 * kStages; step < turns; ++step) {
-    unsigned char* const stage = ring + slot * stage_bytes;
-    slot = slot + 1 == kStages ? 0 : slot + 1;
-    if (step == -kStages) {
-      if (known) after_earlier_kernels();
-#pragma unroll
-      for (int i = 0; i < Shape::kEach; ++i)
-        if (out[i] != nullptr && share.accumulate) before[i] = *out[i];
-    }
-    const int span = step * kWarps + warp;
-    if (step >= 0) {
+  unsigned char* stage = ring;
+  for (int begin = 0; begin < spans; begin += chunk) {
+    const int end = begin + chunk < spans ? begin + chunk : spans;
+    for (int span = begin + warp; span < end; span += kWarps) {
       wait_for_copies<kStages - 1>();
       __syncwarp();  // what the other lanes have copied
-      if (span < spans) {
-        typename Weights::Part part = {};
-        weights.multiply(stage, span, part);
-        weights.store(parts + (span - begin) * tokens * kRows, part);
-        if constexpr (Weights::kScaled)
-          if (lane < share.count) scales[(span - begin) * tokens + lane] = weights.scale(stage);
-      }
+      typename Weights::Part part = {};
+      weights.multiply(stage, span, part);
+      weights.store(parts + (span - begin) * tokens * kRows, part);
+      if constexpr (Weights::kScaled)
+        if (lane < share.count) scales[(span - begin) * tokens + lane] = weights.scale(stage);
       __syncwarp();  // the stage has been read
-    }
-    // The turns whose weights, and whose rows of x, are copied.
-    const int next = span + kStages * kWarps;
-    const int next_weights = step < -kStages ? next + kStages * kWarps : next;
-    if (next_weights < spans && (step < -kStages || step >= 0))
-      weights.copy_weights(stage, next_weights);
-    if (step >= -kStages) {
-      if (next < spans) weights.copy_activations(stage, next);
+      const int next = span + kStages * kWarps;
+      if (next < spans) {
+        weights.copy_weights(stage, next);
+        weights.copy_activations(stage, next);
+      }
       commit_copies();
+      stage = stage == ring + (kStages - 1) * stage_bytes ? ring : stage + stage_bytes;
     }
-
-    const int end = (step + 1) * kWarps;
-    if (step < 0 || (end < begin + chunk && step + 1 < turns)) continue;
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < Shape::kEach; ++i) {
-      if (out[i] == nullptr) continue;
-      const int element = i * Shape::kThreads + threadIdx.x, token = element / kRows;
-      const int count = (end < spans ? end : spans) - begin;
-#pragma unroll 4
-      for (int at = 0; at < count; ++at) {
-        const float part = parts[at * tokens * kRows + element];
-        sums[i] =
-            Weights::kScaled ? fmaf(part, scales[at * tokens + token], sums[i]) : sums[i] + part;
+      if (!is_mine(i)) continue;
+#pragma unroll 8
+      for (int span = 0; span < end - begin; ++span) {
+        const int at = span * tokens + token_of(i);
+        const float part = parts[at * kRows + row_of(i)];
+        sums[i] = Weights::kScaled ? fmaf(part, scales[at], sums[i]) : sums[i] + part;
       }
     }
-    begin += chunk;
-    if (step + 1 < turns) __syncthreads();  // before the parts are others
+    if (end < spans) __syncthreads();  // before the parts are others
   }
   wait_for_copies<0>();
 #pragma unroll
   for (int i = 0; i < Shape::kEach; ++i)
-    if (out[i] != nullptr) {
-      const int64_t column = row + (i * Shape::kThreads + threadIdx.x) % kRows;
-      const float bias = call.bias != nullptr ? call.bias[column] : 0.0f;
-      *out[i] = finished(call, sums[i], bias, before[i], share.accumulate);
-    }
+    if (is_mine(i)) *out(i) = finished(call, sums[i], bias[i], before[i], share.accumulate);
 }
 
 template <class Weights>

@@ -83,7 +83,7 @@ __device__ __forceinline__ bool find_share(const ProductCall& call, int tile, Sh
   if (!shared) tile -= shared_tiles;
   if (!shared && call.experts.offsets != nullptr) {
     const void* matrix = nullptr;
-#pragma unroll 1
+#pragma unroll 4
     for (int slot = 0; slot < call.experts.slots; ++slot) {
       const int expert = call.experts.occupied[slot];
       if (expert < 0) return false;

@@ -112,8 +112,10 @@ struct QuantizedWeights : Steps<Format> {
     __device__ __forceinline__ void multiply(const unsigned char* stage, int span,
                                              Part& part) const {
       const int g = lane / 4, t = lane % 4;
-      const int token = g < tokens ? g : tokens - 1;
-      const unsigned char* row = stage + kRowsAt + token * kRowBytes + 4 * t;
+      uint32_t x[2][4];  // of pairs of steps
+      const int token = lane % 8 < tokens ? lane % 8 : tokens - 1;
+#pragma unroll
+      for (int pair = 0; pair < 2; ++pair) load_rows(x[pair], stage + kRowsAt, token, pair);
 #pragma unroll
       for (int first = 0; first < kSpan; first += Of::kPieceColumns) {
         if (span * kSpan + first >= limit) break;
@@ -147,16 +149,13 @@ struct QuantizedWeights : Steps<Format> {
               t);
           Codes codes;
           unpack<Format>(codes, loaded, t);
-          uint32_t x[2];
-#pragma unroll
-          for (int chunk = 0; chunk < 2; ++chunk)
-            x[chunk] =
-                *reinterpret_cast<const uint32_t*>(row + ((2 * step + chunk) ^ token % 8) * kChunk);
+          const uint32_t* operand = x[step / 2] + step % 2 * 2;
 #pragma unroll
           for (int each = 0; each < Of::kGroupsEach; ++each)
 #pragma unroll
             for (int j = 0; j < kTilesEach; ++j)
-              multiply_step<Format>(dots[each][j], codes, j, each, x[0], x[1], dots[each][j]);
+              multiply_step<Format>(dots[each][j], codes, j, each, operand[0], operand[1],
+                                    dots[each][j]);
         }
 #pragma unroll
         for (int each = 0; each < Of::kGroupsEach; ++each) {

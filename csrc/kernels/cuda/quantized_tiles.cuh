@@ -68,12 +68,6 @@ struct QuantizedTile {
     }
   }
 
-  // Rows past the last one add nothing to sums of activations.
-  __device__ __forceinline__ void clear(unsigned char* stage) const {
-    for (int i = threadIdx.x; i < kTokens * kGroups; i += Shape::kThreads)
-      if (i % kTokens >= count) reinterpret_cast<int32_t*>(stage + kSumsAt)[i] = 0;
-  }
-
   __device__ __forceinline__ void copy(unsigned char* stage, int column) const {
     const uint8_t* blocks = panels + static_cast<int64_t>(column / Of::kBlock) * Layout::kBytes;
     const int codes = column % Of::kBlock / Of::kColumns * Of::kStepBytes;  // of the block, before

@@ -26,7 +26,6 @@ constexpr int kStagesOf = kMostShared / Tile::kStageBytes < 4 ? kMostShared / Ti
 
 // Tile is a thread's work on the stages:
 //   kStageBytes, kStageColumns
-//   clear(stage)          makes zeros of what stays as it is where there are too few rows of x
 //   copy(stage, column)   asks for a stage, from a column on
 //   add(stage, column)    adds its products to `sums`, for the halves and tokens of its warp
 template <class Tile>
@@ -52,7 +51,6 @@ __global__ void __launch_bounds__(Tile::Shape::kThreads, 1)
     if (step < steps) tile.copy(stage(step), step * Tile::kStageColumns);
     commit_copies();
   };
-  for (int i = 0; i < kStages; ++i) tile.clear(stage(i));
   for (int step = 0; step < kStages - 1; ++step) copy(step);
   for (int step = 0; step < steps; ++step) {
     wait_for_copies<kStages - 2>();
