@@ -12,7 +12,7 @@
 namespace puna::cuda {
 
 // Of this file: both sides must have been compiled with the same.
-constexpr int32_t kTableVersion = 4;
+constexpr int32_t kTableVersion = 5;
 
 struct DeviceInfo {
   char name[256];
@@ -267,14 +267,18 @@ constexpr bool on_tensor_cores(int32_t open_form, int64_t dim) {
 
 // --- vision --------------------------------------------------------------------------------------
 
-// q and k of qkv [tiles * tokens][3 * heads * dim] are turned in place, then attend within tiles.
+// q and k of qkv [tiles * tokens][3 * heads * dim] are turned in place, then attend within tiles:
+// on the tensor cores, where all may be rounded to bfloat16, or in fp32.
+constexpr int kMostVisionDim = 96;  // of the former; Llama 4 has 88
 struct VisionAttentionCall {
   FloatRows out, qkv;  // with even strides
   int64_t tiles, tokens;
-  int32_t heads, dim, bf16;  // whether queries, keys, weights and values may be rounded
-  const float *cos, *sin;    // [tokens][dim / 2]
+  int32_t heads, dim;
+  const float *cos, *sin;  // [tokens][dim / 2]
   float scale;
-  // [tiles * tokens][heads][ceil(tokens / kPageTokens)][kStateHead + dim, rounded up to 4]
+  // [tiles][3][heads][tokens][kMostVisionDim], the rounded queries, keys and values; null: in fp32
+  uint16_t* rounded;
+  // In fp32: [tiles * tokens][heads][ceil(tokens / kPageTokens)][kStateHead + dim, rounded up to 4]
   float* states;
 };
 struct UnfoldCall {

@@ -19,42 +19,63 @@ constexpr int tiles_of(int tokens) { return (tokens + kTileTokens - 1) / kTileTo
 
 template <int kDim>
 struct OpenTiles {
+  static constexpr bool kInRegisters = false;  // what is on its way
   using Keys = Chunks<kDim, true>;
   using Values = Chunks<kTileTokens, true>;
-  static __device__ Keys keys(unsigned char* tile) { return {tile}; }
-  static __device__ Values values(unsigned char* tile) { return {tile + tile_part_bytes(kDim)}; }
+  static __device__ Keys keys(unsigned char* part) { return {part}; }
+  static __device__ Values values(unsigned char* part) { return {part}; }
 
   const AttendCall& call;
   int kv_head;
 
-  __device__ void request_keys(const TileOfPage& of, unsigned char* tile) {
+  // Of all threads' copies, the first few of a tile are of keys, the others of values.
+  static constexpr int kCopies = kTileTokens * kDim / 8 / kTileThreads;  // of either
+  static constexpr int kPieces = 2 * kCopies;
+
+  __device__ void copy_keys(int piece, const TileOfPage& of, unsigned char* part) const {
     // Warps take 16 channels of a block of keys, 512 bytes in a row; eight threads take the same
     // half of neighbouring channels.
     static_assert(kKeyBlock == 16 && kDim % 32 == 0);
-    constexpr int kPieces = kDim / 16, kBlocks = kTileWarps / kPieces;  // of a block; at a time
+    constexpr int kParts = kDim / 16, kBlocks = kTileWarps / kParts;  // of a block; at a time
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    const int block = warp / kPieces, half = lane / 8 % 2;
-    const int channel = warp % kPieces * 16 + lane % 8 + lane / 16 * 8;
-    const unsigned char* key = start(of) + (block * kDim + channel) * 32 + half * 16;
-    unsigned char* to = keys(tile).at(channel, 2 * block + half);
-#pragma unroll
-    for (int i = 0; i < kTileTokens / kKeyBlock; i += kBlocks)
-      copy_async(to + i * 2 * Keys::kColumn, key + i * kDim * 32, true);
-    commit_copies();
+    const int block = warp / kParts + piece * kBlocks, half = lane / 8 % 2;
+    const int channel = warp % kParts * 16 + lane % 8 + lane / 16 * 8;
+    copy_async(keys(part).at(channel, 2 * block + half),
+               start(of) + (block * kDim + channel) * 32 + half * 16, true);
   }
   // Values that zero weights will multiply must be numbers: those of tokens not there become zeros.
-  __device__ void request_values(const TileOfPage& of, unsigned char* tile) {
+  __device__ void copy_values(int piece, const TileOfPage& of, unsigned char* part) const {
     constexpr int kOctets = kDim / 8, kTokens = kTileThreads / kOctets;  // of a token; at a time
-    const int token = threadIdx.x / kOctets, left = of.tokens - of.number * kTileTokens - token;
-    const unsigned char* value = start(of) + call.open.part_bytes + threadIdx.x * 16;
-    unsigned char* to = values(tile).at(token, threadIdx.x % kOctets);
+    const int token = threadIdx.x / kOctets + piece * kTokens, octet = threadIdx.x % kOctets;
+    copy_async(values(part).at(token, octet),
+               start(of) + call.open.part_bytes + (token * kOctets + octet) * 16,
+               of.number * kTileTokens + token < of.tokens);
+  }
+  __device__ void request_keys(const TileOfPage& of, unsigned char* part) const {
 #pragma unroll
-    for (int i = 0; i < kTileTokens; i += kTokens)
-      copy_async(to + i * 16, value + i * kDim * 2, i < left);
+    for (int piece = 0; piece < kCopies; ++piece) copy_keys(piece, of, part);
     commit_copies();
   }
+  __device__ void request_values(const TileOfPage& of, unsigned char* part) const {
+#pragma unroll
+    for (int piece = 0; piece < kCopies; ++piece) copy_values(piece, of, part);
+    commit_copies();
+  }
+  // One of kPieces that a tile is requested in.
+  __device__ void request(int piece, const TileOfPage& of, StagedTile<kDim>& tile) const {
+    if (piece < kCopies)
+      copy_keys(piece, of, tile.keys);
+    else
+      copy_values(piece - kCopies, of, tile.values);
+    if (piece + 1 == kPieces) commit_copies();
+  }
   __device__ void deliver_keys(const TileOfPage&, unsigned char*) {}
-  __device__ void deliver_values(const TileOfPage&, unsigned char*) { wait_for_copies<0>(); }
+  __device__ void deliver_values(const TileOfPage&, unsigned char*) {}
+  // All but what the last `kLeft` calls requested.
+  template <int kLeft>
+  static __device__ void wait_for_all_but() {
+    wait_for_copies<kLeft>();
+  }
 
  private:
   __device__ const unsigned char* start(const TileOfPage& of) const {
@@ -88,27 +109,32 @@ __device__ __forceinline__ uint4 values_of_codes(uint32_t upper, uint32_t lower,
 // A thread takes the words of a token's keys, and of a channel's values.
 template <int kDim, int kBits>
 struct SealedTiles {
+  static constexpr bool kInRegisters = true;
   using Keys = Chunks<kTileTokens, false>;
   using Values = Chunks<kDim, false>;
-  static __device__ Keys keys(unsigned char* tile) { return {tile}; }
-  static __device__ Values values(unsigned char* tile) { return {tile + tile_part_bytes(kDim)}; }
+  static __device__ Keys keys(unsigned char* part) { return {part}; }
+  static __device__ Values values(unsigned char* part) { return {part}; }
 
   static constexpr int kOctets = kDim / 8;  // of channels; warps take every eighth
   static constexpr int kEach = kOctets / kTileWarps;
-  static constexpr int kHalves = kTileTokens / kLineRows, kParts = kDim / kLineRows;
+  static constexpr int kHalves = kTileTokens / kLineRows, kBlocks = kDim / kLineRows;
   static constexpr int kLineTokens = 4 * (8 / kBits);  // of a line of values
   static constexpr int kPlanes = kBits / 4;            // words of eight codes
   static_assert(kOctets % kTileWarps == 0 && kTileTokens / 8 == kTileWarps);
 
   const AttendCall& call;
   int kv_head;
-  uint32_t key[kEach][kHalves][kPlanes] = {}, value[kParts][kPlanes] = {};
-  uint4 value_scales = {}, value_zeros = {};  // of eight tokens
+  uint32_t key[kEach][kHalves][kPlanes], value[kBlocks][kPlanes];
+  uint4 value_scales, value_zeros;  // of eight tokens
+
+  __device__ SealedTiles(const AttendCall& call, int kv_head) : call(call), kv_head(kv_head) {}
 
   static __device__ const unsigned char* bytes(const TileOfPage& of, int64_t offset) {
     return static_cast<const unsigned char*>(of.page) + offset;
   }
 
+  template <int kLeft>
+  static __device__ void wait_for_all_but() {}
   __device__ void request_keys(const TileOfPage& of, unsigned char*) {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     const unsigned char* line = bytes(of, kv_head * call.closed.plane_bytes) +
@@ -127,18 +153,24 @@ struct SealedTiles {
                                 (of.number * kTileTokens + warp * 8) / kLineTokens * kSealedLine +
                                 lane * 4;
 #pragma unroll
-    for (int part = 0; part < kParts; ++part)
+    for (int block = 0; block < kBlocks; ++block)
 #pragma unroll
       for (int plane = 0; plane < kPlanes; ++plane)
-        value[part][plane] =
-            load_word(line + (part * (kPageTokens / kLineTokens) + plane) * kSealedLine);
+        value[block][plane] =
+            load_word(line + (block * (kPageTokens / kLineTokens) + plane) * kSealedLine);
     const int64_t offset = call.closed.value_scales + kv_head * call.closed.value_scale_bytes;
     const unsigned char* scales = bytes(of, offset) + (of.number * kTileTokens + warp * 8) * 2;
     value_scales = load_words(scales);
     value_zeros = load_words(scales + kPageTokens * 2);
   }
 
-  __device__ void deliver_keys(const TileOfPage& of, unsigned char* tile) {
+  static constexpr int kPieces = 2;
+  __device__ void request(int piece, const TileOfPage& of, StagedTile<kDim>& tile) {
+    if (piece == 0) request_keys(of, tile.keys);
+    if (piece == 1) request_values(of, tile.values);
+  }
+
+  __device__ void deliver_keys(const TileOfPage& of, unsigned char* part) {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     const int64_t offset = call.closed.key_scales + kv_head * call.closed.key_scale_bytes;
     const unsigned char* scales = bytes(of, offset);
@@ -149,21 +181,21 @@ struct SealedTiles {
                   zero = load_words(scales + (kOctets + octet) * 16);
 #pragma unroll
       for (int half = 0; half < kHalves; ++half)
-        *reinterpret_cast<uint4*>(keys(tile).at(half * kLineRows + lane, octet)) =
+        *reinterpret_cast<uint4*>(keys(part).at(half * kLineRows + lane, octet)) =
             values_of_codes<kBits>(key[i][half][0], key[i][half][kPlanes - 1], scale, zero);
     }
   }
-  __device__ void deliver_values(const TileOfPage&, unsigned char* tile) {
+  __device__ void deliver_values(const TileOfPage&, unsigned char* part) {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      uint32_t upper = value[part][0], lower = 0;
+    for (int block = 0; block < kBlocks; ++block) {
+      uint32_t upper = value[block][0], lower = 0;
       if constexpr (kBits == 8) {  // whole bytes of four tokens, then of four more
         constexpr uint32_t kLow = 0x0f0f0f0fu;
-        lower = (upper & kLow) | (value[part][1] & kLow) << 4;
-        upper = (upper >> 4 & kLow) | (value[part][1] & ~kLow);
+        lower = (upper & kLow) | (value[block][1] & kLow) << 4;
+        upper = (upper >> 4 & kLow) | (value[block][1] & ~kLow);
       }
-      *reinterpret_cast<uint4*>(values(tile).at(part * kLineRows + lane, warp)) =
+      *reinterpret_cast<uint4*>(values(part).at(block * kLineRows + lane, warp)) =
           values_of_codes<kBits>(upper, lower, value_scales, value_zeros);
     }
   }

@@ -12,36 +12,52 @@ namespace {
 
 constexpr int kWarpPairs = 16;
 
-__device__ __forceinline__ uint32_t rounded_query(const float* two) {
-  const auto x = *reinterpret_cast<const float2*>(two);
-  return rounded_bf16_pair(x.x * kLog2E, x.y * kLog2E);
-}
-// The query of a pair, channels c and c + 1, as bfloat16; zero if the tile has no such pair.
-__device__ __forceinline__ uint32_t query_of(const AttendCall& call, const AttentionTile& tile,
-                                             int kv_head, int pair, int c) {
-  if (pair >= tile.pairs) return 0;
-  return rounded_query(pair_of(call, tile, kv_head, pair).query + c);
-}
-// Tokens of its own page that a pair sees.
-__device__ __forceinline__ int seen_by(const AttendCall& call, const AttentionTile& tile,
-                                       int kv_head, int pair) {
-  return pair < tile.pairs ? pair_of(call, tile, kv_head, pair).seen : kPageTokens;
+template <class Tiles>
+struct TilesOfPage {
+  using Form = Tiles;
+  Tiles of[kPageTiles];
+  __device__ Tiles& operator[](int i) { return of[i]; }
+};
+// The tiles of a page, of the form that one shows.
+template <class Tiles>
+__device__ __forceinline__ TilesOfPage<Tiles> four(const Tiles& one) {
+  static_assert(kPageTiles == 4);
+  return {{one, one, one, one}};
 }
 
-// The queries of all pairs of a tile, for registers are short.
-struct QueriesInMemory {
-  static constexpr int kPairs = kMostPairs[kAttendGroups];
+// The queries of a tile's pairs in shared memory, as bfloat16: left operands of 16 pairs.
+template <int kDim, int kPairs>
+struct Queries {
+  static constexpr int kBytes = chunk_bytes(kPairs, kDim / 8);
   Chunks<kPairs, false> chunks;
   int first;  // of the warp's
 
-  __device__ static constexpr int bytes(int dim) { return chunk_bytes(kPairs, dim / 8); }
-  // All threads, of all pairs; they have to meet before they read.
-  template <int kDim>
-  __device__ void store(const AttendCall& call, const AttentionTile& tile, int kv_head) const {
-    for (int i = threadIdx.x; i < kPairs * kDim / 2; i += kTileThreads) {
-      const int pair = i / (kDim / 2), c = i % (kDim / 2) * 2;
-      *reinterpret_cast<uint32_t*>(chunks.at(pair, c / 8) + c % 8 * 2) =
-          query_of(call, tile, kv_head, pair, c);
+  // What a thread has of them on the way: all threads load, then store, and have to meet before
+  // they read. Pairs that the tile has not are zeros.
+  struct Loaded {
+    static constexpr int kQuads = kDim / 4, kEach = kPairs * kQuads / kTileThreads;
+    uint4 of[kEach];
+  };
+  static __device__ Loaded load(const AttendCall& call, const AttentionTile& tile, int kv_head) {
+    Loaded loaded;
+#pragma unroll
+    for (int i = 0; i < Loaded::kEach; ++i) {
+      const int at = i * kTileThreads + threadIdx.x, pair = at / Loaded::kQuads;
+      loaded.of[i] = {};
+      if (pair < tile.pairs)
+        loaded.of[i] =
+            load_words(pair_of(call, tile, kv_head, pair).query + at % Loaded::kQuads * 4);
+    }
+    return loaded;
+  }
+  __device__ void store(const Loaded& loaded) const {
+    const auto scaled = [](uint32_t bits) { return __uint_as_float(bits) * kLog2E; };
+#pragma unroll
+    for (int i = 0; i < Loaded::kEach; ++i) {
+      const int at = i * kTileThreads + threadIdx.x, c = at % Loaded::kQuads * 4;
+      const uint4& x = loaded.of[i];
+      *reinterpret_cast<uint2*>(chunks.at(at / Loaded::kQuads, c / 8) + c % 8 * 2) = {
+          rounded_bf16_pair(scaled(x.x), scaled(x.y)), rounded_bf16_pair(scaled(x.z), scaled(x.w))};
     }
   }
   __device__ void operator()(uint32_t (&to)[4], int step) const {
@@ -49,18 +65,29 @@ struct QueriesInMemory {
     load_matrices<false>(to, chunks.at(first + lane % 16, 2 * step + lane / 16));
   }
 };
+// Tokens of its own page that a pair sees.
+__device__ __forceinline__ int seen_by(const AttendCall& call, const AttentionTile& tile,
+                                       int kv_head, int pair) {
+  return pair < tile.pairs ? pair_of(call, tile, kv_head, pair).seen : kPageTokens;
+}
 
 // --- few pairs: a block for each page ------------------------------------------------------------
 
-// Warps share 16 pairs: in the scores each takes 8 tokens, in the values some channels.
+// Warps share 16 pairs: in the scores each takes 32 tokens, in the values some channels. As much of
+// the page as there is memory for is asked for at once: all keys, and values as their places, or
+// registers, come free.
 template <int kDim>
 struct PageMemory {
-  static constexpr int kRow =
-      kTileTokens + 8;  // one row's weights do not share the next one's bank
-  unsigned char tiles[2][kTileBytes<kDim>];
+  static constexpr int kRow = kPageTokens + 8;  // a row's weights are not in the next one's banks
+  unsigned char parts[kPageTiles + 1][tile_part_bytes(kDim)];
+  unsigned char queries[Queries<kDim, kWarpPairs>::kBytes];
   float most[kTileWarps][kWarpPairs];
   uint32_t weights[kWarpPairs][kRow / 2];
   int32_t slot;
+
+  __device__ unsigned char* keys(int tile) { return parts[tile]; }
+  // Those of the first tile have a place of their own, the others one that had keys.
+  __device__ unsigned char* values(int tile) { return parts[tile == 0 ? kPageTiles : tile - 1]; }
 };
 
 template <int kDim>
@@ -72,67 +99,101 @@ __global__ void __launch_bounds__(kTileThreads, 2) attend_pages_kernel(const Att
   const int kv_head = blockIdx.y, warp = threadIdx.x / kWarp;
   const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
   auto& memory = *reinterpret_cast<PageMemory<kDim>*>(shared_memory());
-  QueriesInRegisters<kDim> queries;
-  int seen[2];
-  const auto load_queries = [&] {
-    const float* query[2];
-    for (int half = 0; half < 2; ++half) {
-      const Pair pair = pair_of(call, tile, kv_head, g + 8 * half < tile.pairs ? g + 8 * half : 0);
-      query[half] = g + 8 * half < tile.pairs ? pair.query : nullptr;
-      seen[half] = g + 8 * half < tile.pairs ? pair.seen : kPageTokens;
-    }
-    queries.load([&](int half, int c) {
-      return query[half] != nullptr ? rounded_query(query[half] + c) : 0;
-    });
-  };
   const bool own = page == tile.before;
   constexpr int kCount = kDim / 8 / kTileWarps;
+  constexpr int kWarpTokens = kPageTokens / kTileWarps;
   TileState<kCount> state;
 
   const auto attend = [&](auto tiles, const void* data, int tokens) {
-    using Tiles = decltype(tiles);
-    const auto of = [&](int step) { return TileOfPage{data, step, tokens}; };
-    const auto scores = [&](int step, unsigned char* at) {
-      float scores[1][4];
-      score<kDim>(scores, queries, Tiles::keys(at), 8 * warp);
-      if (own) hide(scores, seen, step * kTileTokens + 8 * warp);
+    using Tiles = typename decltype(tiles)::Form;
+    const int count = tiles_of(tokens);
+    const auto loaded = Queries<kDim, kWarpPairs>::load(call, tile, kv_head);
+    const auto of = [&](int number) { return TileOfPage{data, number, tokens}; };
+#pragma unroll
+    for (int i = 0; i < kPageTiles; ++i)
+      if (i < count) tiles[i].request_keys(of(i), memory.keys(i));
+    tiles[0].request_values(of(0), memory.values(0));
+
+    const Queries<kDim, kWarpPairs> queries{{memory.queries}, 0};
+    queries.store(loaded);
+#pragma unroll
+    for (int i = 0; i < kPageTiles; ++i)
+      if (i < count) tiles[i].deliver_keys(of(i), memory.keys(i));
+    Tiles::template wait_for_all_but<1>();
+    __syncthreads();  // keys and queries are there
+    const auto request_values = [&] {
+#pragma unroll
+      for (int i = 1; i < kPageTiles; ++i)
+        if (i < count) tiles[i].request_values(of(i), memory.values(i));
+    };
+    const int own_tile = warp * kWarpTokens / kTileTokens;
+    const int first = warp * kWarpTokens % kTileTokens;
+    float scores[kWarpTokens / 8][4] = {};
+    if (own_tile < count) {
+      score<kDim>(scores, queries, Tiles::keys(memory.keys(own_tile)), first);
+      if (own) {
+        const int seen[2] = {seen_by(call, tile, kv_head, g), seen_by(call, tile, kv_head, g + 8)};
+        hide(scores, seen, warp * kWarpTokens);
+      }
+#pragma unroll
       for (int row = 0; row < 2; ++row) {
         const float most = largest(scores, row);
         if (t == 0) memory.most[warp][g + 8 * row] = most;
       }
-      __syncthreads();
-      float top[2] = {-INFINITY, -INFINITY};
+    }
+    if constexpr (Tiles::kInRegisters) request_values();
+    __syncthreads();  // the largest are known, and keys not needed any more
+    if constexpr (!Tiles::kInRegisters) request_values();
+    const auto top_of = [&](int i, float (&top)[2]) {
+#pragma unroll
       for (int row = 0; row < 2; ++row)
-        for (int w = 0; w < kTileWarps; ++w)
-          top[row] = fmaxf(top[row], memory.most[w][g + 8 * row]);
-      state.raise(top);
-      for (int row = 0; row < 2; ++row)
-        memory.weights[g + 8 * row][4 * warp + t] =
-            state.weights(scores[0][2 * row], scores[0][2 * row + 1], row);
-      __syncthreads();
+        top[row] = fmaxf(memory.most[2 * i][g + 8 * row], memory.most[2 * i + 1][g + 8 * row]);
     };
-    const auto values = [&](int, unsigned char* at) {
+    static_assert(2 * kWarpTokens == kTileTokens);
+    if (own_tile < count) {
+      TileState<kCount> so_far;
+      for (int i = 0; i <= own_tile; ++i) {
+        float top[2];
+        top_of(i, top);
+        so_far.raise(top);
+      }
+#pragma unroll
+      for (int n = 0; n < kWarpTokens / 8; ++n)
+#pragma unroll
+        for (int row = 0; row < 2; ++row)
+          memory.weights[g + 8 * row][(warp * kWarpTokens + 8 * n) / 2 + t] =
+              so_far.weights(scores[n][2 * row], scores[n][2 * row + 1], row);
+    }
+#pragma unroll
+    for (int i = 0; i < kPageTiles; ++i)
+      if (i < count) tiles[i].deliver_values(of(i), memory.values(i));
+    Tiles::template wait_for_all_but<0>();
+    __syncthreads();  // weights and values are there
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+      float top[2];
+      top_of(i, top);
+      state.raise(top);
       const auto weights = [&](uint32_t (&to)[4], int step) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          to[i] = memory.weights[g + i % 2 * 8][(16 * step + i / 2 * 8) / 2 + t];
+        for (int j = 0; j < 4; ++j)
+          to[j] = memory.weights[g + j % 2 * 8][(i * kTileTokens + 16 * step + j / 2 * 8) / 2 + t];
       };
-      state.add(weights, Tiles::values(at), 8 * kCount * warp);
-    };
-    for_each_tile<kDim>(tiles, memory.tiles, tiles_of(tokens), of, load_queries, scores, values);
+      state.add(weights, Tiles::values(memory.values(i)), 8 * kCount * warp);
+    }
   };
   if (own) {
     // The last pair's query sees most.
-    attend(OpenTiles<kDim>{call, kv_head}, tile.own,
-           pair_of(call, tile, kv_head, tile.pairs - 1).seen);
+    const int tokens = pair_of(call, tile, kv_head, tile.pairs - 1).seen;
+    attend(four(OpenTiles<kDim>{call, kv_head}), tile.own, tokens);
   } else {
     const void* data = call.pages[tile.first_page + page];
     if (call.closed.form == kPageBF16)
-      attend(OpenTiles<kDim>{call, kv_head}, data, kPageTokens);
+      attend(four(OpenTiles<kDim>{call, kv_head}), data, kPageTokens);
     else if (call.closed.form == kPageInt8)
-      attend(SealedTiles<kDim, 8>{call, kv_head}, data, kPageTokens);
+      attend(four(SealedTiles<kDim, 8>(call, kv_head)), data, kPageTokens);
     else
-      attend(SealedTiles<kDim, 4>{call, kv_head}, data, kPageTokens);
+      attend(four(SealedTiles<kDim, 4>(call, kv_head)), data, kPageTokens);
   }
 
   const States states(call, blockIdx.z, kv_head);
@@ -155,8 +216,8 @@ __global__ void __launch_bounds__(kTileThreads, 2) attend_pages_kernel(const Att
 
 template <int kDim>
 struct GroupMemory {
-  unsigned char tiles[2][kTileBytes<kDim>];
-  unsigned char queries[QueriesInMemory::bytes(kDim)];
+  StagedTile<kDim> tiles[2];
+  unsigned char queries[Queries<kDim, kMostPairs[kAttendGroups]>::kBytes];
   TileOfPage pages[kGroupPages];  // the first tile of each
   int32_t whole, own_tiles;       // pages in their closed form; tiles of the queries' own
   int32_t slot;
@@ -171,8 +232,8 @@ __global__ void __launch_bounds__(kTileThreads, 1) attend_groups_kernel(const At
   const int kv_head = blockIdx.y, first_pair = threadIdx.x / kWarp * kWarpPairs;
   const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
   auto& memory = *reinterpret_cast<GroupMemory<kDim>*>(shared_memory());
-  const QueriesInMemory queries{{memory.queries}, first_pair};
-  queries.store<kDim>(call, tile, kv_head);
+  const Queries<kDim, kMostPairs[kAttendGroups]> queries{{memory.queries}, first_pair};
+  queries.store(queries.load(call, tile, kv_head));
   if (threadIdx.x == 0) {
     const int64_t left = tile.before - first;
     memory.whole = static_cast<int32_t>(left < kGroupPages ? left : kGroupPages);
@@ -195,8 +256,12 @@ __global__ void __launch_bounds__(kTileThreads, 1) attend_groups_kernel(const At
   const auto attend = [&](auto tiles, int steps, const auto& of) {
     using Tiles = decltype(tiles);
     float scores[kTileTokens / 8][4];
-    const auto score_tile = [&](int step, unsigned char* at) {
-      score<kDim>(scores, queries, Tiles::keys(at), 0);
+    const auto score_tile = [&](int step, unsigned char* at, const auto& request) {
+      const auto left = [&](uint32_t (&to)[4], int of_step) {
+        queries(to, of_step);
+        request(of_step);
+      };
+      score<kDim>(scores, left, Tiles::keys(at), 0);
       const TileOfPage from = of(step);
       if (from.page == tile.own) {
         const int seen[2] = {seen_by(call, tile, kv_head, first_pair + g),
@@ -219,7 +284,7 @@ __global__ void __launch_bounds__(kTileThreads, 1) attend_groups_kernel(const At
       }
       state = {};
     };
-    for_each_tile<kDim>(tiles, memory.tiles, steps, of, [] {}, score_tile, add_values);
+    for_each_tile<kDim>(tiles, memory.tiles, steps, of, score_tile, add_values);
     static_assert(kPageTiles % 2 == 0);  // so the next ones may come: they begin where they should
   };
   const auto from_page = [&](int first_page) {
@@ -236,9 +301,9 @@ __global__ void __launch_bounds__(kTileThreads, 1) attend_groups_kernel(const At
     if (memory.whole > 0) {
       const int steps = memory.whole * kPageTiles;
       if (call.closed.form == kPageInt8)
-        attend(SealedTiles<kDim, 8>{call, kv_head}, steps, from_page(0));
+        attend(SealedTiles<kDim, 8>(call, kv_head), steps, from_page(0));
       else
-        attend(SealedTiles<kDim, 4>{call, kv_head}, steps, from_page(0));
+        attend(SealedTiles<kDim, 4>(call, kv_head), steps, from_page(0));
     }
     if (memory.own_tiles > 0)
       attend(OpenTiles<kDim>{call, kv_head}, memory.own_tiles, from_page(memory.whole));

@@ -81,7 +81,9 @@ constexpr int tile_part_bytes(int dim) {
   return larger(chunk_bytes(kTileTokens, dim / 8), chunk_bytes(dim, kTileTokens / 8));
 }
 template <int kDim>
-constexpr int kTileBytes = 2 * tile_part_bytes(kDim);
+struct StagedTile {
+  unsigned char keys[tile_part_bytes(kDim)], values[tile_part_bytes(kDim)];
+};
 
 // --- queries and scores --------------------------------------------------------------------------
 
@@ -205,30 +207,32 @@ struct TileState {
 
 // --- tile after tile ---------------------------------------------------------------------------
 
-// For each of `steps` tiles, which of(step) tells, all threads call scores(step, tile in shared
-// memory), then values(the same), while the next tile is on its way; and meanwhile() while the
-// first one is.
-template <int kDim, class Tiles, class Of, class Meanwhile, class Scores, class Values>
-__device__ __forceinline__ void for_each_tile(Tiles tiles,
-                                              unsigned char (&memory)[2][kTileBytes<kDim>],
-                                              int steps, const Of& of, const Meanwhile& meanwhile,
-                                              const Scores& scores, const Values& values) {
-  tiles.request_keys(of(0), memory[0]);
-  tiles.request_values(of(0), memory[0]);
-  meanwhile();
-  tiles.deliver_keys(of(0), memory[0]);
-  tiles.deliver_values(of(0), memory[0]);
+// For each of `steps` tiles, which of(step) tells, all threads call scores(step, its keys,
+// request), then values(step, its values). The next tile is on its way meanwhile: as asked for,
+// piece after piece, by request(0), request(1), ... within the scores, so that products do not have
+// to wait until many copies have begun.
+template <int kDim, class Tiles, class Of, class Scores, class Values>
+__device__ __forceinline__ void for_each_tile(Tiles tiles, StagedTile<kDim> (&memory)[2], int steps,
+                                              const Of& of, const Scores& scores,
+                                              const Values& values) {
+  const auto deliver = [&](int step) {
+    tiles.deliver_keys(of(step), memory[step % 2].keys);
+    tiles.deliver_values(of(step), memory[step % 2].values);
+    Tiles::template wait_for_all_but<0>();
+  };
+#pragma unroll
+  for (int piece = 0; piece < Tiles::kPieces; ++piece) tiles.request(piece, of(0), memory[0]);
+  deliver(0);
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     __syncthreads();  // the tile is there, and the one before is not needed any more
     const bool more = step + 1 < steps;
-    unsigned char *const tile = memory[step % 2], *const next = memory[(step + 1) % 2];
-    if (more) tiles.request_keys(of(step + 1), next);
-    if (more) tiles.request_values(of(step + 1), next);
-    scores(step, tile);
-    values(step, tile);
-    if (more) tiles.deliver_keys(of(step + 1), next);
-    if (more) tiles.deliver_values(of(step + 1), next);
+    const auto next = of(more ? step + 1 : step);
+    scores(step, memory[step % 2].keys, [&](int piece) {
+      if (more && piece < Tiles::kPieces) tiles.request(piece, next, memory[(step + 1) % 2]);
+    });
+    values(step, memory[step % 2].values);
+    if (more) deliver(step + 1);
   }
 }
 

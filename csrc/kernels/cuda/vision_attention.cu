@@ -27,13 +27,30 @@ struct PlainRows {
 
 // --- vision --------------------------------------------------------------------------------------
 
-// A warp turns a head of queries (blockIdx.y < heads) or keys.
+// Where a head's queries (part 0), keys or values of a tile are, rounded.
+__device__ __forceinline__ uint16_t* rounded(const VisionAttentionCall& call, int64_t tile,
+                                             int part, int head) {
+  return call.rounded +
+         ((tile * 3 + part) * call.heads + head) * call.tokens * int64_t{kMostVisionDim};
+}
+
+// A warp turns a head of queries or keys, and rounds it, or one of values.
 __global__ void __launch_bounds__(kWarp) turn_vision_kernel(const VisionAttentionCall call) {
   after_earlier_kernels();
-  const int64_t r = blockIdx.x, angles = r % call.tokens * (call.dim / 2);
-  const bool query = blockIdx.y < static_cast<unsigned>(call.heads);
+  const int64_t r = blockIdx.x, token = r % call.tokens, angles = token * (call.dim / 2);
+  const int part = blockIdx.y / call.heads, head = blockIdx.y % call.heads;
   float* x = call.qkv.data + r * call.qkv.stride + static_cast<int64_t>(blockIdx.y) * call.dim;
-  turn(x, call.dim, call.cos + angles, call.sin + angles, false, 0, query ? call.scale : 1.0f);
+  if (part < 2)
+    turn(x, call.dim, call.cos + angles, call.sin + angles, false, 0,
+         part == 0 ? call.scale : 1.0f);
+  if (call.rounded == nullptr) return;
+  const float factor = part == 0 ? kLog2E : 1.0f;
+  auto* to = reinterpret_cast<uint32_t*>(rounded(call, r / call.tokens, part, head) +
+                                         token * kMostVisionDim);
+  // As turn() divides it: a lane reads what it wrote.
+  for (int pair = threadIdx.x; pair < kMostVisionDim / 2; pair += kWarp)
+    to[pair] =
+        2 * pair < call.dim ? rounded_bf16_pair(x[2 * pair] * factor, x[2 * pair + 1] * factor) : 0;
 }
 
 // Up to kPageTokens keys of a tile, kMostQueries neighbouring queries, one head.
@@ -81,52 +98,39 @@ __global__ void __launch_bounds__(kPlainThreads)
 
 // --- on the tensor cores -------------------------------------------------------------------------
 
-// Heads of up to this many channels; the others become zeros. Llama 4's have 88.
-constexpr int kMostDim = 96;
 constexpr int kBlockQueries = 16 * kTileWarps;
-
-// Channels c and c + 1 of `from`, of which there are `dim`, an even number.
-__device__ __forceinline__ uint32_t rounded_pair(const float* from, int c, int dim, float scale) {
-  if (c >= dim) return 0;
-  const auto pair = *reinterpret_cast<const float2*>(from + c);
-  return rounded_bf16_pair(pair.x * scale, pair.y * scale);
-}
 
 struct TileOfRows {
   int first, tokens;  // of all tokens
 };
-// Keys and values from the rows of a matrix, rounded on their way.
+// Keys and values from rounded rows.
 struct RowTiles {
   using Keys = Chunks<kTileTokens, false>;
   using Values = Chunks<kTileTokens, true>;
-  static __device__ Keys keys(unsigned char* tile) { return {tile}; }
-  static __device__ Values values(unsigned char* tile) {
-    return {tile + tile_part_bytes(kMostDim)};
-  }
+  static __device__ Keys keys(unsigned char* part) { return {part}; }
+  static __device__ Values values(unsigned char* part) { return {part}; }
+  static constexpr int kOctets = kMostVisionDim / 8;
+  static constexpr int kCopies = kTileTokens * kOctets / kTileThreads;  // of keys, and of values
+  static constexpr int kPieces = 2 * kCopies;
 
-  const float *key, *value;  // of token 0
-  int64_t stride;
-  int dim;
+  const uint16_t *key, *value;  // of token 0
 
-  __device__ void request_keys(const TileOfRows&, unsigned char*) {}
-  __device__ void request_values(const TileOfRows&, unsigned char*) {}
-  __device__ void deliver_keys(const TileOfRows& of, unsigned char* tile) {
-    store(keys(tile), key, of);
+  __device__ void request(int piece, const TileOfRows& of, StagedTile<kMostVisionDim>& tile) const {
+    const int i = piece % kCopies * kTileThreads + threadIdx.x;
+    const int token = i / kOctets, octet = i % kOctets;
+    const bool there = of.first + token < of.tokens;
+    const int64_t from = there ? (of.first + token) * kMostVisionDim + octet * 8 : 0;
+    if (piece < kCopies)
+      copy_async(keys(tile.keys).at(token, octet), key + from, there);
+    else
+      copy_async(values(tile.values).at(token, octet), value + from, there);
+    if (piece + 1 == kPieces) commit_copies();
   }
-  __device__ void deliver_values(const TileOfRows& of, unsigned char* tile) {
-    store(values(tile), value, of);
-  }
-  template <class To>
-  __device__ void store(const To& to, const float* from, const TileOfRows& of) const {
-    constexpr int kOctets = kMostDim / 8;
-#pragma unroll
-    for (int i = 0; i < kTileTokens * kOctets; i += kTileThreads) {
-      const int token = (i + threadIdx.x) / kOctets, octet = (i + threadIdx.x) % kOctets;
-      const float* row = from + (of.first + token) * stride;
-      const int there = of.first + token < of.tokens ? dim : 0;
-      const auto pair = [&](int j) { return rounded_pair(row, 8 * octet + 2 * j, there, 1); };
-      *reinterpret_cast<uint4*>(to.at(token, octet)) = {pair(0), pair(1), pair(2), pair(3)};
-    }
+  __device__ void deliver_keys(const TileOfRows&, unsigned char*) {}
+  __device__ void deliver_values(const TileOfRows&, unsigned char*) {}
+  template <int kLeft>
+  static __device__ void wait_for_all_but() {
+    wait_for_copies<kLeft>();
   }
 };
 
@@ -137,35 +141,39 @@ __global__ void __launch_bounds__(kTileThreads)
   const int tokens = static_cast<int>(call.tokens), head = blockIdx.y, dim = call.dim;
   const int first = blockIdx.x * kBlockQueries + threadIdx.x / kWarp * 16;
   const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-  const int64_t row = static_cast<int64_t>(blockIdx.z) * tokens;
-  auto& memory = *reinterpret_cast<unsigned char (*)[2][kTileBytes<kMostDim>]>(shared_memory());
-  const auto part = [&](int64_t number, int token) {
-    return call.qkv.data + (row + token) * call.qkv.stride + (number * call.heads + head) * dim;
-  };
-  QueriesInRegisters<kMostDim> queries;
+  auto& memory = *reinterpret_cast<StagedTile<kMostVisionDim>(*)[2]>(shared_memory());
+  const auto part = [&](int number) { return rounded(call, blockIdx.z, number, head); };
+  QueriesInRegisters<kMostVisionDim> queries;
   queries.load([&](int half, int c) {
     const int token = first + g + 8 * half;
-    return rounded_pair(part(0, token), c, token < tokens ? dim : 0, kLog2E);
+    const uint16_t* pair = part(0) + token * kMostVisionDim + c;
+    return token < tokens ? load_word(pair) : 0;
   });
-  TileState<kMostDim / 8> state;
+  TileState<kMostVisionDim / 8> state;
   float scores[kTileTokens / 8][4];
   const auto of = [&](int step) { return TileOfRows{step * kTileTokens, tokens}; };
-  const auto score_tile = [&](int step, unsigned char* tile) {
-    score<kMostDim>(scores, queries, RowTiles::keys(tile), 0);
-    const int left = tokens - step * kTileTokens;
-    if (left < kTileTokens) hide(scores, {left, left}, 0);
+  const auto score_tile = [&](int step, unsigned char* keys, const auto& request) {
+    const auto left = [&](uint32_t (&to)[4], int of_step) {
+      queries(to, of_step);
+      request(of_step);
+    };
+    score<kMostVisionDim>(scores, left, RowTiles::keys(keys), 0);
+    const int there = tokens - step * kTileTokens;
+    if (there < kTileTokens) hide(scores, {there, there}, 0);
   };
-  const auto add_values = [&](int, unsigned char* tile) {
-    state.add_tile(scores, RowTiles::values(tile));
+  const auto add_values = [&](int, unsigned char* values) {
+    state.add_tile(scores, RowTiles::values(values));
   };
-  for_each_tile<kMostDim>(
-      RowTiles{part(1, 0), part(2, 0), call.qkv.stride, dim}, memory,
-      (tokens + kTileTokens - 1) / kTileTokens, of, [] {}, score_tile, add_values);
+  for_each_tile<kMostVisionDim>(RowTiles{part(1), part(2)}, memory,
+                                (tokens + kTileTokens - 1) / kTileTokens, of, score_tile,
+                                add_values);
   for (int i = 0; i < 2; ++i) {
     if (first + g + 8 * i >= tokens) continue;
-    float* out = call.out.data + (row + first + g + 8 * i) * call.out.stride + head * dim + 2 * t;
+    float* out = call.out.data +
+                 (static_cast<int64_t>(blockIdx.z) * tokens + first + g + 8 * i) * call.out.stride +
+                 head * dim + 2 * t;
 #pragma unroll
-    for (int n = 0; n < kMostDim / 8; ++n)
+    for (int n = 0; n < kMostVisionDim / 8; ++n)
       if (8 * n + 2 * t < dim)
         *reinterpret_cast<float2*>(out + 8 * n) = {state.sums[n][2 * i] / state.total[i],
                                                    state.sums[n][2 * i + 1] / state.total[i]};
@@ -179,14 +187,15 @@ unsigned extent(int64_t count) { return static_cast<unsigned>(count); }
 int launch_vision_attention(const VisionAttentionCall& call, Stream stream) {
   const int64_t rows = call.tiles * call.tokens;
   const int64_t pages = (call.tokens + kPageTokens - 1) / kPageTokens;
-  int error = launch(turn_vision_kernel, dim3{extent(rows), extent(2 * call.heads), 1}, kWarp, 0,
-                     stream, call);
+  int error = launch(turn_vision_kernel,
+                     dim3{extent(rows), extent((call.rounded != nullptr ? 3 : 2) * call.heads), 1},
+                     kWarp, 0, stream, call);
   if (error != 0) return error;
-  if (call.bf16 != 0 && call.dim <= kMostDim)
+  if (call.rounded != nullptr)
     return launch(attend_vision_tensor_kernel,
                   dim3{extent((call.tokens + kBlockQueries - 1) / kBlockQueries),
                        extent(call.heads), extent(call.tiles)},
-                  kTileThreads, 2 * kTileBytes<kMostDim>, stream, call);
+                  kTileThreads, 2 * sizeof(StagedTile<kMostVisionDim>), stream, call);
   const int64_t blocks = (call.tokens + kMostQueries - 1) / kMostQueries;
   error = launch(attend_vision_kernel,
                  dim3{extent(pages), extent(call.heads), extent(call.tiles * blocks)},
