@@ -87,14 +87,13 @@ PAIRS = Place("attention.cuh", "attention.cu", "cuda_attention_test", "attention
 TICKETS = Place("reduce.cuh", "attention.cu", "cuda_attention_test", "attention_is_near")
 LONG = Place("attention.cuh", "attention.cu", "cuda_attention_test", "scores_may")
 GROUPS = Place("attention.cuh", "attention.cu", "cuda_attention_test", "many_leaves")
-TENSOR = Place("tensor_attention.cu", "tensor_attention.cu", "cuda_attention_test", "any_cut")
-TENSOR_NEAR = Place(
+TENSOR = Place(
     "tensor_attention.cu", "tensor_attention.cu", "cuda_attention_test", "attention_is_near"
 )
-PRODUCTS_NEAR = Place(
+TENSOR_CUT = Place("tensor_attention.cu", "tensor_attention.cu", "cuda_attention_test", "any_cut")
+TILE_PRODUCTS = Place(
     "tile_products.cuh", "tensor_attention.cu", "cuda_attention_test", "attention_is_near"
 )
-PRODUCTS_CUT = Place("tile_products.cuh", "tensor_attention.cu", "cuda_attention_test", "any_cut")
 TENSOR_GROUPS = Place(
     "tensor_attention.cu", "tensor_attention.cu", "cuda_attention_test", "groups_of_pages"
 )
@@ -109,6 +108,9 @@ OPEN_NAN_TILES = Place(
 )
 SEALED_TILES = Place(
     "page_tiles.cuh", "tensor_attention.cu", "cuda_sealed_attention_test", "sealed_attention"
+)
+VISION_ROUNDINGS = Place(
+    "vision_attention.cu", "vision_attention.cu", "cuda_attention_test", "roundings"
 )
 TILES = Place(
     "vision_attention.cu", "vision_attention.cu", "cuda_attention_test", "vision_attention"
@@ -144,7 +146,7 @@ SAMPLE = [
     Bug(SUMS, "  __syncthreads();  // what was read of an earlier sum\n", ""),
     Bug(ROUTING, BARRIER, "", behind="call.slot + r * call.top_k);"),
     Bug(PLAIN, BARRIER, "", behind="scores[t] = sums;"),
-    Bug(PRODUCTS_CUT, "    __syncthreads();  // the tile is there, and the one before is not needed any more\n", ""),
+    Bug(TILE_PRODUCTS, "    __syncthreads();  // the tile is there, and the one before is not needed any more\n", ""),
     Bug(SEALING, "(bits & 0xffffu) != 0 ? 1 : 0", "0", behind="bf16_above"),
 ]  # fmt: skip
 OTHERS = [
@@ -332,22 +334,22 @@ OTHERS = [
     # --- tensor_attention.cu
     Bug(TENSOR, "float2*>(to + kStateHead + 8 * (kCount * warp + n) + 2 * t)", "float2*>(to + kStateHead + 8 * n + 2 * t)"),
     Bug(TENSOR, "if (pair < tile.pairs)\n", "if (pair + 1 < tile.pairs)\n"),
-    Bug(TENSOR_NEAR, "seen_by(call, tile, kv_head, g + 8)}", "seen_by(call, tile, kv_head, g)}"),
     Bug(TENSOR, "first + lane % 16, 2 * step + lane / 16", "first + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2"),
-    Bug(PRODUCTS_NEAR, "2 * t + i % 2 >= seen[i / 2]", "2 * t + i % 2 > seen[i / 2]"),
-    Bug(PRODUCTS_NEAR, "2 * t + i % 2 >= seen[i / 2]", "2 * t >= seen[i / 2]"),
-    Bug(PRODUCTS_NEAR, "most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 1));", ""),
-    Bug(PRODUCTS_NEAR, "total[row] *= factor[row];", ""),
-    Bug(PRODUCTS_NEAR, "sums[n][i] *= factor[i / 2]", "sums[n][i] *= factor[i % 2]"),
-    Bug(PRODUCTS_NEAR, "total[1] = totals[2];", "total[1] = totals[1];"),
-    Bug(TENSOR_NEAR, "if (own) {", "if (false) {"),
-    Bug(TENSOR, "memory.most[2 * i][g + 8 * row], memory.most[2 * i + 1]", "memory.most[2 * i][g + 8 * row], memory.most[2 * i]"),
+    Bug(TILE_PRODUCTS, "2 * t + i % 2 >= seen[i / 2]", "2 * t + i % 2 > seen[i / 2]"),
+    Bug(TILE_PRODUCTS, "2 * t + i % 2 >= seen[i / 2]", "2 * t >= seen[i / 2]"),
+    Bug(TILE_PRODUCTS, "most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 1));", ""),
+    Bug(TILE_PRODUCTS, "total[row] *= factor[row];", ""),
+    Bug(TILE_PRODUCTS, "sums[n][i] *= factor[i / 2]", "sums[n][i] *= factor[i % 2]"),
+    Bug(TILE_PRODUCTS, "total[1] = totals[2];", "total[1] = totals[1];"),
+    Bug(TENSOR, "if (own) {", "if (false) {"),
+    Bug(TENSOR_CUT, "seen_by(call, tile, kv_head, g + 8)}", "seen_by(call, tile, kv_head, g)}"),
+    Bug(TENSOR_CUT, "memory.most[2 * i][g + 8 * row], memory.most[2 * i + 1]", "memory.most[2 * i][g + 8 * row], memory.most[2 * i]"),
     Bug(TENSOR, "    __syncthreads();  // the largest are known, and keys not needed any more\n", ""),
     Bug(TENSOR, "    __syncthreads();  // weights and values are there\n", ""),
     Bug(TENSOR, "    __syncthreads();  // keys and queries are there\n", ""),
     Bug(TENSOR, "wait_for_all_but<1>", "wait_for_all_but<2>"),
     Bug(TENSOR, "i <= own_tile", "i < own_tile"),
-    Bug(TENSOR, "parts[tile == 0 ? kPageTiles : tile - 1]", "parts[tile == 0 ? kPageTiles : tile]"),
+    Bug(TENSOR, "parts[tile == 0 ? kPageTiles : tile - 1]", "parts[tile == 0 ? kPageTiles : 0]"),
     Bug(TENSOR, "from.page == tile.own", "false"),
     Bug(TENSOR, "from.number * kTileTokens", "0", behind="attend_groups_kernel"),
     Bug(TENSOR, "from.number + 1 < tiles_of(from.tokens)", "from.number + 1 < kPageTiles"),
@@ -356,8 +358,8 @@ OTHERS = [
     Bug(TENSOR_GROUPS, "left < kGroupPages ? left : kGroupPages", "kGroupPages"),
     Bug(TENSOR_GROUPS, "if (left < kGroupPages) {", "if (left <= kGroupPages) {"),
     # --- page_tiles.cuh
-    Bug(PRODUCTS_NEAR, "column * kColumn + row * 16", "column * kColumn + row / 2 * 32"),
-    Bug(PRODUCTS_NEAR, "n + lane % 8 + lane / 16 * 8, k / 8 + lane / 8 % 2", "n + lane % 16, k / 8 + lane / 16"),
+    Bug(TILE_PRODUCTS, "column * kColumn + row * 16", "column * kColumn + row / 2 * 32"),
+    Bug(TILE_PRODUCTS, "n + lane % 8 + lane / 16 * 8, k / 8 + lane / 8 % 2", "n + lane % 16, k / 8 + lane / 16"),
     Bug(OPEN_TILES, "2 * block + half)", "2 * block + 1 - half)"),
     Bug(OPEN_NAN_TILES, "of.number * kTileTokens + token < of.tokens)", "true)"),
     Bug(OPEN_TILES, "wait_for_copies<kLeft>();", "wait_for_copies<kLeft + 1>();"),
@@ -370,7 +372,7 @@ OTHERS = [
     Bug(SEALED_TILES, "(of.number * kTileTokens + warp * 8) * 2;", "(of.number * kTileTokens) * 2;"),
     # --- vision_attention.cu
     Bug(TILES, "angles = token * (call.dim / 2)", "angles = r * (call.dim / 2)"),
-    Bug(TILES, "part == 0 ? kLog2E : 1.0f", "1.0f"),
+    Bug(VISION_ROUNDINGS, "part == 0 ? kLog2E : 1.0f", "1.0f"),
     Bug(TILES, "of.first + token < of.tokens", "true"),
     Bug(TILES, "if (there < kTileTokens) hide(", "if (false) hide("),
     Bug(TILES, "piece + 1 == kPieces", "piece == kPieces"),

@@ -30,3 +30,36 @@ TEST(groups_of_pages_are_near_the_reference) {
                     got.data() + (many - few) * shape.out_cols(), rows.size());
   }
 }
+
+// What attention_bound() grants is for any values. Standard normal ones lose far less to roundings
+// to bfloat16: of a score, over sqrt(n), 4 standard deviations of a half of kEpsBF16, evenly
+// spread, in each of n terms, for queries and for keys; of an output, twice that, and a half of
+// kEpsBF16 for its weights and for its values.
+double rounding_bound(const std::vector<float>& qkv) {
+  const double score = 4 / std::sqrt(12.0) * std::sqrt(2.0) * kEpsBF16;
+  return largest(qkv) * (2 * score + kEpsBF16);
+}
+
+TEST(roundings_are_all_that_is_lost) {
+  std::mt19937 random(11);
+  const Shape shape{10, 2, 64, DType::kBF16, true, false, false};
+  const Sequence sequence(random, shape, 0, 70);
+  const std::vector<float> expected = attend_whole(ref(), sequence);
+  const int64_t tokens = 65, heads = 2, n = 66;
+  const std::vector<float> qkv = randoms(random, tokens * 3 * heads * n);
+  const std::vector<float> cos(tokens * n / 2, std::cos(0.5f)), sin(tokens * n / 2, std::sin(0.5f));
+  const auto see = [&](Backend& backend) {
+    std::vector<float> scratch = qkv, out(tokens * heads * n);
+    backend.vision_attention({out.data(), tokens, heads * n},
+                             {scratch.data(), tokens, 3 * heads * n}, 1, tokens, heads, cos.data(),
+                             sin.data(), DType::kBF16);
+    return out;
+  };
+  const std::vector<float> seen = see(ref());
+  for (Named& subject : subjects()[0]) {
+    check_close("attention on " + subject.name, attend_whole(*subject.backend, sequence), expected,
+                std::vector<double>(expected.size(), rounding_bound(sequence.qkv)));
+    check_close("vision on " + subject.name, see(*subject.backend), seen,
+                std::vector<double>(seen.size(), rounding_bound(qkv)));
+  }
+}
