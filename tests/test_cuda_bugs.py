@@ -233,11 +233,9 @@ OTHERS = [
     Bug(quantized("Int4G32"), "if (span * kSpan + first >= limit) break;", ""),
     Bug(quantized("Int4G32"), "first / Of::kGroup + each]", "each]"),
     Bug(quantized("Int4G32"), "stage + step * kStepBytes + g / 4", "stage + g / 4"),
-    Bug(quantized("Int4G32"), "column + step * Of::kColumns >= limit", "false"),
     # --- quantized_tiles.cuh: stages of a block
     Bug(tiled("quantized_tiles.cuh", "Int4G64"), "panel * panel_bytes + block * Layout::kBytes", "panel * panel_bytes"),
     Bug(tiled("quantized_tiles.cuh", "Int4K"), "chunk.is_code ? codes : 0", "0"),
-    Bug(tiled("quantized_tiles.cuh", "Int4G32"), "if (column + chunk.column < limit)", "if (chunk.column < kSpan)"),
     Bug(tiled("quantized_tiles.cuh", "Int4G32"), "int64_t{thread} * spans + column / kSpan", "int64_t{thread} * spans"),
     Bug(tiled("quantized_tiles.cuh", "Int4G32"), "row_sums + int64_t{at} * groups + group", "row_sums + int64_t{at} * groups"),
     Bug(tiled("quantized_tiles.cuh", "Int4G32"), "i % 2 == 0 ? scale.x : scale.y", "scale.x"),

@@ -110,8 +110,8 @@ const DType kTypes[] = {DType::kF32, DType::kBF16};
 
 TEST(matmul) {
   std::mt19937 random(1);
-  const int64_t shapes[][3] = {{1, 72, 50},  {3, 5, 1},     {7, 73, 64},   {40, 128, 200},
-                               {17, 1, 65},  {2, 511, 129}, {130, 33, 70}, {1, 600, 700},
+  const int64_t shapes[][3] = {{1, 72, 50},  {3, 5, 1},     {7, 73, 64},    {40, 300, 200},
+                               {17, 1, 65},  {2, 511, 129}, {130, 133, 70}, {1, 600, 700},
                                {64, 96, 16}, {9, 257, 300}};
   for (const DType dtype : kTypes)
     for (const auto& [rows, k, n] : shapes)
