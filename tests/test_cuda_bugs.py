@@ -94,6 +94,9 @@ TENSOR_CUT = Place("tensor_attention.cu", "tensor_attention.cu", "cuda_attention
 TILE_PRODUCTS = Place(
     "tile_products.cuh", "tensor_attention.cu", "cuda_attention_test", "attention_is_near"
 )
+SEALED_PRODUCTS = Place(
+    "tile_products.cuh", "tensor_attention.cu", "cuda_sealed_attention_test", "sealed_attention"
+)
 TENSOR_GROUPS = Place(
     "tensor_attention.cu", "tensor_attention.cu", "cuda_attention_test", "groups_of_pages"
 )
@@ -347,7 +350,7 @@ OTHERS = [
     Bug(TENSOR, "    __syncthreads();  // keys and queries are there\n", ""),
     Bug(TENSOR, "wait_for_all_but<1>", "wait_for_all_but<2>"),
     Bug(TENSOR, "i <= own_tile", "i < own_tile"),
-    Bug(TENSOR, "parts[tile == 0 ? kPageTiles : tile - 1]", "parts[tile == 0 ? kPageTiles : 0]"),
+    Bug(TENSOR_CUT, "parts[tile == 0 ? kPageTiles : tile - 1]", "parts[tile == 0 ? kPageTiles : 0]"),
     Bug(TENSOR, "from.page == tile.own", "false"),
     Bug(TENSOR, "from.number * kTileTokens", "0", behind="attend_groups_kernel"),
     Bug(TENSOR, "from.number + 1 < tiles_of(from.tokens)", "from.number + 1 < kPageTiles"),
@@ -357,7 +360,7 @@ OTHERS = [
     Bug(TENSOR_GROUPS, "if (left < kGroupPages) {", "if (left <= kGroupPages) {"),
     # --- page_tiles.cuh
     Bug(TILE_PRODUCTS, "column * kColumn + row * 16", "column * kColumn + row / 2 * 32"),
-    Bug(TILE_PRODUCTS, "n + lane % 8 + lane / 16 * 8, k / 8 + lane / 8 % 2", "n + lane % 16, k / 8 + lane / 16"),
+    Bug(SEALED_PRODUCTS, "n + lane % 8 + lane / 16 * 8, k / 8 + lane / 8 % 2", "n + lane % 16, k / 8 + lane / 16"),
     Bug(OPEN_TILES, "2 * block + half)", "2 * block + 1 - half)"),
     Bug(OPEN_NAN_TILES, "of.number * kTileTokens + token < of.tokens)", "true)"),
     Bug(OPEN_TILES, "wait_for_copies<kLeft>();", "wait_for_copies<kLeft + 1>();"),
