@@ -73,6 +73,8 @@ class CudaBackend final : public Backend {
     device_->run("product", &cuda::DeviceTable::product, call);
   }
 
+  cuda::RoutingCall route(ConstRows x, const MoeWeights& weights);
+
   // attention.cpp
   void append(const AttentionInput& input);
   void seal(const AttentionInput& input);
@@ -85,7 +87,7 @@ class CudaBackend final : public Backend {
 
   CudaConstants expert_tables_;
   CudaScratch operand_, shared_operand_, hidden_, pixels_;
-  CudaScratch logits_, routing_, routed_hidden_, routed_out_;
+  CudaScratch routing_, arrived_routers_, routed_hidden_, routed_out_;
   CudaScratch states_, arrived_;  // attention
 };
 

@@ -43,6 +43,18 @@ class Carver {
   int64_t used_ = 0;
 };
 
+// The rows of an operand from `first` on.
+cuda::Operand rows_from(cuda::Operand operand, int64_t first) {
+  const int64_t bytes = operand.kind == cuda::kOperandF32    ? 4
+                        : operand.kind == cuda::kOperandBF16 ? 2
+                                                             : 1;
+  operand.data = static_cast<char*>(operand.data) + first * operand.stride * bytes;
+  if (operand.kind != cuda::kOperandInt8) return operand;
+  operand.scales += first * operand.spans;
+  operand.sums += first * operand.groups;
+  return operand;
+}
+
 }  // namespace
 
 cuda::Operand CudaBackend::prepare(const Source& source, WeightFormat format,
@@ -90,8 +102,6 @@ cuda::Operand CudaBackend::prepare(const Source& source, WeightFormat format,
     if (routing != nullptr && routing->row == source.index && routing->score == source.score &&
         routing->operand.data == nullptr) {
       routing->operand = operand;
-      routing->x = device_rows(source.x);
-      routing->cols = source.cols;
       return operand;
     }
   }
@@ -141,48 +151,71 @@ void CudaBackend::mlp(Rows residual, ConstRows x, const WeightRef& gate_up, cons
   multiply(call);
 }
 
-void CudaBackend::moe(Rows residual, ConstRows x, const MoeWeights& weights) {
-  check_moe(residual, x, weights);
-  if (x.rows == 0) return;
+// Who gets which rows: from the logits, or, of few rows, by the router itself.
+cuda::RoutingCall CudaBackend::route(ConstRows x, const MoeWeights& weights) {
   const auto experts = static_cast<int64_t>(weights.gate_up.size());
-  const int64_t slots = x.rows * weights.top_k, places = std::min(experts, slots);
-  const WeightRef &gate_up = weights.gate_up[0], &down = weights.down[0];
-
-  // Of few rows, the shared expert is part of the others' products: more weights are on their way
-  // at a time. Its operand comes first, while the norm before may still make it.
-  constexpr int64_t kFewRows = 16;
-  const bool together = x.rows <= kFewRows && packed_alike(weights.shared_gate_up, gate_up) &&
-                        packed_alike(weights.shared_down, down);
-  cuda::SharedExpert shared_up = {}, shared_down = {};
-  Rows shared_hidden(nullptr, x.rows, gate_up.rows);
-  if (together) {
-    shared_hidden.data = hidden_.reserve<float>(*device_, x.rows * gate_up.rows);
-    shared_up = {weights.shared_gate_up.data.get(),
-                 prepare({x, x.rows, x.cols}, gate_up.format, shared_operand_), x.rows,
-                 device_rows(shared_hidden), 0};
-  }
-
-  // Who gets which rows.
-  const Rows logits(logits_.reserve<float>(*device_, x.rows * experts), x.rows, experts);
-  multiply(product_call(logits, prepare({x, x.rows, x.cols}, weights.router.format, operand_),
-                        x.rows, weights.router));
-  cuda::RoutingCall routing = {};
-  routing.logits = logits.data;
-  routing.rows = x.rows;
-  routing.experts = static_cast<int32_t>(experts);
-  routing.top_k = static_cast<int32_t>(weights.top_k);
+  const int64_t slots = x.rows * weights.top_k;
+  constexpr int64_t kFewRows = 4;
+  const bool routes = x.rows <= kFewRows && weights.router.format == WeightFormat::kF32;
+  cuda::RoutingCall call = {};
+  call.rows = x.rows;
+  call.experts = static_cast<int32_t>(experts);
+  call.top_k = static_cast<int32_t>(weights.top_k);
+  call.x = device_rows(x);
+  call.cols = x.cols;
+  const int64_t spans = (x.cols + kActivationGroup - 1) / kActivationGroup;
   const auto carve = [&](Carver carver) {
-    routing.row = carver.take<int32_t>(slots);
-    routing.score = carver.take<float>(slots);
-    routing.offsets = carver.take<int32_t>(experts + 1);
-    routing.occupied = carver.take<int32_t>(places);
-    routing.slot = carver.take<int32_t>(slots);
+    call.row = carver.take<int32_t>(slots);
+    call.score = carver.take<float>(slots);
+    call.offsets = carver.take<int32_t>(experts + 1);
+    call.occupied = carver.take<int32_t>(std::min(experts, slots));
+    call.slot = carver.take<int32_t>(slots);
+    call.logits = carver.take<float>(x.rows * experts);
+    if (routes) call.router.parts = carver.take<float>(x.rows * spans * experts);
     return carver.used();
   };
   carve(Carver(routing_.reserve<char>(*device_, carve(Carver(nullptr)))));
-  device_->run("route", &cuda::DeviceTable::route, routing);
+  if (routes) {
+    call.router.weights = weights.router.data.get();
+    call.router.panel_bytes =
+        static_cast<int64_t>(panel_bytes(weights.router.format, weights.router.cols));
+    call.router.arrived = arrived_routers_.reserve<int32_t>(*device_, 1);
+  } else {
+    multiply(product_call({call.logits, x.rows, experts},
+                          prepare({x, x.rows, x.cols}, weights.router.format, operand_), x.rows,
+                          weights.router));
+  }
+  device_->run("route", &cuda::DeviceTable::route, call);
+  return call;
+}
 
+void CudaBackend::moe(Rows residual, ConstRows x, const MoeWeights& weights) {
+  check_moe(residual, x, weights);
+  if (x.rows == 0) return;
+  const int64_t slots = x.rows * weights.top_k;
+  const int64_t places = std::min(std::ssize(weights.gate_up), slots);
+  const WeightRef &gate_up = weights.gate_up[0], &down = weights.down[0];
+
+  // Of few rows, the shared expert is part of the others' products: more weights are on their way
+  // at a time. Its operand comes first, while the norm before may still make it, and what it makes
+  // of its rows lies behind what the others make of theirs.
+  constexpr int64_t kFewRows = 16;
+  const bool together = x.rows <= kFewRows && packed_alike(weights.shared_gate_up, gate_up) &&
+                        packed_alike(weights.shared_down, down);
+  const int64_t rows = slots + (together ? x.rows : 0);
+  const Rows hidden(routed_hidden_.reserve<float>(*device_, rows * gate_up.rows), rows,
+                    gate_up.rows);
+  cuda::SharedExpert shared = {};
+  if (together)
+    shared = {weights.shared_gate_up.data.get(),
+              prepare({x, x.rows, x.cols}, gate_up.format, shared_operand_), x.rows,
+              device_rows(hidden.slice(slots, x.rows)), 0};
+
+  const cuda::RoutingCall routing = route(x, weights);
+  const Source scaled{
+      .x = x, .rows = slots, .cols = x.cols, .index = routing.row, .score = routing.score};
   if (!together) mlp(residual, x, weights.shared_gate_up, weights.shared_down);
+  cuda::Operand operand = prepare(scaled, gate_up.format, operand_);
 
   // The routed experts, of inputs times their scores. Which have rows only the device knows.
   const auto pointers = [&](const std::vector<WeightRef>& matrices) {
@@ -190,29 +223,20 @@ void CudaBackend::moe(Rows residual, ConstRows x, const MoeWeights& weights) {
     for (const WeightRef& matrix : matrices) data.push_back(matrix.data.get());
     return expert_tables_.of(*device_, data);
   };
-  cuda::ExpertRows rows{routing.offsets, routing.occupied, pointers(weights.gate_up),
-                        static_cast<int32_t>(places)};
-  const Rows hidden(routed_hidden_.reserve<float>(*device_, slots * gate_up.rows), slots,
-                    gate_up.rows);
-  const Source scaled{
-      .x = x, .rows = slots, .cols = x.cols, .index = routing.row, .score = routing.score};
-  cuda::ProductCall up =
-      product_call(hidden, prepare(scaled, gate_up.format, operand_), slots, gate_up);
-  up.experts = rows;
-  up.shared = shared_up;
+  cuda::ProductCall up = product_call(hidden, operand, slots, gate_up);
+  up.experts = {routing.offsets, routing.occupied, pointers(weights.gate_up),
+                static_cast<int32_t>(places)};
+  up.shared = shared;
   multiply(up);
   const Rows out(routed_out_.reserve<float>(*device_, slots * x.cols), slots, x.cols);
-  const Source activated{.x = hidden, .rows = slots, .cols = down.cols, .gated = true};
-  cuda::ProductCall call =
-      product_call(out, prepare(activated, down.format, operand_), slots, down);
-  rows.matrices = pointers(weights.down);
-  call.experts = rows;
+  operand =
+      prepare({.x = hidden, .rows = rows, .cols = down.cols, .gated = true}, down.format, operand_);
+  cuda::ProductCall call = product_call(out, operand, slots, down);
+  call.experts = up.experts;
+  call.experts.matrices = pointers(weights.down);
   if (together)
-    shared_down = {weights.shared_down.data.get(),
-                   prepare({.x = shared_hidden, .rows = x.rows, .cols = down.cols, .gated = true},
-                           down.format, shared_operand_),
-                   x.rows, device_rows(residual), 1};
-  call.shared = shared_down;
+    call.shared = {weights.shared_down.data.get(), rows_from(operand, slots), x.rows,
+                   device_rows(residual), 1};
   multiply(call);
   device_->run("add_experts", &cuda::DeviceTable::add_experts,
                cuda::AddExpertsCall{device_rows(residual), device_rows(ConstRows(out)),
