@@ -155,15 +155,16 @@ void CudaBackend::mlp(Rows residual, ConstRows x, const WeightRef& gate_up, cons
 cuda::RoutingCall CudaBackend::route(ConstRows x, const MoeWeights& weights) {
   const auto experts = static_cast<int64_t>(weights.gate_up.size());
   const int64_t slots = x.rows * weights.top_k;
+  const int64_t spans = (x.cols + kActivationGroup - 1) / kActivationGroup;
   constexpr int64_t kFewRows = 4;
-  const bool routes = x.rows <= kFewRows && weights.router.format == WeightFormat::kF32;
+  const bool routes = x.rows <= kFewRows && weights.router.format == WeightFormat::kF32 &&
+                      x.rows * spans * experts <= cuda::kMostRouterParts;
   cuda::RoutingCall call = {};
   call.rows = x.rows;
   call.experts = static_cast<int32_t>(experts);
   call.top_k = static_cast<int32_t>(weights.top_k);
   call.x = device_rows(x);
   call.cols = x.cols;
-  const int64_t spans = (x.cols + kActivationGroup - 1) / kActivationGroup;
   const auto carve = [&](Carver carver) {
     call.row = carver.take<int32_t>(slots);
     call.score = carver.take<float>(slots);

@@ -100,8 +100,10 @@ struct ProductCall {
 
 // --- mixture of experts --------------------------------------------------------------------------
 
-// Of rows of few slots the router itself, as weights of fp32 in panels: many blocks multiply, and
-// the one that comes last routes. A logit has the bits of the product with a router.
+// Of few rows the router itself, as weights of fp32 in panels: many blocks multiply, and the one
+// that comes last routes. A logit has the bits of the product with a router. `parts` has at most
+// kMostRouterParts floats.
+constexpr int64_t kMostRouterParts = 20480;
 struct Router {
   const void* weights;  // null: the logits are there
   int64_t panel_bytes;

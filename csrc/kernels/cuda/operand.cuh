@@ -46,7 +46,9 @@ __device__ __forceinline__ void quantize_span(const Operand& to, int64_t r, int6
   if (to.group > 64) sums += __shfl_xor_sync(kAllLanes, sums, 16);
   if (column < to.stride) {
     *reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(to.data) + r * to.stride + column) = codes;
-    if (column % to.group == 0) to.sums[r * to.groups + column / to.group] = sums;
+    // Groups are 16, 32, 64 or 128 columns; a division would take longer than all else here.
+    const int shift = to.group == 16 ? 4 : to.group == 32 ? 5 : to.group == 64 ? 6 : 7;
+    if ((column & (to.group - 1)) == 0) to.sums[r * to.groups + (column >> shift)] = sums;
   }
   if (lane == 0) to.scales[r * to.spans + span] = (zeros ? 0.0f : most / 127.0f) + poison;
 }

@@ -28,9 +28,8 @@ __device__ __forceinline__ float sum_block(float value, float* scratch) {
   __syncthreads();  // what was read of an earlier sum
   if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = value;
   __syncthreads();
-  float sum = 0;
-  for (int warp = 0; warp < kThreads / kWarp; ++warp) sum += scratch[warp];
-  return sum;
+  constexpr int kWarps = kThreads / kWarp;  // a power of two
+  return sum_lanes<kWarps>(scratch[threadIdx.x % kWarps]);
 }
 
 // Whether all threads of `count` blocks have come here, of which this is the last; `slot` is of

@@ -56,11 +56,14 @@ __device__ __forceinline__ void store_four(float* row, int first, int cols, cons
     if (first + i < cols) row[first + i] = four.at[i];
 }
 
-__device__ __forceinline__ float add_experts(const AddExpertsCall& call, int64_t r, int64_t c,
-                                             float sum) {
-  for (int i = 0; i < call.top_k; ++i)
-    sum += call.x.data[call.slot[r * call.top_k + i] * call.x.stride + c];
-  return sum;
+__device__ __forceinline__ void add(Four& sum, const Four& more) {
+#pragma unroll
+  for (int i = 0; i < kLaneColumns; ++i) sum.at[i] += more.at[i];
+}
+
+// Row `slot[r][i]` of what experts made.
+__device__ __forceinline__ const float* expert_row(const AddExpertsCall& call, int64_t r, int i) {
+  return call.x.data + call.slot[r * call.top_k + i] * call.x.stride;
 }
 
 // A block normalises a row, to which experts may be added before, and writes it as an operand too
@@ -85,29 +88,31 @@ __global__ void __launch_bounds__(kNormThreads, 1) norm_kernel(const NormCall ca
   const auto count = static_cast<float>(cols);
   const auto sum_of = [&](const auto& term) {
     float sum = 0;
-    const auto add = [&](const Four& four, int first) {
+    const auto take = [&](const Four& four, int first) {
 #pragma unroll
       for (int i = 0; i < kLaneColumns; ++i)
         if (first + i < cols) sum = term(sum, four.at[i]);
     };
-    kept([&](int k, int first) { add(values[k], first); });
+    kept([&](int k, int first) { take(values[k], first); });
     for (int first = begin + kKept * kStep; first < cols; first += kStep)
-      add(load_four(x, first, cols), first);
+      take(load_four(x, first, cols), first);
     return sum_block<kNormThreads>(sum, scratch);
   };
   kept([&](int k, int first) { values[k] = load_four(x, first, cols); });
   if (call.added.rows > 0) {
     float* residual = call.added.residual.data + r * call.added.residual.stride;  // x
-    const auto add = [&](Four& four, int first) {
-#pragma unroll
-      for (int i = 0; i < kLaneColumns; ++i)
-        if (first + i < cols) four.at[i] = add_experts(call.added, r, first + i, four.at[i]);
-      store_four(residual, first, cols, four);
-    };
-    kept([&](int k, int first) { add(values[k], first); });
+    for (int i = 0; i < call.added.top_k; ++i) {
+      const float* from = expert_row(call.added, r, i);
+      Four more[kKept];
+      kept([&](int k, int first) { more[k] = load_four(from, first, cols); });
+      kept([&](int k, int) { add(values[k], more[k]); });
+    }
+    kept([&](int k, int first) { store_four(residual, first, cols, values[k]); });
     for (int first = begin + kKept * kStep; first < cols; first += kStep) {
       Four four = load_four(x, first, cols);
-      add(four, first);
+      for (int i = 0; i < call.added.top_k; ++i)
+        add(four, load_four(expert_row(call.added, r, i), first, cols));
+      store_four(residual, first, cols, four);
     }
   }
   const float mean =
@@ -148,7 +153,9 @@ __global__ void __launch_bounds__(kThreads) add_experts_kernel(const AddExpertsC
   const int64_t c = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (c >= call.cols) return;
   float* residual = call.residual.data + r * call.residual.stride + c;
-  *residual = add_experts(call, r, c, *residual);
+  float sum = *residual;
+  for (int i = 0; i < call.top_k; ++i) sum += expert_row(call, r, i)[c];
+  *residual = sum;
 }
 
 __global__ void __launch_bounds__(kThreads) unfold_kernel(const UnfoldCall call) {
