@@ -51,3 +51,40 @@ TEST(passes_in_batches_have_the_bits_of_single_kernels) {
   CHECK(single[0] != single[2]);
   for (const size_t batch_kernels : {2, 7, 0}) CHECK(passes(batch_kernels) == single);
 }
+
+// The same of attention and the product behind it, which takes what attention made as its operand.
+TEST(attention_in_batches_has_the_bits_of_single_kernels) {
+  std::mt19937 random(12);
+  constexpr int64_t kRows = 3, kHeads = 4, kKvHeads = 2, kDim = 128, kHidden = 72;
+  constexpr int64_t kCols = (kHeads + 2 * kKvHeads) * kDim;
+  const Matrix output = random_matrix(random, kHidden, kHeads * kDim, DType::kF32);
+  const std::vector<float> qkv = randoms(random, kRows * kCols);
+  const auto result = [&](size_t batch_kernels) {
+    const auto backend =
+        make_cuda_backend(emulator::device_table(), 0, make_cpu_backend({"", 1}), batch_kernels);
+    const MatrixSource part = output.source();
+    const WeightRef weight = backend->load_matrix({&part, 1}, {WeightFormat::kInt4G64});
+    AttentionInput input;
+    input.heads = kHeads;
+    input.layout = {DType::kBF16, kKvHeads, kDim};
+    const Buffer page = backend->allocate(input.layout.page_bytes());
+    const Buffer memory[] = {backend->allocate(kRows * kCols * 4),
+                             backend->allocate(kRows * kHeads * kDim * 4),
+                             backend->allocate(kRows * kHidden * 4)};
+    input.qkv = Rows(memory[0].floats(), kRows, kCols);
+    const Rows attended(memory[1].floats(), kRows, kHeads * kDim);
+    const Rows out(memory[2].floats(), kRows, kHidden);
+    void* const pages[] = {page.data()};
+    AttentionSegment segment;
+    segment.rows = kRows;
+    segment.open = pages;
+    input.segments = {&segment, 1};
+    backend->from_host(input.qkv, qkv.data());
+    backend->attention(attended, input);
+    backend->matmul(out, attended, weight);
+    std::vector<float> values(kRows * kHidden);
+    backend->to_host(values.data(), out);
+    return values;
+  };
+  CHECK(result(0) == result(1));
+}

@@ -179,6 +179,8 @@ void CudaBackend::attend(Rows out, const AttentionInput& input) {
   call.closed = closed_pages(input);
   std::vector<cuda::AttentionTile> tiles[std::size(cuda::kMostPairs)];
   divide(runs, call, device_->multiprocessors(), tiles);
+  const bool at_once = std::ranges::count_if(tiles, [](auto& of) { return !of.empty(); }) == 1;
+  call.rows = at_once ? out.rows : 0;
   for (int32_t kind = 0; kind < static_cast<int32_t>(std::size(tiles)); ++kind) {
     call.kind = kind;
     attend_tiles(call, tiles[kind]);
@@ -204,6 +206,7 @@ void CudaBackend::attend_tiles(cuda::AttendCall call, std::span<const cuda::Atte
   call.states = states_.reserve<float>(*device_, each * tile_floats);
   call.arrived = arrived_.reserve<int32_t>(*device_, each * counters);
   const cuda::AttentionTile* const table = device_->table(tiles);
+  if (each < std::ssize(tiles)) call.rows = 0;
   for (int64_t first = 0; first < std::ssize(tiles); first += each) {
     call.count = std::min(each, std::ssize(tiles) - first);
     call.tiles = table + first;

@@ -94,6 +94,15 @@ cuda::Operand CudaBackend::prepare(const Source& source, WeightFormat format,
       norm->operand = operand;
       return operand;
     }
+    // Or from attention, a span of columns for each head.
+    cuda::AttendCall* const attend = device_->last(&cuda::DeviceTable::attend);
+    if (attend != nullptr && attend->out.data == source.x.data &&
+        attend->out.stride == source.x.stride && attend->rows == source.rows &&
+        attend->heads.dim == kActivationGroup && operand.stride == source.cols &&
+        attend->operand.data == nullptr) {
+      attend->operand = operand;
+      return operand;
+    }
   }
   // Of few rows by the routing that chose them, if that has just been noted: it is one block.
   constexpr int64_t kFewRows = 4;

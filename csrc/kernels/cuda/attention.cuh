@@ -7,6 +7,7 @@
 #pragma once
 
 #include "kernels/cuda/device_table.h"
+#include "kernels/cuda/operand.cuh"
 #include "kernels/cuda/ptx.h"
 #include "kernels/cuda/reduce.cuh"
 
@@ -24,7 +25,9 @@ int launch_tensor_attention(const AttendCall& call, Stream stream);
 struct Pair {
   const float* query;  // [dim]
   float* out;
-  int seen;  // tokens of its own page
+  int seen;     // tokens of its own page
+  int64_t row;  // of out
+  int head;
 };
 __device__ __forceinline__ Pair pair_of(const AttendCall& call, const AttentionTile& tile,
                                         int kv_head, int i) {
@@ -34,7 +37,8 @@ __device__ __forceinline__ Pair pair_of(const AttendCall& call, const AttentionT
   const int64_t channel = static_cast<int64_t>(head) * call.heads.dim;
   const AttentionQuery& of = call.queries[query];
   return {call.qkv.data + of.row * call.qkv.stride + channel,
-          call.out.data + query * call.out.stride + channel, static_cast<int>(of.seen)};
+          call.out.data + query * call.out.stride + channel, static_cast<int>(of.seen), query,
+          head};
 }
 
 // --- states --------------------------------------------------------------------------------------
@@ -113,9 +117,14 @@ __device__ __forceinline__ void finish_groups(const AttendCall& call, const Atte
   const int dim = call.heads.dim;
   merge_parts(states, tile.pairs, dim, first, groups,
               [&](int pair, int channel, const Merged& merged, const float (&sums)[4]) {
-                float* out = pair_of(call, tile, kv_head, pair).out + channel;
-                for (int i = 0; i < 4 && channel + i < dim; ++i)
-                  out[i] = sums[i] / static_cast<float>(merged.total);
+                const Pair of = pair_of(call, tile, kv_head, pair);
+                float values[kLaneColumns];
+                static_assert(kLaneColumns == 4);
+                for (int i = 0; i < 4; ++i) values[i] = sums[i] / static_cast<float>(merged.total);
+                for (int i = 0; i < 4 && channel + i < dim; ++i) of.out[channel + i] = values[i];
+                // The lanes of a warp have the channels of one pair.
+                if (call.operand.data != nullptr)
+                  store_operand(call.operand, of.row, of.head, values);
               });
 }
 

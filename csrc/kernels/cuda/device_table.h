@@ -12,7 +12,7 @@
 namespace puna::cuda {
 
 // Of this file: both sides must have been compiled with the same.
-constexpr int32_t kTableVersion = 5;
+constexpr int32_t kTableVersion = 6;
 
 struct DeviceInfo {
   char name[256];
@@ -255,6 +255,8 @@ struct AttendCall {
   float* states;
   // [count][KV heads][groups + 1]: zero before and after.
   int32_t* arrived;
+  int64_t rows;     // of out, if this call is for all of them; or 0
+  Operand operand;  // out, too, of heads of kActivationGroup channels; none if its data is null
 };
 constexpr int kStateHead = 4;  // largest score, sum, two that are not used
 constexpr int64_t groups_of(int64_t pages) { return (pages + kGroupPages - 1) / kGroupPages; }
