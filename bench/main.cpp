@@ -23,7 +23,8 @@ constexpr Command kCommands[] = {
 };
 
 void print_usage(std::ostream& out) {
-  out << "usage: puna-bench COMMAND [options]; puna-bench COMMAND --help\n";
+  out << "usage: puna-bench [--kernels LIBPUNA_CUDA] COMMAND [options]; puna-bench COMMAND --help\n"
+         "--kernels is for where PUNA_CUDA_LIBRARY is not set\n";
   for (const Command& command : kCommands) {
     out << "  " << command.name << "\t" << command.summary << "\n";
   }
@@ -32,6 +33,11 @@ void print_usage(std::ostream& out) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  if (argc > 3 && std::strcmp(argv[1], "--kernels") == 0) {
+    setenv("PUNA_CUDA_LIBRARY", argv[2], 0);  // what is set stays
+    argc -= 2;
+    argv += 2;
+  }
   if (argc == 2 && !std::strcmp(argv[1], "--help")) {
     print_usage(std::cout);
     return 0;

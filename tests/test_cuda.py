@@ -103,16 +103,11 @@ def test_auto_is_the_gpu_unless_the_model_does_not_fit_it(
     assert device() == "cpu"
 
 
-def test_the_benchmark_finds_the_kernels_of_the_package(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("PUNA_CUDA_LIBRARY", raising=False)
-    assert "PUNA_CUDA_LIBRARY" not in cli._bench_environment(tmp_path)
+def test_the_benchmark_finds_the_kernels_of_the_package(tmp_path: Path) -> None:
+    assert cli._kernels_option(tmp_path) == []
     kernels = tmp_path / "libpuna_cuda.so"
     kernels.touch()
-    assert cli._bench_environment(tmp_path)["PUNA_CUDA_LIBRARY"] == str(kernels)
-    monkeypatch.setenv("PUNA_CUDA_LIBRARY", "another")
-    assert cli._bench_environment(tmp_path)["PUNA_CUDA_LIBRARY"] == "another"
+    assert cli._kernels_option(tmp_path) == ["--kernels", str(kernels)]
 
 
 def test_logits_are_handed_out_by_dlpack(engine: MakeEngine) -> None:

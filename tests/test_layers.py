@@ -50,6 +50,8 @@ EXCEPTIONS: dict[str, set[str]] = {
     "engine/factory.cpp": {"backend/ref", "backend/cpu", "backend/cuda", "kv/tiers"},
     # Where it is not nvcc that compiles the kernels, it is the emulator of the tests.
     "kernels/cuda/ptx.h": {"emulator/cuda.h"},
+    # Measures the device itself, beside what the backend makes of it.
+    "bench/device_ceilings.cpp": {"backend/cuda"},
     # Chooses an instruction set at run time: ordinary code, and a list that CMake generates.
     "kernels/cpu/dispatch.cpp": {"base/env.h", "base/error.h", "isa_list.inc"},
 }

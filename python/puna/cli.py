@@ -568,16 +568,13 @@ def _bench(options: argparse.Namespace) -> int:
     if program is None:
         print("puna: puna-bench was not found beside python or on PATH", file=sys.stderr)
         return 1
-    return subprocess.run(
-        [program, *options.rest], check=False, env=_bench_environment()
-    ).returncode
+    return subprocess.run([program, *_kernels_option(), *options.rest], check=False).returncode
 
 
-def _bench_environment(package: Path = Path(puna.__file__).parent) -> dict[str, str]:
+def _kernels_option(package: Path = Path(puna.__file__).parent) -> list[str]:
     """Tells puna-bench, which lies elsewhere, where the CUDA kernels of the package are."""
     kernels = package / "libpuna_cuda.so"
-    there = {"PUNA_CUDA_LIBRARY": str(kernels)} if kernels.is_file() else {}
-    return there | dict(os.environ)  # what is set stays
+    return ["--kernels", str(kernels)] if kernels.is_file() else []
 
 
 def _demo(options: argparse.Namespace) -> int:
