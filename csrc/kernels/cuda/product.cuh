@@ -103,10 +103,9 @@ __device__ __forceinline__ bool find_share(const ProductCall& call, int tile, Sh
   return true;
 }
 
-// --- rows of x in shared memory
-// ------------------------------------------------------------------- kRowBytes of each row are 8
-// chunks of 16 bytes; chunk c of row r lies at c ^ r % 8, so that the lanes that load a column of
-// them meet no bank of the memory twice.
+// --- rows of x in shared memory ------------------------------------------------------------------
+// kRowBytes of each row are 8 chunks of 16 bytes; chunk c of row r lies at c ^ r % 8, so that the
+// lanes that load a column of them meet no bank of the memory twice.
 constexpr int kRowBytes = 128, kChunk = 16, kRowChunks = kRowBytes / kChunk;
 
 // Bytes [at, at + kRowBytes) of `count` rows, as far as these go; by thread `thread` of kThreads.

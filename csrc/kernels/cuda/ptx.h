@@ -172,26 +172,6 @@ __device__ __forceinline__ uint4 load_streaming(const void* from) {
 #endif
   return value;
 }
-__device__ __forceinline__ uint2 load_streaming_pair(const void* from) {
-  uint2 value;
-#ifdef __CUDACC__
-  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
-               : "=r"(value.x), "=r"(value.y)
-               : "l"(from));
-#else
-  memcpy(&value, from, sizeof(value));
-#endif
-  return value;
-}
-__device__ __forceinline__ uint32_t load_streaming_word(const void* from) {
-  uint32_t value;
-#ifdef __CUDACC__
-  asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(value) : "l"(from));
-#else
-  memcpy(&value, from, sizeof(value));
-#endif
-  return value;
-}
 
 // What no block of the same kernel writes, wherever the pointer is from.
 __device__ __forceinline__ uint32_t load_word(const void* from) {
