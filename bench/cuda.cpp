@@ -345,16 +345,15 @@ class Timings {
 }  // namespace
 
 int run_cuda(int argc, char** argv) {
-  const Arguments arguments(
-      "cuda",
-      {{"device", "N", "which GPU (default: 0)"},
-       {"check", nullptr, "only whether results are right"},
-       {"time", nullptr, "only the timings, right or not"},
-       {"only", "NAME", "products, experts, norms or attention"},
-       {"small", nullptr, "tiny shapes, to see that it runs"},
-       {"json", nullptr, "the timings as JSON"},
-       {"help", nullptr, "this text"}},
-      argc, argv);
+  const Arguments arguments("cuda",
+                            {{"device", "N", "which GPU (default: 0)"},
+                             {"check", nullptr, "only whether results are right"},
+                             {"time", nullptr, "only the timings, right or not"},
+                             {"only", "NAME", "products, experts, norms or attention"},
+                             {"small", nullptr, "tiny shapes, to see that it runs"},
+                             {"json", nullptr, "the timings as JSON"},
+                             {"help", nullptr, "this text"}},
+                            argc, argv);
   if (arguments.wants_help()) {
     std::cout << arguments.help();
     return 0;

@@ -147,7 +147,7 @@ SAMPLE = [
     Bug(FEW, "part[j][2 * row + column]", "part[j][2 * column + row]"),
     Bug(tiled("quantized_weights.cuh", "Int4G32"), "{first[0], first[1], last[0], last[1]}", "{first[0], last[0], first[1], last[1]}"),
     Bug(SUMS, "  __syncthreads();  // what was read of an earlier sum\n", ""),
-    Bug(ROUTING, BARRIER, "", behind="call.slot + r * call.top_k);"),
+    Bug(ROUTING, BARRIER, "", behind="places.chosen + r * call.top_k);"),
     Bug(PLAIN, BARRIER, "", behind="scores[t] = sums;"),
     Bug(TILE_PRODUCTS, "    __syncthreads();  // the tile is there, and the one before is not needed any more\n", ""),
     Bug(SEALING, "(bits & 0xffffu) != 0 ? 1 : 0", "0", behind="bf16_above"),
@@ -401,6 +401,19 @@ OTHERS = [
 ]  # fmt: skip
 
 
+def _place_in(text: str, bug: Bug) -> int:
+    assert bug.behind in text, f"{bug.behind!r} is not in {bug.place.file}"
+    at = text.find(bug.before, text.index(bug.behind))
+    assert at >= 0, f"{bug.before!r} is not in {bug.place.file} behind {bug.behind!r}"
+    return at
+
+
+@pytest.mark.parametrize("bug", [*SAMPLE, *OTHERS], ids=lambda bug: bug.name)
+def test_the_source_has_the_place_of_each_bug(bug: Bug) -> None:
+    """So that a change of a kernel does not quietly take its bugs away."""
+    _place_in((KERNELS / bug.place.file).read_text(), bug)
+
+
 def _compile(bug: Bug, folder: Path) -> Path:
     """The object of the source that sees the change."""
     headers = folder / "kernels" / "cuda"
@@ -409,8 +422,7 @@ def _compile(bug: Bug, folder: Path) -> Path:
     for name in changed:
         text = (KERNELS / name).read_text()
         if name == bug.place.file:
-            at = text.find(bug.before, text.index(bug.behind))
-            assert at >= 0, f"{bug.before!r} is not in {name}"
+            at = _place_in(text, bug)
             text = text[:at] + bug.after + text[at + len(bug.before) :]
         if bug.place.formats and FORMATS in text:
             text = text.replace(FORMATS, "".join(_format_lines(bug.place.formats)))
