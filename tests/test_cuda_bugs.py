@@ -144,15 +144,15 @@ SAMPLE = [
     Bug(FEW, "  " + BARRIER, "", behind="commit_copies();\n      stage"),
     Bug(LONG_PRODUCT, "wait_for_copies<kStages - 1>();", "wait_for_copies<kStages>();"),
     Bug(LARGE, "  " + BARRIER, "", behind="wait_for_copies<kStages - 2>();"),
-    Bug(FEW, "part[j][2 * row + column]", "part[j][2 * column + row]"),
     Bug(tiled("quantized_weights.cuh", "Int4G32"), "{first[0], first[1], last[0], last[1]}", "{first[0], last[0], first[1], last[1]}"),
     Bug(SUMS, "  __syncthreads();  // what was read of an earlier sum\n", ""),
     Bug(ROUTING, BARRIER, "", behind="places.chosen + r * call.top_k);"),
     Bug(PLAIN, BARRIER, "", behind="scores[t] = sums;"),
     Bug(TILE_PRODUCTS, "    __syncthreads();  // the tile is there, and the one before is not needed any more\n", ""),
-    Bug(SEALING, "(bits & 0xffffu) != 0 ? 1 : 0", "0", behind="bf16_above"),
 ]  # fmt: skip
 OTHERS = [
+    Bug(FEW, "part[j][2 * row + column]", "part[j][2 * column + row]"),
+    Bug(SEALING, "(bits & 0xffffu) != 0 ? 1 : 0", "0", behind="bf16_above"),
     # --- product.cuh: shares of blocks, and what becomes of a sum
     Bug(PRODUCT, "if (call.bias != nullptr) sum += bias;", ""),
     Bug(PRODUCT, "accumulate ? before + sum : sum", "sum"),
