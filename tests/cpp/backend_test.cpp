@@ -224,7 +224,7 @@ TEST(moe) {
          {std::array<int64_t, 5>{1, 72, 50, 5, 1},
           {40, 72, 50, 5, 2},
           {23, 65, 64, 5, 3},
-          {6, 130, 33, 70, 1},
+          {3, 130, 33, 76, 1},
           {9, 64, 1030, 2, 2}}) {
       const MoeData data(random, hidden, width, experts, top_k, dtype);
       const int64_t n = hidden;

@@ -9,12 +9,13 @@
 // that do another's work must not change a bit either.
 TEST(passes_in_batches_have_the_bits_of_single_kernels) {
   std::mt19937 random(11);
-  constexpr int64_t kRows = 3, kHidden = 260, kWidth = 96, kExperts = 5;
+  // So few rows that the router routes, of experts that more than one of its warps has.
+  constexpr int64_t kRows = 2, kHidden = 260, kWidth = 96, kExperts = 11;
   const MoeData experts(random, kHidden, kWidth, kExperts, 2, DType::kBF16);
   const Matrix square = random_matrix(random, kHidden, kHidden, DType::kF32);
   const std::vector<float> weight = randoms(random, kHidden);
   std::vector<std::vector<float>> inputs;
-  std::vector<std::vector<int32_t>> orders = {{2, 0, 1}, {1, 0, 2}, {0, 0, 0}, {2, 0, 1}};
+  std::vector<std::vector<int32_t>> orders = {{1, 0}, {0, 1}, {0, 0}, {1, 0}};
   for (size_t pass = 0; pass < orders.size(); ++pass)
     inputs.push_back(randoms(random, kRows * kHidden));
 

@@ -128,7 +128,6 @@ __global__ void __launch_bounds__(kNormThreads, 1) norm_kernel(const NormCall ca
     for (int i = 0; i < kLaneColumns; ++i) {
       four.at[i] = (four.at[i] - mean) * factor * weight.at[i];
       if (call.bias != nullptr && first + i < cols) four.at[i] += call.bias[first + i];
-      if (first + i >= cols) four.at[i] = 0;
     }
     store_four(out, first, cols, four);
     if (prepares) store_operand(call.operand, r, first / kOperandSpan, four.at);
