@@ -1,7 +1,5 @@
 #include "device_ceilings.h"
 
-#include <functional>
-
 #include "backend/cuda/cuda_backend.h"
 #include "base/error.h"
 #include "kernels/cpu/dispatch.h"
@@ -31,9 +29,9 @@ DeviceCeilings::~DeviceCeilings() {
   table_.close(device_);
 }
 
-double DeviceCeilings::seconds(const cuda::ExerciseCall& call) const {
+double DeviceCeilings::seconds(const std::function<int()>& work) const {
   return seconds_of([&] {
-    int code = table_.exercise(device_, &call);
+    int code = work();
     if (code == 0) code = table_.synchronise(device_);
     if (code != 0) fail(ErrorCode::kDevice, "[cuda] ceilings: ", table_.describe(code));
   });
@@ -46,12 +44,12 @@ void DeviceCeilings::sample() {
   call.out = static_cast<int32_t*>(memory_);
   call.kind = cuda::kExerciseRead;
   call.blocks = kReadingBlocks * multiprocessors_;
-  read_.push_back(static_cast<double>(bytes_) / seconds(call));
+  const auto exercise = [&] { return table_.exercise(device_, &call); };
+  read_.push_back(static_cast<double>(bytes_) / seconds(exercise));
   const int64_t half = bytes_ / 2;
-  copy_.push_back(static_cast<double>(bytes_) / seconds_of([&] {
-                    table_.copy(device_, memory_, static_cast<char*>(memory_) + half,
-                                static_cast<size_t>(half));
-                    table_.synchronise(device_);
+  copy_.push_back(static_cast<double>(bytes_) / seconds([&] {
+                    return table_.copy(device_, memory_, static_cast<char*>(memory_) + half,
+                                       static_cast<size_t>(half));
                   }));
   call.rounds = rounds_;
   call.blocks = kMultiplyingBlocks * multiprocessors_;
@@ -59,7 +57,8 @@ void DeviceCeilings::sample() {
     call.kind = kind;
     const int64_t products = rounds_ * call.blocks * cuda::kExerciseWarps * cuda::kExerciseProducts;
     (kind == cuda::kExerciseInt8 ? int8_ : bf16_)
-        .push_back(static_cast<double>(products * cuda::exercise_operations(kind)) / seconds(call));
+        .push_back(static_cast<double>(products * cuda::exercise_operations(kind)) /
+                   seconds(exercise));
   }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -30,7 +31,8 @@ class DeviceCeilings {
   double bf16() const;
 
  private:
-  double seconds(const cuda::ExerciseCall& call) const;
+  // Of work on the device, which returns its code.
+  double seconds(const std::function<int()>& work) const;
 
   const cuda::DeviceTable& table_;
   void* device_ = nullptr;

@@ -160,20 +160,35 @@ __device__ __forceinline__ float power_of_2(float x) {
 }
 
 // --- loads ---------------------------------------------------------------------------------------
+// 16 bytes by an instruction: these differ only in what the caches make of them.
+#ifdef __CUDACC__
+#define PUNA_LOAD_WORDS(instruction, value, from)                           \
+  asm volatile(instruction " {%0, %1, %2, %3}, [%4];"                       \
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w) \
+               : "l"(from))
+#else
+#define PUNA_LOAD_WORDS(instruction, value, from) memcpy(&(value), from, sizeof(value))
+#endif
 // What no kernel writes and is read once: it goes past the first cache.
 __device__ __forceinline__ uint4 load_streaming(const void* from) {
   uint4 value;
-#ifdef __CUDACC__
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "l"(from));
-#else
-  memcpy(&value, from, sizeof(value));
-#endif
+  PUNA_LOAD_WORDS("ld.global.nc.L1::no_allocate.v4.u32", value, from);
   return value;
 }
-
 // What no block of the same kernel writes, wherever the pointer is from.
+__device__ __forceinline__ uint4 load_words(const void* from) {
+  uint4 value;
+  PUNA_LOAD_WORDS("ld.global.nc.v4.u32", value, from);
+  return value;
+}
+// What other blocks of the same kernel may have written.
+__device__ __forceinline__ uint4 load_shared_by_blocks(const void* from) {
+  uint4 value;
+  PUNA_LOAD_WORDS("ld.global.cg.v4.u32", value, from);
+  return value;
+}
+#undef PUNA_LOAD_WORDS
+// 4 bytes of the last two kinds.
 __device__ __forceinline__ uint32_t load_word(const void* from) {
   uint32_t value;
 #ifdef __CUDACC__
@@ -183,19 +198,6 @@ __device__ __forceinline__ uint32_t load_word(const void* from) {
 #endif
   return value;
 }
-__device__ __forceinline__ uint4 load_words(const void* from) {
-  uint4 value;
-#ifdef __CUDACC__
-  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "l"(from));
-#else
-  memcpy(&value, from, sizeof(value));
-#endif
-  return value;
-}
-
-// What other blocks of the same kernel may have written.
 __device__ __forceinline__ float load_float_shared_by_blocks(const float* from) {
 #ifdef __CUDACC__
   float value;
@@ -204,18 +206,6 @@ __device__ __forceinline__ float load_float_shared_by_blocks(const float* from) 
 #else
   return *from;
 #endif
-}
-// 16 bytes of it.
-__device__ __forceinline__ uint4 load_shared_by_blocks(const void* from) {
-  uint4 value;
-#ifdef __CUDACC__
-  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "l"(from));
-#else
-  memcpy(&value, from, sizeof(value));
-#endif
-  return value;
 }
 
 // Adds 1; what this thread wrote, or knows to be written, is there for whoever sees the new count.
