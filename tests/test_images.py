@@ -179,6 +179,8 @@ def test_refused_forms(tmp_path: Path) -> None:
     truncated.write_bytes(encode(Image.fromarray(noise(64, 64)))[:-5000])
     refused: list[tuple[Any, str]] = [
         (tmp_path / "absent.png", "absent.png cannot be read: No such file"),
+        (tmp_path / ("deep" * 30) / "absent.png", "absent.png cannot be read: No such file"),
+        ("no path? " * 1000, r"^.{510}\.\.\. cannot be read: File name too long"),
         (tmp_path, "cannot be read: Is a directory"),
         (empty, "empty.png is empty"),
         (b"", "picture of 0 bytes is empty"),

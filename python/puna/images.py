@@ -103,7 +103,9 @@ def _from_path(path: Path) -> NDArray[np.uint8]:
         encoded = path.expanduser().read_bytes()
     except (OSError, ValueError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise ImageError(f"the picture {_short(str(path))} cannot be read: {reason}") from error
+        # Room for the paths that people have; a text mistaken for one may have megabytes.
+        name = _short(str(path), at_most=500)
+        raise ImageError(f"the picture {name} cannot be read: {reason}") from error
     return _from_encoded(encoded, str(path))
 
 
@@ -204,5 +206,5 @@ def _check_size(height: int, width: int, name: str) -> None:
         )
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _short(text: str, at_most: int = 60) -> str:
+    return text if len(text) <= at_most else f"{text[: at_most - 3]}..."
