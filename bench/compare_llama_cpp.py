@@ -48,6 +48,9 @@ from synthetic_gguf import FAMILIES, RECIPES, Slice, normal_tokens, write
 WORKERS = Path(__file__).parent / "workers"
 RESULTS = Path(__file__).parent / "results"
 DECODED = 64
+# Tokens of a prompt that goes on at a depth; so few that from 8000 it ends within the same chunk,
+# since llama.cpp cannot cut its cache back to a chunk that it has left.
+CONTINUED = 128
 # A depth counts as tried at this many tokens: filling the cache once per setting takes too long
 # beyond.
 TRIAL_DEPTH = 2048
@@ -112,10 +115,8 @@ class Row:
 
     def measure(self, worker: Worker, variant: dict[str, Any], vocabulary: int) -> float:
         """Seconds of one run."""
-        if self.kind == "prefill":
-            return worker.ask("prefill", count=self.tokens, vocabulary=vocabulary, variant=variant)
         return worker.ask(
-            "decode", count=self.tokens, depth=self.depth, vocabulary=vocabulary, variant=variant
+            self.kind, count=self.tokens, depth=self.depth, vocabulary=vocabulary, variant=variant
         )
 
     def rate(self, engine: str) -> float | None:
@@ -148,8 +149,11 @@ class Comparison:
         self.commands = _commands(arguments)
         self.exclusive = Exclusive(arguments.lock)
         self.rows = [Row("prefill", tokens, 0) for tokens in arguments.prefill]
+        self.rows += [Row("prefill", CONTINUED, depth) for depth in arguments.depths if depth]
         self.rows += [Row("decode", DECODED, depth) for depth in arguments.depths]
-        self.context = max(*arguments.prefill, *(d + DECODED for d in arguments.depths), 512) + 256
+        self.context = (
+            max(*arguments.prefill, *(depth + CONTINUED for depth in arguments.depths), 512) + 256
+        )
         self.loads: dict[str, dict[str, float]] = {}
         self.memory: dict[str, dict[str, int]] = {}
         self.logits: dict[str, list[float]] = {}
@@ -403,9 +407,7 @@ def _print_table(comparison: Comparison) -> None:
         if row["kind"] == "load":
             label = f"load {row['state']}, s"
         else:
-            label = f"{row['kind']} {row['tokens']}" + (
-                f" at {row['depth']}" if row["kind"] == "decode" else ""
-            )
+            label = f"{row['kind']} {row['tokens']} at {row['depth']}"
         cells = "".join(
             f"  {row.get(name, '-'):>{width}}" for name, width in zip(names, widths, strict=True)
         )

@@ -60,7 +60,7 @@ def _comparison(path: Path) -> str:
         if row["kind"] == "load":
             what = f"load, {row['state']}"
         elif row["kind"] == "prefill":
-            what = f"prefill {row['tokens']}"
+            what = f"prefill {row['tokens']}" + (f" at {row['depth']}" if row["depth"] else "")
         else:
             what = f"decode at {row['depth']}"
         cells = [what, str(row["threads"])]

@@ -19,6 +19,7 @@ from conftest import MakeCheckpoint, TinyCheckpoint, skip_or_fail
 from oracle import tiny
 from oracle.make_checkpoint import Stored, random_tensors, write_safetensors
 from oracle.make_gguf import Type, text_tensors, write_gguf, write_mmproj
+from test_quant import rewrite_metadata
 
 VARIANTS = tuple(tiny.VARIANTS)
 BLOCKED = (
@@ -362,6 +363,52 @@ def test_vision_tower(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     with load(path) as llm:
         assert llm.info.image_size == 56
         assert any("mmproj-b.gguf is used" in warning for warning in llm.plan.warnings)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "mixture"])
+def test_packed(tmp_path: Path, kind: str) -> None:
+    """The packed form of a file has its bits, the token embedding's too."""
+    path, _ = quantised_pair(tmp_path, mixed_kinds if kind == "mixture" else lambda _: kind)
+    puna.quantize(path, tmp_path / "packed", progress=False)
+    tokens = np.random.default_rng(1).integers(0, 280, 40)
+    with load(path) as wanted, load(tmp_path / "packed") as found:
+        assert np.array_equal(found.logits(tokens), wanted.logits(tokens))
+        assert found.plan.text_bytes == wanted.plan.text_bytes
+    rewrite_metadata(tmp_path / "packed", lambda form: form.update(embedding="Q9_0"))
+    with pytest.raises(puna.UnsupportedError, match="token embedding has the type"):
+        load(tmp_path / "packed")
+    rewrite_metadata(tmp_path / "packed", lambda form: form.update(embedding="Q8_0"))
+    with pytest.raises(puna.ModelFormatError, match=r"embed_tokens is uint8 .* the bytes of Q8_0"):
+        load(tmp_path / "packed")
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_packed_directory(checkpoint: MakeCheckpoint, tmp_path: Path, name: str) -> None:
+    """It has all that the file has: every kind of layer, vision, tokenizer, template, sampling."""
+    made, variant = checkpoint(name, tokenizer=True), tiny.VARIANTS[name]
+    template = "{{ bos_token }}{% for m in messages %}[{{ m.content }}]{% endfor %}<|eot|>"
+    path = write(tmp_path, made, tokenizer=made.path, template=template)
+    packed = tmp_path / "packed"
+    assert puna.quantize(path, packed, progress=False) == ()
+    with load(path) as wanted, load(packed) as found:
+        expected, got = all_logits(wanted, variant), all_logits(found, variant)
+        for prompt, logits in expected.items():
+            assert np.array_equal(got[prompt], logits), prompt
+        for field in ("bos_token", "eos_tokens", "image_token", "parameters"):
+            assert getattr(found.info, field) == getattr(wanted.info, field), field
+        assert found.plan.max_context == wanted.plan.max_context
+        assert found.tokenizer.special_tokens == wanted.tokenizer.special_tokens
+        for text in TEXTS:
+            for special in ("none", "all"):
+                ids = wanted.tokenizer.encode(text, allowed_special=special)
+                assert np.array_equal(found.tokenizer.encode(text, allowed_special=special), ids)
+        prompts = [llm._chat_prompt("hi", None, None).tokens for llm in (wanted, found)]
+        assert prompts[0] == prompts[1]
+    with load(path, quant="int8") as wanted:
+        puna.quantize(path, tmp_path / "int8", quant="int8", progress=False)
+        with load(tmp_path / "int8") as found:
+            tokens = made.golden.tokens(tiny.TEXT)
+            assert np.array_equal(found.logits(tokens), wanted.logits(tokens))
 
 
 def test_refusals(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:

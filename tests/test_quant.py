@@ -169,6 +169,7 @@ def test_an_interrupted_run_leaves_no_model(checkpoint: MakeCheckpoint, tmp_path
     with pytest.raises(RuntimeError, match="enough"):
         puna._core.quantize(
             path=str(checkpoint("scout_like").path),
+            mmproj="",
             out=str(tmp_path),
             quant="int4",
             quant_overrides=[],

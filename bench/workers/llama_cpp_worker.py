@@ -17,6 +17,9 @@ from typing import Any
 
 from protocol import random_tokens, serve, timed
 
+# Of a context, behind what it holds: the longest prompt that is measured, and some more.
+ROOM = 2048 + 256
+
 
 class _Library(ABC):
     """What differs between the two: structures, and how the cache is cut back."""
@@ -139,34 +142,35 @@ class _Worker:
         sizes = (512, 2048) if kind == "prefill" else (512,)
         return [{"flash": flash, "ubatch": size} for size in sizes for flash in (True, False)]
 
-    def prefill(self, tokens: list[int], variant: dict[str, Any]) -> float:
-        context = self._context(2048 + 256, variant)
-        self._library.cut(context, 0)
-        return timed(lambda: self._compute(context, tokens, 0, variant["ubatch"]))
+    def prefill(self, held: list[int], tokens: list[int], variant: dict[str, Any]) -> float:
+        context = self._holding(held, variant)
+        return timed(lambda: self._compute(context, tokens, len(held), variant["ubatch"]))
 
-    def decode(self, prompt: list[int], count: int, variant: dict[str, Any]) -> float:
-        # A context of its own for each depth: it keeps the prompt between the rounds.
-        context = self._context(len(prompt) + count + 256, variant)
-        key = id(context)
-        if self._held.get(key) != len(prompt):
-            self._library.cut(context, 0)
-            self._compute(context, prompt, 0, variant["ubatch"])
-            self._held[key] = len(prompt)
-        self._library.cut(context, len(prompt))
+    def decode(self, held: list[int], count: int, variant: dict[str, Any]) -> float:
+        context = self._holding(held, variant)
         tokens = random_tokens(count, self._vocabulary // 2)
 
         def run() -> None:
             for i, token in enumerate(tokens):
-                self._compute(context, [token], len(prompt) + i, 1)
+                self._compute(context, [token], len(held) + i, 1)
 
         return timed(run)
 
     def logits(self, tokens: list[int]) -> list[float]:
         variant = self.variants("prefill")[0]
-        context = self._context(2048 + 256, variant)
-        self._library.cut(context, 0)
+        context = self._holding([], variant)
         self._compute(context, tokens, 0, variant["ubatch"])
         return self._library.api.llama_get_logits_ith(context, -1)[: self._vocabulary]
+
+    def _holding(self, tokens: list[int], variant: dict[str, Any]) -> Any:
+        """A context with these tokens and no more; one for each depth keeps them."""
+        context = self._context(len(tokens) + ROOM, variant)
+        if self._held.get(id(context), 0) != len(tokens):
+            self._library.cut(context, 0)
+            self._compute(context, tokens, 0, variant["ubatch"])
+            self._held[id(context)] = len(tokens)
+        self._library.cut(context, len(tokens))
+        return context
 
     def _context(self, size: int, variant: dict[str, Any]) -> Any:
         key = (size, *sorted(variant.items()))

@@ -25,11 +25,11 @@ class Engine(Protocol):
     def variants(self, kind: str) -> list[dict[str, Any]]:
         """The settings worth trying for "prefill" or "decode"."""
 
-    def prefill(self, tokens: list[int], variant: dict[str, Any]) -> float:
-        """Time of a prompt from nothing to the logits of its last token."""
+    def prefill(self, held: list[int], tokens: list[int], variant: dict[str, Any]) -> float:
+        """Time of `tokens`, to the logits of the last, after `held`, computed first if need be."""
 
-    def decode(self, prompt: list[int], count: int, variant: dict[str, Any]) -> float:
-        """Time of `count` single tokens after `prompt`, computed first unless it is held."""
+    def decode(self, held: list[int], count: int, variant: dict[str, Any]) -> float:
+        """Time of `count` single tokens after `held`, computed first if need be."""
 
     def logits(self, tokens: list[int]) -> list[float]:
         """Logits of the last token."""
@@ -79,12 +79,12 @@ def _handle(engine: Engine, request: dict[str, Any]) -> Any:
         case "memory":
             return memory()
         case "prefill":
-            return engine.prefill(
-                random_tokens(request["count"], request["vocabulary"]), request["variant"]
-            )
+            depth = request["depth"]
+            tokens = random_tokens(depth + request["count"], request["vocabulary"])
+            return engine.prefill(tokens[:depth], tokens[depth:], request["variant"])
         case "decode":
-            prompt = random_tokens(request["depth"], request["vocabulary"])
-            return engine.decode(prompt, request["count"], request["variant"])
+            held = random_tokens(request["depth"], request["vocabulary"])
+            return engine.decode(held, request["count"], request["variant"])
         case "logits":
             return engine.logits(random_tokens(request["count"], request["vocabulary"]))
         case "variants":

@@ -22,20 +22,18 @@ class _Worker:
         del kind
         return [{}]  # there is nothing to set
 
-    def prefill(self, tokens: list[int], variant: dict[str, Any]) -> float:
+    def prefill(self, held: list[int], tokens: list[int], variant: dict[str, Any]) -> float:
         del variant
-        session = self._begun(self._core.session(), tokens, 1)
+        session = self._holding(held) if held else self._core.session()
+        self._begun(session, held + tokens, 1)
         return timed(lambda: self._core.step([session]))
 
-    def decode(self, prompt: list[int], count: int, variant: dict[str, Any]) -> float:
+    def decode(self, held: list[int], count: int, variant: dict[str, Any]) -> float:
         """Every step chooses a token (the likeliest) and decodes its text, as for a user."""
         del variant
-        # A session keeps its prompt. The last token of it is computed again: so many steps are so
-        # many tokens.
-        prompt = prompt or [0]
-        session = self._sessions.setdefault(len(prompt), self._core.session())
-        self._core.step([self._begun(session, prompt, 1)])
-        self._begun(session, prompt, count)
+        # The last token of what is held is computed again: so many steps are so many tokens.
+        held = held or [0]
+        session = self._begun(self._holding(held), held, count)
 
         def run() -> None:
             for _ in range(count):
@@ -45,6 +43,11 @@ class _Worker:
 
     def logits(self, tokens: list[int]) -> list[float]:
         return self._engine.logits(tokens)[-1].tolist()
+
+    def _holding(self, tokens: list[int]) -> Any:
+        session = self._sessions.setdefault(len(tokens), self._core.session())
+        self._core.step([self._begun(session, tokens, 1)])
+        return session
 
     def _begun(self, session: Any, tokens: list[int], count: int) -> Any:
         options = {"max_tokens": count, "temperature": 0.0, "ignore_eos": True, "seed": 0}

@@ -3,6 +3,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
+#include <string_view>
 
 namespace puna {
 
@@ -98,6 +100,12 @@ constexpr DTypeInfo info_of(DType dtype) {
 
 constexpr const char* name_of(DType dtype) { return info_of(dtype).name; }
 constexpr bool is_blocked(DType dtype) { return info_of(dtype).block_elements > 1; }
+// The blocked type of a name, if it is one's.
+constexpr std::optional<DType> blocked_type(std::string_view name) {
+  for (int i = static_cast<int>(DType::kQ4_0); i <= static_cast<int>(DType::kIQ4_XS); ++i)
+    if (name == name_of(static_cast<DType>(i))) return static_cast<DType>(i);
+  return std::nullopt;
+}
 // Bytes of one element of a plain type.
 constexpr size_t size_of(DType dtype) { return info_of(dtype).block_bytes; }
 // Bytes of `elements`, whole blocks of them.

@@ -137,12 +137,15 @@ std::shared_ptr<Engine> load(const std::string& path, const std::string& mmproj,
   return Engine::load(options);
 }
 
-void quantize_directory(const std::string& path, const std::string& out, const std::string& quant,
-                        QuantOverrides quant_overrides, int threads,
-                        std::vector<int32_t> calibration, const py::object& progress,
-                        const py::object& calibration_progress) {
+std::vector<std::string> quantize_checkpoint(const std::string& path, const std::string& mmproj,
+                                             const std::string& out, const std::string& quant,
+                                             QuantOverrides quant_overrides, int threads,
+                                             std::vector<int32_t> calibration,
+                                             const py::object& progress,
+                                             const py::object& calibration_progress) {
   const QuantizeOptions options{path,
                                 out,
+                                mmproj,
                                 quant,
                                 std::move(quant_overrides),
                                 threads,
@@ -150,7 +153,7 @@ void quantize_directory(const std::string& path, const std::string& out, const s
                                 reporting(progress),
                                 reporting(calibration_progress)};
   const py::gil_scoped_release release;
-  quantize(options);
+  return quantize(options);
 }
 
 int64_t prefill(Session& session, double seconds) {
@@ -388,9 +391,10 @@ void bind_engine(py::module_& module) {
   module.def("load", &load, py::kw_only(), "path"_a, "mmproj"_a, "device"_a, "isa"_a, "threads"_a,
              "kv"_a, "kv_disk"_a, "kv_disk_bytes"_a, "context"_a, "memory"_a, "vision"_a, "quant"_a,
              "quant_overrides"_a, "progress"_a, "Loads a checkpoint.");
-  module.def("quantize", &quantize_directory, py::kw_only(), "path"_a, "out"_a, "quant"_a,
-             "quant_overrides"_a, "threads"_a, "calibration"_a, "progress"_a,
-             "calibration_progress"_a, "Writes a checkpoint directory in the packed form.");
+  module.def("quantize", &quantize_checkpoint, py::kw_only(), "path"_a, "mmproj"_a, "out"_a,
+             "quant"_a, "quant_overrides"_a, "threads"_a, "calibration"_a, "progress"_a,
+             "calibration_progress"_a,
+             "Writes a checkpoint in the packed form; returns what looked odd in it.");
   module.def("version", &version, "The version of puna.");
 }
 

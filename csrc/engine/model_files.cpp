@@ -17,6 +17,14 @@ void check_kind(const GgufFile& file, const std::string& key, std::string_view w
 }
 
 std::optional<Tokenizer> tokenizer_of(const GgufFile& file) {
+  const std::optional<GgufVocabulary> vocabulary = gguf_vocabulary(file);
+  if (!vocabulary) return std::nullopt;
+  return Tokenizer::from_gguf(*vocabulary);
+}
+
+}  // namespace
+
+std::optional<GgufVocabulary> gguf_vocabulary(const GgufFile& file) {
   GgufVocabulary vocabulary;
   auto tokens = file.texts("tokenizer.ggml.tokens");
   if (!tokens) return std::nullopt;
@@ -27,10 +35,8 @@ std::optional<Tokenizer> tokenizer_of(const GgufFile& file) {
   vocabulary.tokens = std::move(*tokens);
   vocabulary.merges = std::move(*merges);
   if (auto types = file.integers("tokenizer.ggml.token_type")) vocabulary.types = std::move(*types);
-  return Tokenizer::from_gguf(vocabulary);
+  return vocabulary;
 }
-
-}  // namespace
 
 std::optional<Tokenizer> tokenizer_of(const Checkpoint& checkpoint) {
   if (checkpoint.gguf()) return tokenizer_of(*checkpoint.gguf());
@@ -46,7 +52,10 @@ Tokenizer read_tokenizer(const std::string& path) {
 }
 
 GgufChat read_gguf_chat(const std::string& path) {
-  const GgufFile file(gguf_parts(path).front());
+  return gguf_chat(GgufFile(gguf_parts(path).front()));
+}
+
+GgufChat gguf_chat(const GgufFile& file) {
   GgufChat chat;
   const std::string key(kTemplateKey);
   if (const auto text = file.text(key)) chat.templates.emplace("default", *text);

@@ -15,6 +15,10 @@ namespace puna {
 // naming a kind of tokenizer that is not Llama 4's.
 std::optional<Tokenizer> tokenizer_of(const Checkpoint& checkpoint);
 
+// What a GGUF file's tokenizer is made of, or nothing if the file has none. It points into the
+// file, and is not checked yet. Throws as tokenizer_of().
+std::optional<GgufVocabulary> gguf_vocabulary(const GgufFile& file);
+
 // A tokenizer alone: Tokenizer::from_file(), or that of a GGUF file.
 Tokenizer read_tokenizer(const std::string& path);
 
@@ -23,6 +27,7 @@ Tokenizer read_tokenizer(const std::string& path);
 struct GgufChat {
   std::map<std::string, std::string> templates, tokens;
 };
+GgufChat gguf_chat(const GgufFile& file);
 GgufChat read_gguf_chat(const std::string& path);
 
 }  // namespace puna

@@ -1,10 +1,14 @@
 #include "engine/quantize.h"
 
 #include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
 
 #include "base/error.h"
 #include "engine/calibrate.h"
 #include "engine/factory.h"
+#include "engine/model_files.h"
+#include "model/open_model.h"
 #include "model/packed.h"
 #include "quant/encode.h"
 
@@ -13,12 +17,53 @@ namespace {
 
 namespace fs = std::filesystem;
 
-// What makes a checkpoint besides its weights.
+// What makes a checkpoint besides its weights. The configuration last: a folder without it is no
+// checkpoint.
 constexpr const char* kCompanions[] = {"generation_config.json",   "tokenizer.json",
                                        "tokenizer.model",          "tokenizer_config.json",
                                        "special_tokens_map.json",  "chat_template.jinja",
                                        "chat_template.json",       "processor_config.json",
                                        "preprocessor_config.json", "config.json"};
+
+void copy_companions(const fs::path& from, const fs::path& to) {
+  for (const char* name : kCompanions) {
+    if (!fs::exists(from / name)) continue;
+    std::error_code problem;
+    fs::copy_file(from / name, to / name, fs::copy_options::overwrite_existing, problem);
+    if (problem)
+      fail(ErrorCode::kDevice, "[quantize] ", (from / name).string(),
+           " could not be copied: ", problem.message());
+  }
+}
+
+// The same files as copy_companions() leaves, by their names, from the metadata of a GGUF file;
+// what it does not have is empty.
+using Texts = std::vector<std::pair<std::string, std::string>>;
+
+Texts companions_of(const GgufFile& file, const ModelSpec& spec) {
+  ConfigTexts configs = config_texts(spec);
+  GgufChat chat = gguf_chat(file);
+  const std::optional<GgufVocabulary> vocabulary = gguf_vocabulary(file);
+  if (vocabulary) Tokenizer::from_gguf(*vocabulary);  // checks it
+  return {{"generation_config.json", std::move(configs.generation_config)},
+          {"tokenizer.json", vocabulary ? tokenizer_json(*vocabulary) : ""},
+          {"tokenizer_config.json", nlohmann::json(chat.tokens).dump(2)},
+          {"chat_template.jinja", chat.templates["default"]},
+          {"additional_chat_templates/tool_use.jinja", chat.templates["tool_use"]},
+          {"config.json", std::move(configs.config)}};
+}
+
+void write_companions(const Texts& texts, const fs::path& to) {
+  for (const auto& [name, text] : texts) {
+    if (text.empty()) continue;
+    std::error_code ignored;
+    fs::create_directories((to / name).parent_path(), ignored);
+    std::ofstream file(to / name, std::ios::binary);
+    file << text;
+    if (!file.flush())
+      fail(ErrorCode::kDevice, "[quantize] ", (to / name).string(), " could not be written");
+  }
+}
 
 }  // namespace
 
@@ -29,16 +74,19 @@ std::vector<FormatStatus> weight_formats() {
   return all;
 }
 
-void quantize(const QuantizeOptions& options) {
+std::vector<std::string> quantize(const QuantizeOptions& options) {
   const QuantRecipe recipe(options.quant, options.quant_overrides);
-  if (recipe.as_stored())
+  if (recipe.as_stored() && !is_gguf(options.path))
     fail(ErrorCode::kInvalidRequest, "[quantize] quant is not given; use \"int4\" or \"int8\"");
-  const ModelSpec spec = read_model_spec(options.path);
-  const Checkpoint checkpoint(options.path);
+  const OpenedModel opened = open_model(options.path, options.mmproj);
+  const ModelSpec& spec = opened.spec;
+  const Checkpoint& checkpoint = *opened.checkpoint;
   if (is_packed(checkpoint))
     fail(ErrorCode::kInvalidRequest, "[quantize] ", options.path,
          " is in the packed form already; quantise from the original checkpoint");
   const ModelWeights weights = resolve_weights(spec, checkpoint);
+  // Before the long work: a tokenizer or a template that cannot be kept is refused.
+  const Texts texts = checkpoint.gguf() ? companions_of(*checkpoint.gguf(), spec) : Texts();
   std::error_code problem;
   fs::create_directories(options.out, problem);
   if (problem || !fs::is_directory(options.out))
@@ -55,16 +103,11 @@ void quantize(const QuantizeOptions& options) {
   write_packed(spec, checkpoint, weights, recipe, *backend,
                (fs::path(options.out) / "model.safetensors").string(), importance,
                options.progress);
-  // The configuration last: a folder without it is no checkpoint.
-  for (const char* name : kCompanions) {
-    const fs::path from = fs::path(options.path) / name;
-    if (!fs::exists(from)) continue;
-    fs::copy_file(from, fs::path(options.out) / name, fs::copy_options::overwrite_existing,
-                  problem);
-    if (problem)
-      fail(ErrorCode::kDevice, "[quantize] ", from.string(),
-           " could not be copied: ", problem.message());
-  }
+  if (checkpoint.gguf())
+    write_companions(texts, options.out);
+  else
+    copy_companions(options.path, options.out);
+  return spec.warnings;
 }
 
 }  // namespace puna

@@ -1,4 +1,4 @@
-// `puna quantize`: a checkpoint directory to puna's packed form.
+// `puna quantize`: a checkpoint directory or GGUF file to puna's packed form.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,10 @@ namespace puna {
 
 struct QuantizeOptions {
   std::string path, out;  // the checkpoint, and a directory that is made if it is not there
-  std::string quant;      // recipe or format, see model/recipe.h
+  std::string mmproj;     // as in LoadOptions
+  // Recipe or format, see model/recipe.h; "", for a GGUF file only: its weights as they are, which
+  // then load by mapping the file.
+  std::string quant;
   std::vector<std::pair<std::string, std::string>> quant_overrides;
   int threads = 0;
   // Ids of a text that tells which input channels matter (calibrate.h); empty: all the same.
@@ -27,8 +30,9 @@ struct FormatStatus {
 };
 std::vector<FormatStatus> weight_formats();
 
+// Returns what looked odd in the checkpoint, a sentence each.
 // Throws what load() throws for the checkpoint, and InvalidRequest if `out` holds a model already
 // or has no room. Nothing that looks like a model is left behind by a failure.
-void quantize(const QuantizeOptions& options);
+std::vector<std::string> quantize(const QuantizeOptions& options);
 
 }  // namespace puna

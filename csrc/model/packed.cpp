@@ -11,7 +11,8 @@ namespace puna {
 namespace {
 
 // The key of the file's metadata whose value is {"version": 1, "matrices": {name: {"format",
-// "rows", "cols"}}, "vectors": {name: size}}.
+// "rows", "cols"}}, "vectors": {name: size}}, and "embedding": TYPE where the token embedding is of
+// one of GGUF's blocked types, which safetensors has not: its bytes are there as they were.
 constexpr const char* kMetadataKey = "puna";
 constexpr int64_t kVersion = 1;
 constexpr const char* kEmbedding = "embed_tokens";
@@ -152,11 +153,31 @@ AdoptingLoader::AdoptingLoader(const Checkpoint& checkpoint) : checkpoint_(check
     if (of_expert(name)) expert_bytes_ += bytes;
     matrices_.emplace(name, found);
   }
+  if (form.contains("embedding")) {
+    const nlohmann::json& type = form["embedding"];
+    if (type.is_string()) embedding_type_ = blocked_type(type.get<std::string>());
+    if (!embedding_type_)
+      fail(ErrorCode::kUnsupported, "[packed] ", checkpoint.path(), ": the token embedding has ",
+           "the type ", printable(type.dump()), ", which this version does not know");
+  }
   for (const auto& [name, size] : part("vectors").items()) {
     Vector found{whole_number(checkpoint, name, size), nullptr};
     found.data = place(name, DType::kF32, found.size * static_cast<int64_t>(sizeof(float)));
     vectors_.emplace(name, found);
   }
+}
+
+TensorRef AdoptingLoader::embedding(const ModelSpec& spec) const {
+  const auto found = checkpoint_.tensors().find(kEmbedding);
+  if (found == checkpoint_.tensors().end()) bad(checkpoint_, "there is no ", kEmbedding);
+  if (!embedding_type_) return found->second;
+  const TensorRef table{*embedding_type_, 2, {spec.vocab_size, spec.hidden}, found->second.data};
+  if (spec.hidden % info_of(table.dtype).block_elements != 0 || found->second.dtype != DType::kU8 ||
+      found->second.bytes() != table.bytes())
+    bad(checkpoint_, kEmbedding, " is ", name_of(found->second.dtype), " ",
+        found->second.shape_string(), ", expected the bytes of ", name_of(table.dtype), " (",
+        spec.vocab_size, ", ", spec.hidden, ")");
+  return table;
 }
 
 ModelWeights AdoptingLoader::weights(const ModelSpec& spec) const {
@@ -166,11 +187,10 @@ ModelWeights AdoptingLoader::weights(const ModelSpec& spec) const {
     tensor.place->rank = static_cast<int>(tensor.shape.size());
     std::copy(tensor.shape.begin(), tensor.shape.end(), tensor.place->shape.begin());
   }
-  const auto embedding = checkpoint_.tensors().find(kEmbedding);
-  if (embedding == checkpoint_.tensors().end()) bad(checkpoint_, "there is no ", kEmbedding);
-  const TensorRef& table = embedding->second;
+  const TensorRef table = embedding(spec);
   if (table.rank != 2 || table.shape[0] != spec.vocab_size || table.shape[1] != spec.hidden ||
-      (table.dtype != DType::kF32 && table.dtype != DType::kF16 && table.dtype != DType::kBF16))
+      (table.dtype != DType::kF32 && table.dtype != DType::kF16 && table.dtype != DType::kBF16 &&
+       !is_blocked(table.dtype)))
     bad(checkpoint_, kEmbedding, " is ", name_of(table.dtype), " ", table.shape_string(),
         ", expected floats (", spec.vocab_size, ", ", spec.hidden, ")");
   if (spec.tied_embeddings) weights.text.lm_head = weights.text.embed;
@@ -227,12 +247,14 @@ void write_packed(const ModelSpec& spec, const Checkpoint& source, const ModelWe
   PlanningLoader plan(recipe);
   load_all(spec, weights, plan);
   const TensorRef& table = weights.text.embed;
-  if (is_blocked(table.dtype))
-    fail(ErrorCode::kUnsupported, "[quantize] the token embedding is ", name_of(table.dtype),
-         "; quantise from a checkpoint in float32, float16 or bfloat16");
-  plan.entries_.push_back({kEmbedding, table.dtype, {table.shape[0], table.shape[1]}});
-  const nlohmann::json form = {
+  nlohmann::json form = {
       {"version", kVersion}, {"matrices", plan.matrices_}, {"vectors", plan.vectors_}};
+  if (is_blocked(table.dtype)) {
+    form["embedding"] = name_of(table.dtype);
+    plan.entries_.push_back({kEmbedding, DType::kU8, {static_cast<int64_t>(table.bytes())}});
+  } else {
+    plan.entries_.push_back({kEmbedding, table.dtype, {table.shape[0], table.shape[1]}});
+  }
   SafetensorsWriter writer(path, plan.entries_, {{kMetadataKey, form.dump()}}, kPage);
   const Importance importance = calibrate();
   const int64_t total = plan.source_bytes();

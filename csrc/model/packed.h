@@ -4,6 +4,7 @@
 
 #include <functional>
 #include <map>
+#include <optional>
 #include <string>
 
 #include "io/checkpoint.h"
@@ -45,6 +46,7 @@ class AdoptingLoader : public WeightLoader {
     int64_t size = 0;
     const void* data = nullptr;
   };
+  TensorRef embedding(const ModelSpec& spec) const;
   template <class Entry>
   const Entry& find(const std::map<std::string, Entry>& entries, const std::string& name) const;
 
@@ -52,6 +54,7 @@ class AdoptingLoader : public WeightLoader {
   Backend* backend_ = nullptr;
   std::map<std::string, Matrix> matrices_;
   std::map<std::string, Vector> vectors_;
+  std::optional<DType> embedding_type_;  // one of the blocked types
   int64_t text_bytes_ = 0, vision_bytes_ = 0, expert_bytes_ = 0;
 };
 

@@ -96,6 +96,16 @@ class Fields {
     return numbers;
   }
 
+  // A list of numbers in [least, most].
+  std::vector<double> numbers(const char* name, double least, double most) const {
+    const json* value = find(name);
+    if (!value) refuse(ErrorCode::kModelFormat, path_, name, " is missing");
+    if (!value->is_array()) bad(name, *value, "a list");
+    std::vector<double> numbers;
+    for (const json& item : *value) numbers.push_back(number(name, item, least, most));
+    return numbers;
+  }
+
   // Refuses the file because of one field.
   [[noreturn]] void bad(const char* name, const json& value, const std::string& expected,
                         ErrorCode code = ErrorCode::kModelFormat) const {
@@ -137,7 +147,18 @@ class Fields {
   std::string file_, path_;
 };
 
-RopeSpec read_rope(const Fields& text, int64_t max_position, std::vector<std::string>& warnings) {
+// A type of RoPE of this project alone: the divisors of a GGUF file, which has no other form.
+std::vector<double> read_divisors(const Fields& fields, int64_t head_dim) {
+  std::vector<double> divisors =
+      fields.numbers("divisors", std::numeric_limits<double>::min(), kMaxRopeDivisor);
+  if (static_cast<int64_t>(divisors.size()) != head_dim / 2) {
+    fields.refuse(ErrorCode::kModelFormat, fields.path(), "divisors has ", divisors.size(),
+                  " numbers; heads of ", head_dim, " have ", head_dim / 2, " frequencies");
+  }
+  return divisors;
+}
+
+RopeSpec read_rope(const Fields& text, const ModelSpec& spec, std::vector<std::string>& warnings) {
   RopeSpec rope;
   rope.theta = text.number("rope_theta", 500000, 1, 1e12);
   // transformers 4 has rope_scaling beside rope_theta, 5 has both in rope_parameters; where a file
@@ -160,6 +181,10 @@ RopeSpec read_rope(const Fields& text, int64_t max_position, std::vector<std::st
   const char* const type_name = fields->find("rope_type") ? "rope_type" : "type";
   const std::string type = fields->text(type_name, "default");
   if (type == "default") return rope;
+  if (type == kDivisorsRopeType) {
+    rope.divisors = read_divisors(*fields, spec.head_dim);
+    return rope;
+  }
   if (type != "llama3") {
     fields->bad(type_name, type, "\"default\" or \"llama3\"", ErrorCode::kUnsupported);
   }
@@ -169,7 +194,7 @@ RopeSpec read_rope(const Fields& text, int64_t max_position, std::vector<std::st
   rope.low_freq_factor = fields->number("low_freq_factor", 1e-6, 1e6);
   rope.high_freq_factor = fields->number("high_freq_factor", 1e-6, 1e6);
   rope.original_max_position = fields->number("original_max_position_embeddings",
-                                              static_cast<double>(max_position), 1, 1e12);
+                                              static_cast<double>(spec.max_position), 1, 1e12);
   if (rope.high_freq_factor < rope.low_freq_factor) {
     fields->bad("high_freq_factor", *fields->find("high_freq_factor"),
                 "low_freq_factor or more (" + std::to_string(rope.low_freq_factor) + ")");
@@ -503,7 +528,7 @@ ModelSpec parse(const std::string& config, const std::string& config_name,
   }
   spec.temperature_floor = static_cast<int64_t>(floor_scale);
   spec.temperature_scale = text.number("attn_scale", 0.1, 0, 1e6);
-  spec.rope = read_rope(text, spec.max_position, spec.warnings);
+  spec.rope = read_rope(text, spec, spec.warnings);
   spec.layers = read_layers(text, spec.warnings);
   if (text.flag("attention_bias", false)) {
     text.bad("attention_bias", true, "false", ErrorCode::kUnsupported);

@@ -20,6 +20,8 @@ struct RopeSpec {
   double factor = 1, low_freq_factor = 1, high_freq_factor = 1;
   double original_max_position = 8192;
   std::vector<double> divisors;  // of each frequency, after that; empty: none
+
+  bool operator==(const RopeSpec&) const = default;
 };
 
 struct LayerSpec {
@@ -30,6 +32,8 @@ struct LayerSpec {
   bool moe = false;
   int64_t experts = 0, top_k = 0;
   int64_t intermediate = 0;  // width of each expert and of the shared expert, or of the dense MLP
+
+  bool operator==(const LayerSpec&) const = default;
 };
 
 struct VisionSpec {
@@ -42,11 +46,15 @@ struct VisionSpec {
 
   int64_t grid() const { return image_size / patch_size; }
   int64_t tokens_per_tile() const { return grid() / shuffle_factor * (grid() / shuffle_factor); }
+
+  bool operator==(const VisionSpec&) const = default;
 };
 
 struct GenerationSpec {  // what generation_config.json recommends
   std::optional<double> temperature, top_p;
   std::optional<int64_t> top_k;
+
+  bool operator==(const GenerationSpec&) const = default;
 };
 
 struct ModelSpec {
@@ -66,6 +74,8 @@ struct ModelSpec {
   std::vector<int32_t> eos_tokens;
   GenerationSpec generation;
   std::vector<std::string> warnings;
+
+  bool operator==(const ModelSpec&) const = default;
 };
 
 // Reads DIRECTORY/config.json and, where there is one, generation_config.json.
@@ -77,6 +87,13 @@ ModelSpec read_model_spec(const std::string& directory);
 ModelSpec gguf_model_spec(const Checkpoint& checkpoint);
 // As read_model_spec(), from texts; an empty generation_config is none.
 ModelSpec parse_model_spec(const std::string& config, const std::string& generation_config = "");
+
+// The other way: texts from which parse_model_spec() makes an equal ModelSpec, but for its
+// warnings. All layers of a kind must be alike, as every reader here leaves them.
+struct ConfigTexts {
+  std::string config, generation_config;  // the second is empty where nothing is recommended
+};
+ConfigTexts config_texts(const ModelSpec& spec);
 
 // Inverse frequencies of the pairs of a head, [head_dim / 2], with the llama3 scaling applied.
 std::vector<double> inverse_frequencies(const RopeSpec& rope, int64_t head_dim);

@@ -106,7 +106,7 @@ void read_rope(const GgufFile& file, const Checkpoint& checkpoint, const Keys& k
   }
   const auto* divisors = static_cast<const float*>(tensor.data);
   for (int64_t i = 0; i < tensor.shape[0]; ++i) {
-    if (!(divisors[i] > 0 && divisors[i] <= 1e6f)) {
+    if (!(divisors[i] > 0 && divisors[i] <= kMaxRopeDivisor)) {
       file.refuse(ErrorCode::kModelFormat, "rope_freqs.weight[", i, "] is ", divisors[i],
                   "; a divisor of a frequency must be positive, and at most 1e6");
     }
@@ -259,7 +259,8 @@ void read_tokens(const GgufFile& file, ModelSpec& spec) {
     const std::string_view token = (*tokens)[i];
     const auto number = static_cast<int32_t>(i);
     if (token == "<|end_of_text|>" || token == "<|eom|>" || token == "<|eot|>") stop(number);
-    if (token == "<|patch|>" && number < spec.vocab_size) spec.image_token = number;
+    if (spec.multimodal && token == "<|patch|>" && number < spec.vocab_size)
+      spec.image_token = number;
     if (token == "<|begin_of_text|>" && spec.bos_token < 0) spec.bos_token = number;
   }
 }

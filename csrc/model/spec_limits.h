@@ -15,8 +15,13 @@ constexpr int64_t kMaxHeads = 65536;
 constexpr int64_t kMaxExperts = 65536;
 constexpr int64_t kMaxTile = 4096;
 constexpr int64_t kMaxPosition = int64_t{1} << 40;
+constexpr double kMaxRopeDivisor = 1e6;
 constexpr double kMaxParameters = 1e15;
 constexpr double kMaxCacheBytes = 1e18;
+
+// The rope_type of a config.json written from a GGUF file, which gives the divisor of each frequency
+// ("divisors") where the original gave a rule.
+constexpr const char* kDivisorsRopeType = "puna_divisors";
 
 // The sizes are bounded one by one; this bounds their products. Messages name the file, and what it
 // calls the length of the context.

@@ -42,10 +42,23 @@ struct EncodeOptions {
 
 // What a GGUF file says of a byte-level BPE tokenizer; views of the file.
 struct GgufVocabulary {
+  enum TokenType : int64_t { kNormal = 1, kUnknown, kControl, kUserDefined, kUnused };
+
   std::vector<std::string_view> tokens;  // in GPT-2's alphabet of bytes, or the names of added ones
-  std::vector<int64_t> types;            // 1 to 5, see from_gguf(); empty: all are ordinary
+  std::vector<int64_t> types;            // TokenType; empty: all are normal
   std::vector<std::string_view> merges;  // "left right", the first merges first
+
+  int64_t type(size_t id) const { return types.empty() ? kNormal : types[id]; }
+  // Not a product of merges.
+  bool is_added(size_t id) const {
+    return type(id) == kControl || type(id) == kUnknown || type(id) == kUserDefined;
+  }
+  bool is_special(size_t id) const { return is_added(id) && type(id) != kUserDefined; }
 };
+
+// The same as tokenizer.json, for a vocabulary from which Tokenizer::from_gguf() makes a tokenizer.
+// Throws Unsupported if a token's name is no UTF-8, which JSON cannot hold.
+std::string tokenizer_json(const GgufVocabulary& vocabulary);
 
 class Tokenizer {
  public:

@@ -432,7 +432,6 @@ Tokenizer Tokenizer::from_byte_level(const std::vector<std::string_view>& names,
 }
 
 Tokenizer Tokenizer::from_gguf(const GgufVocabulary& vocabulary) {
-  enum TokenType : int64_t { kNormal = 1, kUnknown, kControl, kUserDefined, kUnused, kByte };
   const auto& [names, types, merges] = vocabulary;
   if (names.size() > kMaxTokens)
     bad("there are ", names.size(), " tokens; ", kMaxTokens, " are the limit");
@@ -442,13 +441,14 @@ Tokenizer Tokenizer::from_gguf(const GgufVocabulary& vocabulary) {
   std::vector<std::string_view> tokens(names.size());
   std::vector<AddedToken> added;
   for (size_t id = 0; id < names.size(); ++id) {
-    const int64_t type = types.empty() ? kNormal : types[id];
-    if (type == kNormal) {
+    const int64_t type = vocabulary.type(id);
+    if (type == GgufVocabulary::kNormal) {
       if (names[id].empty()) bad("token ", id, " is empty");
       tokens[id] = names[id];
-    } else if (type == kControl || type == kUnknown || type == kUserDefined) {
-      added.push_back({std::string(names[id]), static_cast<int32_t>(id), type != kUserDefined});
-    } else if (type != kUnused) {
+    } else if (vocabulary.is_added(id)) {
+      added.push_back(
+          {std::string(names[id]), static_cast<int32_t>(id), vocabulary.is_special(id)});
+    } else if (type != GgufVocabulary::kUnused) {
       bad("token ", id, " has the type ", type, "; byte-level BPE has 1 to 5");
     }
   }

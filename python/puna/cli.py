@@ -112,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(quantize)
     quantize.add_argument("out", help="the folder to write")
     _add_quant(quantize)
+    _add_mmproj(quantize)
     quantize.add_argument(
         "--calibration", metavar="FILE", help="a text that shows which channels matter; - is stdin"
     )
@@ -488,14 +489,17 @@ def _tokenize(options: argparse.Namespace) -> int:
 
 
 def _quantize(options: argparse.Namespace) -> int:
-    puna.quantize(
+    odd = puna.quantize(
         options.model,
         options.out,
-        quant=_quant(options) or "",
+        quant=_quant(options),
+        mmproj=options.mmproj,
         calibration=None if options.calibration is None else _read_text(options.calibration),
         allow_special=options.special,
         threads=options.threads,
     )
+    for warning in odd:
+        print(f"puna: {warning}", file=sys.stderr)
     files = [path for path in Path(options.out).iterdir() if path.is_file()]
     print(f"{options.out}  {size(sum(path.stat().st_size for path in files))}")
     return 0

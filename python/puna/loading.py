@@ -215,27 +215,33 @@ def quantize(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    quant: str | Mapping[str, str],
+    quant: str | Mapping[str, str] | None = None,
+    mmproj: str | os.PathLike[str] | None = None,
     calibration: str | Sequence[int] | None = None,
     allow_special: bool = False,
     threads: int | None = None,
     progress: bool = True,
-) -> None:
+) -> tuple[str, ...]:
     """Writes a checkpoint in puna's packed form, which loads by mapping it.
 
     Needs memory for one matrix at a time; with a calibration text, first for the whole model. The
     output is a checkpoint directory of about the bytes that `load(model, quant=quant)` would hold.
 
     Args:
-        model: A Hugging Face directory, or "demo".
+        model: A Hugging Face directory, a GGUF file (any part of one that was split), or "demo".
         out: A directory that holds no model yet; made if it is not there.
-        quant: As for `load`; required.
+        quant: As for `load`. None is for GGUF files alone: their weights as they are, which give
+            the same results as the file.
+        mmproj: As for `load`.
         calibration: A text, or its token ids, that is run through the model as it is stored. Errors
             of a weight then count by the mean square of what the weight is multiplied with there,
             instead of all the same. Some ten thousand tokens of the kind that the model is for.
         allow_special: Read special tokens written in that text, such as "<|eot|>", as such.
         threads: Compute threads; None is the physical cores this process may use.
         progress: Show a progress bar on stderr.
+
+    Returns:
+        What looked odd in the checkpoint, a sentence each.
 
     Raises:
         OutOfMemory: The model as it is stored does not fit, and there is a calibration text.
@@ -248,8 +254,9 @@ def quantize(
     first = ProgressBar(f"Calibrating {path.name}", " tokens") if progress else None
     bar = ProgressBar(f"Quantising {path.name}", "B") if progress else None
     try:
-        _core.quantize(
+        odd = _core.quantize(
             path=os.fspath(path),
+            mmproj=os.fspath(Path(mmproj).expanduser()) if mmproj is not None else "",
             out=os.fspath(Path(out).expanduser()),
             quant=recipe,
             quant_overrides=overrides,
@@ -262,6 +269,7 @@ def quantize(
         for shown in (first, bar):
             if shown:
                 shown.close()
+    return tuple(odd)
 
 
 def _calibration_ids(

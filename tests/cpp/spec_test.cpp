@@ -1,7 +1,12 @@
 // Functions of the position: exact at any length of context, where fp32 positions are not.
+#include <algorithm>
 #include <cmath>
 #include <numbers>
+#include <random>
+#include <string>
+#include <vector>
 
+#include "base/error.h"
 #include "check.h"
 #include "model/spec.h"
 
@@ -123,6 +128,104 @@ TEST(angles_within_a_chunk_are_those_of_absolute_positions) {
         CHECK(std::fabs(sine - std::sin(exact)) < 0x1p-39);
       }
     }
+  }
+}
+
+// A specification that no model has, of any mixture of what one may say.
+ModelSpec any_spec(std::mt19937& random) {
+  const auto pick = [&](int64_t least, int64_t most) {
+    return std::uniform_int_distribution<int64_t>(least, most)(random);
+  };
+  const auto fraction = [&] { return std::uniform_real_distribution<double>(0.001, 1)(random); };
+  ModelSpec spec;
+  spec.multimodal = pick(0, 1) == 1;
+  spec.vocab_size = pick(1, 300000);
+  spec.hidden = pick(1, 8192);
+  spec.kv_heads = pick(1, 8);
+  spec.heads = spec.kv_heads * pick(1, 8);
+  spec.head_dim = 2 * pick(1, 64);
+  spec.rms_eps = fraction() / 1000;
+  spec.tied_embeddings = pick(0, 1) == 1;
+  spec.max_position = pick(1, kMostTokens);
+  spec.temperature_floor = pick(1, 10000);
+  spec.temperature_scale = fraction();
+  spec.rope.theta = 1 + 1e6 * fraction();
+  if (const int64_t kind = pick(0, 2); kind == 1) {
+    spec.rope.llama3 = true;
+    spec.rope.factor = 1 + 32 * fraction();
+    spec.rope.low_freq_factor = fraction();
+    spec.rope.high_freq_factor = 1 + fraction();
+    spec.rope.original_max_position = static_cast<double>(pick(1, 8192));
+  } else if (kind == 2) {
+    for (int64_t i = 0; i < spec.head_dim / 2; ++i)
+      spec.rope.divisors.push_back(static_cast<float>(fraction() * 16));
+  }
+  const int64_t experts = pick(1, 128), top_k = pick(1, experts),
+                chunk = pick(0, 1) * pick(1, 9000);
+  const int64_t expert_width = pick(1, 16384), dense_width = pick(1, 16384);
+  const bool qk_norm = pick(0, 1) == 1, temperature = pick(0, 1) == 1;
+  for (int64_t layers = pick(1, 9); layers > 0; --layers) {
+    LayerSpec layer;
+    layer.rope = pick(0, 1) == 1;
+    layer.chunk = pick(0, 1) * chunk;
+    layer.qk_norm = layer.rope && qk_norm;
+    layer.temperature = !layer.rope && temperature;
+    layer.moe = pick(0, 1) == 1;
+    layer.experts = layer.moe ? experts : 0;
+    layer.top_k = layer.moe ? top_k : 0;
+    layer.intermediate = layer.moe ? expert_width : dense_width;
+    spec.layers.push_back(layer);
+  }
+  const auto token = [&] { return static_cast<int32_t>(pick(-1, spec.vocab_size - 1)); };
+  spec.bos_token = token();
+  spec.pad_token = token();
+  for (int64_t count = pick(0, 3); count > 0; --count)
+    spec.eos_tokens.push_back(std::max(token(), 0));
+  if (spec.multimodal) spec.image_token = token();
+  if (spec.multimodal && pick(0, 1) == 1) {
+    VisionSpec vision;
+    vision.shuffle_factor = pick(1, 3);
+    vision.patch_size = pick(1, 16);
+    vision.image_size = vision.patch_size * vision.shuffle_factor * pick(1, 12);
+    vision.heads = pick(1, 4);
+    vision.hidden = vision.heads * 4 * pick(1, 16);
+    vision.layers = pick(0, 40);
+    vision.intermediate = vision.hidden * vision.shuffle_factor * vision.shuffle_factor;
+    vision.adapter_width = vision.output_width = pick(1, 5000);
+    vision.norm_eps = fraction() / 1000;
+    vision.rope_theta = 1 + 1e5 * fraction();
+    spec.vision = vision;
+  }
+  if (pick(0, 1) == 1) spec.generation.temperature = fraction();
+  if (pick(0, 1) == 1) spec.generation.top_p = fraction();
+  if (pick(0, 1) == 1) spec.generation.top_k = pick(0, 100);
+  return spec;
+}
+
+TEST(a_specification_written_and_read_again_is_the_same) {
+  std::mt19937 random(5);
+  for (int i = 0; i < 2000; ++i) {
+    const ModelSpec spec = any_spec(random);
+    const ConfigTexts texts = config_texts(spec);
+    ModelSpec again = parse_model_spec(texts.config, texts.generation_config);
+    again.warnings.clear();
+    CHECK(again == spec);
+  }
+}
+
+TEST(divisors_of_rope_are_checked) {
+  ModelSpec spec;
+  spec.vocab_size = spec.hidden = 16;
+  spec.heads = spec.kv_heads = 1;
+  spec.head_dim = 4;
+  spec.max_position = 64;
+  spec.layers.resize(1);
+  spec.layers[0].intermediate = 8;
+  for (const std::vector<double>& divisors :
+       {std::vector<double>{1}, {1, 2, 3}, {1, 0}, {1, -1}, {1, 1e7}}) {
+    spec.rope.divisors = divisors;
+    const std::string config = config_texts(spec).config;
+    CHECK_THROWS(ErrorCode::kModelFormat, parse_model_spec(config));
   }
 }
 
