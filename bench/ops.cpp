@@ -66,18 +66,17 @@ KernelCase product(const Machine& machine, int64_t rows, int64_t outputs, int64_
   auto run = [machine, rows, outputs, cols, panels, panel_elements, matrices, weights,
               x = std::vector<Element>(rows * cols, Type::kOne),
               out = std::vector<float>(rows * outputs)]() mutable {
-    machine.pool.run([&](Lane& lane) {
-      const Part part = lane.part(panels, kStripPanels);
-      for (int64_t matrix = 0; matrix < matrices; ++matrix) {
+    for (int64_t matrix = 0; matrix < matrices; ++matrix) {
+      machine.pool.run([&](const Lane& lane) {
+        const Part part = lane.part(panels, kStripPanels);
         for (int64_t panel = part.begin; panel < part.end; panel += kStripPanels) {
           Type::gemm(machine.kernels)(out.data() + panel * kPanelRows, outputs, x.data(), cols,
                                       weights + (matrix * panels + panel) * panel_elements, nullptr,
                                       rows, cols,
                                       std::min(kStripPanels, part.end - panel) * kPanelRows);
         }
-        lane.barrier();
-      }
-    });
+      });
+    }
   };
   const double work = one ? static_cast<double>(bytes) * matrices : 2.0 * rows * outputs * cols;
   return {{Type::kName, work, run, {}},
@@ -97,14 +96,13 @@ KernelCase panel_product(const Machine& machine, std::string name, Bound bound, 
 
   auto run = [machine, gemm, panels, bytes, matrices,
               out = std::vector<float>(rows * outputs)]() mutable {
-    machine.pool.run([&](Lane& lane) {
-      const Part part = lane.part(panels);
-      for (int64_t matrix = 0; matrix < matrices; ++matrix) {
+    for (int64_t matrix = 0; matrix < matrices; ++matrix) {
+      machine.pool.run([&](const Lane& lane) {
+        const Part part = lane.part(panels);
         for (int64_t panel = part.begin; panel < part.end; ++panel)
           gemm(out.data() + panel * kPanelRows, machine.memory + (matrix * panels + panel) * bytes);
-        lane.barrier();
-      }
-    });
+      });
+    }
   };
   const double work =
       one ? static_cast<double>(panels * bytes * matrices) : 2.0 * rows * outputs * cols;

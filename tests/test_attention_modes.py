@@ -69,6 +69,21 @@ def test_what_is_left_out_does_not_depend_on_company(demo: puna.Engine) -> None:
     assert answer.attention.read < answer.attention.pages
 
 
+def test_pages_in_files_that_no_head_needs_are_not_read(demo: puna.Engine, tmp_path: Path) -> None:
+    # Room for the chunk that is written and little more.
+    tight = demo.plan.weight_bytes + demo.plan.scratch_bytes + (66 << 20)
+    files: dict[str, Any] = {"kv_offload": f"disk:{tmp_path}", "memory": tight}
+    with puna.load("demo", progress=False, threads=2, kv="int8", context=21000, **files) as small:
+        for llm in (demo, small):
+            session = llm.session()
+            session.append(ids(20000))
+            report = session.branch([[7, 8]], attention=BUDGET, **GREEDY)[0].attention
+            assert report is not None and report.read < report.pages
+            assert (report.unread_bytes > 0) == (llm is small)
+        exact = session.branch([[7, 8]], **GREEDY)[0]
+    assert exact.attention is None
+
+
 def test_keys_and_values_are_not_passed_on(demo: puna.Engine) -> None:
     prompt = np.array(ids(2000))
     fresh = demo.generate(prompt[:1990], **GREEDY)

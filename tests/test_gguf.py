@@ -373,7 +373,7 @@ def test_packed(tmp_path: Path, kind: str) -> None:
     tokens = np.random.default_rng(1).integers(0, 280, 40)
     with load(path) as wanted, load(tmp_path / "packed") as found:
         assert np.array_equal(found.logits(tokens), wanted.logits(tokens))
-        assert found.plan.text_bytes == wanted.plan.text_bytes
+        assert found.plan.weight_bytes == wanted.plan.weight_bytes
     rewrite_metadata(tmp_path / "packed", lambda form: form.update(embedding="Q9_0"))
     with pytest.raises(puna.UnsupportedError, match="token embedding has the type"):
         load(tmp_path / "packed")

@@ -49,20 +49,16 @@ std::shared_ptr<Engine> Engine::load(const LoadOptions& options) {
   const auto start = std::chrono::steady_clock::now();
   auto impl = std::make_unique<Impl>();
   impl->options = options;
-  OpenedModel opened = open_model(options.path, options.mmproj);
-  impl->spec = std::move(opened.spec);
-  impl->checkpoint = std::move(opened.checkpoint);
+  OpenedModel model = open_model(options.path, options.mmproj);
+  impl->spec = std::move(model.spec);
+  impl->checkpoint = std::move(model.checkpoint);
   const ModelSpec& spec = impl->spec;
-  // Where the matrices come from: the packed form as it lies, or packed as the recipe says.
-  std::optional<AdoptingLoader> packed;
-  if (is_packed(*impl->checkpoint)) packed.emplace(*impl->checkpoint);
+  const ModelWeights& weights = model.weights;
   const QuantRecipe recipe(options.quant, options.quant_overrides);
-  if (packed && !recipe.as_stored()) {
+  if (model.packed && !recipe.as_stored()) {
     fail(ErrorCode::kInvalidRequest, "[load] ", options.path,
          " is quantised already; leave quant out, or load the original checkpoint");
   }
-  const ModelWeights weights =
-      packed ? packed->weights(spec) : resolve_weights(spec, *impl->checkpoint);
   const DType weight_type = stored_type(weights.text);
 
   // What will be needed, before a weight is read.
@@ -70,8 +66,7 @@ std::shared_ptr<Engine> Engine::load(const LoadOptions& options) {
   for (const std::string& device : devices_to_try(options.device, gpu_will_do(options))) {
     impl->backend.reset();
     impl->backend = make_backend(device, {options.isa, options.threads});
-    planner.emplace(spec, weights, packed ? std::optional(packed->sizes()) : std::nullopt,
-                    impl->backend->device_memory());
+    planner.emplace(spec, weights, model.packed_sizes(), impl->backend->device_memory());
     impl->plan = planner->plan(options, disk_budget(options));
     if (impl->plan.fits) break;
   }
@@ -93,9 +88,10 @@ std::shared_ptr<Engine> Engine::load(const LoadOptions& options) {
   const auto progress = [&options, source_bytes](int64_t done) {
     if (options.progress) options.progress(done, source_bytes);
   };
+  // The matrices are taken as they lie in the packed form, or packed as the recipe says.
   PackingLoader packing(*impl->backend, recipe, impl->checkpoint.get(), progress);
-  if (packed) packed->use(*impl->backend);
-  WeightLoader& loader = packed ? static_cast<WeightLoader&>(*packed) : packing;
+  if (model.packed) model.packed->use(*impl->backend);
+  WeightLoader& loader = model.packed ? static_cast<WeightLoader&>(*model.packed) : packing;
   impl->text = std::make_unique<TextModel>(spec, weights.text.embed,
                                            load_text(spec, weights.text, loader), *impl->backend);
   if (vision)

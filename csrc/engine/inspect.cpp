@@ -24,16 +24,13 @@ constexpr int64_t kFirstContext = 8192;  // then 16 times as much, up to the mod
 
 Inspection inspect(const std::string& path, const std::string& mmproj) {
   Inspection report;
-  OpenedModel opened = open_model(path, mmproj);
-  report.spec = std::move(opened.spec);
-  const Checkpoint& checkpoint = *opened.checkpoint;
-  std::optional<AdoptingLoader> packed;
-  if (is_packed(checkpoint)) packed.emplace(checkpoint);
-  const ModelWeights weights =
-      packed ? packed->weights(report.spec) : resolve_weights(report.spec, checkpoint);
-  const PackedBytes bytes =
-      packed ? packed->sizes() : packed_bytes_of(report.spec, weights, QuantRecipe());
-  report.dtype = stored_type(weights.text);
+  OpenedModel model = open_model(path, mmproj);
+  report.spec = std::move(model.spec);
+  const Checkpoint& checkpoint = *model.checkpoint;
+  const PackedBytes bytes = model.packed
+                                ? model.packed->sizes()
+                                : packed_bytes_of(report.spec, model.weights, QuantRecipe());
+  report.dtype = stored_type(model.weights.text);
   report.parameters = count_parameters(report.spec);
   report.weight_bytes = bytes.text_packed + bytes.vision_packed;
   for (const auto& [name, tensor] : checkpoint.tensors()) {

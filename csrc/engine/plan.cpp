@@ -8,7 +8,6 @@
 #include "base/error.h"
 #include "engine/factory.h"
 #include "model/open_model.h"
-#include "model/packed.h"
 #include "platform/system.h"
 
 namespace puna {
@@ -272,13 +271,8 @@ void require_fit(const Plan& plan) {
 }
 
 Plan plan(const LoadOptions& options, int64_t disk) {
-  const OpenedModel opened = open_model(options.path, options.mmproj);
-  std::optional<AdoptingLoader> packed;
-  if (is_packed(*opened.checkpoint)) packed.emplace(*opened.checkpoint);
-  const ModelWeights weights =
-      packed ? packed->weights(opened.spec) : resolve_weights(opened.spec, *opened.checkpoint);
-  const Planner planner(opened.spec, weights,
-                        packed ? std::optional(packed->sizes()) : std::nullopt, std::nullopt);
+  const OpenedModel model = open_model(options.path, options.mmproj);
+  const Planner planner(model.spec, model.weights, model.packed_sizes(), std::nullopt);
   return planner.plan(options, disk);
 }
 

@@ -78,13 +78,12 @@ std::vector<std::string> quantize(const QuantizeOptions& options) {
   const QuantRecipe recipe(options.quant, options.quant_overrides);
   if (recipe.as_stored() && !is_gguf(options.path))
     fail(ErrorCode::kInvalidRequest, "[quantize] quant is not given; use \"int4\" or \"int8\"");
-  const OpenedModel opened = open_model(options.path, options.mmproj);
-  const ModelSpec& spec = opened.spec;
-  const Checkpoint& checkpoint = *opened.checkpoint;
-  if (is_packed(checkpoint))
+  const OpenedModel model = open_model(options.path, options.mmproj);
+  const ModelSpec& spec = model.spec;
+  const Checkpoint& checkpoint = *model.checkpoint;
+  if (model.packed)
     fail(ErrorCode::kInvalidRequest, "[quantize] ", options.path,
          " is in the packed form already; quantise from the original checkpoint");
-  const ModelWeights weights = resolve_weights(spec, checkpoint);
   // Before the long work: a tokenizer or a template that cannot be kept is refused.
   const Texts texts = checkpoint.gguf() ? companions_of(*checkpoint.gguf(), spec) : Texts();
   std::error_code problem;
@@ -97,10 +96,10 @@ std::vector<std::string> quantize(const QuantizeOptions& options) {
   const auto backend = make_backend("cpu", {"", options.threads});
   const auto importance = [&]() -> Importance {
     if (options.calibration.empty()) return {};
-    return calibrate(spec, checkpoint, weights, *backend, options.calibration,
+    return calibrate(spec, checkpoint, model.weights, *backend, options.calibration,
                      options.calibration_progress);
   };
-  write_packed(spec, checkpoint, weights, recipe, *backend,
+  write_packed(spec, checkpoint, model.weights, recipe, *backend,
                (fs::path(options.out) / "model.safetensors").string(), importance,
                options.progress);
   if (checkpoint.gguf())

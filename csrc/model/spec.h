@@ -19,7 +19,7 @@ struct RopeSpec {
   bool llama3 = false;  // scale the low frequencies as Llama 3.1 does
   double factor = 1, low_freq_factor = 1, high_freq_factor = 1;
   double original_max_position = 8192;
-  std::vector<double> divisors;  // of each frequency, after that; empty: none
+  std::vector<double> divisors{};  // of each frequency, after that; empty: none
 
   bool operator==(const RopeSpec&) const = default;
 };

@@ -19,7 +19,8 @@ constexpr double kMaxRopeDivisor = 1e6;
 constexpr double kMaxParameters = 1e15;
 constexpr double kMaxCacheBytes = 1e18;
 
-// The rope_type of a config.json written from a GGUF file, which gives the divisor of each frequency
+// The rope_type of a config.json written from a GGUF file, which gives the divisor of each
+// frequency
 // ("divisors") where the original gave a rule.
 constexpr const char* kDivisorsRopeType = "puna_divisors";
 

@@ -81,9 +81,6 @@ struct Signal {
   }
 };
 
-// Thrown through lanes that wait at a barrier which a failed lane will never reach.
-struct Released {};
-
 // The pool whose lane this thread is computing.
 thread_local const ThreadPool* current_pool = nullptr;
 
@@ -101,23 +98,28 @@ Registry& registry() {
 }  // namespace
 
 struct ThreadPool::Team {
-  explicit Team(ThreadPool& owner) : pool(owner) {}
+  explicit Team(ThreadPool& owner) : pool(owner), claims(static_cast<size_t>(owner.lanes_)) {}
   ~Team() { stop(); }
+
+  // The run in which a lane was begun last. Before a run it is the one before, of every lane: who
+  // puts the run in its place has the lane, and may look at the run, which cannot end without it.
+  struct alignas(64) Claim {
+    Word run{0};
+  };
 
   ThreadPool& pool;
   std::mutex turn;  // one run() at a time
   std::vector<std::thread> workers;
-  bool stopping = false;
+  std::atomic<bool> stopping{false};
 
-  // Lines of cache by who writes them: what begins a run; what ends it; what a barrier needs.
-  alignas(64) Signal epoch;  // moves on when a run begins
+  // Lines of cache by who writes them: what begins a run; what ends it; who has which lane.
+  alignas(64) Signal epoch;  // the run; moves on when one begins
   Erased function = nullptr;
   void* context = nullptr;
 
-  alignas(64) Signal pending;  // workers that have not finished the run
+  alignas(64) Signal pending;  // lanes that are not finished
 
-  alignas(64) Signal phase;          // moves on when all lanes are at a barrier, or one has failed
-  std::atomic<uint32_t> arrived{0};  // lanes at the barrier
+  std::vector<Claim> claims;
 
   alignas(64) std::atomic<bool> failed{false};
   std::exception_ptr failure;  // the first; written by the lane that set `failed`
@@ -135,6 +137,7 @@ struct ThreadPool::Team {
     std::string refusal;
     try {
       const uint32_t seen = epoch.word.load();
+      for (Claim& claim : claims) claim.run = seen;
       for (int id = 1; id < pool.lanes_; ++id) {
         workers.emplace_back([this, id, seen] { work(id, seen); });
       }
@@ -161,32 +164,36 @@ struct ThreadPool::Team {
     pthread_setname_np(pthread_self(), ("puna-" + std::to_string(id)).c_str());
     current_pool = &pool;
     for (;;) {
-      epoch.await(seen++, spin());
+      epoch.await(seen, spin());
       if (stopping) return;
-      compute(id);
+      seen = epoch.word.load();  // a worker that was late may have missed some
+      compute(id, seen);
+    }
+  }
+
+  // The lanes that nobody has begun, from `first` on.
+  void compute(int first, uint32_t run) {
+    for (int i = 0; i < pool.lanes_; ++i) {
+      const int id = (first + i) % pool.lanes_;
+      uint32_t before = run - 1;
+      if (!claims[id].run.compare_exchange_strong(before, run)) continue;
+      Lane lane(id, pool.lanes_);
+      try {
+        function(context, lane);
+      } catch (...) {
+        if (!failed.exchange(true)) failure = std::current_exception();
+      }
       if (pending.word.fetch_sub(1) == 1) pending.wake_all();
     }
   }
 
-  void compute(int id) {
-    Lane lane(pool, id, pool.lanes_);
-    try {
-      function(context, lane);
-    } catch (const Released&) {
-    } catch (...) {
-      if (!failed.exchange(true)) failure = std::current_exception();
-      phase.advance();  // lanes at a barrier wake and see `failed`
-    }
-  }
-
   void run() {
-    pending.word.store(static_cast<uint32_t>(pool.lanes_ - 1));
+    pending.word.store(static_cast<uint32_t>(pool.lanes_));
     epoch.advance();
-    compute(0);
+    compute(0, epoch.word.load());
     for (uint32_t left; (left = pending.word.load()) != 0;) pending.await(left, spin());
     if (!failed) return;
     failed = false;
-    arrived = 0;
     std::rethrow_exception(std::exchange(failure, nullptr));
   }
 };
@@ -238,7 +245,7 @@ ThreadPool::~ThreadPool() {
 
 void ThreadPool::run_erased(Erased function, void* context, bool alone) {
   if (current_pool == this) {
-    Lane only(*this, 0, 1);
+    Lane only(0, 1);
     return function(context, only);
   }
   Team& team = *team_;
@@ -249,28 +256,13 @@ void ThreadPool::run_erased(Erased function, void* context, bool alone) {
     ~Enter() { current_pool = outer; }
   } enter(this);
   if (lanes_ == 1 || alone) {
-    Lane only(*this, 0, 1);
+    Lane only(0, 1);
     return function(context, only);
   }
   if (team.workers.empty()) team.start();
   team.function = function;
   team.context = context;
   team.run();
-}
-
-void Lane::barrier() {
-  if (count_ == 1) return;
-  ThreadPool::Team& team = *pool_.team_;
-  const uint32_t phase = team.phase.word.load();
-  if (team.failed) throw Released{};
-  if (team.arrived.fetch_add(1) + 1 == static_cast<uint32_t>(count_)) {
-    team.arrived.store(0);
-    team.phase.advance();
-    return;
-  }
-  // A failing lane moves the phase on, too; `failed` tells the two apart.
-  team.phase.await(phase, team.spin());
-  if (team.failed) throw Released{};
 }
 
 }  // namespace puna

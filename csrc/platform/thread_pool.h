@@ -1,12 +1,15 @@
 // Compute threads: fork, share by lanes, join.
 //
-// pool.run(fn) calls fn(lane) once on every lane, lane 0 on the calling thread, and returns when
-// all are done. Several threads may call run(); they take turns. A run() inside a lane of the same
-// pool computes on that lane alone. A lane that throws lets the others go at their next barrier,
-// and run() rethrows the first exception. Workers sleep on a futex between runs; inside a SpinScope
-// they spin for up to kSpinMicroseconds first, which makes a fork and join cost well under a
-// microsecond. Workers start at the first run(), and anew at the first run() of a forked child
-// (fork() inside a lane is not supported). Signals are left to the threads of the application.
+// pool.run(fn) calls fn(lane) once for every lane and returns when all are done. The calling thread
+// and each worker begin with a lane of their own, the same in every run, and whoever has finished
+// it takes one that nobody has begun: on a busy machine, nothing waits for a worker that the system
+// does not run. So lanes must not wait for one another; what must come after all of something is
+// another run(). Several threads may call run(); they take turns. A run() inside a lane of the same
+// pool computes on that lane alone. run() rethrows the first exception of a lane, after all are
+// done. Workers sleep on a futex between runs; inside a SpinScope they spin for up to
+// kSpinMicroseconds first, which makes a fork and join cost well under a microsecond. Workers start
+// at the first run(), and anew at the first run() of a forked child (fork() inside a lane is not
+// supported). Signals are left to the threads of the application.
 #pragma once
 
 #include <algorithm>
@@ -24,7 +27,7 @@ struct Part {
   int64_t begin, end;
 };
 
-// What one worker sees inside ThreadPool::run.
+// A share of the work inside ThreadPool::run, with memory of its own by its id.
 class Lane {
  public:
   int id() const { return id_; }
@@ -37,13 +40,9 @@ class Lane {
     return {std::min(begin, n), std::min(end, n)};
   }
 
-  // Waits until every lane has come here; what any lane wrote before is then visible to all.
-  void barrier();
-
  private:
   friend class ThreadPool;
-  Lane(ThreadPool& pool, int id, int count) : pool_(pool), id_(id), count_(count) {}
-  ThreadPool& pool_;
+  Lane(int id, int count) : id_(id), count_(count) {}
   int id_, count_;
 };
 
@@ -96,7 +95,6 @@ class ThreadPool {
   };
 
  private:
-  friend class Lane;
   friend struct ForkHandlers;
   using Erased = void (*)(void*, Lane&);
   struct Team;  // the workers and what they look at; replaced in a forked child

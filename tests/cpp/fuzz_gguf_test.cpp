@@ -161,7 +161,6 @@ void use(const std::string& path, const std::string& mmproj) {
 void open_and_use(const std::string& path, const std::string& mmproj) {
   const puna::OpenedModel model = puna::open_model(path, mmproj);
   touch(*model.checkpoint);
-  puna::resolve_weights(model.spec, *model.checkpoint);
   puna::read_gguf_chat(path);
   use(path, mmproj);
 }

@@ -1,5 +1,6 @@
-// The thread pool: every lane once, barriers, exceptions, two callers, forks.
+// The thread pool: every lane once, runs in order, exceptions, two callers, forks.
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
@@ -8,6 +9,7 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <thread>
 #include <vector>
 
@@ -35,21 +37,55 @@ TEST(parts_cover_rows_once) {
   }
 }
 
-TEST(barriers_order_phases) {
+TEST(a_run_sees_what_the_one_before_wrote) {
   for (const int lanes : {2, 3, 4}) {
     ThreadPool pool(lanes);
     std::vector<int64_t> values(static_cast<size_t>(lanes), 0);
     std::atomic<int> wrong{0};
-    pool.run([&](Lane& lane) {
-      for (int64_t phase = 1; phase <= 200; ++phase) {
-        values[lane.id()] = phase;
-        lane.barrier();
+    for (int64_t phase = 1; phase <= 200; ++phase) {
+      pool.run([&](Lane& lane) { values[lane.id()] = phase; });
+      pool.run([&](Lane&) {
         for (const int64_t value : values) wrong += value != phase;
-        lane.barrier();
-      }
-    });
+      });
+    }
     CHECK_EQ(wrong.load(), 0);
   }
+}
+
+// Lets both lanes of a pool run at once, so that one of them is its worker's.
+void on_both_threads(ThreadPool& pool, const std::function<void()>& on_worker) {
+  const std::thread::id here = std::this_thread::get_id();
+  std::atomic<int> begun{0};
+  pool.run([&](Lane&) {
+    ++begun;
+    while (begun < 2) std::this_thread::yield();
+    if (std::this_thread::get_id() != here) on_worker();
+  });
+}
+
+TEST(lanes_that_no_worker_begins_are_computed_all_the_same) {
+  cpu_set_t usable;
+  CHECK_EQ(sched_getaffinity(0, sizeof(usable), &usable), 0);
+  cpu_set_t one;
+  CPU_ZERO(&one);
+  CPU_SET(sched_getcpu(), &one);
+  ThreadPool pool(2);
+  on_both_threads(pool, [&] {
+    // Beside the caller on its core, and only when that has nothing to do.
+    const sched_param none{};
+    CHECK_EQ(sched_setaffinity(0, sizeof(one), &one), 0);
+    CHECK_EQ(sched_setscheduler(0, SCHED_IDLE, &none), 0);
+  });
+  CHECK_EQ(sched_setaffinity(0, sizeof(one), &one), 0);
+  const std::thread::id here = std::this_thread::get_id();
+  int taken = 0;
+  for (int i = 0; i < 100; ++i) {
+    std::array<bool, 2> on_caller{};
+    pool.run([&](Lane& lane) { on_caller[lane.id()] = std::this_thread::get_id() == here; });
+    taken += on_caller[0] && on_caller[1];
+  }
+  CHECK(taken > 0);
+  CHECK_EQ(sched_setaffinity(0, sizeof(usable), &usable), 0);
 }
 
 TEST(many_small_runs) {
@@ -70,21 +106,16 @@ TEST(first_exception_reaches_the_caller) {
   }
 }
 
-TEST(exception_lets_lanes_leave_a_barrier) {
+TEST(an_exception_ends_no_other_lane) {
   ThreadPool pool(4);
-  std::atomic<int> after{0};
   for (int round = 0; round < 200; ++round) {
+    std::atomic<int> others{0};
     CHECK_THROWS(puna::ErrorCode::kDevice, pool.run([&](Lane& lane) {
-      lane.barrier();
       if (lane.id() == round % 4) puna::fail(puna::ErrorCode::kDevice, "stop");
-      lane.barrier();
-      ++after;
+      ++others;
     }));
+    CHECK_EQ(others.load(), 3);
   }
-  CHECK_EQ(after.load(), 0);
-  std::atomic<int> ran{0};
-  pool.run([&](Lane& lane) { ran += lane.id() == 0; });  // and the pool works on
-  CHECK_EQ(ran.load(), 1);
 }
 
 TEST(two_callers_take_turns) {
@@ -128,11 +159,9 @@ TEST(a_run_inside_a_lane_computes_alone) {
   pool.run([&](Lane& outer) {
     pool.run([&](Lane& inner) {
       alone += inner.count() == 1 && inner.id() == 0;
-      inner.barrier();
       const Part part = inner.part(10);
       for (int64_t r = part.begin; r < part.end; ++r) ++rows[outer.id() * 10 + r];
     });
-    outer.barrier();
   });
   CHECK_EQ(alone.load(), 3);
   for (const int count : rows) CHECK_EQ(count, 1);
@@ -145,10 +174,7 @@ TEST(one_lane_is_the_caller) {
   ThreadPool pool(1);
   const std::thread::id here = std::this_thread::get_id();
   int ran = 0;
-  pool.run([&](Lane& lane) {
-    lane.barrier();
-    ran += std::this_thread::get_id() == here && lane.count() == 1;
-  });
+  pool.run([&](Lane& lane) { ran += std::this_thread::get_id() == here && lane.count() == 1; });
   CHECK_EQ(ran, 1);
   CHECK_THROWS(puna::ErrorCode::kImage,
                pool.run([](Lane&) { puna::fail(puna::ErrorCode::kImage, "one"); }));
@@ -173,10 +199,10 @@ TEST(pools_come_and_go) {
 TEST(workers_leave_signals_to_the_application) {
   ThreadPool pool(2);
   std::atomic<int> blocked{0};
-  pool.run([&](Lane& lane) {
+  on_both_threads(pool, [&] {
     sigset_t mask;
     pthread_sigmask(SIG_SETMASK, nullptr, &mask);
-    if (lane.id() == 1) blocked = sigismember(&mask, SIGINT);
+    blocked = sigismember(&mask, SIGINT);
   });
   CHECK_EQ(blocked.load(), 1);
   sigset_t mask;
@@ -201,11 +227,12 @@ int in_child(const Body& body) {
   return WIFEXITED(status) ? WEXITSTATUS(status) : 255;
 }
 
+// Every one of them on a thread of its own.
 int lanes_that_meet(ThreadPool& pool) {
   std::atomic<int> ran{0};
   pool.run([&](Lane& lane) {
-    lane.barrier();
     ++ran;
+    while (ran < lane.count()) std::this_thread::yield();
   });
   return ran;
 }

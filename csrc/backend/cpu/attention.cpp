@@ -62,42 +62,44 @@ void CpuBackend::attention(Rows out, const AttentionInput& input) {
   AttentionCall call(out, input, kernels_, attention_plan_, page_choice_, pool_.lanes());
   call.use(lanes_.reserve<char>(pool_.lanes() * call.lane_bytes()),
            leaves_.reserve<char>(call.shared_bytes()));
-  pool_.run(
-      [&](Lane& lane) {
-        prepare_attention(lane, input);
-        call.run(lane);
-      },
-      small(attention_plan_.seen() * input.heads * 2 * input.layout.head_dim));
-  call.finish();
+  const bool alone = small(attention_plan_.seen() * input.heads * 2 * input.layout.head_dim);
+  prepare_attention(input, alone);
+  call.run(pool_, alone);
 }
 
 // Queries are turned, keys and values go into their pages, and pages that are full now are sealed.
-void CpuBackend::prepare_attention(Lane& lane, const AttentionInput& input) const {
+void CpuBackend::prepare_attention(const AttentionInput& input, bool alone) {
   const AttentionPlan& plan = attention_plan_;
   const int64_t kv_heads = input.layout.kv_heads, rows = input.qkv.rows;
   // By head, then by row: what a lane writes into a page lies together.
   const int64_t turns = input.heads * static_cast<int64_t>(plan.queries().size());
-  const Part part = lane.part(turns + kv_heads * rows);
-  size_t at = 0;  // the segment of the row
-  for (int64_t item = part.begin; item < part.end; ++item) {
-    if (item < turns) {
-      turn_query(input, plan.queries()[item / input.heads].row, item % input.heads);
-      continue;
-    }
-    const int64_t head = (item - turns) / rows, row = (item - turns) % rows;
-    if (row < input.segments[at].first_row) at = 0;
-    while (row >= input.segments[at].first_row + input.segments[at].rows) ++at;
-    append(input, input.segments[at], row - input.segments[at].first_row, head);
-  }
-  lane.barrier();
+  pool_.run(
+      [&](const Lane& lane) {
+        const Part part = lane.part(turns + kv_heads * rows);
+        size_t at = 0;  // the segment of the row
+        for (int64_t item = part.begin; item < part.end; ++item) {
+          if (item < turns) {
+            turn_query(input, plan.queries()[item / input.heads].row, item % input.heads);
+            continue;
+          }
+          const int64_t head = (item - turns) / rows, row = (item - turns) % rows;
+          if (row < input.segments[at].first_row) at = 0;
+          while (row >= input.segments[at].first_row + input.segments[at].rows) ++at;
+          append(input, input.segments[at], row - input.segments[at].first_row, head);
+        }
+      },
+      alone);
   if (plan.full_pages().empty()) return;
   const auto pages = static_cast<int64_t>(plan.full_pages().size());
-  const Part shares = lane.part(pages * kv_heads);
-  for (int64_t item = shares.begin; item < shares.end; ++item) {
-    const AttentionPlan::FullPage& page = plan.full_pages()[item / kv_heads];
-    seal_head(page.sealed, input.sealed, page.open, input.layout, item % kv_heads);
-  }
-  lane.barrier();
+  pool_.run(
+      [&](const Lane& lane) {
+        const Part part = lane.part(pages * kv_heads);
+        for (int64_t item = part.begin; item < part.end; ++item) {
+          const AttentionPlan::FullPage& page = plan.full_pages()[item / kv_heads];
+          seal_head(page.sealed, input.sealed, page.open, input.layout, item % kv_heads);
+        }
+      },
+      alone);
 }
 
 }  // namespace puna

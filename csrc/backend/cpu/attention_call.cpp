@@ -61,16 +61,26 @@ RunningRow AttentionCall::running(const AttentionPlan::Task& task, int64_t row) 
   return {m_[at], l_[at], out_.row(plan_.queries()[query].out_row) + head * head_dim_};
 }
 
-void AttentionCall::run(Lane& lane) {
-  char* const own = lane_memory_ + lane.id() * lane_bytes_;
-  const LaneScratch scratch(own, most_rows_, head_dim_);
+void AttentionCall::run(ThreadPool& pool, bool alone) {
   for (int round = 0; round < rounds_; ++round) {
-    if (choice_.any()) choose(lane, own, round);
-    attend(lane, scratch, round);
+    if (choice_.any()) choose(pool, alone, round);
+    for (int64_t first = 0; first < plan_.leaves(); first += window_) {
+      const int64_t end = std::min(first + window_, plan_.leaves());
+      plan_.fetch(first * kLeafPages, end * kLeafPages);
+      TileCounter counter;
+      pool.run(
+          [&](const Lane& lane) {
+            const LaneScratch scratch(lane_memory(lane), most_rows_, head_dim_);
+            if (split_)
+              attend_leaves(counter, scratch, first, end, round);
+            else
+              attend_tasks(counter, scratch, first, end, round);
+          },
+          alone);
+      if (!split_) continue;
+      pool.run([&](const Lane& lane) { merge_leaves(lane, first, end, round); }, alone);
+    }
   }
-}
-
-void AttentionCall::finish() {
   plan_.let_go();
   for (int64_t item = 0; item < choice_.items(); ++item) {
     const int64_t first = first_row(choice_.query_of(item), choice_.kv_head_of(item));
@@ -79,43 +89,26 @@ void AttentionCall::finish() {
   choice_.report_unread();
 }
 
-void AttentionCall::choose(Lane& lane, char* scratch, int round) {
-  if (lane.id() == 0) counter_.reset();
-  lane.barrier();
-  for (int64_t item; (item = counter_.next()) < choice_.items();) {
-    if (round == 0) {
-      choice_.choose(item, scratch);
-      continue;
-    }
-    const int64_t first = first_row(choice_.query_of(item), choice_.kv_head_of(item));
-    choice_.choose_more(item, m_ + first, l_ + first, scratch);
-  }
-  lane.barrier();
-  if (lane.id() == 0) choice_.tell_streams(plan_, round);
+void AttentionCall::choose(ThreadPool& pool, bool alone, int round) {
+  TileCounter counter;
+  pool.run(
+      [&](const Lane& lane) {
+        for (int64_t item; (item = counter.next()) < choice_.items();) {
+          if (round == 0) {
+            choice_.choose(item, lane_memory(lane));
+            continue;
+          }
+          const int64_t first = first_row(choice_.query_of(item), choice_.kv_head_of(item));
+          choice_.choose_more(item, m_ + first, l_ + first, lane_memory(lane));
+        }
+      },
+      alone);
+  choice_.tell_streams(plan_, round);
 }
 
-void AttentionCall::attend(Lane& lane, const LaneScratch& scratch, int round) {
-  for (int64_t first = 0; first < plan_.leaves(); first += window_) {
-    const int64_t end = std::min(first + window_, plan_.leaves());
-    if (lane.id() == 0) {
-      plan_.fetch(first * kLeafPages, end * kLeafPages);
-      counter_.reset();
-    }
-    lane.barrier();
-    if (split_) {
-      attend_leaves(scratch, first, end, round);
-      lane.barrier();
-      merge_leaves(lane, first, end, round);
-    } else {
-      attend_tasks(scratch, first, end, round);
-    }
-    lane.barrier();
-  }
-}
-
-void AttentionCall::attend_tasks(const LaneScratch& scratch, int64_t first, int64_t end,
-                                 int round) {
-  for (int64_t tile; (tile = counter_.next()) < tasks_;) {
+void AttentionCall::attend_tasks(TileCounter& counter, const LaneScratch& scratch, int64_t first,
+                                 int64_t end, int round) {
+  for (int64_t tile; (tile = counter.next()) < tasks_;) {
     const AttentionPlan::Task& task = plan_.tasks()[tile];
     if (first >= task.leaves) continue;
     const int64_t last = std::min(end, task.leaves);
@@ -132,9 +125,9 @@ void AttentionCall::attend_tasks(const LaneScratch& scratch, int64_t first, int6
   }
 }
 
-void AttentionCall::attend_leaves(const LaneScratch& scratch, int64_t first, int64_t end,
-                                  int round) {
-  for (int64_t tile; (tile = counter_.next()) < tasks_ * (end - first);) {
+void AttentionCall::attend_leaves(TileCounter& counter, const LaneScratch& scratch, int64_t first,
+                                  int64_t end, int round) {
+  for (int64_t tile; (tile = counter.next()) < tasks_ * (end - first);) {
     // The tasks of a leaf are neighbours, and so are their heads in its pages.
     const AttentionPlan::Task& task = plan_.tasks()[tile % tasks_];
     const int64_t leaf = first + tile / tasks_;
@@ -145,7 +138,7 @@ void AttentionCall::attend_leaves(const LaneScratch& scratch, int64_t first, int
   }
 }
 
-void AttentionCall::merge_leaves(Lane& lane, int64_t first, int64_t end, int round) {
+void AttentionCall::merge_leaves(const Lane& lane, int64_t first, int64_t end, int round) {
   const Part rows = lane.part(tasks_ * most_rows_);
   for (int64_t item = rows.begin; item < rows.end; ++item) {
     const AttentionPlan::Task& task = plan_.tasks()[item / most_rows_];

@@ -30,10 +30,8 @@ class AttentionCall {
   int64_t shared_bytes() const { return shared_bytes_; }
   void use(char* lane_memory, char* shared_memory);
 
-  // On every lane.
-  void run(Lane& lane);
-  // Afterwards, on one.
-  void finish();
+  // On all lanes, or on the calling thread alone.
+  void run(ThreadPool& pool, bool alone);
 
  private:
   // A row of a task as it goes on from leaf to leaf.
@@ -45,13 +43,16 @@ class AttentionCall {
   LeafState leaf_state(int64_t task, int64_t slot) const;
   int64_t carve(char* memory);
 
+  char* lane_memory(const Lane& lane) const { return lane_memory_ + lane.id() * lane_bytes_; }
+
   // Which pages the round reads, by what the one before has read.
-  void choose(Lane& lane, char* scratch, int round);
-  void attend(Lane& lane, const LaneScratch& scratch, int round);
+  void choose(ThreadPool& pool, bool alone, int round);
   // The leaves [first, end) of a window, by tasks or by leaves of them.
-  void attend_tasks(const LaneScratch& scratch, int64_t first, int64_t end, int round);
-  void attend_leaves(const LaneScratch& scratch, int64_t first, int64_t end, int round);
-  void merge_leaves(Lane& lane, int64_t first, int64_t end, int round);
+  void attend_tasks(TileCounter& counter, const LaneScratch& scratch, int64_t first, int64_t end,
+                    int round);
+  void attend_leaves(TileCounter& counter, const LaneScratch& scratch, int64_t first, int64_t end,
+                     int round);
+  void merge_leaves(const Lane& lane, int64_t first, int64_t end, int round);
   void merge(const AttentionPlan::Task& task, int64_t row, const LeafState& leaf, int round);
 
   const Rows out_;
@@ -69,7 +70,6 @@ class AttentionCall {
   double* l_ = nullptr;  // of the running states, [rows of out][heads]
   float* m_ = nullptr;
   char* leaves_ = nullptr;  // states, [tasks][window]
-  TileCounter counter_;
 };
 
 }  // namespace puna

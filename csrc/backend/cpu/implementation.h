@@ -88,6 +88,8 @@ class CpuBackend final : public Backend {
     float* hidden = nullptr;  // [rows][2 * width]; the gate half becomes the activation
     Operand activated;        // [rows][width], the input of down
     int64_t width = 0;
+
+    int64_t pieces() const { return (width + kPieceColumns - 1) / kPieceColumns; }  // of a row
   };
   // A part of a product: some rows by the columns of some panels.
   struct Tile {
@@ -134,17 +136,21 @@ class CpuBackend final : public Backend {
   // As many rows only stream the weights.
   static constexpr int64_t kStreamedRows = 4;
 
-  // Calls body(tile) on all tiles, from all lanes of a run. Streaming, each lane reads one
-  // contiguous share. Otherwise tiles go to whoever is free.
+  // Calls body(tile, lane) on all tiles of a product of `rows` rows, on all lanes or here alone.
+  // Streaming, each lane reads one contiguous share. Otherwise tiles go to whoever is free.
   template <class Body>
-  static void for_tiles(Lane& lane, TileCounter& counter, int64_t tiles, int64_t rows,
-                        const Body& body) {
-    if (rows <= kStreamedRows) {
-      const Part part = lane.part(tiles);
-      for (int64_t tile = part.begin; tile < part.end; ++tile) body(tile);
-    } else {
-      for (int64_t tile; (tile = counter.next()) < tiles;) body(tile);
-    }
+  void for_tiles(int64_t tiles, int64_t rows, bool alone, const Body& body) {
+    TileCounter counter;
+    pool_.run(
+        [&](Lane& lane) {
+          if (rows <= kStreamedRows) {
+            const Part part = lane.part(tiles);
+            for (int64_t tile = part.begin; tile < part.end; ++tile) body(tile, lane);
+          } else {
+            for (int64_t tile; (tile = counter.next()) < tiles;) body(tile, lane);
+          }
+        },
+        alone);
   }
 
   // vision_attention.cpp
@@ -169,13 +175,13 @@ class CpuBackend final : public Backend {
                 const Tile& tile, const float* bias = nullptr) const;
   FeedForward plan_feed_forward(const Operand& x, int64_t rows, const WeightRef& gate_up,
                                 const WeightRef& down, Scratch& hidden, Scratch& activated);
-  void activate(Lane& lane, TileCounter& counter, const FeedForward& plan, int64_t rows) const;
+  void activate(const FeedForward& plan, int64_t piece) const;
 
   // attention.cpp
   void append(const AttentionInput& input, const AttentionSegment& segment, int64_t i,
               int64_t kv_head) const;
   void turn_query(const AttentionInput& input, int64_t row, int64_t head) const;
-  void prepare_attention(Lane& lane, const AttentionInput& input) const;
+  void prepare_attention(const AttentionInput& input, bool alone);
 
   KernelTable kernels_;
   ThreadPool pool_;

@@ -121,24 +121,19 @@ void CpuBackend::matmul(Rows out, ConstRows x, const WeightRef& weight,
   const Tiling tiles = tiling(x.rows, weight.rows);
   const float* bias = options.bias != nullptr ? options.bias->get() : nullptr;
   auto* sums = lanes_.reserve<float>(pool_.lanes() * tiles.tile_size());
-  TileCounter counter;
-  pool_.run(
-      [&](Lane& lane) {
-        float* lane_sums = sums + lane.id() * tiles.tile_size();
-        for_tiles(lane, counter, tiles.count(), x.rows, [&](int64_t index) {
-          const Tile tile = tiles.at(index);
-          const auto target_row = [&](int64_t r) { return out.row(tile.first + r) + tile.column; };
-          float* target = options.accumulate ? lane_sums : target_row(0);
-          const int64_t stride = options.accumulate ? tile.width : out.stride;
-          multiply(target, stride, operand, weight, tile, bias);
-          for (int64_t r = 0; r < tile.rows; ++r) {
-            float* row = target + r * stride;
-            if (options.gelu) kernels_.gelu(row, row, tile.width);
-            if (options.accumulate) kernels_.add(target_row(r), row, tile.width);
-          }
-        });
-      },
-      small(x.rows * weight.rows * weight.cols));
+  const bool alone = small(x.rows * weight.rows * weight.cols);
+  for_tiles(tiles.count(), x.rows, alone, [&](int64_t index, const Lane& lane) {
+    const Tile tile = tiles.at(index);
+    const auto target_row = [&](int64_t r) { return out.row(tile.first + r) + tile.column; };
+    float* target = options.accumulate ? sums + lane.id() * tiles.tile_size() : target_row(0);
+    const int64_t stride = options.accumulate ? tile.width : out.stride;
+    multiply(target, stride, operand, weight, tile, bias);
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      float* row = target + r * stride;
+      if (options.gelu) kernels_.gelu(row, row, tile.width);
+      if (options.accumulate) kernels_.add(target_row(r), row, tile.width);
+    }
+  });
 }
 
 CpuBackend::FeedForward CpuBackend::plan_feed_forward(const Operand& x, int64_t rows,
@@ -156,17 +151,13 @@ CpuBackend::FeedForward CpuBackend::plan_feed_forward(const Operand& x, int64_t 
   return plan;
 }
 
-// silu(gate) * up of `rows` rows, as down wants it.
-void CpuBackend::activate(Lane& lane, TileCounter& counter, const FeedForward& plan,
-                          int64_t rows) const {
-  const int64_t pieces = (plan.width + kPieceColumns - 1) / kPieceColumns;
-  for_tiles(lane, counter, rows * pieces, rows, [&](int64_t tile) {
-    const int64_t row = tile / pieces, column = tile % pieces * kPieceColumns;
-    const int64_t count = std::min(kPieceColumns, plan.width - column);
-    float* gate = plan.hidden + row * 2 * plan.width + column;
-    kernels_.silu_mul(gate, gate, gate + plan.width, count);
-    write_operand(plan.activated, row, column, gate, count);
-  });
+// silu(gate) * up of a piece of a row, as down wants it.
+void CpuBackend::activate(const FeedForward& plan, int64_t piece) const {
+  const int64_t row = piece / plan.pieces(), column = piece % plan.pieces() * kPieceColumns;
+  const int64_t count = std::min(kPieceColumns, plan.width - column);
+  float* gate = plan.hidden + row * 2 * plan.width + column;
+  kernels_.silu_mul(gate, gate, gate + plan.width, count);
+  write_operand(plan.activated, row, column, gate, count);
 }
 
 void CpuBackend::mlp(Rows residual, ConstRows x, const WeightRef& gate_up, const WeightRef& down) {
@@ -176,27 +167,22 @@ void CpuBackend::mlp(Rows residual, ConstRows x, const WeightRef& gate_up, const
       plan_feed_forward(prepare(x, gate_up, rounded_), x.rows, gate_up, down, hidden_, activated_);
   const Tiling up = tiling(x.rows, gate_up.rows), out = tiling(x.rows, down.rows);
   auto* sums = lanes_.reserve<float>(pool_.lanes() * out.tile_size());
-  TileCounter up_counter, activation_counter, down_counter;
-  pool_.run(
-      [&](Lane& lane) {
-        for_tiles(lane, up_counter, up.count(), x.rows, [&](int64_t index) {
-          const Tile tile = up.at(index);
-          multiply(plan.hidden + tile.first * gate_up.rows + tile.column, gate_up.rows, plan.x,
-                   gate_up, tile);
-        });
-        lane.barrier();
-        activate(lane, activation_counter, plan, x.rows);
-        lane.barrier();
-        float* lane_sums = sums + lane.id() * out.tile_size();
-        for_tiles(lane, down_counter, out.count(), x.rows, [&](int64_t index) {
-          const Tile tile = out.at(index);
-          multiply(lane_sums, tile.width, plan.activated, down, tile);
-          for (int64_t r = 0; r < tile.rows; ++r)
-            kernels_.add(residual.row(tile.first + r) + tile.column, lane_sums + r * tile.width,
-                         tile.width);
-        });
-      },
-      small(x.rows * (gate_up.rows * gate_up.cols + down.rows * down.cols)));
+  const bool alone = small(x.rows * (gate_up.rows * gate_up.cols + down.rows * down.cols));
+  for_tiles(up.count(), x.rows, alone, [&](int64_t index, Lane&) {
+    const Tile tile = up.at(index);
+    multiply(plan.hidden + tile.first * gate_up.rows + tile.column, gate_up.rows, plan.x, gate_up,
+             tile);
+  });
+  for_tiles(x.rows * plan.pieces(), x.rows, alone,
+            [&](int64_t piece, Lane&) { activate(plan, piece); });
+  for_tiles(out.count(), x.rows, alone, [&](int64_t index, const Lane& lane) {
+    float* lane_sums = sums + lane.id() * out.tile_size();
+    const Tile tile = out.at(index);
+    multiply(lane_sums, tile.width, plan.activated, down, tile);
+    for (int64_t r = 0; r < tile.rows; ++r)
+      kernels_.add(residual.row(tile.first + r) + tile.column, lane_sums + r * tile.width,
+                   tile.width);
+  });
 }
 
 }  // namespace puna
