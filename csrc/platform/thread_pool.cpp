@@ -165,8 +165,9 @@ struct ThreadPool::Team {
     current_pool = &pool;
     for (;;) {
       epoch.await(seen, spin());
-      if (stopping) return;
       seen = epoch.word.load();  // a worker that was late may have missed some
+      // Looked at after the epoch: stop() moves that on after it has set this.
+      if (stopping) return;
       compute(id, seen);
     }
   }
