@@ -3,10 +3,10 @@
     python bench/measured.py            prints it
     python bench/measured.py --write    puts it in README.md between its marks
 
-Results: `llama_cpp_*.json` of compare_llama_cpp.py, `model_*.json` of `puna-bench model --json`,
-`vision.json` of compare_vision.py, `tokenizer.json` of tokenizer.py, `kv_decode_<tokens>_*.json` of
-`puna-bench kv-decode --json`, `ledger_*.json` of `ledger.py --json`, and `cuda_*.json` of
-`gpu_run.sh`.
+Results: `llama_cpp_MODEL_TYPE*.json` of compare_llama_cpp.py, `model_*.json` of
+`puna-bench model --json`, `vision.json` of compare_vision.py, `tokenizer.json` of tokenizer.py,
+`kv_decode_<tokens>_*.json` of `puna-bench kv-decode --json`, `ledger_*.json` of
+`ledger.py --json`, and `cuda_*.json` of `gpu_run.sh`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PEERS = {"llama_cpp": "llama.cpp", "ik_llama_cpp": "ik_llama.cpp"}
 
 def table() -> str:
     """All committed rows as Markdown, lost ones too."""
-    parts = [_comparison(path) for path in sorted(RESULTS.glob("llama_cpp_*.json"))]
+    parts = ["\n".join(_comparison(results)) for results in _comparisons()]
     models = sorted(RESULTS.glob("model_*.json"))
     if models:
         parts.append("\n".join(_unquantised(models)))
@@ -46,17 +46,32 @@ def table() -> str:
     return "\n\n".join(parts)
 
 
-def _comparison(path: Path) -> str:
-    result = json.loads(path.read_text(encoding="utf-8"))
-    first = result["rows"][0]
-    lines = [
+def _comparisons() -> list[list[dict[str, Any]]]:
+    """The results of compare_llama_cpp.py, those of one file of weights together."""
+    files: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for path in sorted(RESULTS.glob("llama_cpp_*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        first = result["rows"][0]
+        files.setdefault((first["model"], first["type"]), []).append(result)
+    return list(files.values())
+
+
+def _comparison(results: list[dict[str, Any]]) -> Iterator[str]:
+    rows = [row for result in results for row in result["rows"]]
+    first, kinds = rows[0], ["prefill", "decode", "load"]
+    rounds = sorted({result["rounds"] for result in results})
+    yield (
         f"Llama 4 {first['model'].capitalize()}, {first['layers']} layers, {first['type']}, "
-        f"{result['rounds']} rounds ({result['date']}); tokens/s, seconds for loading:",
-        "",
-        "| | threads | puna | " + " | ".join(PEERS.values()) + " | ratio to the better | ceiling |",
-        "|---|---|---|" + "---|" * len(PEERS) + "---|---|",
-    ]
-    for row in result["rows"]:
+        f"{' or '.join(map(str, rounds))} rounds ({max(result['date'] for result in results)}); "
+        "tokens/s, seconds for loading:"
+    )
+    yield ""
+    yield (
+        "| | threads | puna | " + " | ".join(PEERS.values()) + " | ratio to the better | ceiling |"
+    )
+    yield "|---|---|---|" + "---|" * len(PEERS) + "---|---|"
+    rows.sort(key=lambda row: (kinds.index(row["kind"]), -row["threads"], row["depth"]))
+    for row in rows:
         if row["kind"] == "load":
             what = f"load, {row['state']}"
         elif row["kind"] == "prefill":
@@ -66,8 +81,7 @@ def _comparison(path: Path) -> str:
         cells = [what, str(row["threads"])]
         cells += [_number(row.get(name)) for name in ("puna", *PEERS)]
         cells += [f"{row['ratio_best_peer']:.2f}" if "ratio_best_peer" in row else "-", _share(row)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        yield "| " + " | ".join(cells) + " |"
 
 
 def _vision(path: Path) -> Iterator[str]:
