@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import puna
-from conftest import MakeEngine, oracle_module
+from conftest import MakeCheckpoint, MakeEngine, oracle_module
 from oracle import golden, tiny
 from oracle.make_checkpoint import random_tensors, write_checkpoint
 from oracle.reference import Reference, moe_layers
@@ -77,6 +77,24 @@ def test_greedy_continuations_equal_transformers(
     assert completion.finish_reason == "length"
     streamed = [token for chunk in llm.stream(prompt, **options) for token in chunk.tokens]
     assert streamed == expected
+
+
+@pytest.mark.parametrize("name", tiny.VARIANTS)
+def test_hidden_states_are_what_the_head_multiplies(
+    checkpoint: MakeCheckpoint, engine: MakeEngine, name: str
+) -> None:
+    """The head has more rows than columns, so that no other states give these logits."""
+    fixture, tensors = golden.load(name), checkpoint(name).tensors
+    heads = [values for key, values in tensors.items() if key.endswith("lm_head.weight")]
+    embeddings = [values for key, values in tensors.items() if key.endswith("embed_tokens.weight")]
+    head = (heads or embeddings)[0]
+    for prompt in fixture.variant.prompts:
+        tokens, pixels = fixture.tokens(prompt), fixture.variant.pixels(prompt)
+        states = engine(name).hidden_states(tokens, pixels)
+        assert states.shape == (len(tokens), head.shape[1])
+        assert_fp32_parity((states @ head.T).astype(np.float32), fixture.logits(prompt))
+        cuts = [5, 1, len(tokens) - 6]
+        assert np.array_equal(engine(name).hidden_states(tokens, pixels, cuts), states)
 
 
 @pytest.mark.parametrize("name", tiny.VARIANTS)

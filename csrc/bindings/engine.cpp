@@ -198,15 +198,18 @@ py::array_t<float> array_of(std::vector<float> values, int64_t columns) {
   return py::array_t<float>({rows, columns}, data, owner);
 }
 
-py::array_t<float> logits(Engine& engine, const Ids& tokens, const std::vector<Pixels>& images,
-                          const std::vector<int64_t>& cuts) {
+template <ModelOutput kOutput>
+py::array_t<float> outputs(Engine& engine, const Ids& tokens, const std::vector<Pixels>& images,
+                           const std::vector<int64_t>& cuts) {
   const Prompt prompt = prompt_of(vector_of(tokens), images);
   std::vector<float> values;
   {
     const py::gil_scoped_release release;
-    values = engine.logits(prompt, cuts, signal_poll());
+    values = engine.outputs(kOutput, prompt, cuts, signal_poll());
   }
-  return array_of(std::move(values), engine.info().vocab_size);
+  const ModelInfo& info = engine.info();
+  return array_of(std::move(values),
+                  kOutput == ModelOutput::kLogits ? info.vocab_size : info.hidden_size);
 }
 
 AttentionMode::Kind attention_kind(const std::string& name) {
@@ -311,7 +314,7 @@ void bind_engine(py::module_& module) {
             std::vector<float> values;
             {
               const py::gil_scoped_release release;
-              values = session.logits(most, signal_poll());
+              values = session.outputs(ModelOutput::kLogits, most, signal_poll());
             }
             return array_of(std::move(values), session.engine().info().vocab_size);
           },
@@ -375,7 +378,10 @@ void bind_engine(py::module_& module) {
       .def("step", &step, "sessions"_a, "seconds"_a = std::numeric_limits<double>::infinity(),
            "One token for each session, computed as one batch. Sessions that have none after so "
            "many seconds are cancelled.")
-      .def("logits", &logits, "tokens"_a, "images"_a, "cuts"_a, "float32 [tokens, vocab].")
+      .def("logits", &outputs<ModelOutput::kLogits>, "tokens"_a, "images"_a, "cuts"_a,
+           "float32 [tokens, vocab].")
+      .def("hidden_states", &outputs<ModelOutput::kHiddenStates>, "tokens"_a, "images"_a, "cuts"_a,
+           "float32 [tokens, hidden]: after the last norm.")
       .def(
           "score",
           [](Engine& engine, const Ids& tokens) {

@@ -170,15 +170,17 @@ std::vector<StepResult> Engine::step(std::span<Session* const> sessions, const P
   return impl_->step(states, poll);
 }
 
-std::vector<float> Engine::logits(const Prompt& prompt, std::span<const int64_t> cuts,
-                                  const Poll& poll) {
+std::vector<float> Engine::outputs(ModelOutput output, const Prompt& prompt,
+                                   std::span<const int64_t> cuts, const Poll& poll) {
   const auto length = static_cast<int64_t>(prompt.tokens.size());
-  const auto vocab = static_cast<size_t>(impl_->info.vocab_size);
-  const int64_t bytes = static_cast<int64_t>(prompt.tokens.size() * vocab * sizeof(float));
+  const bool logits = output == ModelOutput::kLogits;
+  const auto columns = static_cast<size_t>(logits ? impl_->spec.vocab_size : impl_->spec.hidden);
+  const int64_t bytes = static_cast<int64_t>(prompt.tokens.size() * columns * sizeof(float));
   if (bytes > available_memory_bytes()) {
     fail(ErrorCode::kOutOfMemory, {.asked = bytes, .limit = available_memory_bytes()}, "[logits] ",
-         length, " rows of ", vocab, " logits need ", in_words(bytes), ", ",
-         in_words(available_memory_bytes()), " is free; use score() or a shorter prompt");
+         length, " rows of ", columns, logits ? " logits" : " hidden states", " need ",
+         in_words(bytes), ", ", in_words(available_memory_bytes()), " is free; use ",
+         logits ? "score() or a shorter prompt" : "a shorter prompt");
   }
   const std::shared_ptr<Session> one = session();
   one->prompt(prompt);
@@ -194,13 +196,13 @@ std::vector<float> Engine::logits(const Prompt& prompt, std::span<const int64_t>
          length, " tokens");
   }
   std::vector<float> all;
-  all.reserve(prompt.tokens.size() * vocab);
+  all.reserve(prompt.tokens.size() * columns);
   const std::array<int64_t, 1> whole{length};
   for (int64_t cut : cuts.empty() ? std::span<const int64_t>(whole) : cuts) {
     while (cut > 0) {
-      const std::vector<float> rows = one->logits(cut, poll);
+      const std::vector<float> rows = one->outputs(output, cut, poll);
       all.insert(all.end(), rows.begin(), rows.end());
-      cut -= static_cast<int64_t>(rows.size() / vocab);
+      cut -= static_cast<int64_t>(rows.size() / columns);
     }
   }
   return all;
@@ -212,7 +214,7 @@ std::vector<double> Engine::score(std::span<const int32_t> tokens, const Poll& p
   one->prompt({{tokens.begin(), tokens.end()}, {}});
   std::vector<double> scores{0.0};
   while (scores.size() < tokens.size()) {
-    const std::vector<float> rows = one->logits(kEvaluationRows, poll);
+    const std::vector<float> rows = one->outputs(ModelOutput::kLogits, kEvaluationRows, poll);
     for (size_t at = 0; at < rows.size() && scores.size() < tokens.size(); at += vocab)
       scores.push_back(log_probability({rows.data() + at, vocab}, tokens[scores.size()]));
   }
@@ -226,7 +228,7 @@ void Engine::close() {
   impl_->vision.reset();
   impl_->features = {};
   impl_->prefixes.clear();
-  impl_->logits = {};
+  impl_->outputs = {};
   impl_->kv.reset();
   impl_->backend.reset();
   impl_->checkpoint.reset();

@@ -136,7 +136,8 @@ std::shared_ptr<const ImageFeatures> Engine::Impl::features_of(const PlacedImage
 }
 
 ConstRows Engine::Impl::forward(std::span<const PassMember> members,
-                                std::span<const int32_t> logit_rows, const Poll& poll) {
+                                std::span<const int32_t> wanted_rows, ModelOutput output,
+                                const Poll& poll) {
   std::vector<int32_t> ids;
   std::vector<TextBatch::Segment> segments;
   std::vector<KvStore::Append> appends;
@@ -177,12 +178,14 @@ ConstRows Engine::Impl::forward(std::span<const PassMember> members,
     part.features.rows = static_cast<int64_t>(part.rows.size());
   }
   const KvStore::Plan plan = plan_appends(appends);
-  const int64_t count = static_cast<int64_t>(logit_rows.size());
-  const size_t bytes = static_cast<size_t>(count * info.vocab_size) * sizeof(float);
-  if (logits.bytes() < bytes) logits = backend->allocate(bytes);
-  const Rows out(logits.floats(), count, info.vocab_size);
+  const bool hidden_states = output == ModelOutput::kHiddenStates;
+  const auto count = static_cast<int64_t>(wanted_rows.size());
+  const int64_t columns = hidden_states ? spec.hidden : spec.vocab_size;
+  const size_t bytes = static_cast<size_t>(count * columns) * sizeof(float);
+  if (outputs.bytes() < bytes) outputs = backend->allocate(bytes);
+  const Rows out(outputs.floats(), count, columns);
   kv->apply(plan);
-  text->forward({ids, segments, placed, logit_rows}, *kv, out, poll);
+  text->forward({ids, segments, placed, wanted_rows, hidden_states}, *kv, out, poll);
   kv->commit(plan);
   return out;
 }
@@ -236,7 +239,7 @@ int64_t Engine::Impl::prefill(Session::State& session, int64_t most, const Poll&
   if (rows <= 0) return std::max<int64_t>(pending, 0);
   const Clock::time_point start = Clock::now();
   const PassMember one{&text, rows};
-  forward({&one, 1}, {}, [&] {
+  forward({&one, 1}, {}, ModelOutput::kLogits, [&] {
     require_open();
     if (poll) poll();
   });
@@ -311,7 +314,7 @@ std::vector<StepResult> Engine::Impl::step(std::span<Session::State* const> sess
     const Clock::time_point start = Clock::now();
     ConstRows out;
     try {
-      out = forward(pass, logit_rows, layer_poll);
+      out = forward(pass, logit_rows, ModelOutput::kLogits, layer_poll);
     } catch (const Cancelled&) {
       for (const size_t i : waiting) {
         if (sessions[i]->cancelled) finish_cancelled(i);

@@ -183,7 +183,7 @@ StepResult Session::step(const Poll& poll) {
   return engine_->step({&self, 1}, poll).front();
 }
 
-std::vector<float> Session::logits(int64_t most, const Poll& poll) {
+std::vector<float> Session::outputs(ModelOutput output, int64_t most, const Poll& poll) {
   if (most < 1)
     fail(ErrorCode::kInvalidRequest, "[logits] ", most, " rows were asked for; ask for 1 or more");
   Engine::Impl& impl = *engine_->impl_;
@@ -197,7 +197,7 @@ std::vector<float> Session::logits(int64_t most, const Poll& poll) {
   std::vector<int32_t> wanted(static_cast<size_t>(rows));
   std::iota(wanted.begin(), wanted.end(), 0);
   const PassMember one{&text, rows};
-  const ConstRows out = impl.forward({&one, 1}, wanted, [&] {
+  const ConstRows out = impl.forward({&one, 1}, wanted, output, [&] {
     impl.require_open();
     if (poll) poll();
   });

@@ -129,7 +129,7 @@ struct Engine::Impl {
   std::atomic<bool> closed{false};
   FeatureCache features;
   PrefixCache prefixes;
-  Buffer logits;  // of the last forward pass
+  Buffer outputs;  // of the last forward pass
   uint64_t last_salt = 0;
 
   // Sessions may be dropped while another thread computes; their sequences go to the prefix cache,
@@ -156,9 +156,9 @@ struct Engine::Impl {
   void check_tokens(std::span<const int32_t> tokens, int64_t held) const;
   // What the store needs for the appends; cached prefixes make room if they must.
   KvStore::Plan plan_appends(std::span<const KvStore::Append> appends);
-  // One forward pass. logit_rows: batch rows wanted.
-  ConstRows forward(std::span<const PassMember> members, std::span<const int32_t> logit_rows,
-                    const Poll& poll);
+  // One forward pass: logits or hidden states of the batch rows that are wanted.
+  ConstRows forward(std::span<const PassMember> members, std::span<const int32_t> wanted_rows,
+                    ModelOutput output, const Poll& poll);
   std::shared_ptr<const ImageFeatures> features_of(const PlacedImage& image, const Poll& poll);
   std::vector<StepResult> step(std::span<Session::State* const> sessions, const Poll& poll);
   int64_t prefill(Session::State& session, int64_t most, const Poll& poll);
@@ -169,7 +169,7 @@ struct Engine::Impl {
 // its own, while many rows share what they read.
 constexpr int64_t kMostApproximate = 32;
 
-// When every row's logits are wanted: 256 rows of 202,048 logits are 207 MB.
+// When logits of every row are wanted: 256 rows of 202,048 logits are 207 MB.
 constexpr int64_t kEvaluationRows = 256;
 
 }  // namespace puna

@@ -188,9 +188,9 @@ void TextModel::forward(const TextBatch& batch, KvStore& kv, Rows out, const Lay
   }
   if (wanted_rows == 0) return;
   if (batch.whole_last_layer) backend_.gather(wanted, hidden, batch.logit_rows);
-  const Rows last = normed.slice(0, wanted_rows);
+  const Rows last = batch.hidden_states ? out : normed.slice(0, wanted_rows);
   backend_.rms_norm(last, wanted, parameters_.norm, eps);
-  backend_.matmul(out, last, parameters_.head);
+  if (!batch.hidden_states) backend_.matmul(out, last, parameters_.head);
 }
 
 }  // namespace puna

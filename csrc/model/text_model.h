@@ -38,6 +38,7 @@ struct TextBatch {
   std::span<const Segment> segments;  // in row order, covering all rows
   std::span<const Features> features;
   std::span<const int32_t> logit_rows;  // rows whose logits are wanted, ascending
+  bool hidden_states = false;           // instead of logits what the head multiplies
   // The last layer, past its keys and values, is computed for the rows of logit_rows alone; with
   // this, for all (calibration).
   bool whole_last_layer = false;
@@ -50,7 +51,8 @@ class TextModel {
   TextModel(const ModelSpec& spec, const TensorRef& embedding, TextParameters parameters,
             Backend& backend);
 
-  // out [logit_rows][vocab]. Reads and writes the pages of `kv`, for which apply() made room.
+  // out [logit_rows][vocab], or [logit_rows][hidden]. Reads and writes the pages of `kv`, for which
+  // apply() made room.
   void forward(const TextBatch& batch, KvStore& kv, Rows out, const LayerPoll& poll);
 
  private:

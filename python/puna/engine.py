@@ -328,10 +328,30 @@ class Engine:
             InvalidRequest: Ids outside the vocabulary, cuts that do not add up, or more or fewer
                 image places than rows.
         """
+        return self._core_engine().logits(*self._pieces(tokens, pixel_values, cuts))
+
+    def hidden_states(
+        self,
+        tokens: ArrayLike,
+        pixel_values: ArrayLike | None = None,
+        cuts: Sequence[int] | None = None,
+    ) -> NDArray[np.float32]:
+        """What the head multiplies, at every position of a prompt: the last layer's, normed.
+
+        Args and errors are those of `logits`.
+
+        Returns:
+            float32 [T, hidden], as `logits` in the host's memory; `logits(ids)` is this times the
+            head's matrix.
+        """
+        return self._core_engine().hidden_states(*self._pieces(tokens, pixel_values, cuts))
+
+    def _pieces(
+        self, tokens: ArrayLike, pixel_values: ArrayLike | None, cuts: Sequence[int] | None
+    ) -> tuple[list[int], list[NDArray[np.float32]], list[int]]:
         ids = token_ids(np.asarray(tokens), self.info.vocab_size, "tokens")
         pixels = [] if pixel_values is None else [tiles_array(pixel_values)]
-        pieces = [whole("cuts", cut) for cut in (() if cuts is None else cuts)]
-        return self._core_engine().logits(ids, pixels, pieces)
+        return ids, pixels, [whole("cuts", cut) for cut in (() if cuts is None else cuts)]
 
     def score(self, text: Prompt) -> Score:
         """Log-probability of a text (with the begin-of-text token in front) or of token ids.

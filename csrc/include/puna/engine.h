@@ -64,10 +64,10 @@ class Engine : public std::enable_shared_from_this<Engine> {
   // that have prompt left are prefilled first.
   std::vector<StepResult> step(std::span<Session* const> sessions, const Poll& poll = {});
 
-  // Logits [tokens][vocab] of a prompt, computed in pieces of the lengths `cuts` (empty: one piece;
-  // 1 = a decode step).
-  std::vector<float> logits(const Prompt& prompt, std::span<const int64_t> cuts,
-                            const Poll& poll = {});
+  // Logits [tokens][vocab] or hidden states [tokens][hidden] of a prompt, computed in pieces of the
+  // lengths `cuts` (empty: one piece; 1 = a decode step).
+  std::vector<float> outputs(ModelOutput output, const Prompt& prompt,
+                             std::span<const int64_t> cuts, const Poll& poll = {});
   // Log-probability of each token given those before it; the first has none (0).
   std::vector<double> score(std::span<const int32_t> tokens, const Poll& poll = {});
 
@@ -110,8 +110,9 @@ class Session {
   // One token of this session alone.
   StepResult step(const Poll& poll = {});
   // Computes the next tokens of the prompt, at most `most` of them and what one pass holds: the
-  // logits [n][vocab] at each. Empty: there are none left, and step() needs another prompt first.
-  std::vector<float> logits(int64_t most, const Poll& poll = {});
+  // logits [n][vocab], or the hidden states [n][hidden], at each. Empty: there are none left, and
+  // step() needs another prompt first.
+  std::vector<float> outputs(ModelOutput output, int64_t most, const Poll& poll = {});
   // The next step ends the turn with kCancelled. From any thread.
   void cancel();
 

@@ -57,6 +57,10 @@ struct TokenLogprob {
   double logprob = 0;
 };
 
+// What a forward pass gives for a token: a score of each id to come next, or what the head
+// multiplies to that end, the last layer's rows after the last norm.
+enum class ModelOutput { kLogits, kHiddenStates };
+
 enum class FinishReason { kNone, kStop, kLength, kCancelled };
 
 struct StepResult {
