@@ -18,7 +18,8 @@ numpy installed:
 The file is a synthetic slice with the true layer shapes and a vocabulary of 8192 instead of 202048
 (see synthetic_gguf.py); it is written once into --directory. Each engine runs in a process of its
 own, so that its memory is its own; one computes while the others sleep. Every round measures every
-row once in every engine, the first engine another one each round; medians over the rounds are
+row once in every engine (decoding, which is short, five times), the first engine another one each
+round; medians over the rounds are
 compared. Each peer has its best settings: weights repacked at loading into memory of its own with
 huge pages, and flash attention and micro-batch as its own first round finds them faster, row by
 row. Read README.md beside this file for how to read the result.
@@ -48,6 +49,9 @@ from synthetic_gguf import FAMILIES, RECIPES, Slice, normal_tokens, write
 WORKERS = Path(__file__).parent / "workers"
 RESULTS = Path(__file__).parent / "results"
 DECODED = 64
+# How often decoding is measured in a round: it is short, and as noisy as the memory of a machine
+# that others use as well.
+DECODE_REPEATS = 5
 # Tokens of a prompt that goes on at a depth; so few that from 8000 it ends within the same chunk,
 # since llama.cpp cannot cut its cache back to a chunk that it has left.
 CONTINUED = 128
@@ -119,6 +123,11 @@ class Row:
             self.kind, count=self.tokens, depth=self.depth, vocabulary=vocabulary, variant=variant
         )
 
+    @property
+    def repeats(self) -> int:
+        """How often it is measured in a round."""
+        return DECODE_REPEATS if self.kind == "decode" else 1
+
     def rate(self, engine: str) -> float | None:
         """Median tokens per second."""
         seconds = self.seconds.get(engine)
@@ -180,12 +189,13 @@ class Comparison:
                 names = names[round_ % len(names) :] + names[: round_ % len(names)] if names else []
                 if together:
                     for row in self.rows:
-                        for name in names:
+                        for name in names * row.repeats:
                             self._attempt(name, self._measure, row)
                 else:
                     for name in names:
                         for row in self.rows:
-                            self._attempt(name, self._measure, row)
+                            for _ in range(row.repeats):
+                                self._attempt(name, self._measure, row)
                         self._close(name)
         finally:
             for name in list(self._workers):

@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <memory>
 #include <type_traits>
+#include <vector>
 
 namespace puna {
 
@@ -54,6 +55,47 @@ class TileCounter {
 
  private:
   std::atomic<int64_t> next_{0};
+};
+
+// Hands out tiles so that each lane goes through a contiguous share of its own, from its first tile
+// on, and whoever is done with that takes the last tiles that others have left.
+class TileShares {
+ public:
+  explicit TileShares(int lanes) : shares_(static_cast<size_t>(lanes)) {}
+
+  // Before a run, for at most 2^32 - 1 tiles.
+  void reset(int64_t tiles) {
+    const auto lanes = static_cast<int64_t>(shares_.size());
+    for (int64_t lane = 0; lane < lanes; ++lane)
+      shares_[lane].range = range(tiles * lane / lanes, tiles * (lane + 1) / lanes);
+  }
+  // -1: there are no more.
+  int64_t next(const Lane& lane) {
+    const int lanes = static_cast<int>(shares_.size());
+    for (int i = 0; i < lanes; ++i) {
+      std::atomic<uint64_t>& share = shares_[(lane.id() + i) % lanes].range;
+      for (uint64_t left = share.load(std::memory_order_relaxed);;) {
+        const auto begin = static_cast<int64_t>(left >> 32),
+                   end = static_cast<int64_t>(left & kLow);
+        if (begin == end) break;
+        const bool own = i == 0;
+        const uint64_t rest = own ? range(begin + 1, end) : range(begin, end - 1);
+        if (share.compare_exchange_weak(left, rest, std::memory_order_relaxed))
+          return own ? begin : end - 1;
+      }
+    }
+    return -1;
+  }
+
+ private:
+  static constexpr uint64_t kLow = 0xffffffff;
+  static uint64_t range(int64_t begin, int64_t end) {
+    return static_cast<uint64_t>(begin) << 32 | static_cast<uint64_t>(end);
+  }
+  struct alignas(64) Share {
+    std::atomic<uint64_t> range{0};
+  };
+  std::vector<Share> shares_;
 };
 
 class ThreadPool {

@@ -20,6 +20,7 @@ using puna::Lane;
 using puna::Part;
 using puna::ThreadPool;
 using puna::TileCounter;
+using puna::TileShares;
 
 TEST(parts_cover_rows_once) {
   for (const int lanes : {1, 2, 3, 5}) {
@@ -146,6 +147,48 @@ TEST(tiles_are_drawn_once) {
     for (int64_t tile; (tile = counter.next()) < 1000;) ++drawn[tile];
   });
   for (const auto& count : drawn) CHECK_EQ(count.load(), 1);
+}
+
+TEST(shares_are_gone_through_in_order_and_once) {
+  for (const int lanes : {1, 2, 3, 5}) {
+    ThreadPool pool(lanes);
+    TileShares shares(lanes);
+    for (const int64_t tiles : {0, 1, 2, 7, 1000}) {
+      std::vector<std::atomic<int>> drawn(static_cast<size_t>(tiles));
+      std::atomic<int> unordered{0};
+      shares.reset(tiles);
+      pool.run([&](const Lane& lane) {
+        const Part own = lane.part(tiles);
+        int64_t last = own.begin - 1;
+        for (int64_t tile; (tile = shares.next(lane)) >= 0;) {
+          ++drawn[tile];
+          if (tile < own.begin || tile >= own.end) continue;
+          unordered += tile != last + 1;
+          last = tile;
+        }
+      });
+      for (const auto& count : drawn) CHECK_EQ(count.load(), 1);
+      CHECK_EQ(unordered.load(), 0);
+    }
+  }
+}
+
+TEST(a_lane_that_is_done_takes_the_last_of_anothers_share) {
+  TileShares shares(2);
+  ThreadPool pool(2);
+  std::atomic<bool> done{false};
+  std::vector<int64_t> taken;
+  shares.reset(10);
+  pool.run([&](const Lane& lane) {
+    if (lane.id() == 0) {
+      while (!done) std::this_thread::yield();
+      CHECK_EQ(shares.next(lane), -1);
+      return;
+    }
+    for (int64_t tile; (tile = shares.next(lane)) >= 0;) taken.push_back(tile);
+    done = true;
+  });
+  CHECK(taken == std::vector<int64_t>({5, 6, 7, 8, 9, 4, 3, 2, 1, 0}));
 }
 
 TEST(too_many_lanes_are_refused) {

@@ -137,18 +137,17 @@ class CpuBackend final : public Backend {
   static constexpr int64_t kStreamedRows = 4;
 
   // Calls body(tile, lane) on all tiles of a product of `rows` rows, on all lanes or here alone.
-  // Streaming, each lane reads one contiguous share. Otherwise tiles go to whoever is free.
+  // Streaming, each lane reads one contiguous share, and the last tiles of another's if that is
+  // slower. Otherwise tiles go to whoever is free, neighbours at the same time.
   template <class Body>
   void for_tiles(int64_t tiles, int64_t rows, bool alone, const Body& body) {
+    const bool streams = rows <= kStreamedRows;
     TileCounter counter;
+    if (streams) shares_.reset(tiles);
     pool_.run(
-        [&](Lane& lane) {
-          if (rows <= kStreamedRows) {
-            const Part part = lane.part(tiles);
-            for (int64_t tile = part.begin; tile < part.end; ++tile) body(tile, lane);
-          } else {
-            for (int64_t tile; (tile = counter.next()) < tiles;) body(tile, lane);
-          }
+        [&](const Lane& lane) {
+          for (int64_t tile; streams && (tile = shares_.next(lane)) >= 0;) body(tile, lane);
+          for (int64_t tile; !streams && (tile = counter.next()) < tiles;) body(tile, lane);
         },
         alone);
   }
@@ -187,6 +186,7 @@ class CpuBackend final : public Backend {
   ThreadPool pool_;
   // Operations follow one another closely; between passes workers fall asleep all the same.
   ThreadPool::SpinScope spin_{pool_};
+  TileShares shares_{pool_.lanes()};
 
   Scratch rounded_, hidden_, activated_;  // products
   Scratch logits_, router_rows_, routed_rows_, routed_hidden_,

@@ -32,7 +32,7 @@ void CpuBackend::moe(Rows residual, ConstRows x, const MoeWeights& weights) {
 
   // The router's logits and the shared expert's first product.
   const int64_t router_count = router_tiles.count();
-  for_tiles(router_count + shared_tiles.count(), x.rows, alone, [&](int64_t index, Lane&) {
+  for_tiles(router_count + shared_tiles.count(), x.rows, alone, [&](int64_t index, const Lane&) {
     if (index < router_count) {
       const Tile tile = router_tiles.at(index);
       multiply(logits + tile.first * experts + tile.column, experts, router_x, weights.router,
@@ -49,7 +49,7 @@ void CpuBackend::moe(Rows residual, ConstRows x, const MoeWeights& weights) {
   // its score, as the weights want it.
   const int64_t activations = x.rows * shared.pieces();
   const int64_t pieces = (hidden + kPieceColumns - 1) / kPieceColumns;
-  for_tiles(activations + slots * pieces, x.rows, alone, [&](int64_t tile, Lane&) {
+  for_tiles(activations + slots * pieces, x.rows, alone, [&](int64_t tile, const Lane&) {
     if (tile < activations) return activate(shared, tile);
     tile -= activations;
     const int64_t slot = tile / pieces, column = tile % pieces * kPieceColumns;
@@ -62,7 +62,7 @@ void CpuBackend::moe(Rows residual, ConstRows x, const MoeWeights& weights) {
   const auto occupied = static_cast<int64_t>(routing_.occupied.size());
   const int64_t strip = tiling(slots, occupied * 2 * routed.width).strip_columns;
   const int64_t strips = (2 * routed.width + strip - 1) / strip;
-  for_tiles(occupied * strips, x.rows, alone, [&](int64_t index, Lane&) {
+  for_tiles(occupied * strips, x.rows, alone, [&](int64_t index, const Lane&) {
     const int64_t expert = routing_.occupied[index / strips], column = index % strips * strip;
     const Tile tile{column, std::min(strip, 2 * routed.width - column), routing_.offset[expert],
                     routing_.offset[expert + 1] - routing_.offset[expert]};
@@ -70,7 +70,7 @@ void CpuBackend::moe(Rows residual, ConstRows x, const MoeWeights& weights) {
              weights.gate_up[expert], tile);
   });
   for_tiles(slots * routed.pieces(), x.rows, alone,
-            [&](int64_t tile, Lane&) { activate(routed, tile); });
+            [&](int64_t tile, const Lane&) { activate(routed, tile); });
 
   // One lane owns a tile of the residual and adds to it in a fixed order: shared expert, then
   // routed experts by index.

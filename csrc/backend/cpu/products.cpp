@@ -168,13 +168,13 @@ void CpuBackend::mlp(Rows residual, ConstRows x, const WeightRef& gate_up, const
   const Tiling up = tiling(x.rows, gate_up.rows), out = tiling(x.rows, down.rows);
   auto* sums = lanes_.reserve<float>(pool_.lanes() * out.tile_size());
   const bool alone = small(x.rows * (gate_up.rows * gate_up.cols + down.rows * down.cols));
-  for_tiles(up.count(), x.rows, alone, [&](int64_t index, Lane&) {
+  for_tiles(up.count(), x.rows, alone, [&](int64_t index, const Lane&) {
     const Tile tile = up.at(index);
     multiply(plan.hidden + tile.first * gate_up.rows + tile.column, gate_up.rows, plan.x, gate_up,
              tile);
   });
   for_tiles(x.rows * plan.pieces(), x.rows, alone,
-            [&](int64_t piece, Lane&) { activate(plan, piece); });
+            [&](int64_t piece, const Lane&) { activate(plan, piece); });
   for_tiles(out.count(), x.rows, alone, [&](int64_t index, const Lane& lane) {
     float* lane_sums = sums + lane.id() * out.tile_size();
     const Tile tile = out.at(index);
