@@ -214,6 +214,8 @@ class Comparison:
     def _first_load(self, name: str) -> None:
         """Load times, cold and warm, and the logits of a prompt for the comparison of results."""
         times = {}
+        if name == "puna" and self.arguments.packed:
+            times["packed"] = self._load_packed()
         for state in ("cold", "warm"):
             self._close(name)
             if state == "cold":
@@ -230,12 +232,22 @@ class Comparison:
             flush=True,
         )
 
-    def _open(self, name: str) -> float:
+    def _load_packed(self) -> float:
+        """The time of loading the same weights in puna's packed form, made if need be."""
+        packed = self.path.with_suffix(".packed")
+        if not (packed / "config.json").exists():
+            command = [sys.executable, "-m", "puna", "quantize", str(self.path), str(packed)]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        self._close("puna")
+        with self.exclusive():
+            return self._open("puna", packed)
+
+    def _open(self, name: str, path: Path | None = None) -> float:
         log = Path(tempfile.gettempdir()) / f"compare-{name}.log"
         self._workers[name] = Worker(name, self.commands[name], log)
         return self._workers[name].ask(
             "load",
-            path=str(self.path),
+            path=str(path or self.path),
             threads=self.threads,
             context=self.context,
             options=json.loads(self.arguments.puna_options) if name == "puna" else {},
@@ -311,8 +323,12 @@ class Comparison:
     def result_rows(self) -> list[dict[str, Any]]:
         """One flat object per measured row; speeds are tokens per second, loads are seconds."""
         rows = [self._speed_row(row) for row in self.rows]
-        for state in ("cold", "warm"):
-            values = {name: round(times[state], 3) for name, times in self.loads.items()}
+        for state in ("cold", "warm", "packed"):
+            values = {
+                name: round(times[state], 3) for name, times in self.loads.items() if state in times
+            }
+            if not values:
+                continue
             row = {
                 "kind": "load",
                 **self._common(),
@@ -460,6 +476,11 @@ def _arguments() -> argparse.Namespace:
         "--quick",
         action="store_true",
         help="prefill 128 and 512, decode at depth 0, 2 threads, 3 rounds",
+    )
+    parser.add_argument(
+        "--packed",
+        action="store_true",
+        help="also time loading puna's packed form of the file, made beside it and warm",
     )
     parser.add_argument("--peers-only", action="store_true", help="leave puna out")
     parser.add_argument(
