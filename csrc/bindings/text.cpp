@@ -3,7 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cstring>
+#include <algorithm>
 #include <limits>
 #include <optional>
 
@@ -119,7 +119,7 @@ Ids array_of(IdBuffer ids) {
   constexpr py::ssize_t kShort = 4096;
   if (count <= kShort) {
     Ids array(count);
-    std::memcpy(array.mutable_data(), ids.ids().data(), ids.ids().size_bytes());
+    std::copy_n(ids.ids().data(), ids.size(), array.mutable_data());
     return array;
   }
   auto owner = std::make_unique<IdBuffer::Owner>(ids.release());

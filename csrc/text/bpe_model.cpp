@@ -8,9 +8,31 @@ namespace puna {
 
 namespace {
 
+// Ids of ordinary tokens.
+struct MergeRule {
+  int32_t left, right, merged;
+};
+
+std::vector<MergeRule> rules_of(const Vocabulary& vocabulary, const ByteStrings& sides) {
+  std::vector<MergeRule> rules;
+  rules.reserve(sides.size() / 2);
+  for (size_t i = 0; i + 1 < sides.size(); i += 2) {
+    const std::string_view left = sides[i], right = sides[i + 1];
+    // They lie one after the other.
+    const std::string_view merged(left.data(), left.size() + right.size());
+    const MergeRule rule{vocabulary.find(left), vocabulary.find(right), vocabulary.find(merged)};
+    if (std::min({rule.left, rule.right, rule.merged}) == Vocabulary::kNone) {
+      fail(ErrorCode::kModelFormat, "[tokenizer] merge ", i / 2,
+           " names a token that the vocabulary lacks");
+    }
+    rules.push_back(rule);
+  }
+  return rules;
+}
+
 // Whether merge rules say what a list of ranks would: a token's merges come where its id is in the
 // order, and all of them are there.
-bool follow_ranks(const Vocabulary& vocabulary, const std::vector<BpeModel::MergeRule>& rules) {
+bool follow_ranks(const Vocabulary& vocabulary, const std::vector<MergeRule>& rules) {
   const auto by_id = [](const auto& a, const auto& b) { return a.merged < b.merged; };
   if (!std::is_sorted(rules.begin(), rules.end(), by_id)) return false;
   size_t possible = 0;
@@ -46,9 +68,10 @@ BpeModel BpeModel::of_ranks(ByteStrings tokens, std::vector<bool> added) {
   return model;
 }
 
-BpeModel BpeModel::of_merges(ByteStrings tokens, std::vector<bool> added,
-                             const std::vector<MergeRule>& rules, bool whole_first) {
+BpeModel BpeModel::of_merges(ByteStrings tokens, std::vector<bool> added, const ByteStrings& sides,
+                             bool whole_first) {
   BpeModel model(std::move(tokens), std::move(added));
+  const std::vector<MergeRule> rules = rules_of(model.vocabulary_, sides);
   if (follow_ranks(model.vocabulary_, rules)) model.ranked_ = RankedBpe::of(model.vocabulary_);
   if (!model.ranked_) {
     model.merges_.reserve(rules.size());

@@ -15,17 +15,13 @@ namespace puna {
 
 class BpeModel {
  public:
-  // The first merges first; all ids are of ordinary tokens.
-  struct MergeRule {
-    int32_t left, right, merged;
-  };
-
   // `tokens` by id, of which the `added` ones take no part. Two of the others merge if their joint
   // bytes are one, that of the lowest id first. A piece that is a token is not merged.
   static BpeModel of_ranks(ByteStrings tokens, std::vector<bool> added);
-  // `whole_first`: a piece that is a token is not merged.
-  static BpeModel of_merges(ByteStrings tokens, std::vector<bool> added,
-                            const std::vector<MergeRule>& rules, bool whole_first);
+  // The two sides of each merge in turn; the first merges first. `whole_first`: a piece that is a
+  // token is not merged. Throws ModelFormat if sides, or what they become, are no tokens.
+  static BpeModel of_merges(ByteStrings tokens, std::vector<bool> added, const ByteStrings& sides,
+                            bool whole_first);
 
   // Its find() knows the tokens that a piece of their bytes becomes.
   const Vocabulary& vocabulary() const { return vocabulary_; }

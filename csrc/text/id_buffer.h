@@ -18,7 +18,9 @@ class IdBuffer {
   enum Mode { kKeep, kCount };
 
   // `expected`: how many ids will come at most, about; memory is used only as they come.
-  explicit IdBuffer(Mode mode = kKeep, size_t expected = 0) : mode_(mode) { grow(expected); }
+  explicit IdBuffer(Mode mode = kKeep, size_t expected = 0) : mode_(mode) {
+    if (expected > 0) grow(expected);
+  }
 
   // Room for `count` ids behind the last. Then set_end() says how many were written.
   int32_t* room(size_t count) {

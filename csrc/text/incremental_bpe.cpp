@@ -42,7 +42,7 @@ bool IncrementalBpe::fits(uint32_t token, PairMemo& memo) const {
 void IncrementalBpe::push_or_miss(std::string_view bytes, PairMemo& memo) {
   bytes_ += bytes;
   for (const char byte : bytes) {
-    node_ = bpe_->trie().step(node_, static_cast<uint8_t>(byte));
+    node_ = bpe_->step(node_, static_cast<uint8_t>(byte));
     // One of the tokens that end here is the last of the encoding. The first guess is the last
     // token before, made longer: right all along a run of one character.
     uint32_t token = last_.empty() ? emitted_ : last_.back();
@@ -85,7 +85,7 @@ void IncrementalBpe::push_many(std::string_view bytes, PairMemo& memo, std::vect
     if (settled == ids.data()) break;
     start_behind(static_cast<uint32_t>(settled[-1]));
     for (size_t at = first_open; at < place; ++at) {
-      node_ = bpe_->trie().step(node_, static_cast<uint8_t>(text[at]));
+      node_ = bpe_->step(node_, static_cast<uint8_t>(text[at]));
     }
     push_or_miss(std::string_view(text).substr(place), memo);
     if (all_open_are_reached()) {
@@ -119,7 +119,7 @@ bool IncrementalBpe::all_open_are_reached() const {
            (back < last_.size() && last_[last_.size() - back - 1] != RankedBpe::kNone);
   };
   if (!is_reached(0)) return false;
-  for (uint32_t node = node_; node != trie.root(); node = trie.fail(node)) {
+  for (uint32_t node = node_; node != trie.root(); node = bpe_->fail(node)) {
     if (trie.has_children(node) && !is_reached(trie.depth(node))) return false;
   }
   return true;
@@ -138,7 +138,7 @@ void IncrementalBpe::drain(std::vector<int32_t>& out) {
   // The next token begins here, or at an earlier place from which the bytes since then are the
   // proper beginning of a token.
   size_t common = last_.size();
-  for (uint32_t node = node_; node != trie.root() && common > 0; node = trie.fail(node)) {
+  for (uint32_t node = node_; node != trie.root() && common > 0; node = bpe_->fail(node)) {
     if (!trie.has_children(node)) continue;
     size_t place = last_.size() - trie.depth(node);
     while (common != place) {

@@ -9,7 +9,9 @@ namespace puna {
 
 namespace {
 
-// So that places stay in the processor's nearest cache.
+// Pieces that are looked up together: what they touch fits into the processor's nearest cache.
+constexpr size_t kPiecesAtOnce = 256;
+// So that places stay there, too.
 constexpr size_t kPlacesAtOnce = 1024;
 // Stands in the place of a key's high word for pieces that are longer than a key.
 constexpr uint64_t kLong = ~uint64_t{0};
@@ -55,16 +57,17 @@ size_t PieceEncoder::encode_but(size_t spared, std::string_view text, IdBuffer& 
       ids[i] = vocabulary.candidate(hashes[i]);
       vocabulary.prefetch_key(ids[i]);
     }
-    size_t unknown_count = 0;
+    size_t unknown_count = 0, unknown_bytes = 0;
     for (size_t i = 0; i < count; ++i) {
       ids[i] = keys[i].high != kLong ? vocabulary.find(keys[i], hashes[i])
                                      : vocabulary.find(piece_at(i), hashes[i]);
       if (ids[i] == Vocabulary::kNone) {
         unknown[unknown_count++] = static_cast<uint16_t>(i);
+        unknown_bytes += piece_at(i).size();
         __builtin_prefetch(&lines_[hashes[i] % kLines], 1);
       }
     }
-    int32_t* end = out.room(ends[count - 1] - at + kLineIds);
+    int32_t* end = out.room(count - unknown_count + unknown_bytes + kLineIds);
     size_t done = 0;
     for (size_t k = 0; k < unknown_count; ++k) {
       const size_t i = unknown[k];

@@ -19,8 +19,6 @@ size_t next_piece(std::string_view text, size_t at);
 // Ends of the pieces from `at` on, `limit` of them unless the text ends before. Returns their
 // number.
 size_t next_pieces(std::string_view text, size_t at, size_t* ends, size_t limit);
-// A limit of next_pieces() that lets it work at full speed.
-constexpr size_t kPiecesAtOnce = 256;
 
 // Where the characters from `at` on end whose classes are in a set: bit i is that of class i.
 size_t after_classes(std::string_view text, size_t at, uint32_t classes);

@@ -1,6 +1,7 @@
 #include "text/ranked_bpe.h"
 
 #include <algorithm>
+#include <array>
 
 #include "base/error.h"
 #include "text/bpe.h"
@@ -9,8 +10,8 @@ namespace puna {
 
 namespace {
 
-// Tokens whose parts are asked for ahead of their turn.
-constexpr uint32_t kLookAhead = 12;
+// Tokens that are looked up together.
+constexpr size_t kTogether = 256;
 
 }  // namespace
 
@@ -18,7 +19,8 @@ uint32_t RankedBpe::merged(uint32_t left, uint32_t right) const {
   const Token& follower = tokens_[right];
   uint32_t node = child_of(tokens_[left], follower.first[0]);
   for (uint32_t i = 1; node != kNone && i < follower.length; ++i) {
-    node = trie_.child(node, i == 1 ? follower.first[1] : bytes_[follower.begin + i]);
+    node = trie_.child(
+        node, i == 1 ? follower.first[1] : static_cast<uint8_t>(bytes_[follower.begin + i]));
   }
   return node == kNone ? kNone : trie_.token_at(node);
 }
@@ -44,72 +46,76 @@ bool RankedBpe::stay_apart(uint32_t left, uint32_t right) const {
   }
 }
 
-bool RankedBpe::find_parts(const Vocabulary& vocabulary) {
-  const auto size = static_cast<uint32_t>(tokens_.size());
-  MergeTable merges;           // filled when first needed
-  std::vector<uint32_t> ends;  // of a token, the longest first
-  for (uint32_t token = 0; token < size; ++token) {
-    if (token + kLookAhead < size) {
-      const Token& soon = tokens_[token + kLookAhead];
-      if (soon.shorter_start != kNone) __builtin_prefetch(&tokens_[soon.shorter_start]);
-      if (soon.shorter_end != kNone) __builtin_prefetch(&tokens_[soon.shorter_end]);
+// What the rest of each token behind the longest that it begins with is in the vocabulary. One loop
+// for each step, so that memory is asked for long before it is needed.
+void RankedBpe::look_up_rests(const Vocabulary& vocabulary, std::span<const uint32_t> tokens,
+                              std::span<int32_t> found) const {
+  std::array<uint64_t, kTogether> hashes;
+  const auto for_each = [&](const auto& work) {
+    for (size_t i = 0; i < tokens.size(); ++i) {
+      const uint32_t start = shorter_start(tokens[i]);
+      if (start != kNone) work(i, tokens[i], start);
     }
-    const uint32_t whole = length(token);
-    if (whole == 0) continue;
-    if (whole == 1) {
-      if (token >= 256) return false;
-      tokens_[token].left = tokens_[token].right = token;
-      continue;
-    }
-    // A beginning and an end that are tokens and meet. There is at most one such pair that is the
-    // encoding by the merges of lower ranks.
-    ends.clear();
-    for (uint32_t end = shorter_end(token); end != kNone; end = shorter_end(end)) {
-      ends.push_back(end);
-    }
-    for (uint32_t left = shorter_start(token); left != kNone && !ends.empty();) {
-      const uint32_t right = ends.back(), joint = length(left) + length(right);
-      if (joint == whole && left < token && right < token && is_reachable(left) &&
-          is_reachable(right) && stay_apart(left, right)) {
-        tokens_[token].left = left;
-        tokens_[token].right = right;
-        break;
-      }
-      if (joint >= whole) left = shorter_start(left);
-      if (joint <= whole) ends.pop_back();
-    }
-    if (is_reachable(token)) continue;
-    // Merging in the order of ranks does not make it. If it comes about nevertheless, one of its
-    // parts has a higher rank.
-    all_reachable_ = false;
-    if (merges.empty()) add_merges_of_ranks(vocabulary, merges);
-    std::vector<int32_t> symbols, ids;
-    for (const char byte : vocabulary.ordinary(token))
-      symbols.push_back(vocabulary.find({&byte, 1}));
-    merge_pairs(merges, symbols, ids);
-    if (ids.size() == 1) return false;
-  }
-  return true;
+  };
+  for (const uint32_t token : tokens) __builtin_prefetch(&tokens_[token]);
+  for_each([&](size_t, uint32_t token, uint32_t start) {
+    __builtin_prefetch(&tokens_[start]);
+    __builtin_prefetch(&bytes_[tokens_[token].begin]);
+  });
+  for_each([&](size_t i, uint32_t token, uint32_t start) {
+    hashes[i] = Vocabulary::hash_of(rest(token, start));
+    vocabulary.prefetch(hashes[i]);
+  });
+  for_each([&](size_t i, uint32_t, uint32_t) {
+    vocabulary.prefetch_key(vocabulary.candidate(hashes[i]));
+  });
+  for_each([&](size_t i, uint32_t token, uint32_t start) {
+    found[i] = vocabulary.find(rest(token, start), hashes[i]);
+    if (found[i] != Vocabulary::kNone) __builtin_prefetch(&tokens_[found[i]]);
+  });
 }
 
-// By all tokens, or by those that are reachable if all_reachable_ is false.
-void RankedBpe::link(const TokenTrie::Built& built) {
-  const auto counts = [&](uint32_t token) { return all_reachable_ || is_reachable(token); };
-  longest_end_.assign(trie_.nodes(), kNone);
-  for (const uint32_t node : built.by_depth) {
-    const uint32_t token = trie_.token_at(node);
-    const uint32_t end = longest_end_[trie_.fail(node)];
-    if (token == kNone) {
-      longest_end_[node] = end;
-      continue;
+// Parts are shorter than what they make, and neighbours in this order begin with the same ones.
+bool RankedBpe::find_parts(const Vocabulary& vocabulary, std::span<const uint32_t> by_length) {
+  MergeTable merges;  // filled when first needed
+  std::array<int32_t, kTogether> rests;
+  for (; !by_length.empty(); by_length = by_length.subspan(std::min(kTogether, by_length.size()))) {
+    const auto tokens = by_length.first(std::min(kTogether, by_length.size()));
+    look_up_rests(vocabulary, tokens, rests);
+    for (size_t i = 0; i < tokens.size(); ++i) {
+      const uint32_t token = tokens[i];
+      if (length(token) == 1) {
+        if (token >= 256) return false;
+        tokens_[token].left = tokens_[token].right = token;
+        continue;
+      }
+      // A beginning and the rest that are tokens. There is at most one such pair that is the
+      // encoding by the merges of lower ranks.
+      const uint32_t longest = shorter_start(token);
+      for (uint32_t left = longest; left != kNone; left = shorter_start(left)) {
+        if (left > token || !is_reachable(left)) continue;
+        const int32_t found = left == longest ? rests[i] : vocabulary.find(rest(token, left));
+        if (found == Vocabulary::kNone) continue;
+        const auto right = static_cast<uint32_t>(found);
+        if (right < token && is_reachable(right) && stay_apart(left, right)) {
+          tokens_[token].left = left;
+          tokens_[token].right = right;
+          break;
+        }
+      }
+      if (is_reachable(token)) continue;
+      // Merging in the order of ranks does not make it. If it comes about nevertheless, one of its
+      // parts has a higher rank.
+      all_reachable_ = false;
+      if (merges.empty()) add_merges_of_ranks(vocabulary, merges);
+      std::vector<int32_t> symbols, ids;
+      for (const char byte : vocabulary.ordinary(token))
+        symbols.push_back(vocabulary.find({&byte, 1}));
+      merge_pairs(merges, symbols, ids);
+      if (ids.size() == 1) return false;
     }
-    tokens_[token].shorter_end = end;
-    longest_end_[node] = counts(token) ? token : end;
-    // A token's beginnings are nearer to the root and have theirs by now.
-    const uint32_t prefix = built.of_tokens[token].longest_prefix;
-    tokens_[token].shorter_start =
-        prefix == kNone || counts(prefix) ? prefix : shorter_start(prefix);
   }
+  return true;
 }
 
 std::optional<RankedBpe> RankedBpe::of(const Vocabulary& vocabulary) {
@@ -118,23 +124,55 @@ std::optional<RankedBpe> RankedBpe::of(const Vocabulary& vocabulary) {
   RankedBpe bpe;
   bpe.trie_ = std::move(built->trie);
   const size_t size = vocabulary.size();
-  bpe.tokens_.resize(size);
-  bpe.bytes_.reserve(vocabulary.bytes());
-  for (uint32_t id = 0; id < size; ++id) {
+  const std::string_view joined = vocabulary.joined_bytes();
+  bpe.bytes_.assign(joined.begin(), joined.end());
+  bpe.tokens_.reserve(size);
+  for (size_t id = 0; id < size; ++id) {
     const std::string_view bytes = vocabulary.ordinary(id);
-    if (bytes.empty()) continue;
-    Token& token = bpe.tokens_[id];
-    token.length = static_cast<uint16_t>(bytes.size());
-    token.begin = static_cast<uint32_t>(bpe.bytes_.size());
-    std::copy_n(bytes.begin(), std::min(bytes.size(), sizeof(token.first)), token.first);
-    bpe.bytes_.insert(bpe.bytes_.end(), bytes.begin(), bytes.end());
-    token.base = bpe.trie_.base(built->of_tokens[id].node);
-    token.next_bytes = built->of_tokens[id].next_bytes;
+    Token token;
+    if (!bytes.empty()) {
+      token.length = static_cast<uint16_t>(bytes.size());
+      token.begin = static_cast<uint32_t>(bytes.data() - joined.data());
+      std::copy_n(bytes.begin(), std::min(bytes.size(), sizeof(token.first)), token.first);
+      const auto [base, next_bytes, longest_prefix] = built->of_tokens[id];
+      token.base = base;
+      token.next_bytes = next_bytes;
+      token.shorter_start = longest_prefix;
+    }
+    bpe.tokens_.push_back(token);
   }
-  bpe.link(*built);
-  if (!bpe.find_parts(vocabulary)) return std::nullopt;
-  if (!bpe.all_reachable_) bpe.link(*built);
+  if (!bpe.find_parts(vocabulary, built->by_length)) return std::nullopt;
+  if (!bpe.all_reachable_) {
+    for (Token& token : bpe.tokens_) {
+      uint32_t& start = token.shorter_start;
+      while (start != kNone && !bpe.is_reachable(start)) start = bpe.shorter_start(start);
+    }
+  }
+  bpe.links_ = Memory(bpe.trie_.nodes() * sizeof(uint64_t));
+  bpe.shorter_ends_ = Memory(size * sizeof(uint32_t));
   return bpe;
+}
+
+uint32_t RankedBpe::step(uint32_t node, uint8_t byte) const {
+  uint32_t next = trie_.child(node, byte);
+  while (next == kNone) {  // the root has all children
+    node = fail(node);
+    next = trie_.child(node, byte);
+  }
+  const std::atomic_ref<uint64_t> known = link(next);
+  if (known.load(std::memory_order_acquire) == 0) {
+    const bool is_byte = node == trie_.root();
+    const uint32_t end = is_byte ? trie_.root() : step(fail(node), byte);
+    const uint32_t shorter_token = is_byte ? kNone : longest_end(end);
+    uint32_t token = trie_.token_at(next);
+    if (token == kNone || !is_reachable(token)) {
+      token = shorter_token;
+    } else {
+      shorter(token).store(shorter_token, std::memory_order_relaxed);
+    }
+    known.store(uint64_t{token} << 32 | end, std::memory_order_release);
+  }
+  return next;
 }
 
 namespace {
@@ -168,30 +206,31 @@ int32_t* encode_stepping_back(const RankedBpe& bpe, std::string_view bytes, Pair
                               Dead dead, int32_t* out, uint32_t left) {
   int32_t* end = out;
   size_t at = 0, steps = 0;
-  uint32_t token = bpe.longest_start(bytes, &steps);
+  RankedBpe::Start next = bpe.longest_start(bytes, &steps);
   for (;;) {
     const uint32_t before = end != out ? static_cast<uint32_t>(end[-1]) : left;
-    if (before != RankedBpe::kNone && token != RankedBpe::kNone) {
-      token = bpe.longest_fit(before, token, memo);
+    if (before != RankedBpe::kNone && next.token != RankedBpe::kNone) {
+      const uint32_t fit = bpe.longest_fit(before, next.token, memo);
+      // Mostly it is this one: then what follows need not wait for its entry.
+      if (fit != next.token) next = bpe.start_of(fit);
     }
-    if (token == RankedBpe::kNone) {
+    if (next.token == RankedBpe::kNone) {
       if (end == out) fail_no_encoding(bytes.size());
       dead.set(at);
-      token = static_cast<uint32_t>(*--end);
-      at -= bpe.length(token);
-      token = bpe.shorter_start(token);
+      const auto last = static_cast<uint32_t>(*--end);
+      at -= bpe.length(last);
+      next = bpe.start_of(bpe.shorter_start(last));
       continue;
     }
-    const size_t next = at + bpe.length(token);
-    if (dead.at(next)) {
-      token = bpe.shorter_start(token);
+    if (dead.at(at + next.length)) {
+      next = bpe.start_of(bpe.shorter_start(next.token));
       continue;
     }
-    *end++ = static_cast<int32_t>(token);
-    at = next;
+    *end++ = static_cast<int32_t>(next.token);
+    at += next.length;
     if (at == bytes.size()) return end;
     if (steps > kFreeSteps + kStepsPerByte * at) return nullptr;
-    token = bpe.longest_start(bytes.substr(at), &steps);
+    next = bpe.longest_start(bytes.substr(at), &steps);
   }
 }
 

@@ -7,11 +7,14 @@
 //   last token of the encoding of the first n bytes, kept for every n, tells all of them.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <string_view>
 #include <vector>
 
+#include "platform/memory.h"
 #include "text/token_trie.h"
 #include "text/vocabulary.h"
 
@@ -58,19 +61,30 @@ class RankedBpe {
   bool all_reachable() const { return all_reachable_; }
   uint32_t length(uint32_t token) const { return tokens_[token].length; }
 
+  // A token, or kNone, and its length.
+  struct Start {
+    uint32_t token;
+    size_t length;
+  };
+  Start start_of(uint32_t token) const {
+    return {token, token == kNone ? size_t{0} : tokens_[token].length};
+  }
   // The longest reachable token with which `bytes` begin; they must not be empty. *steps grows by
-  // the bytes looked at.
-  uint32_t longest_start(std::string_view bytes, size_t* steps) const {
+  // the bytes looked at. The length is known before memory tells which token it is.
+  Start longest_start(std::string_view bytes, size_t* steps) const {
     uint32_t node = trie_.root(), found = kNone;
+    size_t length = 0, depth = 0;
     for (const char byte : bytes) {
       node = trie_.child(node, static_cast<uint8_t>(byte));
       if (node == kNone) break;
-      ++*steps;
+      ++depth;
       if (trie_.has_token(node) && (all_reachable_ || is_reachable(trie_.token_at(node)))) {
         found = node;
+        length = depth;
       }
     }
-    return found == kNone ? kNone : trie_.token_at(found);
+    *steps += depth;
+    return {found == kNone ? kNone : trie_.token_at(found), length};
   }
   // Of a token and those that it begins with, the longest that may follow `left`, or kNone.
   uint32_t longest_fit(uint32_t left, uint32_t token, PairMemo& memo) const {
@@ -84,10 +98,6 @@ class RankedBpe {
   }
   // The next shorter reachable token with which a token begins, or kNone.
   uint32_t shorter_start(uint32_t token) const { return tokens_[token].shorter_start; }
-  // Tokens that end where a node of the trie ends: the longest, and the next shorter one than a
-  // token; reachable ones.
-  uint32_t longest_end(uint32_t node) const { return longest_end_[node]; }
-  uint32_t shorter_end(uint32_t token) const { return tokens_[token].shorter_end; }
   // The reachable token of a token's bytes and one more, or kNone.
   uint32_t longer(uint32_t token, uint8_t byte) const {
     const uint32_t node = child_of(tokens_[token], byte);
@@ -96,6 +106,26 @@ class RankedBpe {
     return found != kNone && is_reachable(found) ? found : kNone;
   }
   const TokenTrie& trie() const { return trie_; }
+
+  // The automaton of Aho and Corasick, of which each part is made when it is first needed: most
+  // texts need none. All that is told of a node wants one that step() has returned, or that fail()
+  // has for such a one.
+  //
+  // The node of the longest end of (a node's bytes and one more) that is in the trie; `node` may be
+  // the root.
+  uint32_t step(uint32_t node, uint8_t byte) const;
+  // That of the longest proper end of a node's bytes.
+  uint32_t fail(uint32_t node) const {
+    return static_cast<uint32_t>(link(node).load(std::memory_order_acquire));
+  }
+  // The longest reachable token with which a node's bytes end, and the next shorter one than such a
+  // token, or kNone.
+  uint32_t longest_end(uint32_t node) const {
+    return static_cast<uint32_t>(link(node).load(std::memory_order_acquire) >> 32);
+  }
+  uint32_t shorter_end(uint32_t token) const {
+    return shorter(token).load(std::memory_order_relaxed);
+  }
 
   // Ids of a piece, by trying the longest token first and stepping back; out has room for an id for
   // each byte. Returns the end of the ids, or null if the piece is one of those, like long runs of
@@ -109,14 +139,29 @@ class RankedBpe {
   uint32_t merged(uint32_t left, uint32_t right) const;
   // Whether the merges of the joint bytes that come before those of the two into one give the two.
   bool stay_apart(uint32_t left, uint32_t right) const;
-  bool find_parts(const Vocabulary& vocabulary);
-  void link(const TokenTrie::Built& built);
+  // The bytes of a token behind another with which it begins.
+  std::string_view rest(uint32_t token, uint32_t start) const {
+    const Token& whole = tokens_[token];
+    return {bytes_.data() + whole.begin + length(start), whole.length - length(start)};
+  }
+  void look_up_rests(const Vocabulary& vocabulary, std::span<const uint32_t> tokens,
+                     std::span<int32_t> found) const;
+  bool find_parts(const Vocabulary& vocabulary, std::span<const uint32_t> by_length);
+
+  // Of a node: fail(), and longest_end() in the upper half; 0 if they are not known. Threads that
+  // find it out at once find the same.
+  std::atomic_ref<uint64_t> link(uint32_t node) const {
+    return std::atomic_ref(static_cast<uint64_t*>(links_.data())[node]);
+  }
+  std::atomic_ref<uint32_t> shorter(uint32_t token) const {
+    return std::atomic_ref(static_cast<uint32_t*>(shorter_ends_.data())[token]);
+  }
 
   // What a look-up needs of a token lies in one line of the processor's cache.
   struct alignas(32) Token {
     // Merging makes it of these two last; a single byte is both itself; kNone: no merge makes it.
     uint32_t left = kNone, right = kNone;
-    uint32_t shorter_start = kNone, shorter_end = kNone;
+    uint32_t shorter_start = kNone;
     uint32_t begin = 0;  // of its bytes within bytes_
     // In the trie: where its node's children are, and by which bytes, their last five bits, it has
     // some. Most tokens that meet are no token together, which these bits tell for the most part.
@@ -132,9 +177,9 @@ class RankedBpe {
 
   TokenTrie trie_;
   Table<Token> tokens_;
-  Table<uint8_t> bytes_;
-  Table<uint32_t> longest_end_;
+  Table<char> bytes_;
   bool all_reachable_ = true;
+  Memory links_, shorter_ends_;  // of all nodes and all tokens, zeros at first
 };
 
 }  // namespace puna

@@ -2,16 +2,47 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
+#include <span>
+#include <vector>
 
 namespace puna {
 
 namespace {
 
-constexpr uint32_t kBlock = 256;  // children of one node lie within one block
-// Nodes with several children look for room in this many blocks before the last.
-constexpr uint32_t kSearchedBlocks = 4;
-// Those with one child try so many places.
-constexpr uint32_t kTriedPlaces = 64;
+constexpr size_t kBlock = 256;  // children of one node lie within one block
+// Nodes with several children look for room in this many blocks, the last ones.
+constexpr size_t kSearchedBlocks = 2;
+
+// A set of places, 64 to a word.
+class PlaceSet {
+ public:
+  static constexpr size_t kBits = 64;
+
+  size_t words() const { return words_.size(); }
+  uint64_t word(size_t i) const { return words_[i]; }
+  bool has(size_t place) const { return words_[place / kBits] >> place % kBits & 1; }
+  void add_block() { words_.resize(words_.size() + kBlock / kBits, ~uint64_t{0}); }
+  void add(size_t place) { words_[place / kBits] |= uint64_t{1} << place % kBits; }
+  void remove(size_t place) { words_[place / kBits] &= ~(uint64_t{1} << place % kBits); }
+
+  // Bit b tells whether place (64 i + b) ^ byte is in the set.
+  uint64_t word_behind(size_t i, uint8_t byte) const {
+    // Neighbours change places, then pairs of them, and so on.
+    constexpr uint64_t kFirst[] = {0x5555555555555555, 0x3333333333333333, 0x0f0f0f0f0f0f0f0f,
+                                   0x00ff00ff00ff00ff, 0x0000ffff0000ffff, 0x00000000ffffffff};
+    uint64_t bits = words_[i ^ byte / kBits];
+    for (int k = 0; k < 6; ++k) {
+      const int distance = 1 << k;
+      const uint64_t moved = (bits >> distance & kFirst[k]) | (bits & kFirst[k]) << distance;
+      bits = byte >> k & 1 ? moved : bits;
+    }
+    return bits;
+  }
+
+ private:
+  std::vector<uint64_t> words_;
+};
 
 // Ids in the order of their bytes.
 Table<uint32_t> sorted_tokens(const Vocabulary& vocabulary) {
@@ -56,195 +87,162 @@ Table<uint32_t> sorted_tokens(const Vocabulary& vocabulary) {
 
 }  // namespace
 
-struct TokenTrie::Builder {
-  // A place of the array while it fills.
-  struct Slot {
-    uint32_t base = 0;
-    uint32_t parent = kNone;  // kNone: a free place
-    // The free places as a ring in ascending order; 0 stands for its head.
-    uint32_t next_free = 0, previous_free = 0;
-  };
+class TokenTrie::Builder {
+ public:
+  Builder(const Vocabulary& vocabulary, Built& built)
+      : trie_(built.trie),
+        of_tokens_(built.of_tokens),
+        by_length_(built.by_length),
+        sorted_(sorted_tokens(vocabulary)) {
+    text_.reserve(vocabulary.joined_bytes().size());
+    begins_.reserve(sorted_.size() + 1);
+    for (const uint32_t token : sorted_) {
+      const std::string_view part = vocabulary.ordinary(token);
+      begins_.push_back(static_cast<uint32_t>(text_.size()));
+      text_.insert(text_.end(), part.begin(), part.end());
+    }
+    begins_.push_back(static_cast<uint32_t>(text_.size()));
+    of_tokens_.resize(vocabulary.size());
+    by_length_.reserve(sorted_.size());
+    // Room for as many nodes as there can be, which is memory only where it is used.
+    const size_t most = std::min(text_.size(), kMostPlaces) + 2 * kBlock;
+    trie_.places_.reserve(most);
+    trie_.tokens_.reserve(most);
+    trie_.depths_.reserve(most);
+    level_.reserve(sorted_.size());
+    next_level_.reserve(sorted_.size());
+  }
+
+  // False if there are too many places.
+  bool build() {
+    add_block();
+    free_.remove(kRoot);
+    // As a base, 0 says that there are no children, and 1 is nobody's: finish() needs one.
+    unused_.remove(0);
+    unused_.remove(1);
+    // Breadth first, so that what is common is near the front.
+    level_.push_back({kRoot, 0, static_cast<uint32_t>(sorted_.size()), kNone});
+    for (uint32_t depth = 0; !level_.empty(); ++depth) {
+      trie_.deepest_ = depth;
+      next_level_.clear();
+      for (const Range& range : level_) {
+        if (!add_children(range, depth)) return false;
+      }
+      level_.swap(next_level_);
+    }
+    finish();
+    return true;
+  }
+
+ private:
   // Tokens [begin, end) share the bytes of `node`; `prefix` is the longest token among the nodes
   // above it.
   struct Range {
     uint32_t node, begin, end, prefix;
   };
 
-  Builder(const Vocabulary& vocabulary, Built& built) : built(built), trie(built.trie) {
-    tokens = sorted_tokens(vocabulary);
-    size_t bytes = 0;
-    for (const uint32_t token : tokens) bytes += vocabulary.ordinary(token).size();
-    text.reserve(bytes);
-    begins.reserve(tokens.size() + 1);
-    for (const uint32_t token : tokens) {
-      const std::string_view part = vocabulary.ordinary(token);
-      begins.push_back(static_cast<uint32_t>(text.size()));
-      text.insert(text.end(), part.begin(), part.end());
-    }
-    begins.push_back(static_cast<uint32_t>(text.size()));
-    built.of_tokens.resize(vocabulary.size());
-    // Room for as many nodes as there can be, which is memory only where it is used.
-    const size_t most = std::min(bytes, kMostPlaces) + 2 * kBlock;
-    slots.reserve(most);
-    labels.reserve(most);
-    trie.tokens_.reserve(most);
-    trie.depths_.reserve(most);
-    built.by_depth.reserve(most);
-    ranges.reserve(most);
-  }
-
   void add_block() {
-    const auto begin = static_cast<uint32_t>(slots.size());
-    const size_t size = begin + kBlock;
-    slots.resize(size);
-    labels.resize(size);
-    is_base.resize(size);
-    trie.tokens_.resize(size, kNone);
-    trie.depths_.resize(size);
-    for (uint32_t place = std::max(begin, 1u); place < size; ++place) {
-      const uint32_t last = slots[0].previous_free;
-      slots[last].next_free = place;
-      slots[place].previous_free = last;
-      slots[place].next_free = 0;
-      slots[0].previous_free = place;
+    free_.add_block();
+    unused_.add_block();
+    const size_t size = trie_.places_.size() + kBlock;
+    trie_.places_.resize(size);
+    trie_.tokens_.resize(size, kNone);
+    trie_.depths_.resize(size);
+  }
+
+  // A base at which a byte has room.
+  uint32_t base_for(uint8_t byte) {
+    // Nearly every free place will do. Those of a word in which none did are left for good.
+    for (;; ++first_free_) {
+      if (first_free_ == free_.words()) add_block();
+      for (uint64_t free = free_.word(first_free_); free != 0; free &= free - 1) {
+        const size_t place = first_free_ * PlaceSet::kBits + std::countr_zero(free);
+        if (unused_.has(place ^ byte)) return static_cast<uint32_t>(place ^ byte);
+      }
     }
   }
 
-  // 0 says that there are no children; 1 is nobody's, for the free places of the first block.
-  bool may_be_base(uint32_t place) const { return place > 1 && !is_base[place]; }
-  bool is_free(uint32_t place) const { return place != kRoot && slots[place].parent == kNone; }
-
-  void take(uint32_t place, uint32_t parent, uint8_t label) {
-    Slot& slot = slots[place];
-    slots[slot.previous_free].next_free = slot.next_free;
-    if (next_try == place) next_try = slot.next_free;
-    slots[slot.next_free].previous_free = slot.previous_free;
-    slot.parent = parent;
-    labels[place] = label;
-    trie.depths_[place] = static_cast<uint16_t>(trie.depths_[parent] + 1);
+  // A base at which all bytes have room.
+  uint32_t base_for(std::span<const uint8_t> bytes) {
+    if (bytes.size() == 1) return base_for(bytes[0]);
+    constexpr size_t kSearched = kSearchedBlocks * kBlock / PlaceSet::kBits;
+    for (size_t i = free_.words() - std::min(free_.words(), kSearched);; ++i) {
+      if (i == free_.words()) add_block();
+      uint64_t bases = unused_.word(i);
+      for (size_t k = 0; k < bytes.size() && bases != 0; ++k) {
+        bases &= free_.word_behind(i, bytes[k]);
+      }
+      if (bases == 0) continue;
+      return static_cast<uint32_t>(i * PlaceSet::kBits) +
+             static_cast<uint32_t>(std::countr_zero(bases));
+    }
   }
 
-  // A base at which one byte has room.
-  uint32_t base_for(uint8_t wanted) {
-    // From where the last one ended: places that no base leads to would gather at the front.
-    for (uint32_t tried = 0; tried < kTriedPlaces; ++tried) {
-      const uint32_t place = next_try != 0 ? next_try : slots[0].next_free;
-      if (place == 0) break;
-      next_try = slots[place].next_free;
-      if (may_be_base(place ^ wanted)) return place ^ wanted;
+  // Of a range whose node is `depth` bytes below the root. False if there are too many places.
+  bool add_children(Range range, uint32_t depth) {
+    Place* of_token = nullptr;
+    if (begins_[range.begin + 1] - begins_[range.begin] == depth) {  // the shortest comes first
+      const uint32_t token = sorted_[range.begin];
+      trie_.tokens_[range.node] = token;
+      trie_.places_[range.node] |= kHasToken;
+      by_length_.push_back(token);
+      of_token = &of_tokens_[token];
+      of_token->longest_prefix = range.prefix;
+      range.prefix = token;
+      if (++range.begin == range.end) return true;
     }
-    const auto size = static_cast<uint32_t>(slots.size());
-    add_block();
-    return size;
-  }
-
-  // A base at which all `wanted` have room.
-  uint32_t base_for(const std::vector<uint8_t>& wanted) {
-    if (wanted.size() == 1) return base_for(wanted[0]);
-    const auto fits = [&](uint32_t base) {
-      return may_be_base(base) && std::all_of(wanted.begin(), wanted.end(),
-                                              [&](uint8_t label) { return is_free(base ^ label); });
-    };
-    const auto size = static_cast<uint32_t>(slots.size());
-    for (uint32_t place = slots[0].previous_free;
-         place != 0 && place + kSearchedBlocks * kBlock >= size;
-         place = slots[place].previous_free) {
-      if (fits(place ^ wanted[0])) return place ^ wanted[0];
+    std::array<uint8_t, kBlock> bytes;
+    std::array<uint32_t, kBlock + 1> starts;
+    size_t count = 0;
+    for (uint32_t at = range.begin; at < range.end; ++at) {
+      const auto byte = static_cast<uint8_t>(text_[begins_[at] + depth]);
+      if (count != 0 && bytes[count - 1] == byte) continue;
+      bytes[count] = byte;
+      starts[count++] = at;
     }
-    add_block();
-    return size;
-  }
-
-  // False if there are too many places.
-  bool build() {
-    add_block();
-    is_base[0] = true;
-    // Breadth first: a node comes before its children, and what is common is near the front.
-    ranges.push_back({kRoot, 0, static_cast<uint32_t>(tokens.size()), kNone});
-    std::vector<uint8_t> wanted;
-    std::vector<uint32_t> starts;
-    for (size_t i = 0; i < ranges.size(); ++i) {
-      auto [node, begin, end, prefix] = ranges[i];
-      const uint32_t depth = trie.depths_[node];
-      if (node != kRoot) built.by_depth.push_back(node);
-      Place* of_token = nullptr;
-      if (begins[begin + 1] - begins[begin] == depth) {  // the shortest comes first
-        const uint32_t token = tokens[begin];
-        trie.tokens_[node] = token;
-        of_token = &built.of_tokens[token];
-        of_token->node = node;
-        of_token->longest_prefix = prefix;
-        prefix = token;
-        if (++begin == end) continue;
-      }
-      const auto label_of = [&](uint32_t at) {
-        return static_cast<uint8_t>(text[begins[at] + depth]);
-      };
-      if (begin + 1 == end) {  // as most of the way to the last bytes of long tokens
-        const uint8_t label = label_of(begin);
-        const uint32_t base = base_for(label);
-        if (slots.size() > kMostPlaces) return false;
-        slots[node].base = base;
-        is_base[base] = true;
-        take(base ^ label, node, label);
-        ranges.push_back({base ^ label, begin, end, prefix});
-        if (of_token) of_token->next_bytes = uint32_t{1} << (label & 31);
-        continue;
-      }
-      wanted.clear();
-      starts.clear();
-      for (uint32_t at = begin; at < end; ++at) {
-        const uint8_t label = label_of(at);
-        if (!wanted.empty() && wanted.back() == label) continue;
-        wanted.push_back(label);
-        starts.push_back(at);
-      }
-      starts.push_back(end);
-      const uint32_t base = base_for(wanted);
-      if (slots.size() > kMostPlaces) return false;
-      slots[node].base = base;
-      is_base[base] = true;
-      for (size_t k = 0; k < wanted.size(); ++k) {
-        take(base ^ wanted[k], node, wanted[k]);
-        ranges.push_back({base ^ wanted[k], starts[k], starts[k + 1], prefix});
-        if (of_token) of_token->next_bytes |= uint32_t{1} << (wanted[k] & 31);
-      }
+    starts[count] = range.end;
+    const uint32_t base = base_for({bytes.data(), count});
+    if (trie_.places_.size() > kMostPlaces) return false;
+    unused_.remove(base);
+    trie_.places_[range.node] |= base << kBaseBit;
+    if (of_token) of_token->base = base;
+    for (size_t k = 0; k < count; ++k) {
+      const uint32_t child = base ^ bytes[k];
+      free_.remove(child);
+      trie_.places_[child] = static_cast<uint32_t>(bytes[k]) << kLabelBit;
+      trie_.depths_[child] = static_cast<uint16_t>(depth + 1);
+      next_level_.push_back({child, starts[k], starts[k + 1], range.prefix});
+      if (of_token) of_token->next_bytes |= uint32_t{1} << (bytes[k] & 31);
     }
-    finish();
     return true;
   }
 
+  // Free places, and the root, get a byte that leads to them from no base.
   void finish() {
-    trie.deepest_ = trie.depths_[built.by_depth.back()];
-    const auto size = static_cast<uint32_t>(slots.size());
-    trie.places_.resize(size);
-    for (uint32_t place = 0; place < size; ++place) {
-      // Another block in which every place is a base has a child for each, hence no free place.
-      if (slots[place].parent == kNone) {
-        while (is_base[place ^ labels[place]]) ++labels[place];
+    free_.add(kRoot);
+    unused_.add(1);
+    for (size_t i = 0; i < free_.words(); ++i) {
+      for (uint64_t free = free_.word(i); free != 0; free &= free - 1) {
+        const size_t place = i * PlaceSet::kBits + std::countr_zero(free);
+        // In a block in which every place is a base, each has a child: there is no free place.
+        uint32_t byte = 0;
+        while (!unused_.has(place ^ byte)) ++byte;
+        trie_.places_[place] |= byte << kLabelBit;
       }
-      trie.places_[place] = slots[place].base << kBaseBit |
-                            static_cast<uint32_t>(labels[place]) << kLabelBit |
-                            (trie.tokens_[place] != kNone ? kHasToken : 0);
-    }
-    trie.fails_.assign(size, kRoot);
-    for (const uint32_t node : built.by_depth) {
-      const uint32_t parent = slots[node].parent;
-      if (parent != kRoot) trie.fails_[node] = trie.step(trie.fails_[parent], labels[node]);
     }
   }
 
-  Built& built;
-  TokenTrie& trie;
-  Table<uint32_t> tokens;
+  TokenTrie& trie_;
+  Table<Place>& of_tokens_;
+  Table<uint32_t>& by_length_;
+  const Table<uint32_t> sorted_;
   // The tokens in order, one after the other: every level reads them from front to back.
-  Table<char> text;
-  Table<uint32_t> begins;
-  Table<Slot> slots;
-  uint32_t next_try = 0;  // a free place, or 0: the first
-  Table<uint8_t> labels;
-  std::vector<bool> is_base;
-  Table<Range> ranges;
+  Table<char> text_;
+  Table<uint32_t> begins_;
+  PlaceSet free_;          // places where no node is
+  PlaceSet unused_;        // places that are no node's base
+  size_t first_free_ = 0;  // the word before which no node with one child looks
+  Table<Range> level_, next_level_;
 };
 
 std::optional<TokenTrie::Built> TokenTrie::of(const Vocabulary& vocabulary) {

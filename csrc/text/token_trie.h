@@ -1,10 +1,8 @@
-// All tokens as a trie in a double array, with the failure links of Aho and Corasick.
+// All tokens as a trie in a double array.
 #pragma once
 
 #include <cstdint>
 #include <optional>
-#include <string_view>
-#include <vector>
 
 #include "text/vocabulary.h"
 
@@ -16,9 +14,9 @@ class TokenTrie {
 
   // What is known of a token when the trie has been built, and not needed later.
   struct Place {
-    uint32_t node = kNone;
-    uint32_t longest_prefix = kNone;  // the longest other token that it begins with
+    uint32_t base = 0;                // of its node
     uint32_t next_bytes = 0;          // of its node's children: bit (byte & 31) for each
+    uint32_t longest_prefix = kNone;  // the longest other token that it begins with
   };
   struct Built;
 
@@ -36,20 +34,9 @@ class TokenTrie {
   }
   // The node of a node's bytes and one more, or kNone.
   uint32_t child(uint32_t node, uint8_t byte) const { return child_at(base(node), byte); }
-  // The node of the longest end of (a node's bytes and one more) that is in the trie.
-  uint32_t step(uint32_t node, uint8_t byte) const {
-    uint32_t next = child(node, byte);
-    while (next == kNone) {
-      node = fail(node);
-      next = child(node, byte);
-    }
-    return next;
-  }
   // The token that a node's bytes are, or kNone.
   uint32_t token_at(uint32_t node) const { return tokens_[node]; }
   bool has_token(uint32_t node) const { return places_[node] & kHasToken; }
-  // The longest proper end of a node's bytes that is in the trie.
-  uint32_t fail(uint32_t node) const { return fails_[node]; }
   bool has_children(uint32_t node) const { return base(node) != 0; }
   uint32_t depth(uint32_t node) const { return depths_[node]; }
   // The length of the longest token.
@@ -66,9 +53,9 @@ class TokenTrie {
   static constexpr uint32_t kHasToken = 1;
   static constexpr size_t kMostPlaces = size_t{1} << (32 - kBaseBit);
   static constexpr uint32_t kRoot = 0;
-  struct Builder;
+  class Builder;
 
-  Table<uint32_t> places_, tokens_, fails_;
+  Table<uint32_t> places_, tokens_;
   Table<uint16_t> depths_;
   uint32_t deepest_ = 0;
 };
@@ -76,7 +63,7 @@ class TokenTrie {
 struct TokenTrie::Built {
   TokenTrie trie;
   Table<Place> of_tokens;
-  Table<uint32_t> by_depth;  // all nodes but the root, the shorter before the longer
+  Table<uint32_t> by_length;  // all tokens; of equal length in the order of their bytes
 };
 
 }  // namespace puna

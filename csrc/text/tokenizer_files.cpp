@@ -4,12 +4,12 @@
 #include <charconv>
 #include <filesystem>
 #include <nlohmann/json.hpp>
-#include <set>
 #include <sstream>
-#include <unordered_map>
+#include <unordered_set>
 
 #include "base/error.h"
 #include "platform/mmap.h"
+#include "text/json_cursor.h"
 #include "text/pretokenizer.h"
 #include "text/special_tokens.h"
 #include "text/tokenizer.h"
@@ -123,12 +123,16 @@ std::array<int, 512> byte_of_character() {
 bool decode_byte_level(std::string_view token, std::string& out) {
   static const std::array<int, 512> kBytes = byte_of_character();
   out.clear();
-  for (size_t at = 0; at < token.size();) {
-    int length = 0;
-    const uint32_t code = decode_utf8(token, at, &length);
+  for (size_t at = 0; at < token.size(); ++at) {
+    uint32_t code = static_cast<uint8_t>(token[at]);
+    if (code >= 0x80) {  // two bytes lead to all characters of the alphabet; others are not in it
+      if (code < 0xc2 || ++at == token.size()) return false;
+      const uint32_t tail = static_cast<uint8_t>(token[at]);
+      if ((tail & 0xc0) != 0x80) return false;
+      code = (code & 0x3f) << 6 | (tail & 0x3f);
+    }
     if (code >= kBytes.size() || kBytes[code] < 0) return false;
     out += static_cast<char>(kBytes[code]);
-    at += static_cast<size_t>(length);
   }
   return !out.empty();
 }
@@ -268,6 +272,72 @@ MergePair pair_of(std::string_view merge) {
   return {merge.substr(0, space), merge.substr(std::min(space + 1, merge.size()))};
 }
 
+// A tokenizer.json in parts: the two lists that are nearly all of it, and the document with null in
+// their places.
+struct JsonParts {
+  std::string document;
+  bool has_vocabulary = false, has_merges = false;
+  std::vector<std::pair<std::string_view, size_t>> vocabulary;  // names and ids
+  std::vector<MergePair> merges;
+};
+
+JsonParts parts_of(std::string_view text, JsonCursor& cursor) {
+  JsonParts parts;
+  size_t copied = 0;
+  const auto replace = [&](const auto& read) {
+    parts.document += text.substr(copied, cursor.at() - copied);
+    parts.document += "null";
+    read();
+    copied = cursor.at();
+  };
+  const auto read_vocabulary = [&] {
+    cursor.object([&](std::string_view name) {
+      const std::optional<uint64_t> id = cursor.whole_number();
+      if (!id || *id >= kMaxTokens) {
+        bad("token ", name.substr(0, 40), " has no id that is a whole number below ", kMaxTokens);
+      }
+      parts.vocabulary.emplace_back(name, static_cast<size_t>(*id));
+    });
+  };
+  const auto read_merges = [&] {
+    cursor.array([&] {
+      if (cursor.next() != '[') {  // "left right", or since tokenizers 0.20 ["left", "right"]
+        parts.merges.push_back(pair_of(cursor.string()));
+        return;
+      }
+      std::array<std::string_view, 2> sides;
+      size_t count = 0;
+      cursor.array([&] {
+        if (count == sides.size()) bad("merge ", parts.merges.size(), " has more than two sides");
+        sides[count++] = cursor.string();
+      });
+      parts.merges.emplace_back(sides[0], sides[1]);
+    });
+  };
+  bool has_model = false;
+  const auto read_model = [&](std::string_view name) {
+    if (name == "vocab" && cursor.next() == '{') {
+      if (std::exchange(parts.has_vocabulary, true)) bad("tokenizer.json has two vocabularies");
+      replace(read_vocabulary);
+    } else if (name == "merges" && cursor.next() == '[') {
+      if (std::exchange(parts.has_merges, true)) bad("tokenizer.json has two lists of merges");
+      replace(read_merges);
+    } else {
+      cursor.skip();
+    }
+  };
+  cursor.object([&](std::string_view name) {
+    if (name == "model" && std::exchange(has_model, true)) bad("tokenizer.json has two models");
+    if (name == "model" && cursor.next() == '{') {
+      cursor.object(read_model);
+    } else {
+      cursor.skip();
+    }
+  });
+  parts.document += text.substr(copied);
+  return parts;
+}
+
 // Tokens by id, added ones in their places.
 struct Placed {
   ByteStrings tokens;
@@ -353,42 +423,31 @@ Tokenizer Tokenizer::from_ranks(std::string_view ranks, std::string_view config)
 }
 
 Tokenizer Tokenizer::from_json(std::string_view text) {
-  const json document = parse(text, "tokenizer.json");
-  if (!document.is_object() || !document.contains("model") || !document["model"].is_object()) {
+  JsonCursor cursor(text, "tokenizer.json");
+  const JsonParts parts = parts_of(text, cursor);
+  const json document = parse(parts.document, "tokenizer.json");
+  if (!document.contains("model") || !document["model"].is_object()) {
     bad("tokenizer.json has no model");
   }
   const json& model = document["model"];
   check_model(model);
   check_steps(document);
-  if (!model.contains("vocab") || !model["vocab"].is_object() || !model.contains("merges") ||
-      !model["merges"].is_array()) {
+  if (!parts.has_vocabulary || !parts.has_merges) {
     bad("tokenizer.json needs model.vocab and model.merges");
   }
   std::vector<AddedToken> added;
   if (document.contains("added_tokens")) added = added_of_json(document["added_tokens"]);
-  std::set<std::string_view> added_names;
+  std::unordered_set<std::string_view> added_names;
   for (const AddedToken& token : added) added_names.insert(token.name);
   std::vector<std::string_view> tokens;
-  for (const auto& [name, value] : model["vocab"].items()) {
+  for (const auto& [name, id] : parts.vocabulary) {
     if (added_names.contains(name)) continue;
-    const auto id = static_cast<size_t>(id_of(value, "token " + name.substr(0, 40)));
     if (id >= tokens.size()) tokens.resize(id + 1);
     if (!tokens[id].empty()) bad("two tokens have the id ", id);
     if (name.empty()) bad("token ", id, " is empty");
     tokens[id] = name;
   }
-  std::vector<MergePair> merges;
-  for (const json& entry : model["merges"]) {
-    // "left right", or since tokenizers 0.20 ["left", "right"].
-    if (entry.is_array() && entry.size() == 2 && entry[0].is_string() && entry[1].is_string()) {
-      merges.emplace_back(entry[0].get_ref<const std::string&>(),
-                          entry[1].get_ref<const std::string&>());
-    } else {
-      merges.push_back(
-          pair_of(entry.is_string() ? entry.get_ref<const std::string&>() : std::string_view()));
-    }
-  }
-  return from_byte_level(tokens, merges, std::move(added),
+  return from_byte_level(tokens, parts.merges, std::move(added),
                          flag_of(model, "ignore_merges", false, "model"));
 }
 
@@ -396,7 +455,6 @@ Tokenizer Tokenizer::from_byte_level(const std::vector<std::string_view>& names,
                                      const std::vector<MergePair>& merges,
                                      std::vector<AddedToken> added, bool whole_first) {
   ByteStrings tokens;
-  std::unordered_map<std::string_view, int32_t> ids;  // in the file's alphabet
   std::string token;
   for (size_t id = 0; id < names.size(); ++id) {
     token.clear();
@@ -407,27 +465,22 @@ Tokenizer Tokenizer::from_byte_level(const std::vector<std::string_view>& names,
       if (token.size() > kMaxTokenBytes) {
         bad("token ", id, " has ", token.size(), " bytes; ", kMaxTokenBytes, " are the limit");
       }
-      if (!ids.emplace(names[id], static_cast<int32_t>(id)).second) {
-        bad("tokens ", ids.at(names[id]), " and ", id, " are the same");
-      }
     }
     tokens.add(token);
   }
-  std::vector<BpeModel::MergeRule> rules;
-  rules.reserve(merges.size());
-  std::string joined;
-  for (const auto& [left, right] : merges) {
-    joined.assign(left).append(right);
-    const auto l = ids.find(left), r = ids.find(right), merged = ids.find(joined);
-    if (l == ids.end() || r == ids.end() || merged == ids.end()) {
-      bad("merge ", rules.size(), ", \"", left.substr(0, 40), " ", right.substr(0, 40),
-          "\", names a token that the vocabulary lacks");
+  ByteStrings sides;
+  for (size_t i = 0; i < merges.size(); ++i) {
+    for (const std::string_view side : {merges[i].first, merges[i].second}) {
+      if (!decode_byte_level(side, token)) {
+        bad("merge ", i, ", \"", merges[i].first.substr(0, 40), " ", merges[i].second.substr(0, 40),
+            "\", is not two tokens of the byte-level alphabet");
+      }
+      sides.add(token);
     }
-    rules.push_back({l->second, r->second, merged->second});
   }
   Placed placed = place(std::move(tokens), added);
   return Tokenizer(
-      BpeModel::of_merges(std::move(placed.tokens), std::move(placed.is_added), rules, whole_first),
+      BpeModel::of_merges(std::move(placed.tokens), std::move(placed.is_added), sides, whole_first),
       std::move(added));
 }
 

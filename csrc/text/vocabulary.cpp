@@ -19,25 +19,29 @@ void ByteStrings::add(std::string_view bytes) {
 uint64_t Vocabulary::hash_of(std::string_view bytes) {
   if (bytes.size() <= ShortKey::kBytes) return ShortKey::of(bytes.data(), bytes.size()).hash();
   uint64_t hash = bytes.size();
-  for (size_t at = 0; at < bytes.size(); at += 16) {
-    char block[16] = {};
-    std::memcpy(block, bytes.data() + at, std::min<size_t>(16, bytes.size() - at));
+  for (; bytes.size() >= 16; bytes.remove_prefix(16)) {
     uint64_t words[2];
-    std::memcpy(words, block, 16);
+    std::memcpy(words, bytes.data(), 16);
     hash = ShortKey::mixed(words[0] ^ ShortKey::kSalt[0] ^ hash, words[1] ^ ShortKey::kSalt[1]);
   }
-  return hash;
+  const ShortKey rest = ShortKey::of(bytes.data(), bytes.size());
+  return ShortKey::mixed(rest.low ^ ShortKey::kSalt[0] ^ hash, rest.high ^ ShortKey::kSalt[1]);
 }
 
 Vocabulary::Vocabulary(ByteStrings tokens, std::vector<bool> added)
     : tokens_(std::move(tokens)), added_(std::move(added)) {
-  keys_.resize(tokens_.size());
+  keys_.reserve(tokens_.size());
   for (size_t id = 0; id < tokens_.size(); ++id) {
     const std::string_view bytes = tokens_[id];
-    keys_[id] = ShortKey::of(bytes.data(), std::min(bytes.size(), ShortKey::kBytes));
-    if (bytes.size() > ShortKey::kBytes) keys_[id].high |= static_cast<uint64_t>(kLong) << 56;
+    ShortKey key = ShortKey::of(bytes.data(), std::min(bytes.size(), ShortKey::kBytes));
+    if (bytes.size() > ShortKey::kBytes) key.high |= static_cast<uint64_t>(kLong) << 56;
+    keys_.push_back(key);
   }
   fill_slots([](size_t) { return true; });
+}
+
+uint64_t Vocabulary::hash_of_token(size_t id) const {
+  return is_long(keys_[id]) ? hash_of(tokens_[id]) : keys_[id].hash();
 }
 
 template <class Keep>
@@ -56,7 +60,7 @@ void Vocabulary::fill_slots(const Keep& keep) {
       insert(static_cast<int32_t>(next - kAhead), hashes[next % kAhead]);
     }
     if (next < size() && is_kept(next)) {
-      hashes[next % kAhead] = hash_of(tokens_[next]);
+      hashes[next % kAhead] = hash_of_token(next);
       prefetch(hashes[next % kAhead]);
     }
   }
@@ -67,8 +71,8 @@ void Vocabulary::insert(int32_t id, uint64_t hash) {
   size_t slot = hash >> shift_;
   for (; slots_[slot].id != kNone; slot = (slot + 1) & mask_) {
     if (slots_[slot].tag == static_cast<uint32_t>(hash) && bytes_of(slots_[slot].id) == bytes) {
-      fail(ErrorCode::kModelFormat, "[tokenizer] rank ", id, " is the same token as rank ",
-           slots_[slot].id);
+      fail(ErrorCode::kModelFormat, "[tokenizer] tokens ", slots_[slot].id, " and ", id,
+           " are the same");
     }
   }
   slots_[slot] = {static_cast<uint32_t>(hash), id};

@@ -24,12 +24,18 @@ struct ShortKey {
 
   // `size` <= kBytes bytes.
   static ShortKey of(const char* bytes, size_t size) {
+    // Of fixed numbers of bytes, which may overlap: a copy of any number takes longer.
     ShortKey key{0, static_cast<uint64_t>(size) << 56};
-    char copy[16] = {};
-    std::memcpy(copy, bytes, size);
-    uint64_t words[2];
-    std::memcpy(words, copy, 16);
-    return {words[0], key.high | words[1]};
+    if (size >= 8) {
+      key.low = word_at<uint64_t>(bytes);
+      if (size > 8) key.high |= word_at<uint64_t>(bytes + size - 8) >> (8 * (16 - size));
+    } else if (size >= 4) {
+      key.low = word_at<uint32_t>(bytes) | word_at<uint32_t>(bytes + size - 4) << (8 * (size - 4));
+    } else if (size > 0) {
+      key.low = word_at<uint8_t>(bytes) | word_at<uint8_t>(bytes + size / 2) << (8 * (size / 2)) |
+                word_at<uint8_t>(bytes + size - 1) << (8 * (size - 1));
+    }
+    return key;
   }
   // The same where 16 bytes can be read at `bytes`.
   static ShortKey of_readable(const char* bytes, size_t size) {
@@ -50,6 +56,12 @@ struct ShortKey {
   static constexpr uint64_t kSalt[2] = {0x243f6a8885a308d3, 0x13198a2e03707345};
 
  private:
+  template <class Word>
+  static uint64_t word_at(const char* bytes) {
+    Word word;
+    std::memcpy(&word, bytes, sizeof(word));
+    return word;
+  }
   // Of two words, the bits of their first bytes, by how many those are.
   static constexpr std::array<std::array<uint64_t, 2>, kBytes + 1> kKept = [] {
     std::array<std::array<uint64_t, 2>, kBytes + 1> kept{};
@@ -67,7 +79,8 @@ static_assert(sizeof(ShortKey) == 16);
 class ByteStrings {
  public:
   size_t size() const { return ends_.size(); }
-  size_t bytes() const { return arena_.size(); }
+  // One after the other.
+  std::string_view joined() const { return {arena_.data(), arena_.size()}; }
   std::string_view operator[](size_t i) const {
     const uint32_t begin = i == 0 ? 0 : ends_[i - 1];
     return {arena_.data() + begin, ends_[i] - begin};
@@ -94,7 +107,8 @@ class Vocabulary {
   Vocabulary(ByteStrings tokens, std::vector<bool> added);
 
   size_t size() const { return tokens_.size(); }
-  size_t bytes() const { return tokens_.bytes(); }  // of all tokens
+  // Of all tokens, those of each where bytes_of() has them.
+  std::string_view joined_bytes() const { return tokens_.joined(); }
   // Of an id below size().
   std::string_view bytes_of(int32_t id) const { return tokens_[static_cast<size_t>(id)]; }
   // Those of a token that is not added; of one that is, none.
@@ -105,13 +119,17 @@ class Vocabulary {
   const ShortKey& key_of(int32_t id) const { return keys_[static_cast<size_t>(id)]; }
   static constexpr uint8_t kLong = 0xff;
   size_t length(int32_t id) const {
-    const auto length = static_cast<uint8_t>(key_of(id).high >> 56);
-    return length != kLong ? length : bytes_of(id).size();
+    const ShortKey& key = key_of(id);
+    return is_long(key) ? bytes_of(id).size() : static_cast<size_t>(key.high >> 56);
   }
 
   static uint64_t hash_of(std::string_view bytes);
 
-  int32_t find(std::string_view bytes) const { return find(bytes, hash_of(bytes)); }
+  int32_t find(std::string_view bytes) const {
+    if (bytes.size() > ShortKey::kBytes) return find(bytes, hash_of(bytes));
+    const ShortKey key = ShortKey::of(bytes.data(), bytes.size());
+    return find(key, key.hash());
+  }
   // `hash` is that of the bytes, or of the key.
   int32_t find(std::string_view bytes, uint64_t hash) const;
   int32_t find(const ShortKey& key, uint64_t hash) const {
@@ -135,6 +153,8 @@ class Vocabulary {
     uint32_t tag;  // low bits of the hash
     int32_t id;
   };
+  static bool is_long(const ShortKey& key) { return key.high >> 56 == kLong; }
+  uint64_t hash_of_token(size_t id) const;
   void insert(int32_t id, uint64_t hash);
   // Those for which keep(id) is true.
   template <class Keep>

@@ -4,6 +4,7 @@
 #include <random>
 #include <set>
 #include <string>
+#include <thread>
 
 #include "check.h"
 #include "text/bpe_model.h"
@@ -39,6 +40,8 @@ std::vector<size_t> piece_ends(std::string_view text) {
   for (size_t at = 0; at < text.size();) ends.push_back(at = puna::next_piece(text, at));
   return ends;
 }
+
+constexpr size_t kManyPieces = 256;
 
 struct RandomVocabulary {
   std::vector<std::string> tokens;
@@ -120,9 +123,9 @@ TEST(windows_cut_as_single_pieces_do) {
     const std::string text = random_text(random, kAlphabet, random() % 60);
     const std::vector<size_t> expected = piece_ends(text);
     std::vector<size_t> found;
-    const size_t limit = i % 3 == 0 ? 1 + random() % 80 : puna::kPiecesAtOnce;
+    const size_t limit = i % 3 == 0 ? 1 + random() % 80 : kManyPieces;
     for (size_t at = 0; at < text.size(); at = found.back()) {
-      size_t ends[puna::kPiecesAtOnce];
+      size_t ends[kManyPieces];
       const size_t count = puna::next_pieces(text, at, ends, limit);
       CHECK(count > 0 && count <= limit);
       found.insert(found.end(), ends, ends + count);
@@ -211,6 +214,29 @@ TEST(random_vocabularies_encode_as_defined) {
     }
   }
   CHECK(from_left > 30 && by_merging > 30 && unreachable > 5);
+}
+
+TEST(threads_that_share_a_model_find_the_same) {
+  std::mt19937 random(4);
+  for (int i = 0; i < 100; ++i) {
+    const auto [tokens, model] = random_vocabulary(random, /*made_up=*/false);
+    const RankedBpe* ranked = model.ranked();
+    if (!ranked) continue;
+    const std::string piece = random_letters(random, 100);
+    std::vector<int32_t> found[3];
+    std::vector<std::thread> threads;
+    for (std::vector<int32_t>& ids : found) {
+      threads.emplace_back([&, ranked] {
+        puna::PairMemo memo;
+        IncrementalBpe incremental(*ranked);
+        incremental.push(piece, memo);
+        incremental.complete(ids);
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+    const std::string expected = shown(merged_plainly(tokens, piece));
+    for (const std::vector<int32_t>& ids : found) CHECK_EQ(shown(ids), expected);
+  }
 }
 
 TEST(pieces_with_many_fitting_tokens_take_the_other_way) {

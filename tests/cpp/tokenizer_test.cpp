@@ -458,6 +458,35 @@ TEST(broken_ranks_are_refused) {
   bad(good, std::string(100000, '['));
 }
 
+TEST(json_is_read_however_it_is_written) {
+  const std::string plain = fixture::json(puna::kPretokenizerPattern);
+  // Each token on a line of its own, with escapes, and a merge as in older files.
+  std::string mixed = plain, other;
+  const std::string pair = "[\"t\",\"h\"]";
+  mixed.replace(mixed.find(pair), pair.size(), "\"t h\"");
+  bool in_string = false;
+  for (size_t i = 0; i < mixed.size(); ++i) {
+    const char c = mixed[i];
+    if (in_string && c == '\\') {
+      other += c;
+      other += mixed[++i];
+    } else if (in_string && c == 'h' && mixed[i - 1] == '"') {
+      other += "\\u0068";
+    } else {
+      other += c;
+      if (c == '"') in_string = !in_string;
+      if (!in_string && std::string_view("[{,:").find(c) != std::string_view::npos) {
+        other += "\r\n\t" + std::string(i % 21, ' ');
+      }
+    }
+  }
+  const Tokenizer first = Tokenizer::from_json(plain), second = Tokenizer::from_json(other);
+  CHECK(other.find("\\u0068") != std::string::npos);
+  for (const char* text : {"hello world the then", "123 <|eot|> //\n\n", "her hhh", "\"\\ \\\""}) {
+    CHECK_EQ(shown(second.encode(text)), shown(first.encode(text)));
+  }
+}
+
 TEST(broken_json_is_refused) {
   const std::string good = fixture::json(puna::kPretokenizerPattern);
   const auto with = [&](const std::string& from, const std::string& to) {
@@ -476,6 +505,19 @@ TEST(broken_json_is_refused) {
   bad("[]");
   bad("{}");
   bad(with("\"model\":{", "\"model\":3,\"other\":{"));
+  bad(with("\"model\":{", "\"model\":{},\"model\":{"));
+  bad(with("\"vocab\":{", "\"vocab\":{},\"vocab\":{"));
+  bad(with("\"vocab\":{", "\"vocab\":[],\"other\":{"));
+  bad(with("\"merges\":[", "\"merges\":[],\"merges\":["));
+  bad(with("[\"t\",\"h\"]", "[\"t\",\"h\",\"h\"]"));
+  bad(with("[\"t\",\"h\"]", "[\"t\" \"h\"]"));
+  bad(with("[\"t\",\"h\"]", "[\"t\",\"\\h\"]"));
+  bad(with("[\"t\",\"h\"],", "[\"t\",\"h\"],,"));
+  bad(with("\"th\":256", "\"th\":0256"));
+  bad(with("\"th\":256", "\"th\":256e0"));
+  bad(with("\"th\":256", "\"th\" 256"));
+  bad(good.substr(0, good.size() - 2) + "]");
+  bad(good + "}");
   bad(with("[\"t\",\"h\"]", "[\"t\",\"nothing\"]"));
   bad(with("[\"t\",\"h\"]", "[\"t\"]"));
   bad(with("[\"t\",\"h\"]", "\"th\""));
