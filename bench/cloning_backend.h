@@ -16,8 +16,12 @@ namespace puna::bench {
 
 class CloningBackend final : public ForwardingBackend {
  public:
-  using ForwardingBackend::ForwardingBackend;
+  explicit CloningBackend(Backend& backend)
+      : ForwardingBackend(backend),
+        host_(&backend.host() == &backend ? nullptr
+                                          : std::make_unique<CloningBackend>(backend.host())) {}
 
+  Backend& host() override { return host_ == nullptr ? *this : *host_; }
   WeightRef load_matrix(std::span<const MatrixSource> parts,
                         const MatrixOptions& options) override {
     int64_t rows = 0;
@@ -35,6 +39,7 @@ class CloningBackend final : public ForwardingBackend {
   }
 
  private:
+  std::unique_ptr<CloningBackend> host_;
   std::map<std::tuple<int64_t, int64_t, std::optional<WeightFormat>>, WeightRef> made_;
 };
 

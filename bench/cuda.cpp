@@ -116,21 +116,33 @@ class Checks {
     }
     const std::vector<float> x = randoms(random_, rows * hidden);
     for (const int64_t top_k : {1, 2}) {
-      const auto run = [&](Backend& backend) {
+      const auto compute = [&](Backend& backend, WeightFormat format, bool on_host) {
         MoeWeights weights;
         weights.router = router.load(backend, WeightFormat::kF32);
-        weights.shared_gate_up = up[experts].load(backend, WeightFormat::kF32);
-        weights.shared_down = down[experts].load(backend, WeightFormat::kF32);
+        weights.shared_gate_up = up[experts].load(backend, format);
+        weights.shared_down = down[experts].load(backend, format);
+        Backend& place = on_host ? backend.host() : backend;
         for (int64_t e = 0; e < experts; ++e) {
-          weights.gate_up.push_back(up[e].load(backend, WeightFormat::kF32));
-          weights.down.push_back(down[e].load(backend, WeightFormat::kF32));
+          weights.gate_up.push_back(up[e].load(place, format));
+          weights.down.push_back(down[e].load(place, format));
         }
         weights.top_k = top_k;
+        weights.experts_on_host = on_host;
         const Placed in(backend, rows, x), out(backend, rows, hidden);
+        // Twice, so that what passes between host and device is used again.
+        backend.moe(out.rows, in.rows, weights);
         backend.moe(out.rows, in.rows, weights);
         return out.values();
       };
-      add("experts, top " + std::to_string(top_k), run, ref_, 1e-5);
+      const std::string name = "experts, top " + std::to_string(top_k);
+      for (const bool on_host : {false, true})
+        add(
+            name + (on_host ? ", on the host" : ""),
+            [&](Backend& backend) { return compute(backend, WeightFormat::kF32, on_host); }, ref_,
+            1e-5);
+      // The same bits wherever they are.
+      compare(name + ", int4 on the host", compute(gpu_, WeightFormat::kInt4G32, true),
+              compute(gpu_, WeightFormat::kInt4G32, false), gpu_.name(), 0);
     }
   }
 
@@ -191,11 +203,15 @@ class Checks {
  private:
   void add(const std::string& name, const std::function<std::vector<float>(Backend&)>& run,
            Backend& truth, double tolerance) {
-    const double apart = difference(run(gpu_), run(truth));
+    compare(name, run(gpu_), run(truth), truth.name(), tolerance);
+  }
+  void compare(const std::string& name, const std::vector<float>& got,
+               const std::vector<float>& expected, const char* truth, double tolerance) {
+    const double apart = difference(got, expected);
     const bool right = apart <= tolerance;
     failures_ += !right;
-    std::cerr << (right ? "right  " : "WRONG  ") << name << ": " << apart << " from "
-              << truth.name() << ", " << tolerance << " allowed\n";
+    std::cerr << (right ? "right  " : "WRONG  ") << name << ": " << apart << " from " << truth
+              << ", " << tolerance << " allowed\n";
   }
 
   Backend &gpu_, &cpu_, &ref_;

@@ -124,6 +124,8 @@ if [ -x "$bench" ]; then
     measure scout-2k 60 "${int4[@]}" --prompt 2048 --tokens 128 --depth 2048
     measure scout-64-sequences 60 "${int4[@]}" --prompt 512 --tokens 16 --sequences 64
     measure maverick 90 "${int4[@]}" --shape maverick --prompt 2048 --tokens 128
+    # Experts that the CPU computes, from as few layers as tell.
+    measure scout-host-experts 60 "${int4[@]}" --prompt 512 --tokens 32 --host-experts 8
     measure vision 60 vision --device cuda --tiles 17
   fi
   if command -v compute-sanitizer >/dev/null; then

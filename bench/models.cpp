@@ -73,7 +73,8 @@ int64_t experts_of(const ModelSpec& spec) {
   return experts;
 }
 
-int64_t packed_bytes(const ModelSpec& spec, const QuantRecipe& recipe) {
+// Of the text model, in the memory of the device that computes.
+int64_t packed_bytes(const ModelSpec& spec, const QuantRecipe& recipe, int64_t host_layers) {
   ModelWeights weights;
   for (const ExpectedTensor& tensor : expected_tensors(spec, usual_prefixes(spec), weights)) {
     tensor.place->dtype = DType::kBF16;
@@ -81,12 +82,16 @@ int64_t packed_bytes(const ModelSpec& spec, const QuantRecipe& recipe) {
     tensor.place->rank = static_cast<int>(tensor.shape.size());
     std::copy(tensor.shape.begin(), tensor.shape.end(), tensor.place->shape.begin());
   }
-  return packed_bytes_of(spec, weights, recipe).text_packed;
+  const PackedBytes bytes = packed_bytes_of(spec, weights, recipe);
+  int64_t device = bytes.text_packed;
+  for (const auto& [layer, experts] : bytes.experts)
+    if (host_layers-- > 0) device -= experts;
+  return device;
 }
 
 // With `experts` experts, or if that is 0 with all, halved until they fit into `budget` bytes.
 ModelSpec fitting_spec(const std::string& shape, int64_t layers, int64_t experts, int64_t vocab,
-                       const QuantRecipe& recipe, int64_t budget) {
+                       const QuantRecipe& recipe, int64_t host_layers, int64_t budget) {
   const auto spec_with = [&](int64_t made) {
     return published_spec(shape, {.layers = layers, .experts = made, .vocab = vocab});
   };
@@ -96,13 +101,13 @@ ModelSpec fitting_spec(const std::string& shape, int64_t layers, int64_t experts
          shape, " have ", published);
   }
   ModelSpec spec = spec_with(experts);
-  while (experts == 0 && packed_bytes(spec, recipe) > budget && experts_of(spec) > 1) {
+  while (experts == 0 && packed_bytes(spec, recipe, host_layers) > budget && experts_of(spec) > 1) {
     spec = spec_with(experts_of(spec) / 2);
   }
-  if (packed_bytes(spec, recipe) > budget) {
+  if (packed_bytes(spec, recipe, host_layers) > budget) {
     fail(ErrorCode::kOutOfMemory, "[model] ", layers, " layers of ", shape,
          published > 0 ? " with " + std::to_string(experts_of(spec)) + " experts" : "", " need ",
-         gib(packed_bytes(spec, recipe)), ", and ", gib(budget),
+         gib(packed_bytes(spec, recipe, host_layers)), ", and ", gib(budget),
          " is free for weights; ask for fewer --layers or --experts");
   }
   return spec;
@@ -211,6 +216,7 @@ int run_model(int argc, char** argv) {
        {"vocab", "N", "tokens of the vocabulary made (default 2048 of 202048)"},
        {"batch", "N", "tokens of the prompt in one pass (default 512)"},
        {"device", "NAME", "cpu (default), cuda or cuda:N, where matrices of one shape are equal"},
+       {"host-experts", "N", "first layers whose experts a GPU leaves to the host (default 0)"},
        {"threads", "N", "compute threads (default: the usable cores)"},
        {"isa", "NAME", "instruction set (default: the best)"},
        {"rounds", "N", "rounds of which the medians are taken (default 3)"},
@@ -238,11 +244,12 @@ int run_model(int argc, char** argv) {
   const std::unique_ptr<Backend> device =
       make_backend(arguments.text("device", "cpu"), {isa, threads});
   const bool on_gpu = device->device_memory().has_value();
+  const int64_t host_layers = on_gpu ? arguments.integer("host-experts", 0, 0, 48) : 0;
   // Beside the weights: what the ceilings read, the block of random numbers, activations and cache.
   const int64_t beside = on_gpu ? int64_t{8} << 30 : Ceilings::kBytes + (int64_t{1} << 30);
-  const ModelSpec spec =
-      fitting_spec(shape, layers, arguments.integer("experts", 0, 1, 128), vocab, recipe,
-                   device->device_memory().value_or(available_memory_bytes()) - beside);
+  const ModelSpec spec = fitting_spec(
+      shape, layers, arguments.integer("experts", 0, 1, 128), vocab, recipe, host_layers,
+      device->device_memory().value_or(available_memory_bytes()) - beside);
   CloningBackend cloning(*device);
   RoutingProbe backend(on_gpu ? cloning : *device);
   auto source = std::make_unique<SyntheticWeights>(spec);
@@ -256,8 +263,9 @@ int run_model(int argc, char** argv) {
   SyntheticLoader loader(backend, recipe, *source);
   std::unique_ptr<TextModel> model;
   const double load_seconds = seconds_of([&] {
-    model = std::make_unique<TextModel>(spec, embedding_view,
-                                        load_text(spec, source->weights().text, loader), backend);
+    model = std::make_unique<TextModel>(
+        spec, embedding_view, load_text(spec, source->weights().text, loader, host_layers),
+        backend);
   });
   source.reset();
   MachineCeilings ceilings(*device, isa, threads);
@@ -293,6 +301,10 @@ int run_model(int argc, char** argv) {
     report.fact("experts made", std::to_string(experts_of(spec)) + " of " +
                                     std::to_string(published) + " in " +
                                     std::to_string(moe_layers) + " layers");
+    if (host_layers > 0)
+      report.fact("layers whose experts the host has",
+                  std::to_string(std::min(host_layers, moe_layers)) + ", on " +
+                      device->host().description());
     report.fact("experts the prompt used", std::to_string(seen) + " of " + std::to_string(made));
   }
   report.fact("weights GiB", static_cast<double>(loader.bytes()) / (1 << 30));

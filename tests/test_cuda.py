@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -316,6 +316,96 @@ def test_long_prompts_in_any_cuts_have_the_same_bits(
     (whole, expected), (cut, _) = on_cpu_and_cuda(jobs, tmp_path, library)
     assert np.array_equal(whole.logits, cut.logits)
     assert_near(whole, expected, tolerance=0.005)
+
+
+# --- experts in the host's memory -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variant", "layers"), [("scout_like", 8), ("maverick_like", 4), ("top2", 4)]
+)
+def test_a_model_has_the_same_bits_wherever_its_experts_lie(
+    checkpoint: MakeCheckpoint, tmp_path: Path, library: str | None, variant: str, layers: int
+) -> None:
+    """In whatever pieces the prompt comes, and beside other sequences; greedy as on the CPU."""
+    path = str(checkpoint(variant, dtype="bfloat16").path)
+    job = Job(path, PROMPT, continuation=6, beside=[PROMPT[3:], [7]])
+
+    def placed(experts: str | int, cuts: list[int] | None = None, device: str = "cuda") -> Job:
+        options = {"device": device, "quant": "int4", "experts": experts}
+        return replace(job, options=options, cuts=cuts)
+
+    jobs = [
+        placed("gpu"),
+        placed(layers - 1, [3, 1, 4]),
+        placed(layers // 2),
+        placed("cpu", [1] * len(PROMPT)),
+        placed("auto", device="cpu"),
+    ]
+    on_gpu, *others, on_cpu = compute(jobs, tmp_path, library)
+    assert "experts" not in on_gpu.device
+    for result, left in zip(others, (1, layers - layers // 2, layers), strict=True):
+        assert f", experts of {left} of {layers} layers on cpu (" in result.device
+        assert np.array_equal(result.logits, on_gpu.logits)
+        assert result.continuation == on_gpu.continuation
+    assert_near(on_gpu, on_cpu, tolerance=0.02)
+
+
+@pytest.mark.parametrize("quant", [None, "fp8"])
+def test_floats_differ_by_roundings_where_their_experts_lie(
+    checkpoint: MakeCheckpoint, tmp_path: Path, library: str | None, quant: str | None
+) -> None:
+    path = str(checkpoint("scout_like", dtype="bfloat16").path)
+    options = {"device": "cuda", "quant": quant}
+    jobs = [
+        Job(path, PROMPT, options | {"experts": experts}, continuation=6)
+        for experts in ("gpu", 3, "cpu")
+    ]
+    on_gpu, *others = compute(jobs, tmp_path, library)
+    for result in others:
+        assert_near(result, on_gpu, tolerance=0.02)
+
+
+def test_experts_that_do_not_fit_go_to_the_host(
+    checkpoint: MakeCheckpoint, tmp_path: Path, emulator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(checkpoint("scout_like", dtype="float32").path)
+    options = {"device": "cuda", "context": 256}
+    whole = puna.plan(path, memory="1G", **options)
+    most = whole.memory_needed
+    assert (whole.expert_layers, whole.host_layers) == (8, 0)
+    per_layer = puna.plan(path, memory=most - 1, **options).host_expert_bytes
+
+    def load(memory: int, **more: Any) -> Result:
+        job = Job(path, PROMPT, options | {"memory": memory} | more)
+        return compute([job], tmp_path, emulator)[0]
+
+    assert not load(most).warnings
+    result = load(most - 2 * per_layer - 1)
+    assert ", experts of 3 of 8 layers on cpu (" in result.device
+    (warning,) = result.warnings
+    assert warning.startswith("the routed experts of 3 of 8 layers (")
+    assert_fp32_parity(result.logits, load(most).logits)
+    # What is free of the device's memory, and not of the host's, is what counts.
+    monkeypatch.setenv("EMULATOR_MEMORY", str(most - per_layer))
+    assert ", experts of " in compute([Job(path, PROMPT, options)], tmp_path, emulator)[0].device
+    # "auto" takes no GPU for that, unless it is said where they lie.
+    auto = [
+        Job(path, PROMPT, options | {"device": "auto"} | more) for more in ({}, {"experts": "cpu"})
+    ]
+    devices = [result.device for result in compute(auto, tmp_path, emulator)]
+    assert devices[0].startswith("cpu") and ", experts of 8 of 8 layers" in devices[1]
+
+    for more, kind, message in (
+        ({"experts": "gpu"}, "OutOfMemory", "experts='auto'"),
+        ({"experts": 9}, "InvalidRequest", "experts=9 layers were asked for, the model has 8"),
+        ({"memory": "64K"}, "OutOfMemory", "beside the routed experts of 8 layers, which are left"),
+    ):
+        with pytest.raises(AssertionError, match=f"{kind}.*({message})"):
+            load(**{"memory": most - per_layer} | more)
+
+
+# --- what is not there ----------------------------------------------------------------------------
 
 
 def test_sessions_on_disk_are_refused(

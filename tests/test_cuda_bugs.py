@@ -1,7 +1,7 @@
 """Planted bugs in the CUDA kernels: the tests on the emulator must find every one.
 
 Each bug is a change of one place of a kernel: a missing barrier, a wrong lane, a tail without its
-guard. The file that has it is compiled with the change and linked in the place of the right one,
+guard; or of the backend where it and the host wait for one another. The file that has it is compiled with the change and linked in the place of the right one,
 and the tests named beside it must fail.
 """
 
@@ -19,7 +19,6 @@ import pytest
 
 from test_cpp import ROOT, build
 
-KERNELS = ROOT / "csrc" / "kernels" / "cuda"
 FORMATS = '#include "quant/formats.inc"'
 
 pytestmark = pytest.mark.skipif(
@@ -36,6 +35,11 @@ class Place:
     program: str
     tests: str
     formats: tuple[str, ...] = ()  # that are compiled, of the quantised ones
+    folder: str = "kernels/cuda"
+
+    def text(self, name: str) -> str:
+        """Of a file of the same folder."""
+        return (ROOT / "csrc" / self.folder / name).read_text()
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,11 @@ VISION_ROUNDINGS = Place(
 TILES = Place(
     "vision_attention.cu", "vision_attention.cu", "cuda_attention_test", "vision_attention"
 )
+SILU = Place("rows.cu", "rows.cu", "cuda_host_experts_test", "same_bits")
+HOST_EXPERTS = Place(
+    "host_experts.cpp", "host_experts.cpp", "cuda_host_experts_test", "same_bits",
+    folder="backend/cuda",
+)  # fmt: skip
 SEALING = Place("seal.cu", "seal.cu", "cuda_sealed_attention_test", "sealed")
 
 
@@ -273,6 +282,13 @@ OTHERS = [
     Bug(VISION, "tile * 3 + channel", "tile + channel"),
     Bug(VISION, "c / call.patch % call.patch;", "c % call.patch;"),
     Bug(VISION, "neighbour / call.factor;", "neighbour % call.factor;"),
+    # --- experts in the host's memory
+    Bug(SILU, "x / (1.0f + exp_like_cpu(-x))", "x * (1.0f / (1.0f + exp_like_cpu(-x)))"),
+    Bug(HOST_EXPERTS, "  device_->await_fetched();\n", ""),
+    Bug(HOST_EXPERTS, "routing.offsets + routing.experts + 1", "routing.offsets + routing.experts"),
+    Bug(HOST_EXPERTS, "feed_forward(residual, operand, weights.shared_gate_up, weights.shared_down);", ""),
+    Bug(HOST_EXPERTS, "static_cast<size_t>(x.stride) * sizeof(float)", "static_cast<size_t>(x.cols) * sizeof(float)"),
+    Bug(HOST_EXPERTS, "  device_->upload(sent, made.data, slots * static_cast<size_t>(x.cols) * sizeof(float));\n", ""),
     # --- reduce.cuh
     Bug(SUMS, "mask < kLanes; mask *= 2) value +=", "mask < kLanes / 2; mask *= 2) value +="),
     Bug(SUMS, BARRIER, "", behind="scratch[threadIdx.x / kWarp] = value;"),
@@ -408,16 +424,16 @@ def _place_in(text: str, bug: Bug) -> int:
 @pytest.mark.parametrize("bug", [*SAMPLE, *OTHERS], ids=lambda bug: bug.name)
 def test_the_source_has_the_place_of_each_bug(bug: Bug) -> None:
     """So that a change of a kernel does not quietly take its bugs away."""
-    _place_in((KERNELS / bug.place.file).read_text(), bug)
+    _place_in(bug.place.text(bug.place.file), bug)
 
 
 def _compile(bug: Bug, folder: Path) -> Path:
     """The object of the source that sees the change."""
-    headers = folder / "kernels" / "cuda"
+    headers = folder / bug.place.folder
     headers.mkdir(parents=True)
     changed = {bug.place.file, bug.place.source}
     for name in changed:
-        text = (KERNELS / name).read_text()
+        text = bug.place.text(name)
         if name == bug.place.file:
             at = _place_in(text, bug)
             text = text[:at] + bug.after + text[at + len(bug.before) :]

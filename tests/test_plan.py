@@ -146,6 +146,82 @@ def test_speed(scout: Path) -> None:
     assert "GB/s (measured)" in str(measured) and "GB/s (a guess)" in str(measured)
 
 
+GPU: dict[str, Any] = {"device": "cuda", "quant": "int4", "vision": False, "host_memory": "96G"}
+
+
+def test_experts_that_a_gpu_does_not_hold(scout: Path) -> None:
+    """Those of as many layers as fit beside the context."""
+    whole = puna.plan(scout, memory="80G", context="128k", **GPU)
+    assert whole.fits and whole.on_gpu
+    assert (whole.expert_layers, whole.host_layers) == (48, 0)
+    assert whole.host_needed == whole.host_bytes == whole.step_host_bytes == 0
+    layers, needed = 0, whole.memory_needed
+    for memory in (60, 40, 24, 20):
+        plan = puna.plan(scout, memory=f"{memory}G", context="128k", **GPU)
+        assert plan.fits and plan.host_layers >= layers
+        layers, each = plan.host_layers, plan.host_expert_bytes // max(plan.host_layers, 1)
+        assert plan.memory_needed == needed - plan.host_expert_bytes <= memory * GIB
+        assert layers == 0 or plan.memory_needed + each > memory * GIB
+        assert plan.host_bytes == (96 * GIB if layers else 0)
+        assert plan.host_expert_bytes <= plan.host_needed <= plan.host_bytes or layers == 0
+        assert plan.step_host_bytes * 16 == plan.host_expert_bytes
+        assert plan.step_memory_bytes + plan.step_host_bytes == whole.step_memory_bytes
+        assert plan.weight_bytes == whole.weight_bytes
+    assert 24 < layers <= 48
+    # The bytes of 48 layers' experts, 4.5 bits a weight with their scales.
+    assert each == pytest.approx(16 * 3 * 5120 * 8192 * 4.5 / 8, rel=0.01)
+    longer = puna.plan(scout, memory="24G", context="256k", kv="int8", **GPU)
+    shorter = puna.plan(scout, memory="24G", context="32k", kv="int8", **GPU)
+    assert longer.host_layers > shorter.host_layers
+    # No context is asked for: some of it comes before experts.
+    free = puna.plan(scout, memory="24G", **GPU)
+    assert free.fits and free.context == free.largest_context >= 8192
+    assert free.host_layers == puna.plan(scout, memory="24G", context=8192, **GPU).host_layers
+
+
+def test_where_experts_are_may_be_said(scout: Path) -> None:
+    options: dict[str, Any] = GPU | {"memory": "24G", "context": "128k"}
+    auto = puna.plan(scout, **options)
+    there = auto.expert_layers - auto.host_layers
+    assert puna.plan(scout, experts=there, **options) == auto
+    none = puna.plan(scout, experts="cpu", **options)
+    assert none.fits and none.host_layers == 48
+    assert none == puna.plan(scout, experts=0, **options)
+    for experts in (there + 1, "gpu"):
+        plan = puna.plan(scout, experts=experts, **options)
+        assert not plan.fits and plan.memory_needed > 24 * GIB
+        assert "experts='auto'" in [remedy.change for remedy in plan.remedies]
+    with pytest.raises(puna.InvalidRequest, match="experts=49 layers were asked for, the model"):
+        puna.plan(scout, experts=49, **options)
+    # What the host does not hold does not fit either.
+    short = puna.plan(scout, **options | {"host_memory": auto.host_needed - 1})
+    assert not short.fits and short.memory_needed == auto.memory_needed
+    for remedy in short.remedies:
+        assert "memory=" not in remedy.change
+    # Nor does a GPU without room for what is no expert.
+    assert not puna.plan(scout, **options | {"memory": "4G"}).fits
+
+
+def test_the_host_bounds_the_speed(scout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options: dict[str, Any] = GPU | {"memory": "24G", "context": "128k", "host_bandwidth": 10**11}
+    plan = puna.plan(scout, **options)
+    assert plan.tokens_per_second == pytest.approx(1e11 / plan.step_host_bytes)
+    assert "GB/s (given), beside what the GPU takes; memory_bandwidth=" in str(plan)
+    both = puna.plan(scout, memory_bandwidth=10**12, **options)
+    time = both.step_memory_bytes / 1e12 + both.step_host_bytes / 1e11
+    assert both.tokens_per_second == pytest.approx(1 / time)
+    arguments = ["plan", str(scout), "--device", "cuda", "--memory", "24G", "--context", "128k"]
+    arguments += ["--quant", "int4", "--no-vision", "--host-memory", "96G", "--host-bandwidth"]
+    assert main([*arguments, "100000000000"]) == 0
+    text = capsys.readouterr().out
+    left = plan.host_layers
+    assert f"experts      those of {48 - left} of 48 layers on the GPU; of {left} (" in text
+    assert "in the host's memory, computed by the CPU" in text
+    assert "of 96.0 GiB for them" in text
+    assert main([*arguments, "1T", "--experts", "gpu", "--memory", "80G"]) == 0
+    assert "those of all 48 layers on the GPU" in capsys.readouterr().out
+
+
 def test_guard_has_no_chunks(tmp_path: Path) -> None:
     write_sparse(tmp_path / "guard", GUARD)
     plan = puna.plan(tmp_path / "guard", memory="64G")

@@ -230,6 +230,13 @@ LOADING: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"kv_offload": "tape"}, puna.InvalidRequest, "kv_offload is 'tape'; it must be 'auto'"),
     ({"kv_disk": "some"}, puna.InvalidRequest, "kv_disk is 'some'; write a number"),
     ({"experts": "disk"}, puna.UnsupportedError, "experts='disk' is not available yet"),
+    (
+        {"experts": "most"},
+        puna.InvalidRequest,
+        "experts is 'most'; it must be 'auto', 'gpu', 'cpu'",
+    ),
+    ({"experts": -1}, puna.InvalidRequest, "experts is -1; it must be 'auto', 'gpu', 'cpu' or"),
+    ({"experts": 3}, puna.InvalidRequest, "experts is 3, which is for device='cuda'; device is"),
     ({"vision": "no"}, puna.InvalidRequest, "vision is 'no'; it must be True or False"),
     ({"threads": 0}, puna.InvalidRequest, "threads is 0; it must be a whole number of 1 or more"),
     ({"threads": 10**6}, puna.InvalidRequest, "1000000 threads were asked for; the most is 1024"),

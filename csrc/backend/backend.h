@@ -97,6 +97,7 @@ struct MoeWeights {
       shared_down;  // [2 * width][hidden] (gate rows, then up rows), [hidden][width]
   std::vector<WeightRef> gate_up, down;  // the same per expert
   int64_t top_k = 1;
+  bool experts_on_host = false;  // gate_up and down are of the backend's host()
 };
 
 struct MatrixOptions {
@@ -119,6 +120,8 @@ class Backend {
   // Bytes free of memory that the host cannot read; none: it is the host's own.
   virtual std::optional<int64_t> device_memory() const { return std::nullopt; }
   virtual void copy(void* to, const void* from, size_t bytes) = 0;  // within that memory
+  // Packs weights into the host's memory, for what this one can leave there (MoeWeights).
+  virtual Backend& host() { return *this; }
   // Packs the parts stacked by rows (all with the same cols and dtype) into one matrix.
   virtual WeightRef load_matrix(std::span<const MatrixSource> parts, const MatrixOptions& = {}) = 0;
   // A matrix that lies packed in memory already, as load_matrix() left it in a file. `data` holds

@@ -91,6 +91,20 @@ void check_feed_forward(const char* where, const char* name, const WeightRef& ga
   check_weight(where, (prefix + "down").c_str(), down, hidden, gate_up.rows / 2);
 }
 
+void check_expert_matrices(const char* where, std::span<const WeightRef> gate_up,
+                           std::span<const WeightRef> down, int64_t hidden) {
+  if (down.size() != gate_up.size())
+    fail(ErrorCode::kInternal, "[", where, "] ", gate_up.size(), " experts have gate_up, ",
+         down.size(), " have down");
+  for (size_t e = 0; e < gate_up.size(); ++e) {
+    check_feed_forward(where, "expert ", gate_up[e], down[e], hidden);
+    if (gate_up[e].rows != gate_up[0].rows || gate_up[e].format != gate_up[0].format ||
+        down[e].format != down[0].format)
+      fail(ErrorCode::kInternal, "[", where, "] expert ", e,
+           " differs from expert 0 in size or format");
+  }
+}
+
 }  // namespace
 
 MatrixShape check_matrix_parts(std::span<const MatrixSource> parts, const MatrixOptions& options) {
@@ -218,19 +232,24 @@ void check_moe(ConstRows residual, ConstRows x, const MoeWeights& weights) {
   check_weight("moe", "router", weights.router, experts, x.cols);
   if (weights.router.format != WeightFormat::kF32)
     fail(ErrorCode::kInternal, "[moe] the router is not float32");
-  if (weights.down.size() != weights.gate_up.size())
-    fail(ErrorCode::kInternal, "[moe] ", experts, " experts have gate_up, ", weights.down.size(),
-         " have down");
   if (weights.top_k < 1 || weights.top_k > experts)
     fail(ErrorCode::kInternal, "[moe] top_k is ", weights.top_k, " of ", experts, " experts");
   check_feed_forward("moe", "shared_", weights.shared_gate_up, weights.shared_down, x.cols);
-  for (int64_t e = 0; e < experts; ++e) {
-    check_feed_forward("moe", "expert ", weights.gate_up[e], weights.down[e], x.cols);
-    if (weights.gate_up[e].rows != weights.gate_up[0].rows ||
-        weights.gate_up[e].format != weights.gate_up[0].format ||
-        weights.down[e].format != weights.down[0].format)
-      fail(ErrorCode::kInternal, "[moe] expert ", e, " differs from expert 0 in size or format");
-  }
+  check_expert_matrices("moe", weights.gate_up, weights.down, x.cols);
+}
+
+void check_experts(ConstRows out, ConstRows x, const Routing& routing,
+                   std::span<const WeightRef> gate_up, std::span<const WeightRef> down) {
+  const int64_t slots = std::ssize(routing.row);
+  check_rows("experts", "x", x, x.rows, x.cols);
+  check_rows("experts", "out", out, slots, x.cols);
+  check_expert_matrices("experts", gate_up, down, x.cols);
+  if (routing.offset.size() != gate_up.size() + 1 || routing.offset.back() != slots)
+    fail(ErrorCode::kInternal, "[experts] the routing is of ", routing.offset.size(),
+         " - 1 experts and ", slots, " slots, there are ", gate_up.size(), " experts");
+  for (const int64_t row : routing.row)
+    if (row < 0 || row >= x.rows)
+      fail(ErrorCode::kInternal, "[experts] row ", row, " of ", x.rows, " rows");
 }
 
 void check_attention(ConstRows out, const AttentionInput& input) {

@@ -6,6 +6,7 @@
 #include <span>
 
 #include "backend/backend.h"
+#include "backend/routing.h"
 #include "base/half.h"
 
 namespace puna {
@@ -27,6 +28,8 @@ void check_matmul(ConstRows out, ConstRows x, const WeightRef& weight,
                   const MatmulOptions& options);
 void check_mlp(ConstRows residual, ConstRows x, const WeightRef& gate_up, const WeightRef& down);
 void check_moe(ConstRows residual, ConstRows x, const MoeWeights& weights);
+void check_experts(ConstRows out, ConstRows x, const Routing& routing,
+                   std::span<const WeightRef> gate_up, std::span<const WeightRef> down);
 void check_attention(ConstRows out, const AttentionInput& input);
 void check_vision_attention(ConstRows out, ConstRows qkv, int64_t tiles, int64_t tokens,
                             int64_t heads, const float* cos, const float* sin, DType operands);

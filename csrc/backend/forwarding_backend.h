@@ -17,6 +17,7 @@ class ForwardingBackend : public Backend {
   Buffer allocate(size_t bytes) override { return backend_.allocate(bytes); }
   std::optional<int64_t> device_memory() const override { return backend_.device_memory(); }
   void copy(void* to, const void* from, size_t bytes) override { backend_.copy(to, from, bytes); }
+  Backend& host() override { return backend_.host(); }
   WeightRef load_matrix(std::span<const MatrixSource> parts,
                         const MatrixOptions& options) override {
     return backend_.load_matrix(parts, options);

@@ -25,6 +25,16 @@ void Routing::reserve(int64_t rows, int64_t experts, int64_t top_k) {
   occupied.reserve(static_cast<size_t>(experts));
 }
 
+void Routing::adopt(std::span<const int32_t> rows, std::span<const float> scores,
+                    std::span<const int32_t> offsets) {
+  row.assign(rows.begin(), rows.end());
+  score.assign(scores.begin(), scores.end());
+  offset.assign(offsets.begin(), offsets.end());
+  occupied.clear();
+  for (size_t e = 0; e + 1 < offset.size(); ++e)
+    if (offset[e + 1] > offset[e]) occupied.push_back(static_cast<int64_t>(e));
+}
+
 void Routing::assign(const float* logits, int64_t rows, int64_t experts, int64_t top_k) {
   std::fill(offset.begin(), offset.end(), 0);
   for (int64_t r = 0; r < rows; ++r) {

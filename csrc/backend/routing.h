@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 namespace puna {
@@ -19,6 +20,9 @@ struct Routing {
   // The top_k largest logits of each row, the lower index first among equals; a NaN counts as the
   // smallest. logits [rows][experts].
   void assign(const float* logits, int64_t rows, int64_t experts, int64_t top_k);
+  // As it was assigned elsewhere: rows and scores by slot, first slots by expert.
+  void adopt(std::span<const int32_t> rows, std::span<const float> scores,
+             std::span<const int32_t> offsets);
 
  private:
   std::vector<int64_t> chosen_;  // [rows][top_k]

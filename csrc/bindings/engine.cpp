@@ -117,7 +117,7 @@ std::shared_ptr<Engine> load(const std::string& path, const std::string& mmproj,
                              const std::string& kv, const std::string& kv_disk,
                              int64_t kv_disk_bytes, int64_t context, int64_t memory, bool vision,
                              const std::string& quant, QuantOverrides quant_overrides,
-                             const py::object& progress) {
+                             int64_t device_experts, const py::object& progress) {
   LoadOptions options;
   options.quant = quant;
   options.quant_overrides = std::move(quant_overrides);
@@ -132,6 +132,7 @@ std::shared_ptr<Engine> load(const std::string& path, const std::string& mmproj,
   options.context = context;
   options.memory = memory;
   options.vision = vision;
+  options.device_experts = device_experts;
   options.progress = reporting(progress);
   const py::gil_scoped_release release;
   return Engine::load(options);
@@ -396,7 +397,7 @@ void bind_engine(py::module_& module) {
 
   module.def("load", &load, py::kw_only(), "path"_a, "mmproj"_a, "device"_a, "isa"_a, "threads"_a,
              "kv"_a, "kv_disk"_a, "kv_disk_bytes"_a, "context"_a, "memory"_a, "vision"_a, "quant"_a,
-             "quant_overrides"_a, "progress"_a, "Loads a checkpoint.");
+             "quant_overrides"_a, "device_experts"_a, "progress"_a, "Loads a checkpoint.");
   module.def("quantize", &quantize_checkpoint, py::kw_only(), "path"_a, "mmproj"_a, "out"_a,
              "quant"_a, "quant_overrides"_a, "threads"_a, "calibration"_a, "progress"_a,
              "calibration_progress"_a,

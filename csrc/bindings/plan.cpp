@@ -27,7 +27,10 @@ py::dict dict_of(const Plan& plan) {
       "memory_bytes"_a = plan.memory_budget, "memory_given"_a = plan.memory_given,
       "disk_needed"_a = plan.disk_needed, "disk_bytes"_a = plan.disk_budget, "fits"_a = plan.fits,
       "step_memory_bytes"_a = plan.step_memory_bytes, "step_disk_bytes"_a = plan.step_disk_bytes,
-      "remedies"_a = remedies);
+      "step_host_bytes"_a = plan.step_host_bytes, "on_gpu"_a = plan.on_gpu,
+      "expert_layers"_a = plan.expert_layers, "host_layers"_a = plan.host_layers,
+      "host_expert_bytes"_a = plan.host_expert_bytes, "host_needed"_a = plan.host_needed,
+      "host_bytes"_a = plan.host_memory, "remedies"_a = remedies);
 }
 
 void bind_plan(py::module_& module) {
@@ -35,7 +38,8 @@ void bind_plan(py::module_& module) {
       "plan",
       [](const std::string& path, const std::string& mmproj, const std::string& kv, int64_t context,
          int64_t memory, int64_t disk, bool vision, const std::string& quant,
-         const std::vector<std::pair<std::string, std::string>>& quant_overrides) {
+         const std::vector<std::pair<std::string, std::string>>& quant_overrides,
+         int64_t device_experts, int64_t host_memory, std::optional<int64_t> gpu_memory) {
         LoadOptions options;
         options.path = path;
         options.mmproj = mmproj;
@@ -45,15 +49,18 @@ void bind_plan(py::module_& module) {
         options.vision = vision;
         options.quant = quant;
         options.quant_overrides = quant_overrides;
+        options.device_experts = device_experts;
+        options.host_memory = host_memory;
         Plan made;
         {
           const py::gil_scoped_release release;
-          made = plan(options, disk);
+          made = plan(options, disk, gpu_memory);
         }
         return dict_of(made);
       },
       py::kw_only(), "path"_a, "mmproj"_a, "kv"_a, "context"_a, "memory"_a, "disk"_a, "vision"_a,
-      "quant"_a, "quant_overrides"_a, "What a checkpoint needs; weights are not read.");
+      "quant"_a, "quant_overrides"_a, "device_experts"_a, "host_memory"_a, "gpu_memory"_a,
+      "What a checkpoint needs; weights are not read.");
   module.def("memory_bandwidth", &memory_bandwidth, py::call_guard<py::gil_scoped_release>(),
              "Bytes a second that this machine reads, measured once.");
 }

@@ -32,6 +32,14 @@ int64_t disk_budget(const LoadOptions& options) {
   return error ? 0 : static_cast<int64_t>(space.available);
 }
 
+// "auto" takes a GPU that holds all of the model, unless it is said what the host is to have.
+LoadOptions options_for(const LoadOptions& options) {
+  LoadOptions wanted = options;
+  if (options.device == "auto" && options.device_experts == kExpertsThatFit)
+    wanted.device_experts = kAllExperts;
+  return wanted;
+}
+
 // Whether what is asked for is nothing that the CPU alone can do: keys and values on a disk, or
 // named instructions.
 bool gpu_will_do(const LoadOptions& options) {
@@ -67,7 +75,7 @@ std::shared_ptr<Engine> Engine::load(const LoadOptions& options) {
     impl->backend.reset();
     impl->backend = make_backend(device, {options.isa, options.threads});
     planner.emplace(spec, weights, model.packed_sizes(), impl->backend->device_memory());
-    impl->plan = planner->plan(options, disk_budget(options));
+    impl->plan = planner->plan(options_for(options), disk_budget(options));
     if (impl->plan.fits) break;
   }
   const Plan& plan = impl->plan;
@@ -93,7 +101,8 @@ std::shared_ptr<Engine> Engine::load(const LoadOptions& options) {
   if (model.packed) model.packed->use(*impl->backend);
   WeightLoader& loader = model.packed ? static_cast<WeightLoader&>(*model.packed) : packing;
   impl->text = std::make_unique<TextModel>(spec, weights.text.embed,
-                                           load_text(spec, weights.text, loader), *impl->backend);
+                                           load_text(spec, weights.text, loader, plan.host_layers),
+                                           *impl->backend);
   if (vision)
     impl->vision =
         std::make_unique<VisionModel>(spec, load_vision(*weights.vision, loader), *impl->backend);
@@ -102,6 +111,10 @@ std::shared_ptr<Engine> Engine::load(const LoadOptions& options) {
   const ParameterCount parameters = count_parameters(spec);
   info.path = options.path;
   info.device = impl->backend->description();
+  if (plan.host_layers > 0)
+    info.device += ", experts of " + std::to_string(plan.host_layers) + " of " +
+                   std::to_string(plan.expert_layers) + " layers on " +
+                   impl->backend->host().description();
   info.dtype = name_of(weight_type);
   const KvGeometry& geometry = impl->kv->geometry();
   info.kv_dtype = geometry.seal == KvSeal::kNone ? name_of(geometry.layout.dtype) : plan.kv;

@@ -25,7 +25,12 @@ struct Entry {
 };
 
 constexpr Entry kBackends[] = {
-#define PUNA_BACKEND(name) {#name, &make_##name##_backend, &name##_status},
+#define PUNA_BACKEND(name)                                         \
+  {#name,                                                          \
+   [](const BackendOptions& options) -> std::unique_ptr<Backend> { \
+     return make_##name##_backend(options);                        \
+   },                                                              \
+   &name##_status},
 #include "backend/backends.inc"
 #undef PUNA_BACKEND
 };

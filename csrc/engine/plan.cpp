@@ -18,34 +18,62 @@ namespace {
 constexpr double kShareOfFreeMemory = 0.9;
 constexpr size_t kMostRemedies = 3;
 
+// Of a row at one expert: its input, gate and up, and what they become.
+int64_t expert_floats(const ModelSpec& spec, const LayerSpec& layer) {
+  return spec.hidden + 3 * layer.intermediate;
+}
+
 // The activations of a forward pass: those of TextModel, and what a backend keeps of one layer's
 // feed-forward block, all as fp32, beside the logits of one row.
 int64_t scratch_bytes(const ModelSpec& spec, int64_t rows) {
   const int64_t attention = 2 * spec.hidden + (2 * spec.heads + 2 * spec.kv_heads) * spec.head_dim;
   int64_t feed_forward = 0;
   for (const LayerSpec& layer : spec.layers) {
-    // Of each expert that sees the row, the shared one too: its input, gate and up, and what they
-    // become.
-    const int64_t experts = 1 + (layer.moe ? layer.top_k : 0);
-    feed_forward = std::max(feed_forward, experts * (spec.hidden + 3 * layer.intermediate));
+    const int64_t experts = 1 + (layer.moe ? layer.top_k : 0);  // the shared one sees it, too
+    feed_forward = std::max(feed_forward, experts * expert_floats(spec, layer));
   }
   const int64_t floats = rows * (attention + feed_forward) + spec.vocab_size;
   return floats * static_cast<int64_t>(sizeof(float));
+}
+
+// What the host needs beside the weights to compute a layer's routed experts for a GPU: rows that
+// come, what is kept of each at its experts, and rows that go.
+int64_t host_scratch_bytes(const ModelSpec& spec, int64_t rows) {
+  int64_t floats = 0;
+  for (const LayerSpec& layer : spec.layers)
+    if (layer.moe)
+      floats =
+          std::max(floats, spec.hidden + layer.top_k * (expert_floats(spec, layer) + spec.hidden));
+  return rows * floats * static_cast<int64_t>(sizeof(float));
 }
 
 int64_t global_layers(const KvGeometry& geometry) {
   return std::count(geometry.chunk.begin(), geometry.chunk.end(), 0);
 }
 
-// Of the text model's weights, those that one token uses.
-int64_t active_bytes(const ModelSpec& spec, const PackedBytes& sizes) {
-  for (const LayerSpec& layer : spec.layers) {
-    if (layer.moe)
-      return sizes.text_packed -
-             sizes.experts_packed / layer.experts * (layer.experts - layer.top_k);
-  }
-  return sizes.text_packed;
+int64_t layers_with_experts(const ModelSpec& spec) {
+  return std::count_if(spec.layers.begin(), spec.layers.end(),
+                       [](const LayerSpec& layer) { return layer.moe; });
 }
+
+struct ExpertsOfLayer {
+  int64_t bytes = 0;
+  int64_t active = 0;  // that one token reads
+};
+
+// Of the layers that have routed experts, in order.
+std::vector<ExpertsOfLayer> experts_by_layer(const ModelSpec& spec, const PackedBytes& sizes) {
+  std::vector<ExpertsOfLayer> layers;
+  for (size_t l = 0; l < spec.layers.size(); ++l) {
+    if (!spec.layers[l].moe) continue;
+    const auto found = sizes.experts.find(static_cast<int64_t>(l));
+    const int64_t bytes = found == sizes.experts.end() ? 0 : found->second;
+    layers.push_back({bytes, bytes / spec.layers[l].experts * spec.layers[l].top_k});
+  }
+  return layers;
+}
+
+bool host_suffices(const Plan& plan) { return plan.host_needed <= plan.host_memory; }
 
 std::string joined(const std::vector<std::string>& parts) {
   std::string text;
@@ -88,6 +116,7 @@ Planner::Planner(const ModelSpec& spec, const ModelWeights& weights,
     : spec_(spec),
       weights_(weights),
       packed_(packed),
+      on_gpu_(device_memory.has_value()),
       free_memory_(device_memory.value_or(available_memory_bytes())),
       batch_rows_(device_memory ? kDeviceBatchRows : kBatchRows) {}
 
@@ -100,6 +129,28 @@ const PackedBytes& Planner::weights(const LoadOptions& options) const {
 }
 
 Plan Planner::evaluate(const LoadOptions& options, int64_t disk) const {
+  if (!on_gpu_) return evaluate(options, disk, 0);
+  const int64_t layers = layers_with_experts(spec_);
+  if (options.device_experts == kAllExperts) return evaluate(options, disk, 0);
+  if (options.device_experts != kExpertsThatFit)
+    return evaluate(options, disk, layers - options.device_experts);
+  // As few as leave room for the context.
+  LoadOptions with_context = options;
+  if (options.context == 0)
+    with_context.context = std::min(spec_.max_position, kContextBeforeExperts);
+  int64_t host_layers = 0;
+  for (int64_t end = layers; host_layers < end;) {
+    const int64_t middle = host_layers + (end - host_layers) / 2;
+    const Plan plan = evaluate(with_context, disk, middle);
+    if (plan.context <= plan.largest_context)
+      end = middle;
+    else
+      host_layers = middle + 1;
+  }
+  return evaluate(options, disk, host_layers);
+}
+
+Plan Planner::evaluate(const LoadOptions& options, int64_t disk, int64_t host_layers) const {
   const PackedBytes& sizes = weights(options);
   const KvFormat format = kv_format(options.kv, stored_type(weights_.text));
   const KvGeometry geometry = kv_geometry(spec_, format);
@@ -114,7 +165,9 @@ Plan Planner::evaluate(const LoadOptions& options, int64_t disk) const {
   plan.memory_given = options.memory > 0;
   plan.memory_budget = plan.memory_given ? options.memory : free_memory_;
   plan.disk_budget = disk;
-  const int64_t weight_bytes = plan.text_bytes + plan.vision_bytes;
+  plan.host_layers = host_layers;
+  place_experts(plan, options);
+  const int64_t weight_bytes = plan.text_bytes + plan.vision_bytes - plan.host_expert_bytes;
   const int64_t left = plan.memory_budget - weight_bytes;
   const int64_t room = plan.memory_given
                            ? left
@@ -135,7 +188,9 @@ Plan Planner::evaluate(const LoadOptions& options, int64_t disk) const {
     (fits(middle) ? plan.largest_context : too_long) = middle;
   }
   plan.context = options.context > 0 ? options.context : std::max<int64_t>(plan.largest_context, 1);
-  plan.fits = plan.context <= plan.largest_context;
+  if (host_layers > 0)
+    plan.host_needed = plan.host_expert_bytes + host_scratch_bytes(spec_, pass(plan.context));
+  plan.fits = plan.context <= plan.largest_context && host_suffices(plan);
 
   const KvFootprint cache = footprint(plan.context);
   const int64_t layers = global_layers(geometry);
@@ -156,8 +211,23 @@ Plan Planner::evaluate(const LoadOptions& options, int64_t disk) const {
   plan.memory_needed =
       weight_bytes + plan.scratch_bytes + ahead + (spills ? cache.least_memory : cache.memory);
   plan.step_disk_bytes = cache.memory - plan.kv_memory_bytes;
-  plan.step_memory_bytes = active_bytes(spec_, sizes) + plan.kv_memory_bytes;
+  plan.step_memory_bytes += plan.kv_memory_bytes;
   return plan;
+}
+
+// What lies where, and what a token reads of the weights.
+void Planner::place_experts(Plan& plan, const LoadOptions& options) const {
+  plan.on_gpu = on_gpu_;
+  if (plan.host_layers > 0)
+    plan.host_memory = options.host_memory > 0 ? options.host_memory : available_memory_bytes();
+  plan.step_memory_bytes = plan.text_bytes;
+  for (const ExpertsOfLayer& layer : experts_by_layer(spec_, weights(options))) {
+    const bool on_host = plan.expert_layers++ < plan.host_layers;
+    plan.step_memory_bytes -= on_host ? layer.bytes : layer.bytes - layer.active;
+    if (!on_host) continue;
+    plan.host_expert_bytes += layer.bytes;
+    plan.step_host_bytes += layer.active;
+  }
 }
 
 // All sets of changes but a shorter context, and what would be needed then.
@@ -170,30 +240,38 @@ std::vector<Planner::Choice> Planner::choices(const LoadOptions& options, const 
     quants.emplace_back("int4");
   }
   constexpr int64_t kAnyDisk = int64_t{1} << 60;  // what is needed is said
+  const bool experts_fixed = on_gpu_ && options.device_experts != kExpertsThatFit;
   std::vector<Choice> all;
-  for (const bool drop_vision : {false, true}) {
-    if (drop_vision && plan.vision_bytes == 0) continue;
-    for (const std::string& quant : quants) {
-      for (const bool add_disk : {false, true}) {
-        if (add_disk && plan.disk_budget > 0) continue;
-        for (const std::string& kv : formats) {
-          Choice& choice = all.emplace_back();
-          LoadOptions changed = options;
-          changed.context = plan.context;
-          if (!kv.empty()) {
-            changed.kv = kv;
-            choice.changes.push_back("kv='" + kv + "'");
+  for (const bool leave_experts : {false, true}) {
+    if (leave_experts && !experts_fixed) continue;
+    for (const bool drop_vision : {false, true}) {
+      if (drop_vision && plan.vision_bytes == 0) continue;
+      for (const std::string& quant : quants) {
+        for (const bool add_disk : {false, true}) {
+          if (add_disk && (plan.disk_budget > 0 || on_gpu_)) continue;
+          for (const std::string& kv : formats) {
+            Choice& choice = all.emplace_back();
+            LoadOptions changed = options;
+            changed.context = plan.context;
+            if (leave_experts) {
+              changed.device_experts = kExpertsThatFit;
+              choice.changes.emplace_back("experts='auto'");
+            }
+            if (!kv.empty()) {
+              changed.kv = kv;
+              choice.changes.push_back("kv='" + kv + "'");
+            }
+            if (add_disk) choice.changes.emplace_back("kv_offload='disk:DIR'");
+            if (!quant.empty()) {
+              changed.quant = quant;
+              choice.changes.push_back("quant='" + quant + "'");
+            }
+            if (drop_vision) {
+              changed.vision = false;
+              choice.changes.emplace_back("vision=False");
+            }
+            choice.plan = evaluate(changed, add_disk ? kAnyDisk : plan.disk_budget);
           }
-          if (add_disk) choice.changes.emplace_back("kv_offload='disk:DIR'");
-          if (!quant.empty()) {
-            changed.quant = quant;
-            choice.changes.push_back("quant='" + quant + "'");
-          }
-          if (drop_vision) {
-            changed.vision = false;
-            choice.changes.emplace_back("vision=False");
-          }
-          choice.plan = evaluate(changed, add_disk ? kAnyDisk : plan.disk_budget);
         }
       }
     }
@@ -214,7 +292,8 @@ std::vector<Remedy> Planner::remedies(const LoadOptions& options, const Plan& pl
   if (plan.largest_context > 0) {
     LoadOptions shorter = options;
     shorter.context = plan.largest_context;
-    add({"context=" + std::to_string(plan.largest_context)}, evaluate(shorter, plan.disk_budget));
+    const Plan result = evaluate(shorter, plan.disk_budget);
+    if (result.fits) add({"context=" + std::to_string(plan.largest_context)}, result);
   }
   // Those that change least first.
   std::vector<Choice> all = choices(options, plan);
@@ -227,7 +306,7 @@ std::vector<Remedy> Planner::remedies(const LoadOptions& options, const Plan& pl
   for (const size_t most : {all.back().changes.size(), size_t{1}, size_t{0}}) {
     const Choice* least = nullptr;
     for (const Choice& choice : all)
-      if (!choice.plan.fits && choice.changes.size() <= most &&
+      if (!choice.plan.fits && host_suffices(choice.plan) && choice.changes.size() <= most &&
           (least == nullptr || choice.plan.memory_needed < least->plan.memory_needed))
         least = &choice;
     if (least != nullptr) add(least->changes, least->plan);
@@ -241,6 +320,11 @@ Plan Planner::plan(const LoadOptions& options, int64_t disk) const {
          "[load] context=", options.context, " was asked for, the model allows ",
          spec_.max_position);
   }
+  const int64_t layers = layers_with_experts(spec_);
+  if (on_gpu_ && options.device_experts > layers)
+    fail(ErrorCode::kInvalidRequest, {.param = "experts"},
+         "[load] experts=", options.device_experts, " layers were asked for, the model has ",
+         layers, " with routed experts");
   Plan plan = evaluate(options, disk);
   if (!plan.fits) plan.remedies = remedies(options, plan);
   return plan;
@@ -248,31 +332,49 @@ Plan Planner::plan(const LoadOptions& options, int64_t disk) const {
 
 void require_fit(const Plan& plan) {
   if (plan.fits) return;
-  const int64_t weights = plan.text_bytes + plan.vision_bytes;
+  const char* const owner = plan.memory_given ? "the budget given by memory= is "
+                            : plan.on_gpu     ? "the GPU has free "
+                                              : "the system has free ";
+  // Of a GPU, what must be in its memory.
+  const int64_t text = plan.text_bytes - plan.host_expert_bytes;
+  const int64_t weights = text + plan.vision_bytes;
+  constexpr const char* kLeaveExperts = "; experts='auto' leaves to the host what does not fit";
+  const bool could_leave_experts = plan.on_gpu && plan.host_layers < plan.expert_layers;
+  const std::string beside_experts =
+      plan.host_layers > 0 ? " beside the routed experts of " + std::to_string(plan.host_layers) +
+                                 " layers, which are left to the host,"
+                           : "";
   if (weights > plan.memory_budget) {
-    const bool can_leave_vision = plan.vision_bytes > 0 && plan.text_bytes <= plan.memory_budget;
+    const bool can_leave_vision = plan.vision_bytes > 0 && text <= plan.memory_budget;
     fail(ErrorCode::kOutOfMemory, {.asked = weights, .limit = plan.memory_budget},
-         "[load] the weights need ", in_words(weights), " of memory, ",
-         plan.memory_given ? "the budget given by memory= is " : "the system has free ",
+         "[load] the weights", beside_experts, " need ", in_words(weights), " of memory, ", owner,
          in_words(plan.memory_budget),
-         can_leave_vision ? "; vision=False leaves the vision tower on disk and needs "
-                          : "; use a machine with more, or a smaller checkpoint",
-         can_leave_vision ? in_words(plan.text_bytes) : "");
+         can_leave_vision      ? "; vision=False leaves the vision tower on disk and needs "
+         : could_leave_experts ? kLeaveExperts
+                               : "; use a machine with more, or a smaller checkpoint",
+         can_leave_vision ? in_words(text) : "");
   }
-  const int64_t beside = weights + plan.scratch_bytes;
   const int64_t fits = plan.largest_context;
-  fail(ErrorCode::kOutOfMemory, {.asked = plan.memory_needed, .limit = plan.memory_budget},
-       "[load] a context of ", plan.context, " tokens needs ",
-       in_words(plan.memory_needed - beside), " of KV cache beside ", in_words(weights),
-       " of weights and ", in_words(plan.scratch_bytes), " of activations, and ",
-       plan.memory_given ? "the budget given by memory= is " : "the system has free ",
-       in_words(plan.memory_budget), "; the largest context that fits is ", fits,
-       fits > 0 ? ": use context=" : ": give more memory", fits > 0 ? std::to_string(fits) : "");
+  if (plan.context > fits) {
+    const int64_t beside = weights + plan.scratch_bytes;
+    fail(ErrorCode::kOutOfMemory, {.asked = plan.memory_needed, .limit = plan.memory_budget},
+         "[load] a context of ", plan.context, " tokens needs ",
+         in_words(plan.memory_needed - beside), " of KV cache beside ", in_words(weights),
+         " of weights and ", in_words(plan.scratch_bytes), " of activations, and ", owner,
+         in_words(plan.memory_budget), "; the largest context that fits is ", fits,
+         fits > 0 ? ": use context=" : ": give more memory", fits > 0 ? std::to_string(fits) : "",
+         could_leave_experts ? kLeaveExperts : "");
+  }
+  fail(ErrorCode::kOutOfMemory, {.asked = plan.host_needed, .limit = plan.host_memory},
+       "[load] the routed experts of ", plan.host_layers, " of ", plan.expert_layers,
+       " layers, which the GPU leaves to the host, need ", in_words(plan.host_needed),
+       " of the system's memory, which has free ", in_words(plan.host_memory),
+       "; a shorter context= leaves fewer of them, quant='int4' makes them smaller");
 }
 
-Plan plan(const LoadOptions& options, int64_t disk) {
+Plan plan(const LoadOptions& options, int64_t disk, std::optional<int64_t> gpu_memory) {
   const OpenedModel model = open_model(options.path, options.mmproj);
-  const Planner planner(model.spec, model.weights, model.packed_sizes(), std::nullopt);
+  const Planner planner(model.spec, model.weights, model.packed_sizes(), gpu_memory);
   return planner.plan(options, disk);
 }
 

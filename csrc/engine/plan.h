@@ -18,6 +18,10 @@ namespace puna {
 // enough for 256 of them.
 constexpr int64_t kBatchRows = 1024, kDeviceBatchRows = 4096;
 
+// Where no context is asked for, so much of it takes a GPU's memory before routed experts do:
+// what Llama 4's chunked layers see.
+constexpr int64_t kContextBeforeExperts = 8192;
+
 std::string in_words(int64_t bytes);
 
 struct KvFormat {
@@ -48,12 +52,16 @@ class Planner {
     Plan plan;
   };
   Plan evaluate(const LoadOptions& options, int64_t disk) const;
+  // With the routed experts of the first `host_layers` layers that have any left to the host.
+  Plan evaluate(const LoadOptions& options, int64_t disk, int64_t host_layers) const;
+  void place_experts(Plan& plan, const LoadOptions& options) const;
   std::vector<Choice> choices(const LoadOptions& options, const Plan& plan) const;
   std::vector<Remedy> remedies(const LoadOptions& options, const Plan& plan) const;
 
   const ModelSpec& spec_;
   const ModelWeights& weights_;
   const std::optional<PackedBytes> packed_;
+  const bool on_gpu_;
   const int64_t free_memory_;  // where there is no budget
   const int64_t batch_rows_;
   mutable std::map<std::string, PackedBytes> sizes_;  // by quant

@@ -150,7 +150,7 @@ AdoptingLoader::AdoptingLoader(const Checkpoint& checkpoint) : checkpoint_(check
     const auto bytes = static_cast<int64_t>(packed_bytes(found.format, found.rows, found.cols));
     found.data = place(name, DType::kU8, bytes);
     (name.starts_with("vision.") ? vision_bytes_ : text_bytes_) += bytes;
-    if (of_expert(name)) expert_bytes_ += bytes;
+    add_expert(experts_, name, bytes);
     matrices_.emplace(name, found);
   }
   if (form.contains("embedding")) {
@@ -218,8 +218,8 @@ std::vector<WeightRef> AdoptingLoader::matrices(const std::string& name,
       found_rows = -1;
       break;
     }
-    weights.push_back(backend_->adopt_matrix(entry.format, entry.rows, entry.cols,
-                                             {std::shared_ptr<const void>(), entry.data}));
+    weights.push_back(place_of(*backend_).adopt_matrix(
+        entry.format, entry.rows, entry.cols, {std::shared_ptr<const void>(), entry.data}));
     bytes_ += static_cast<int64_t>(weights.back().bytes);
     found_rows += entry.rows;
   }

@@ -28,7 +28,7 @@ class AdoptingLoader : public WeightLoader {
   ModelWeights weights(const ModelSpec& spec) const;
   // Nothing is packed: source and packed bytes are the same.
   PackedBytes sizes() const {
-    return {text_bytes_, text_bytes_, vision_bytes_, vision_bytes_, expert_bytes_};
+    return {text_bytes_, text_bytes_, vision_bytes_, vision_bytes_, experts_};
   }
 
   // The parts give the shape that is expected; their data are not read.
@@ -55,7 +55,8 @@ class AdoptingLoader : public WeightLoader {
   std::map<std::string, Matrix> matrices_;
   std::map<std::string, Vector> vectors_;
   std::optional<DType> embedding_type_;  // one of the blocked types
-  int64_t text_bytes_ = 0, vision_bytes_ = 0, expert_bytes_ = 0;
+  int64_t text_bytes_ = 0, vision_bytes_ = 0;
+  ExpertBytes experts_;
 };
 
 // Quantises a checkpoint, whose weights are given, to `path` (a model.safetensors that does not

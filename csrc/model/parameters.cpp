@@ -67,8 +67,10 @@ void check_experts(const std::string& prefix, const MoeWeights& moe) {
 
 }  // namespace
 
-TextParameters load_text(const ModelSpec& spec, const TextWeights& weights, WeightLoader& loader) {
+TextParameters load_text(const ModelSpec& spec, const TextWeights& weights, WeightLoader& loader,
+                         int64_t host_layers) {
   TextParameters parameters;
+  int64_t moe_layers = 0;
   const auto matrix = [&](const std::string& name, std::vector<MatrixSource> parts) {
     return loader.matrix(name, parts);
   };
@@ -91,11 +93,14 @@ TextParameters load_text(const ModelSpec& spec, const TextWeights& weights, Weig
       layer.moe.shared_gate_up =
           matrix(prefix + "shared_expert.gate_up", {linear(source.gate), linear(source.up)});
       layer.moe.shared_down = matrix(prefix + "shared_expert.down", {linear(source.down)});
+      layer.moe.experts_on_host = moe_layers++ < host_layers;
+      loader.place_on_host(layer.moe.experts_on_host);
       for (int64_t e = 0; e < shape.experts; ++e) {
         const std::string expert = prefix + "experts." + std::to_string(e) + ".";
         layer.moe.gate_up.push_back(matrix(expert + "gate_up", expert_gate_up(source, e)));
         layer.moe.down.push_back(matrix(expert + "down", {expert_down(source, e)}));
       }
+      loader.place_on_host(false);
       check_experts(prefix, layer.moe);
     } else {
       layer.gate_up = matrix(prefix + "mlp.gate_up", {linear(source.gate), linear(source.up)});
@@ -154,8 +159,7 @@ PackedBytes packed_bytes_of(const ModelSpec& spec, const ModelWeights& weights,
   MeasuringLoader text(recipe), vision(recipe);
   load_text(spec, weights.text, text);
   if (weights.vision) load_vision(*weights.vision, vision);
-  return {text.source_bytes(), text.bytes(), vision.source_bytes(), vision.bytes(),
-          text.expert_bytes()};
+  return {text.source_bytes(), text.bytes(), vision.source_bytes(), vision.bytes(), text.experts()};
 }
 
 }  // namespace puna

@@ -39,7 +39,10 @@ struct VisionParameters {
   std::vector<Layer> layers;
 };
 
-TextParameters load_text(const ModelSpec& spec, const TextWeights& weights, WeightLoader& loader);
+// The routed experts of the first `host_layers` layers that have any go to the memory of the
+// backend's host().
+TextParameters load_text(const ModelSpec& spec, const TextWeights& weights, WeightLoader& loader,
+                         int64_t host_layers = 0);
 VisionParameters load_vision(const VisionWeights& weights, WeightLoader& loader);
 
 // Bytes of the matrices in the checkpoint, and once packed as the recipe says. The token embedding
@@ -47,7 +50,7 @@ VisionParameters load_vision(const VisionWeights& weights, WeightLoader& loader)
 struct PackedBytes {
   int64_t text_source = 0, text_packed = 0;
   int64_t vision_source = 0, vision_packed = 0;
-  int64_t experts_packed = 0;  // of text_packed, that of routed experts
+  ExpertBytes experts;  // of text_packed
 };
 PackedBytes packed_bytes_of(const ModelSpec& spec, const ModelWeights& weights,
                             const QuantRecipe& recipe);

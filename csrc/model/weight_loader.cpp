@@ -1,5 +1,7 @@
 #include "model/weight_loader.h"
 
+#include <charconv>
+
 #include "backend/checks.h"
 
 namespace puna {
@@ -40,6 +42,16 @@ std::vector<Piece> pieces_of(const QuantRecipe& recipe, const std::string& name,
 
 }  // namespace
 
+void add_expert(ExpertBytes& experts, std::string_view name, int64_t bytes) {
+  constexpr std::string_view kLayers = "layers.", kExperts = ".experts.";
+  if (!name.starts_with(kLayers)) return;
+  name.remove_prefix(kLayers.size());
+  int64_t layer = 0;
+  const auto [end, error] = std::from_chars(name.data(), name.data() + name.size(), layer);
+  name.remove_prefix(static_cast<size_t>(end - name.data()));
+  if (error == std::errc() && name.starts_with(kExperts)) experts[layer] += bytes;
+}
+
 std::vector<WeightRef> MeasuringLoader::matrices(const std::string& name,
                                                  std::span<const MatrixSource> parts, bool split) {
   std::vector<WeightRef> weights;
@@ -50,7 +62,7 @@ std::vector<WeightRef> MeasuringLoader::matrices(const std::string& name,
         {format, shape.rows, shape.cols, packed_bytes(format, shape.rows, shape.cols), nullptr});
     const auto bytes = static_cast<int64_t>(weights.back().bytes);
     bytes_ += bytes;
-    if (of_expert(name)) expert_bytes_ += bytes;
+    add_expert(experts_, name, bytes);
     source_bytes_ += piece.source_bytes();
   }
   return weights;
@@ -65,7 +77,7 @@ std::vector<WeightRef> PackingLoader::matrices(const std::string& name,
     // Packing touches pages in an order that the system does not foresee.
     will_read(piece.parts);
     if (importance) piece.options.importance = importance->data();
-    weights.push_back(backend_.load_matrix(piece.parts, piece.options));
+    weights.push_back(place_of(backend_).load_matrix(piece.parts, piece.options));
     bytes_ += static_cast<int64_t>(weights.back().bytes);
     release(piece.parts);
     done_ += piece.source_bytes();

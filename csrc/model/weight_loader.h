@@ -31,15 +31,22 @@ class WeightLoader {
     return std::move(matrices(name, parts, /*split=*/false).front());
   }
   int64_t bytes() const { return bytes_; }  // of the matrices so far, packed
-
-  // Whether a matrix is one of a routed expert's, by its name.
-  static bool of_expert(std::string_view name) {
-    return name.find(".experts.") != std::string_view::npos;
-  }
+  // Whether the matrices that follow go to the memory of the backend's host().
+  void place_on_host(bool on_host) { on_host_ = on_host; }
 
  protected:
+  Backend& place_of(Backend& backend) const { return on_host_ ? backend.host() : backend; }
+
   int64_t bytes_ = 0;
+
+ private:
+  bool on_host_ = false;
 };
+
+// Packed bytes of routed experts, by layer.
+using ExpertBytes = std::map<int64_t, int64_t>;
+// Adds a matrix if, by its name (recipe.h), it is one of a routed expert's.
+void add_expert(ExpertBytes& experts, std::string_view name, int64_t bytes);
 
 // Packs nothing: adds up what PackingLoader would.
 class MeasuringLoader : public WeightLoader {
@@ -49,11 +56,12 @@ class MeasuringLoader : public WeightLoader {
                                   bool split) override;
   VectorRef vector(const std::string&, std::span<const TensorRef>) override { return {}; }
   int64_t source_bytes() const { return source_bytes_; }
-  int64_t expert_bytes() const { return expert_bytes_; }  // of bytes(), that of routed experts
+  const ExpertBytes& experts() const { return experts_; }  // of bytes()
 
  private:
   const QuantRecipe& recipe_;
-  int64_t source_bytes_ = 0, expert_bytes_ = 0;
+  int64_t source_bytes_ = 0;
+  ExpertBytes experts_;
 };
 
 // Called as weights are packed, with the bytes of the checkpoint that were done; what it throws

@@ -73,6 +73,13 @@ class _Plan(TypedDict):
     fits: bool
     step_memory_bytes: int
     step_disk_bytes: int
+    step_host_bytes: int
+    on_gpu: bool
+    expert_layers: int
+    host_layers: int
+    host_expert_bytes: int
+    host_needed: int
+    host_bytes: int
     remedies: list[tuple[str, int, int]]
 
 class _Timings(TypedDict):
@@ -321,6 +328,7 @@ def load(
     vision: bool,
     quant: str,
     quant_overrides: Sequence[tuple[str, str]],
+    device_experts: int,
     progress: Callable[[int, int], object] | None,
 ) -> Engine: ...
 def plan(
@@ -334,6 +342,9 @@ def plan(
     vision: bool,
     quant: str,
     quant_overrides: Sequence[tuple[str, str]],
+    device_experts: int,
+    host_memory: int,
+    gpu_memory: int | None,
 ) -> _Plan: ...
 def memory_bandwidth() -> float: ...
 def quantize(

@@ -21,6 +21,7 @@ from puna.loading import demo_directory
 from puna.planning import size
 
 _KV_FORMATS = ("auto", "bf16", "fp32", "int8", "int4")
+_COMPUTING = ("kv", "threads", "device", "experts", "isa")
 _INTERRUPTED = 130  # the shell's convention: 128 + SIGINT
 
 
@@ -92,8 +93,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--memory", help='bytes, or like "24G"; what is free')
     plan.add_argument("--disk", help="for what of the KV cache memory does not hold, in bytes")
     plan.add_argument("--device", default="cpu", help='"cuda" plans for the memory of the GPU')
+    _add_experts(plan)
+    plan.add_argument("--host-memory", help="for experts that a GPU leaves to the host, in bytes")
     plan.add_argument("--memory-bandwidth", help="bytes a second, measured if left out")
     plan.add_argument("--disk-bandwidth", help="bytes a second")
+    plan.add_argument("--host-bandwidth", help="bytes a second, measured if left out")
     _add_quant(plan)
     plan.add_argument("--no-vision", action="store_true", help="without the vision tower")
     _add_mmproj(plan)
@@ -229,7 +233,17 @@ def _add_computing(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--kv", default="auto", choices=_KV_FORMATS)
     group.add_argument("--threads", type=int)
     group.add_argument("--device", default="auto")
+    _add_experts(group)
     group.add_argument("--isa", help="instruction set, see puna doctor")
+
+
+def _add_experts(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
+    group.add_argument(
+        "--experts",
+        default="auto",
+        metavar="WHERE",
+        help='routed experts with a GPU: as many as fit on it, "gpu", "cpu", or of N layers',
+    )
 
 
 def _add_quant(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
@@ -267,6 +281,7 @@ def _load(options: argparse.Namespace) -> puna.Engine:
         memory=options.memory,
         threads=options.threads,
         device=options.device,
+        experts=options.experts,
         isa=options.isa,
         vision=not options.no_vision,
         mmproj=options.mmproj,
@@ -437,7 +452,10 @@ def _plan(options: argparse.Namespace) -> int:
         mmproj=options.mmproj,
         memory_bandwidth=options.memory_bandwidth,
         disk_bandwidth=options.disk_bandwidth,
+        host_bandwidth=options.host_bandwidth,
         device=options.device,
+        experts=options.experts,
+        host_memory=options.host_memory,
     )
     if options.json:
         speed = None if math.isnan(plan.tokens_per_second) else plan.tokens_per_second
@@ -509,7 +527,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.reference_quant and not options.reference:
         options.parser.error("--reference-quant goes with --reference")
     text = _read_text(options.text)
-    computing = {name: getattr(options, name) for name in ("kv", "threads", "device", "isa")}
+    computing: dict[str, Any] = {name: getattr(options, name) for name in _COMPUTING}
     computing |= {"context": options.context, "vision": False}
     with contextlib.ExitStack() as opened:
         model = opened.enter_context(puna.load(options.model, quant=_quant(options), **computing))

@@ -59,21 +59,29 @@ def find_gpus() -> Gpus:
         return _by_proc(f"cuda-python: {error}")
 
 
-def gpu_of(device: str) -> Gpu | None:
-    """The GPU of "cuda" or "cuda:N", whose memory is known; None for "cpu".
+def is_gpu(device: str) -> bool:
+    """Whether it is "cuda" or "cuda:N", and not "cpu".
 
     Raises:
         InvalidRequest: It is neither.
-        DeviceError: There is no such GPU, or nothing tells how much memory it has.
     """
     if device == "cpu":
-        return None
+        return False
     kind, _, number = device.partition(":")
     if kind != "cuda" or not (device == "cuda" or number.isdecimal()):
         raise InvalidRequest(
             f"device is {device!r:.80}; it must be 'cpu', 'cuda' or 'cuda:N'", param="device"
         )
-    found, index = find_gpus(), int(number or 0)
+    return True
+
+
+def gpu_of(device: str) -> Gpu:
+    """The GPU of "cuda" or "cuda:N", whose memory is known.
+
+    Raises:
+        DeviceError: There is no such GPU, or nothing tells how much memory it has.
+    """
+    found, index = find_gpus(), int(device.partition(":")[2] or 0)
     if index >= len(found.devices):
         why = found.why or f"there are {len(found.devices)}"
         raise DeviceError(f"there is no GPU {device} to plan for: {why}; memory= plans without one")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ from puna import _core
 from puna.arguments import amount, quant_recipe, token_ids, truth, whole
 from puna.engine import Engine
 from puna.errors import InvalidRequest, UnsupportedError
-from puna.gpus import gpu_of
+from puna.gpus import gpu_of, is_gpu
 from puna.options import LOAD_NAMES, unknown_keyword
-from puna.planning import Plan
+from puna.planning import Plan, size
 from puna.progress import ProgressBar
 
 _DEMO_NAME = "demo"
@@ -31,7 +32,7 @@ def load(
     kv_offload: str = "auto",
     kv_disk: int | str | None = None,
     device: str = "auto",
-    experts: str | float = "auto",
+    experts: str | int = "auto",
     memory: int | str | None = None,
     threads: int | None = None,
     vision: bool = True,
@@ -64,9 +65,14 @@ def load(
             reference. "auto" is the GPU if there is one whose memory holds the model and its
             context, and neither `kv_offload` nor `isa` is given; otherwise the CPU. Sessions can
             be saved, and `attention` be other than exact, on the CPU alone.
-        experts: Where expert weights live: "auto" or "cpu" so far.
-        memory: Bytes for weights and KV cache together, as a number or like "24G"; None is what the
-            system has free.
+        experts: Where routed experts live if the device is a GPU. "auto" is its memory, and with
+            device="cuda", for as many layers as it does not hold beside the context (None: 8,192
+            tokens, or more if all fit), the host's, where the CPU computes them; `llm.plan` tells
+            how many. "gpu" and "cpu" are one of the two for all layers; a number is that of the
+            layers, the last ones, whose experts the GPU has. Results are the same, with quantised
+            experts bit for bit.
+        memory: Bytes for weights and KV cache together, as a number or like "24G", of the GPU's
+            memory if it computes; None is what is free.
         threads: Compute threads; None is the physical cores this process may use.
         vision: False leaves the vision tower on disk.
         mmproj: The GGUF file of the vision tower that goes with a GGUF file; None takes the one
@@ -91,8 +97,7 @@ def load(
         if not isinstance(value, str):
             raise InvalidRequest(f"{name} is {value!r:.80}; it must be a string", param=name)
     disk_path = _disk_path(kv_offload)
-    if experts not in ("auto", "cpu"):
-        raise UnsupportedError(f"experts={experts!r} is not available yet; use 'auto'")
+    device_experts = _device_experts(experts, device)
     path = _path(model)
     bar = ProgressBar(f"Loading {path.name}", "B") if progress else None
     try:
@@ -103,6 +108,7 @@ def load(
             threads=whole("threads", threads, most=(1 << 31) - 1),
             kv_disk=disk_path,
             kv_disk_bytes=amount("kv_disk", kv_disk),
+            device_experts=device_experts,
             progress=bar.update if bar else None,
             **shared,
         )
@@ -111,7 +117,24 @@ def load(
             bar.close()
     if device == "auto" and not core.info()["device"].startswith("cuda"):
         _say_why_without_gpu()
+    made = core.plan()
+    if made["host_layers"]:
+        _say_what_the_host_has(
+            made["host_layers"], made["expert_layers"], made["host_expert_bytes"]
+        )
     return Engine(core, path, progress)
+
+
+@functools.cache
+def _say_what_the_host_has(host_layers: int, layers: int, host_bytes: int) -> None:
+    """Tells, once, that a GPU leaves experts to the CPU."""
+    _LOGGER.warning(
+        "the routed experts of %d of %d layers (%s) are in the host's memory, where the CPU"
+        " computes them; llm.plan says how fast that can be",
+        host_layers,
+        layers,
+        size(host_bytes),
+    )
 
 
 @functools.cache
@@ -121,7 +144,8 @@ def _say_why_without_gpu() -> None:
     if cuda["available"]:
         _LOGGER.warning(
             "device='auto' is the CPU although there is a GPU (%s): its memory does not hold the"
-            " model and its context, or kv_offload or isa is given; device='cuda' says more",
+            " model and its context, or kv_offload or isa is given; device='cuda' leaves experts"
+            " that do not fit to the CPU, or says more",
             cuda["why"],
         )
     else:
@@ -137,10 +161,13 @@ def plan(
     memory: int | str | None = None,
     disk: int | str | None = None,
     device: str = "cpu",
+    experts: str | int = "auto",
+    host_memory: int | str | None = None,
     vision: bool = True,
     mmproj: str | os.PathLike[str] | None = None,
     memory_bandwidth: int | str | None = None,
     disk_bandwidth: int | str | None = None,
+    host_bandwidth: int | str | None = None,
 ) -> Plan:
     """What `load` would need with these arguments, without reading weights.
 
@@ -152,23 +179,35 @@ def plan(
         memory: Bytes, as a number or like "24G"; None is what the system has free.
         disk: Bytes of files for what of the KV cache does not fit into memory; None is none.
         device: "cpu", or "cuda" (or "cuda:1"): memory is then that of the GPU, as the driver tells
-            it through cuda-python (`pip install "puna[cuda]"`), unless it is given.
+            it through cuda-python (`pip install "puna[cuda]"`), unless it is given, also for a GPU
+            that is not there.
+        experts: As for `load`.
+        host_memory: Bytes for experts that a GPU leaves to the host; None is what the system has
+            free.
         vision: As for `load`.
         mmproj: As for `load`.
         memory_bandwidth: Bytes a second; None measures this machine's, and does not guess a GPU's.
         disk_bandwidth: Bytes a second; None assumes a slow disk.
+        host_bandwidth: Bytes a second of the memory of a GPU's host; None measures this machine's.
 
     Raises:
         ContextOverflow: The model does not allow such a context.
         ModelNotFound, ModelFormatError, UnsupportedError, InvalidRequest: As for `load`.
         DeviceError: There is no such GPU, or nothing tells how much memory it has.
     """
-    gpu = gpu_of(device)
-    if gpu is not None and memory is None:
-        memory = gpu.memory_free
+    gpu_memory: int | None = None
+    name = ""
+    if is_gpu(device):
+        gpu_memory, name = 0, device
+        if memory is None:
+            gpu = gpu_of(device)
+            gpu_memory, name = gpu.memory_free, f"{device} ({gpu.name})"
     raw = _core.plan(
         path=os.fspath(_path(model)),
         disk=amount("disk", disk),
+        device_experts=_device_experts(experts, device),
+        host_memory=amount("host_memory", host_memory),
+        gpu_memory=gpu_memory,
         **_shared_options(
             kv=kv, context=context, memory=memory, vision=vision, mmproj=mmproj, quant=quant
         ),
@@ -177,8 +216,40 @@ def plan(
         raw,
         memory_bandwidth=float(amount("memory_bandwidth", memory_bandwidth)),
         disk_bandwidth=float(amount("disk_bandwidth", disk_bandwidth)),
-        device="" if gpu is None else f"{device} ({gpu.name})",
+        host_bandwidth=float(amount("host_bandwidth", host_bandwidth)),
+        device=name,
     )
+
+
+# Of how many layers, as the core takes it: -1 is as many as fit, -2 all.
+_EXPERTS = {"auto": -1, "gpu": -2, "cpu": 0}
+
+
+def _device_experts(experts: Any, device: str) -> int:
+    """Of how many layers a GPU has the routed experts.
+
+    Raises:
+        InvalidRequest: It is no number and none of the words, or the device has no such memory.
+        UnsupportedError: It is "disk".
+    """
+    if experts == "disk":
+        raise UnsupportedError("experts='disk' is not available yet; use 'auto'")
+    number: int | None = None
+    if isinstance(experts, str):
+        number = int(experts) if re.fullmatch(r"\d{1,9}", experts) else _EXPERTS.get(experts)
+    elif hasattr(experts, "__index__") and not isinstance(experts, bool):
+        number = experts.__index__() if 0 <= experts < 1 << 31 else None
+    if number is None:
+        raise InvalidRequest(
+            f"experts is {experts!r:.80}; it must be 'auto', 'gpu', 'cpu' or a number of layers",
+            param="experts",
+        )
+    if experts not in ("auto", "cpu") and not device.startswith("cuda"):
+        raise InvalidRequest(
+            f"experts is {experts!r:.80}, which is for device='cuda'; device is {device!r:.80}",
+            param="experts",
+        )
+    return number
 
 
 def _shared_options(

@@ -73,6 +73,8 @@ FOREIGN_NAMES: Mapping[str, str] = {
     "num_threads": "threads",
     "device_map": "device",
     "n_gpu_layers": "experts",
+    "n_cpu_moe": "experts",
+    "cpu_moe": "experts",
     "quantization": "quant",
     "dtype": "quant",
     "torch_dtype": "quant",

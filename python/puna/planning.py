@@ -64,9 +64,19 @@ class Plan:
         step_memory_bytes: What is read from memory for a token after a full context: the weights it
             uses and the keys and values that are there.
         step_disk_bytes: The keys and values that are read from files for it.
+        step_host_bytes: The experts that are read from the host's memory for it; not among
+            `step_memory_bytes`.
+        on_gpu: Whether memory is that of a GPU.
+        expert_layers: Layers with routed experts.
+        host_layers: Of them, the first ones, whose experts a GPU leaves to the host's memory, where
+            the CPU computes them.
+        host_expert_bytes: Of the weights, those experts.
+        host_needed: Bytes of the host's memory for them and for computing them.
+        host_bytes: The host's memory there is for them; 0 if there are none.
         memory_bandwidth: Bytes a second, as given; 0 means that it is measured when it is needed,
             or, of a GPU, that it is not known.
         disk_bandwidth: Bytes a second, as given; 0 means a guess.
+        host_bandwidth: Bytes a second of a GPU's host, as given; 0 means that it is measured.
         remedies: Up to three ways to make it fit if it does not.
         device: The device and how it computes, of a loaded model; or the GPU that it is planned
             for.
@@ -94,8 +104,16 @@ class Plan:
     fits: bool
     step_memory_bytes: int
     step_disk_bytes: int
+    step_host_bytes: int
+    on_gpu: bool
+    expert_layers: int
+    host_layers: int
+    host_expert_bytes: int
+    host_needed: int
+    host_bytes: int
     memory_bandwidth: float = 0.0
     disk_bandwidth: float = 0.0
+    host_bandwidth: float = 0.0
     remedies: tuple[Remedy, ...] = ()
     device: str = ""
     warnings: tuple[str, ...] = ()
@@ -110,14 +128,18 @@ class Plan:
     def tokens_per_second(self) -> float:
         """The most tokens a second after a full context, if nothing but reading took time.
 
-        By the bandwidths given, or that of the memory as measured now, once in a process; NaN for a
-        GPU whose bandwidth was not given.
+        By the bandwidths given, or that of the memory as measured now, once in a process. Of a GPU
+        whose bandwidth was not given only the host's share counts; NaN if it has none.
         """
+        host = 0.0
+        if self.step_host_bytes:
+            host = self.step_host_bytes / (self.host_bandwidth or _core.memory_bandwidth())
         if self._of_unknown_speed:
-            return math.nan
+            return 1 / host if host else math.nan
         memory = self.step_memory_bytes / (self.memory_bandwidth or _core.memory_bandwidth())
         disk = self.step_disk_bytes / (self.disk_bandwidth or _ASSUMED_DISK)
-        return 1 / max(memory, disk, 1e-12)  # both are read at the same time
+        # The disk is read at the same time; a layer's experts wait for what is before them.
+        return 1 / max(memory + host, disk, 1e-12)
 
     def __str__(self) -> str:
         given = "given" if self.memory_given else "free"
@@ -136,6 +158,11 @@ class Plan:
             ("activations", size(self.scratch_bytes)),
             ("memory", f"{size(self.memory_needed)} of {size(self.memory_bytes)} {given}"),
         ]
+        if self.on_gpu and self.expert_layers:
+            rows.append(("experts", self._experts()))
+        if self.host_layers:
+            host = f"{size(self.host_needed)} of {size(self.host_bytes)} for them"
+            rows.append(("host memory", host))
         if self.disk_bytes:
             where = f"; {size(self.kv_memory_bytes)} of the KV cache stay in memory"
             rows.append(("disk", f"{size(self.disk_needed)} of {size(self.disk_bytes)}{where}"))
@@ -154,11 +181,32 @@ class Plan:
 
     @property
     def _of_unknown_speed(self) -> bool:
-        return self.device.startswith("cuda") and not self.memory_bandwidth
+        return self.on_gpu and not self.memory_bandwidth
+
+    def _experts(self) -> str:
+        if not self.host_layers:
+            return f"those of all {self.expert_layers} layers on the GPU"
+        there = self.expert_layers - self.host_layers
+        return (
+            f"those of {there} of {self.expert_layers} layers on the GPU; of {self.host_layers}"
+            f" ({size(self.host_expert_bytes)}) in the host's memory, computed by the CPU"
+        )
+
+    def _host_speed(self) -> str:
+        bandwidth = self.host_bandwidth or _core.memory_bandwidth()
+        source = "given" if self.host_bandwidth else "measured"
+        return (
+            f"{size(self.step_host_bytes)} of experts a token from the host's memory at"
+            f" {bandwidth / 1e9:.3g} GB/s ({source})"
+        )
 
     def _speed(self) -> str:
         if self._of_unknown_speed:
-            return f"unknown; memory_bandwidth= is for that of {self.device}"
+            unknown = f"memory_bandwidth= is for that of {self.device}"
+            if not self.step_host_bytes:
+                return f"unknown; {unknown}"
+            most = f"at most {self.tokens_per_second:.3g} tokens/s: {self._host_speed()}"
+            return f"{most}, beside what the GPU takes; {unknown}"
         bandwidth = self.memory_bandwidth or _core.memory_bandwidth()
         source = "given" if self.memory_bandwidth else "measured"
         text = (
@@ -169,4 +217,6 @@ class Plan:
             disk = self.disk_bandwidth or _ASSUMED_DISK
             source = "given" if self.disk_bandwidth else "a guess"
             text += f", {size(self.step_disk_bytes)} from disk at {disk / 1e9:.3g} GB/s ({source})"
+        if self.step_host_bytes:
+            text += f", and {self._host_speed()}"
         return text

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <random>
 #include <string>
 #include <vector>
@@ -59,6 +60,47 @@ inline Matrix random_matrix(std::mt19937& random, int64_t rows, int64_t cols, DT
     }
   return matrix;
 }
+
+// A mixture of experts.
+struct MoeData {
+  Matrix router, shared_gate_up, shared_down;
+  std::vector<Matrix> gate_up, down;
+  int64_t top_k;
+
+  MoeData(std::mt19937& random, int64_t hidden, int64_t width, int64_t experts, int64_t top_k,
+          DType dtype)
+      : router(random_matrix(random, experts, hidden, dtype)),
+        shared_gate_up(random_matrix(random, 2 * width, hidden, dtype)),
+        shared_down(random_matrix(random, hidden, width, dtype)),
+        top_k(top_k) {
+    for (int64_t e = 0; e < experts; ++e) {
+      gate_up.push_back(random_matrix(random, 2 * width, hidden, dtype));
+      down.push_back(random_matrix(random, hidden, width, dtype));
+    }
+  }
+
+  // `on_host`: the routed experts are of the backend's host(). In `format`, but for the router;
+  // none: as they are.
+  MoeWeights load(Backend& backend, bool on_host = false,
+                  std::optional<WeightFormat> format = std::nullopt) const {
+    const auto pack = [&](Backend& place, const Matrix& matrix) {
+      const MatrixSource part = matrix.source();
+      return place.load_matrix({&part, 1}, {format});
+    };
+    MoeWeights weights;
+    weights.router = router.load(backend, true);
+    weights.shared_gate_up = pack(backend, shared_gate_up);
+    weights.shared_down = pack(backend, shared_down);
+    Backend& place = on_host ? backend.host() : backend;
+    for (size_t e = 0; e < gate_up.size(); ++e) {
+      weights.gate_up.push_back(pack(place, gate_up[e]));
+      weights.down.push_back(pack(place, down[e]));
+    }
+    weights.top_k = top_k;
+    weights.experts_on_host = on_host;
+    return weights;
+  }
+};
 
 inline VectorRef load_vector(Backend& backend, const std::vector<float>& values) {
   TensorRef part;

@@ -184,40 +184,8 @@ TEST(mlp) {
 
 namespace {
 
-struct MoeData {
-  Matrix router, shared_gate_up, shared_down;
-  std::vector<Matrix> gate_up, down;
-  int64_t top_k;
-
-  MoeData(std::mt19937& random, int64_t hidden, int64_t width, int64_t experts, int64_t top_k,
-          DType dtype)
-      : router(random_matrix(random, experts, hidden, dtype)),
-        shared_gate_up(random_matrix(random, 2 * width, hidden, dtype)),
-        shared_down(random_matrix(random, hidden, width, dtype)),
-        top_k(top_k) {
-    for (int64_t e = 0; e < experts; ++e) {
-      gate_up.push_back(random_matrix(random, 2 * width, hidden, dtype));
-      down.push_back(random_matrix(random, hidden, width, dtype));
-    }
-  }
-
-  MoeWeights load(Backend& backend) const {
-    MoeWeights weights;
-    weights.router = router.load(backend, true);
-    weights.shared_gate_up = shared_gate_up.load(backend);
-    weights.shared_down = shared_down.load(backend);
-    for (size_t e = 0; e < gate_up.size(); ++e) {
-      weights.gate_up.push_back(gate_up[e].load(backend));
-      weights.down.push_back(down[e].load(backend));
-    }
-    weights.top_k = top_k;
-    return weights;
-  }
-};
-
-}  // namespace
-
-TEST(moe) {
+// `on_host`: with the routed experts of the backend's host().
+void check_moe(bool on_host) {
   std::mt19937 random(3);
   for (const DType dtype : kTypes)
     for (const auto& [rows, hidden, width, experts, top_k] :
@@ -266,11 +234,15 @@ TEST(moe) {
            [&](Backend& backend, int64_t first, int64_t count, float* out) {
              std::copy_n(start.data() + first * n, count * n, out);
              backend.moe(rows_of(out, count, n), {x.data() + first * n, count, n},
-                         data.load(backend));
+                         data.load(backend, on_host));
            },
            bound});
     }
 }
+
+}  // namespace
+
+TEST(moe) { check_moe(false); }
 
 TEST(moe_ties_go_to_the_lower_expert_and_nan_harms_its_row_only) {
   std::mt19937 random(4);

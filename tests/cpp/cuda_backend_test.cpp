@@ -4,6 +4,9 @@
 // by the tests of every backend.
 #include "backend_test.cpp"
 
+// What the host computes is as near to the reference as what the device computes.
+TEST(experts_of_the_host_are_near_the_reference) { check_moe(true); }
+
 // Passes of which every one brings other tables, whose kernels are started one by one, in batches
 // of which some are cut anywhere, and at the end of the pass: the third time as graphs. Operations
 // that do another's work must not change a bit either.

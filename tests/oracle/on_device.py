@@ -7,6 +7,7 @@ continuation, to an .npz file: `python -m oracle.on_device JOBS OUT`.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -27,15 +28,17 @@ class Job:
     pixels: str | None = None  # of an .npy file
     cuts: list[int] | None = None
     continuation: int = 0  # tokens
+    beside: list[list[int]] = field(default_factory=list)  # prompts continued in the same batch
 
 
 @dataclass(frozen=True)
 class Result:
-    """Logits of every token of the prompt, the continuation, and what computed them."""
+    """Logits of every token of the prompt, the continuation, what computed them, and warnings."""
 
     logits: np.ndarray
     continuation: list[int]
     device: str
+    warnings: list[str]
 
 
 def compute(jobs: list[Job], folder: Path, library: str | None = None) -> list[Result]:
@@ -57,25 +60,44 @@ def compute(jobs: list[Job], folder: Path, library: str | None = None) -> list[R
     assert done.returncode == 0, done.stderr[-4000:]
     with np.load(out) as found:
         return [
-            Result(found[f"logits{i}"], found[f"tokens{i}"].tolist(), str(found[f"device{i}"]))
+            Result(
+                found[f"logits{i}"],
+                found[f"tokens{i}"].tolist(),
+                str(found[f"device{i}"]),
+                found[f"warnings{i}"].tolist(),
+            )
             for i in range(len(jobs))
         ]
+
+
+class _Messages(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
 
 
 def _run(job: Job) -> Result:
     import puna
 
+    messages = _Messages()
+    logging.getLogger("puna").handlers = [messages]
     with puna.load(job.path, progress=False, **job.options) as llm:
         pixels = None if job.pixels is None else np.load(job.pixels)
         logits = llm.logits(job.tokens, pixels, cuts=job.cuts)
         tokens: list[int] = []
         if job.continuation:
             made = llm.generate(
-                job.tokens, temperature=0, max_tokens=job.continuation, ignore_eos=True
+                [job.tokens, *job.beside],
+                temperature=0,
+                max_tokens=job.continuation,
+                ignore_eos=True,
             )
-            assert isinstance(made, puna.Completion)
-            tokens = list(made.tokens)
-        return Result(logits, tokens, llm.plan.device)
+            assert isinstance(made, list)
+            tokens = list(made[0].tokens)
+        return Result(logits, tokens, llm.plan.device, messages.texts)
 
 
 if __name__ == "__main__":
@@ -85,4 +107,5 @@ if __name__ == "__main__":
         RESULTS[f"logits{number}"] = result.logits
         RESULTS[f"tokens{number}"] = np.array(result.continuation, np.int64)
         RESULTS[f"device{number}"] = np.array(result.device)
+        RESULTS[f"warnings{number}"] = np.array(result.warnings, np.str_)
     np.savez(sys.argv[2], **RESULTS)

@@ -15,7 +15,7 @@ namespace puna {
 
 static_assert(kKeyBlock == kKeyBlockTokens, "kernels and page layout agree on the key blocks");
 
-std::unique_ptr<Backend> make_cpu_backend(const BackendOptions& options) {
+std::unique_ptr<HostBackend> make_cpu_backend(const BackendOptions& options) {
   return std::make_unique<CpuBackend>(options);
 }
 

@@ -10,9 +10,9 @@
 #include <cstring>
 #include <vector>
 
-#include "backend/backend.h"
 #include "backend/cpu/attention_plan.h"
 #include "backend/cpu/page_choice.h"
+#include "backend/host_backend.h"
 #include "backend/routing.h"
 #include "kernels/kernel_table.h"
 #include "platform/memory.h"
@@ -20,7 +20,7 @@
 
 namespace puna {
 
-class CpuBackend final : public Backend {
+class CpuBackend final : public HostBackend {
  public:
   explicit CpuBackend(const BackendOptions& options);
 
@@ -47,6 +47,8 @@ class CpuBackend final : public Backend {
               const MatmulOptions& options) override;
   void mlp(Rows residual, ConstRows x, const WeightRef& gate_up, const WeightRef& down) override;
   void moe(Rows residual, ConstRows x, const MoeWeights& weights) override;
+  void experts(Rows out, ConstRows x, const Routing& routing, std::span<const WeightRef> gate_up,
+               std::span<const WeightRef> down) override;
 
   void attention(Rows out, const AttentionInput& input) override;
   void vision_attention(Rows out, Rows qkv, int64_t tiles, int64_t tokens, int64_t heads,
@@ -175,6 +177,20 @@ class CpuBackend final : public Backend {
   FeedForward plan_feed_forward(const Operand& x, int64_t rows, const WeightRef& gate_up,
                                 const WeightRef& down, Scratch& hidden, Scratch& activated);
   void activate(const FeedForward& plan, int64_t piece) const;
+
+  // moe.cpp
+  // Of routed experts: a slot's input is its row times its score, as the weights want it.
+  FeedForward plan_slots(int64_t slots, const WeightRef& gate_up, const WeightRef& down);
+  static int64_t pieces_of(ConstRows x) { return (x.cols + kPieceColumns - 1) / kPieceColumns; }
+  void scale_input(const FeedForward& routed, const Routing& routing, ConstRows x,
+                   int64_t piece) const;
+  // From the inputs to what the products with down take; `rows` of x.
+  void activate_experts(const FeedForward& routed, const Routing& routing,
+                        std::span<const WeightRef> gate_up, int64_t rows, bool alone);
+  // Calls body(expert, tile) on the tiles of a product of each expert's slots.
+  template <class Body>
+  void for_expert_tiles(const Routing& routing, int64_t columns, int64_t rows, bool alone,
+                        const Body& body);
 
   // attention.cpp
   void append(const AttentionInput& input, const AttentionSegment& segment, int64_t i,

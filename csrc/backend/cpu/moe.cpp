@@ -6,6 +6,46 @@
 
 namespace puna {
 
+CpuBackend::FeedForward CpuBackend::plan_slots(int64_t slots, const WeightRef& gate_up,
+                                               const WeightRef& down) {
+  return plan_feed_forward(reserve_operand(gate_up.format, slots, gate_up.cols, routed_rows_),
+                           slots, gate_up, down, routed_hidden_, routed_activated_);
+}
+
+void CpuBackend::scale_input(const FeedForward& routed, const Routing& routing, ConstRows x,
+                             int64_t piece) const {
+  const int64_t slot = piece / pieces_of(x), column = piece % pieces_of(x) * kPieceColumns;
+  const int64_t count = std::min(kPieceColumns, x.cols - column);
+  float scaled[kPieceColumns];
+  kernels_.scale(scaled, x.row(routing.row[slot]) + column, routing.score[slot], count);
+  write_operand(routed.x, slot, column, scaled, count);
+}
+
+template <class Body>
+void CpuBackend::for_expert_tiles(const Routing& routing, int64_t columns, int64_t rows, bool alone,
+                                  const Body& body) {
+  const int64_t slots = std::ssize(routing.row), occupied = std::ssize(routing.occupied);
+  const int64_t strip = tiling(slots, occupied * columns).strip_columns;
+  const int64_t strips = (columns + strip - 1) / strip;
+  for_tiles(occupied * strips, rows, alone, [&](int64_t index, const Lane&) {
+    const int64_t expert = routing.occupied[index / strips], column = index % strips * strip;
+    const int64_t first = routing.offset[expert];
+    body(expert, Tile{column, std::min(strip, columns - column), first,
+                      routing.offset[expert + 1] - first});
+  });
+}
+
+void CpuBackend::activate_experts(const FeedForward& routed, const Routing& routing,
+                                  std::span<const WeightRef> gate_up, int64_t rows, bool alone) {
+  const int64_t columns = 2 * routed.width;
+  for_expert_tiles(routing, columns, rows, alone, [&](int64_t expert, const Tile& tile) {
+    multiply(routed.hidden + tile.first * columns + tile.column, columns, routed.x, gate_up[expert],
+             tile);
+  });
+  for_tiles(std::ssize(routing.row) * routed.pieces(), rows, alone,
+            [&](int64_t piece, const Lane&) { activate(routed, piece); });
+}
+
 void CpuBackend::moe(Rows residual, ConstRows x, const MoeWeights& weights) {
   check_moe(residual, x, weights);
   if (x.rows == 0) return;
@@ -15,9 +55,7 @@ void CpuBackend::moe(Rows residual, ConstRows x, const MoeWeights& weights) {
   const FeedForward shared =
       plan_feed_forward(prepare(x, weights.shared_gate_up, rounded_), x.rows,
                         weights.shared_gate_up, weights.shared_down, hidden_, activated_);
-  const Operand routed_x = reserve_operand(weights.gate_up[0].format, slots, hidden, routed_rows_);
-  const FeedForward routed = plan_feed_forward(routed_x, slots, weights.gate_up[0], weights.down[0],
-                                               routed_hidden_, routed_activated_);
+  const FeedForward routed = plan_slots(slots, weights.gate_up[0], weights.down[0]);
   routing_.reserve(x.rows, experts, weights.top_k);
   auto* logits = logits_.reserve<float>(x.rows * experts);
   const Operand router_x = prepare(x, weights.router, router_rows_);
@@ -48,29 +86,13 @@ void CpuBackend::moe(Rows residual, ConstRows x, const MoeWeights& weights) {
   // What the shared expert's second product takes, and the routed experts' inputs: the row times
   // its score, as the weights want it.
   const int64_t activations = x.rows * shared.pieces();
-  const int64_t pieces = (hidden + kPieceColumns - 1) / kPieceColumns;
-  for_tiles(activations + slots * pieces, x.rows, alone, [&](int64_t tile, const Lane&) {
-    if (tile < activations) return activate(shared, tile);
-    tile -= activations;
-    const int64_t slot = tile / pieces, column = tile % pieces * kPieceColumns;
-    const int64_t count = std::min(kPieceColumns, hidden - column);
-    float scaled[kPieceColumns];
-    kernels_.scale(scaled, x.row(routing_.row[slot]) + column, routing_.score[slot], count);
-    write_operand(routed_x, slot, column, scaled, count);
+  for_tiles(activations + slots * pieces_of(x), x.rows, alone, [&](int64_t piece, const Lane&) {
+    if (piece < activations)
+      activate(shared, piece);
+    else
+      scale_input(routed, routing_, x, piece - activations);
   });
-
-  const auto occupied = static_cast<int64_t>(routing_.occupied.size());
-  const int64_t strip = tiling(slots, occupied * 2 * routed.width).strip_columns;
-  const int64_t strips = (2 * routed.width + strip - 1) / strip;
-  for_tiles(occupied * strips, x.rows, alone, [&](int64_t index, const Lane&) {
-    const int64_t expert = routing_.occupied[index / strips], column = index % strips * strip;
-    const Tile tile{column, std::min(strip, 2 * routed.width - column), routing_.offset[expert],
-                    routing_.offset[expert + 1] - routing_.offset[expert]};
-    multiply(routed.hidden + tile.first * 2 * routed.width + column, 2 * routed.width, routed.x,
-             weights.gate_up[expert], tile);
-  });
-  for_tiles(slots * routed.pieces(), x.rows, alone,
-            [&](int64_t tile, const Lane&) { activate(routed, tile); });
+  activate_experts(routed, routing_, weights.gate_up, x.rows, alone);
 
   // One lane owns a tile of the residual and adds to it in a fixed order: shared expert, then
   // routed experts by index.
@@ -92,6 +114,20 @@ void CpuBackend::moe(Rows residual, ConstRows x, const MoeWeights& weights) {
                {tile.column, tile.width, begin - rows, end - begin});
       for (int64_t i = 0; i < end - begin; ++i) add(begin[i], i);
     }
+  });
+}
+
+void CpuBackend::experts(Rows out, ConstRows x, const Routing& routing,
+                         std::span<const WeightRef> gate_up, std::span<const WeightRef> down) {
+  check_experts(out, x, routing, gate_up, down);
+  if (out.rows == 0) return;
+  const FeedForward routed = plan_slots(out.rows, gate_up[0], down[0]);
+  const bool alone = small(out.rows * 3 * x.cols * routed.width);
+  for_tiles(out.rows * pieces_of(x), x.rows, alone,
+            [&](int64_t piece, const Lane&) { scale_input(routed, routing, x, piece); });
+  activate_experts(routed, routing, gate_up, x.rows, alone);
+  for_expert_tiles(routing, out.cols, x.rows, alone, [&](int64_t expert, const Tile& tile) {
+    multiply(out.row(tile.first) + tile.column, out.stride, routed.activated, down[expert], tile);
   });
 }
 

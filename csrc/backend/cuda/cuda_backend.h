@@ -6,15 +6,17 @@
 
 #include <memory>
 
-#include "backend/backend.h"
+#include "backend/host_backend.h"
 #include "kernels/cuda/device_table.h"
 
 namespace puna {
 
-// `host` packs weights and decodes embeddings. Kernels are started `batch_kernels` at a time (0: as
-// many as are good for speed), or when a result is asked for.
+// `host` packs weights, decodes embeddings, and computes the experts that are left to it. Kernels
+// are started `batch_kernels` at a time (0: as many as are good for speed), or when a result is
+// asked for.
 std::unique_ptr<Backend> make_cuda_backend(const cuda::DeviceTable& table, int ordinal,
-                                           std::unique_ptr<Backend> host, size_t batch_kernels = 0);
+                                           std::unique_ptr<HostBackend> host,
+                                           size_t batch_kernels = 0);
 
 // Whether libpuna_cuda.so and a device are there, and which, or what is missing.
 BackendStatus cuda_status();

@@ -7,7 +7,8 @@ namespace {
 
 constexpr size_t kTableChunkBytes = size_t{4} << 20;
 constexpr size_t kTableAlignment = 16;
-// Of graphs that are kept: a pass has some ten batches, and what is decoded at once changes.
+// Of graphs that are kept: a pass has some ten batches, and two for each layer whose experts the
+// host has; and what is decoded at once changes.
 constexpr size_t kMostGraphs = 512;
 
 }  // namespace
@@ -60,6 +61,16 @@ std::shared_ptr<void> CudaDevice::allocate(size_t bytes) {
             // Kernels that are noted may still use it.
             const std::lock_guard lock(device->mutex_);
             device->given_back_.push_back(memory);
+          }};
+}
+
+std::shared_ptr<void> CudaDevice::allocate_pinned(size_t bytes) {
+  void* memory = nullptr;
+  if (const int code = table_.allocate_host(handle_, bytes, &memory))
+    fail(ErrorCode::kOutOfMemory, {.asked = static_cast<int64_t>(bytes)}, "[cuda] the host has no ",
+         bytes, " bytes left that ", info_.name, " can reach: ", table_.describe(code));
+  return {memory, [device = shared_from_this()](void* memory) {
+            device->table_.release_host(device->handle_, memory);
           }};
 }
 

@@ -37,6 +37,9 @@ class CudaDevice : public std::enable_shared_from_this<CudaDevice> {
 
   // Zeroed; OutOfMemory with the numbers. Lives as long as what was handed out.
   std::shared_ptr<void> allocate(size_t bytes);
+  // Memory of the host that the device reads and writes by itself: uploads from it and fetches to
+  // it go on while the host does something else. OutOfMemory.
+  std::shared_ptr<void> allocate_pinned(size_t bytes);
 
   // --- in the order of the calls ---
   void upload(void* to, const void* from, size_t bytes) {
@@ -53,6 +56,13 @@ class CudaDevice : public std::enable_shared_from_this<CudaDevice> {
     check("download", rows > 0 ? table_.download(handle_, to, from, bytes, stride, rows)
                                : table_.synchronise(handle_));
   }
+  // The same to memory of allocate_pinned(), where it is after await_fetched(), which waits for
+  // nothing that was asked for later.
+  void fetch(void* to, const void* from, size_t bytes, size_t stride, int64_t rows) {
+    start();
+    check("fetch", table_.fetch(handle_, to, from, bytes, stride, rows));
+  }
+  void await_fetched() { check("fetch", table_.await_fetched(handle_)); }
   template <class Call>
   using Kernel = int (*cuda::DeviceTable::*)(void* device, const Call*);
   // run("product", &cuda::DeviceTable::product, call): notes a kernel.
@@ -150,15 +160,16 @@ class CudaDevice : public std::enable_shared_from_this<CudaDevice> {
   std::vector<void*> given_back_;  // until what is noted has been started
 };
 
-// Device memory that grows as it is needed and whose contents last for one operation.
-class CudaScratch {
+// Memory that grows as it is needed and whose contents last for one operation.
+template <std::shared_ptr<void> (CudaDevice::*kAllocate)(size_t bytes)>
+class CudaGrowingMemory {
  public:
   template <class T>
   T* reserve(CudaDevice& device, int64_t count) {
     const size_t bytes = static_cast<size_t>(count) * sizeof(T);
     if (bytes > bytes_) {
       memory_.reset();  // first, so that old and new do not add up
-      memory_ = device.allocate(bytes);
+      memory_ = (device.*kAllocate)(bytes);
       bytes_ = bytes;
     }
     return static_cast<T*>(memory_.get());
@@ -168,6 +179,8 @@ class CudaScratch {
   std::shared_ptr<void> memory_;
   size_t bytes_ = 0;
 };
+using CudaScratch = CudaGrowingMemory<&CudaDevice::allocate>;
+using CudaPinnedScratch = CudaGrowingMemory<&CudaDevice::allocate_pinned>;
 
 // Arrays of device addresses that are the same from call to call, as those of a layer's experts:
 // sent when they are first asked for, and kept.

@@ -6,14 +6,14 @@
 #include <string>
 #include <vector>
 
-#include "backend/backend.h"
 #include "backend/cuda/device.h"
+#include "backend/host_backend.h"
 
 namespace puna {
 
 class CudaBackend final : public Backend {
  public:
-  CudaBackend(const cuda::DeviceTable& table, int ordinal, std::unique_ptr<Backend> host,
+  CudaBackend(const cuda::DeviceTable& table, int ordinal, std::unique_ptr<HostBackend> host,
               size_t batch_kernels)
       : device_(std::make_shared<CudaDevice>(
             table, ordinal, batch_kernels > 0 ? batch_kernels : CudaDevice::kBatchKernels)),
@@ -27,6 +27,7 @@ class CudaBackend final : public Backend {
   // cuda_backend.cpp: memory, weights, rows
   Buffer allocate(size_t bytes) override;
   void copy(void* to, const void* from, size_t bytes) override { device_->copy(to, from, bytes); }
+  Backend& host() override { return *host_; }
   WeightRef load_matrix(std::span<const MatrixSource> parts, const MatrixOptions& options) override;
   WeightRef adopt_matrix(WeightFormat format, int64_t rows, int64_t cols,
                          std::shared_ptr<const void> data) override;
@@ -73,7 +74,15 @@ class CudaBackend final : public Backend {
     device_->run("product", &cuda::DeviceTable::product, call);
   }
 
+  // residual += down(silu(gate(x)) * up(x))
+  void feed_forward(Rows residual, const cuda::Operand& x, const WeightRef& gate_up,
+                    const WeightRef& down);
   cuda::RoutingCall route(ConstRows x, const MoeWeights& weights);
+  // residual += what the routed experts made, by slot.
+  void add_slots(Rows residual, ConstRows made, const cuda::RoutingCall& routing);
+
+  // host_experts.cpp
+  void moe_with_host(Rows residual, ConstRows x, const MoeWeights& weights);
 
   // attention.cpp
   void append(const AttentionInput& input);
@@ -83,12 +92,15 @@ class CudaBackend final : public Backend {
 
   std::shared_ptr<CudaDevice> device_;
   int ordinal_;
-  std::unique_ptr<Backend> host_;
+  std::unique_ptr<HostBackend> host_;
 
   CudaConstants expert_tables_;
   CudaScratch operand_, shared_operand_, hidden_, pixels_;
   CudaScratch routing_, arrived_routers_, routed_hidden_, routed_out_;
   CudaScratch states_, arrived_;  // attention
+  // What goes to the host's experts and what they make.
+  CudaPinnedScratch fetched_routes_, fetched_rows_, host_made_;
+  Routing host_routing_;
 };
 
 inline cuda::FloatRows device_rows(Rows x) { return {x.data, x.stride}; }

@@ -150,12 +150,17 @@ void CudaBackend::matmul(Rows out, ConstRows x, const WeightRef& weight,
 void CudaBackend::mlp(Rows residual, ConstRows x, const WeightRef& gate_up, const WeightRef& down) {
   check_mlp(residual, x, gate_up, down);
   if (x.rows == 0) return;
-  const Rows hidden(hidden_.reserve<float>(*device_, x.rows * gate_up.rows), x.rows, gate_up.rows);
-  multiply(product_call(hidden, prepare({x, x.rows, x.cols}, gate_up.format, operand_), x.rows,
-                        gate_up));
-  const Source activated{.x = hidden, .rows = x.rows, .cols = down.cols, .gated = true};
+  feed_forward(residual, prepare({x, x.rows, x.cols}, gate_up.format, operand_), gate_up, down);
+}
+
+void CudaBackend::feed_forward(Rows residual, const cuda::Operand& x, const WeightRef& gate_up,
+                               const WeightRef& down) {
+  const int64_t rows = residual.rows;
+  const Rows hidden(hidden_.reserve<float>(*device_, rows * gate_up.rows), rows, gate_up.rows);
+  multiply(product_call(hidden, x, rows, gate_up));
+  const Source activated{.x = hidden, .rows = rows, .cols = down.cols, .gated = true};
   cuda::ProductCall call =
-      product_call(residual, prepare(activated, down.format, operand_), x.rows, down);
+      product_call(residual, prepare(activated, down.format, operand_), rows, down);
   call.accumulate = 1;
   multiply(call);
 }
@@ -202,6 +207,10 @@ cuda::RoutingCall CudaBackend::route(ConstRows x, const MoeWeights& weights) {
 void CudaBackend::moe(Rows residual, ConstRows x, const MoeWeights& weights) {
   check_moe(residual, x, weights);
   if (x.rows == 0) return;
+  if (weights.experts_on_host) {
+    moe_with_host(residual, x, weights);
+    return;
+  }
   const int64_t slots = x.rows * weights.top_k;
   const int64_t places = std::min(std::ssize(weights.gate_up), slots);
   const WeightRef &gate_up = weights.gate_up[0], &down = weights.down[0];
@@ -248,9 +257,13 @@ void CudaBackend::moe(Rows residual, ConstRows x, const MoeWeights& weights) {
     call.shared = {weights.shared_down.data.get(), rows_from(operand, slots), x.rows,
                    device_rows(residual), 1};
   multiply(call);
+  add_slots(residual, out, routing);
+}
+
+void CudaBackend::add_slots(Rows residual, ConstRows made, const cuda::RoutingCall& routing) {
   device_->run("add_experts", &cuda::DeviceTable::add_experts,
-               cuda::AddExpertsCall{device_rows(residual), device_rows(ConstRows(out)),
-                                    routing.slot, x.rows, x.cols, routing.top_k});
+               cuda::AddExpertsCall{device_rows(residual), device_rows(made), routing.slot,
+                                    residual.rows, residual.cols, routing.top_k});
 }
 
 }  // namespace puna

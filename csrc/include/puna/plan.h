@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -37,16 +38,27 @@ struct Plan {
   bool memory_given = false;                 // or what the system has free
   int64_t disk_needed = 0, disk_budget = 0;  // disk_budget 0: no disk
 
+  // Of a GPU: the memory above is its own, and text_bytes include what it leaves to the host.
+  bool on_gpu = false;
+  int64_t expert_layers = 0;  // with routed experts
+  int64_t host_layers = 0;    // of them, the first ones, whose experts lie in the host's memory
+  int64_t host_expert_bytes = 0;
+  // What computing them takes, too, and what there is; nothing if there are none.
+  int64_t host_needed = 0, host_memory = 0;
+
   bool fits = false;
   std::vector<Remedy> remedies;  // three at most, if it does not
 
   // What a token after a full context reads: the weights it uses and all keys and values. Divided
   // by the bandwidths, the time that it takes at least.
   int64_t step_memory_bytes = 0, step_disk_bytes = 0;
+  int64_t step_host_bytes = 0;  // experts in the host's memory; not among the former
 };
 
 // Throws what load() throws for a checkpoint that cannot be read, and ContextOverflow. `disk`:
-// bytes for pages that do not fit into memory, 0 = none may go there.
-Plan plan(const LoadOptions& options, int64_t disk = 0);
+// bytes for pages that do not fit into memory, 0 = none may go there. `gpu_memory`: bytes free of a
+// GPU that computes; none: the host does.
+Plan plan(const LoadOptions& options, int64_t disk = 0,
+          std::optional<int64_t> gpu_memory = std::nullopt);
 
 }  // namespace puna

@@ -13,20 +13,28 @@
 
 namespace puna {
 
+// LoadOptions::device_experts: as many as fit, or all.
+constexpr int64_t kExpertsThatFit = -1, kAllExperts = -2;
+
 struct LoadOptions {
   std::string path;    // a Hugging Face directory or a GGUF file
   std::string mmproj;  // GGUF file of the vision tower; "" = one beside a GGUF file that fits it
-  std::string device = "auto";  // "auto" | "cpu" | "ref"
-  std::string isa;              // "" = the best this processor supports
-  int threads = 0;              // 0 = the physical cores allowed to this process
-  std::string quant;            // "" = weights as stored; else a recipe or format (model/recipe.h)
+  std::string device = "auto";  // "auto" | "cpu" | "cuda" | "cuda:N" | "ref"
+  // Layers whose routed experts lie in the memory of a GPU, the last ones. The host has those of
+  // the others, and the CPU computes them; "auto" takes a GPU for that only if a number is given.
+  int64_t device_experts = kExpertsThatFit;
+  std::string isa;    // "" = the best this processor supports
+  int threads = 0;    // 0 = the physical cores allowed to this process
+  std::string quant;  // "" = weights as stored; else a recipe or format (model/recipe.h)
   std::vector<std::pair<std::string, std::string>> quant_overrides;  // (pattern, format)
   std::string kv = "auto";    // "auto" (as the weights) | "bf16" | "fp32" | "int8" | "int4"
   std::string kv_disk;        // directory for pages that do not fit into memory; "" = none may go
   int64_t kv_disk_bytes = 0;  // most that its files may take; 0 = what the disk has free
   int64_t context = 0;        // tokens; 0 = the largest that fits
-  int64_t memory = 0;         // bytes for weights and KV together; 0 = what the system has free
-  bool vision = true;         // false = leave the vision tower on disk
+  // Bytes for weights and KV together, of the device that computes; 0 = what it has free.
+  int64_t memory = 0;
+  int64_t host_memory = 0;  // bytes for the experts that a GPU leaves to the host; 0 = what is free
+  bool vision = true;       // false = leave the vision tower on disk
   // Called as weights are packed (bytes done, bytes in all); what it throws ends the load.
   std::function<void(int64_t, int64_t)> progress;
 };

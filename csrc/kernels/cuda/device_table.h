@@ -12,7 +12,7 @@
 namespace puna::cuda {
 
 // Of this file: both sides must have been compiled with the same.
-constexpr int32_t kTableVersion = 6;
+constexpr int32_t kTableVersion = 7;
 
 struct DeviceInfo {
   char name[256];
@@ -334,6 +334,15 @@ struct DeviceTable {
   int (*download)(void* device, void* to, const void* from, size_t bytes, size_t stride,
                   int64_t rows);
   int (*copy)(void* device, void* to, const void* from, size_t bytes);
+
+  // --- memory of the host that the device reads and writes by itself: an upload from it may read
+  // it after the call, until something fetched later has arrived
+  int (*allocate_host)(void* device, size_t bytes, void** memory);
+  int (*release_host)(void* device, void* memory);
+  // As download(), to such memory, and waits for nothing; it has arrived after await_fetched(),
+  // which waits for no call after the last fetch().
+  int (*fetch)(void* device, void* to, const void* from, size_t bytes, size_t stride, int64_t rows);
+  int (*await_fetched)(void* device);
 
   // --- graphs: kernels that are started between begin and end are not carried out, but noted; and
   // all of them each time that start_graph() is called

@@ -8,7 +8,8 @@ namespace {
 struct Device {
   int ordinal;
   cudaStream_t stream;
-  bool overlaps;  // kernels may wait for one another
+  cudaEvent_t fetched;  // the last fetch()
+  bool overlaps;        // kernels may wait for one another
 };
 
 __global__ void architecture_kernel() {}
@@ -77,13 +78,17 @@ int open(int ordinal, void** device) {
   cudaStream_t stream;
   if (const cudaError_t error = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking))
     return code(error);
-  *device = new Device{ordinal, stream, overlaps};
+  cudaEvent_t fetched;
+  if (const cudaError_t error = cudaEventCreateWithFlags(&fetched, cudaEventDisableTiming))
+    return code(error);
+  *device = new Device{ordinal, stream, fetched, overlaps};
   return 0;
 }
 
 void close(void* device) {
-  on(device, [](cudaStream_t stream) {
+  on(device, [&](cudaStream_t stream) {
     const cudaError_t error = cudaStreamSynchronize(stream);
+    cudaEventDestroy(device_of(device).fetched);
     cudaStreamDestroy(stream);
     return error;
   });
@@ -112,15 +117,41 @@ int upload(void* device, void* to, const void* from, size_t bytes) {
   });
 }
 
+cudaError_t copy_rows(void* to, const void* from, size_t bytes, size_t stride, int64_t rows,
+                      cudaStream_t stream) {
+  return cudaMemcpy2DAsync(to, bytes, from, stride, bytes, static_cast<size_t>(rows),
+                           cudaMemcpyDeviceToHost, stream);
+}
+
 int download(void* device, void* to, const void* from, size_t bytes, size_t stride, int64_t rows) {
   if (bytes == 0 || rows == 0) return 0;
   return on(device, [&](cudaStream_t stream) {
-    if (const cudaError_t error =
-            cudaMemcpy2DAsync(to, bytes, from, stride, bytes, static_cast<size_t>(rows),
-                              cudaMemcpyDeviceToHost, stream))
-      return error;
+    if (const cudaError_t error = copy_rows(to, from, bytes, stride, rows, stream)) return error;
     return cudaStreamSynchronize(stream);
   });
+}
+
+int allocate_host(void* device, size_t bytes, void** memory) {
+  return on(device, [&](cudaStream_t) { return cudaMallocHost(memory, bytes); });
+}
+
+// What is on its way from it or to it ends first.
+int release_host(void* device, void* memory) {
+  return on(device, [&](cudaStream_t stream) {
+    if (const cudaError_t error = cudaStreamSynchronize(stream)) return error;
+    return cudaFreeHost(memory);
+  });
+}
+
+int fetch(void* device, void* to, const void* from, size_t bytes, size_t stride, int64_t rows) {
+  return on(device, [&](cudaStream_t stream) {
+    if (const cudaError_t error = copy_rows(to, from, bytes, stride, rows, stream)) return error;
+    return cudaEventRecord(device_of(device).fetched, stream);
+  });
+}
+
+int await_fetched(void* device) {
+  return on(device, [&](cudaStream_t) { return cudaEventSynchronize(device_of(device).fetched); });
 }
 
 int copy(void* device, void* to, const void* from, size_t bytes) {
@@ -168,9 +199,10 @@ int run(void* device, const Call* call) {
 }
 
 constexpr DeviceTable kTable = {
-    kTableVersion, &device_count, &device_info, &describe,      &open,     &close,
-    &synchronise,  &allocate,     &release,     &upload,        &download, &copy,
-    &begin_graph,  &end_graph,    &start_graph, &release_graph,
+    kTableVersion,  &device_count, &device_info,   &describe,     &open,
+    &close,         &synchronise,  &allocate,      &release,      &upload,
+    &download,      &copy,         &allocate_host, &release_host, &fetch,
+    &await_fetched, &begin_graph,  &end_graph,     &start_graph,  &release_graph,
 #define PUNA_OPERATION(name, Call) &run<launch_##name, Call>,
 #include "kernels/cuda/operations.inc"
 #undef PUNA_OPERATION

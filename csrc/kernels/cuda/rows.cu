@@ -7,7 +7,25 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 
-__device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
+// exp(x) as the CPU's kernels compute it (simd.h), operation by operation: what an expert makes
+// does not depend on where it lies.
+__device__ __forceinline__ float exp_like_cpu(float x) {
+  const float clamped = fminf(fmaxf(x, -87.3f), 88.0f);
+  const float k = rintf(clamped * 1.44269504f);
+  float r = fmaf(k, -0.693359375f, clamped);
+  r = fmaf(k, 2.12194440e-4f, r);
+  float p = 1.9875691500e-4f;
+  p = fmaf(p, r, 1.3981999507e-3f);
+  p = fmaf(p, r, 8.3334519073e-3f);
+  p = fmaf(p, r, 4.1665795894e-2f);
+  p = fmaf(p, r, 1.6666665459e-1f);
+  p = fmaf(p, r, 5.0000001201e-1f);
+  p = fmaf(p, r * r, r + 1.0f) *
+      __uint_as_float(static_cast<uint32_t>(static_cast<int>(k) + 127) << 23);
+  return x < -87.3f ? 0.0f : p;
+}
+
+__device__ __forceinline__ float silu(float x) { return x / (1.0f + exp_like_cpu(-x)); }
 
 // Element (r, c) of what is made an operand.
 __device__ __forceinline__ float operand_value(const OperandCall& call, int64_t r, int64_t c) {

@@ -22,17 +22,24 @@ std::string last_fault;
 
 using Graph = std::vector<std::function<int()>>;
 
+// What was fetched and has not been waited for.
+struct Fetched {
+  void* to;
+  std::vector<char> bytes;
+};
+
 struct Device {
   const char* name;
   Schedule schedule;
   std::unique_ptr<Graph> noting;  // while a graph is made
+  std::vector<Fetched> fetched;
 };
 // The last warp of a block of eight often ends the sums of the others.
 Device devices[] = {
-    {"emulator", {}, {}},
-    {"emulator, late copies, warp 0 starved", {true, 0}, {}},
-    {"emulator, warp 1 starved", {false, 1}, {}},
-    {"emulator, late copies, warp 7 starved", {true, 7}, {}},
+    {"emulator", {}, {}, {}},
+    {"emulator, late copies, warp 0 starved", {true, 0}, {}, {}},
+    {"emulator, warp 1 starved", {false, 1}, {}, {}},
+    {"emulator, late copies, warp 7 starved", {true, 7}, {}, {}},
 };
 
 // A fault in a kernel becomes the code of its launch, as on a device.
@@ -116,6 +123,33 @@ int download(void*, void* to, const void* from, size_t bytes, size_t stride, int
   return 0;
 }
 
+// Floats that are no numbers, and rows that do not exist.
+constexpr int kNothing = 0xff;
+
+int allocate_host(void*, size_t bytes, void** memory) {
+  *memory = std::malloc(bytes);
+  if (*memory == nullptr) return kFault;
+  std::memset(*memory, kNothing, bytes);
+  return 0;
+}
+
+// It arrives as late as is legal.
+int fetch(void* device, void* to, const void* from, size_t bytes, size_t stride, int64_t rows) {
+  Fetched fetched{to, std::vector<char>(bytes * static_cast<size_t>(rows))};
+  download(device, fetched.bytes.data(), from, bytes, stride, rows);
+  std::memset(to, kNothing, fetched.bytes.size());
+  static_cast<Device*>(device)->fetched.push_back(std::move(fetched));
+  return 0;
+}
+
+int await_fetched(void* device) {
+  std::vector<Fetched>& all = static_cast<Device*>(device)->fetched;
+  for (const Fetched& fetched : all)
+    std::memcpy(fetched.to, fetched.bytes.data(), fetched.bytes.size());
+  all.clear();
+  return 0;
+}
+
 }  // namespace
 
 const puna::cuda::DeviceTable& device_table() {
@@ -126,13 +160,17 @@ const puna::cuda::DeviceTable& device_table() {
       &device_info,
       &describe,
       &open_device,
-      [](void*) {},
+      [](void* device) { static_cast<Device*>(device)->fetched.clear(); },
       [](void*) { return 0; },
       &allocate,
       &release,
       &copy,
       &download,
       &copy,
+      &allocate_host,
+      &release,
+      &fetch,
+      &await_fetched,
       &begin_graph,
       &end_graph,
       &start_graph,
