@@ -31,19 +31,25 @@ std::vector<MergeRule> rules_of(const Vocabulary& vocabulary, const ByteStrings&
 }
 
 // Whether merge rules say what a list of ranks would: a token's merges come where its id is in the
-// order, and all of them are there.
+// order, and all of them are there, each once.
 bool follow_ranks(const Vocabulary& vocabulary, const std::vector<MergeRule>& rules) {
-  const auto by_id = [](const auto& a, const auto& b) { return a.merged < b.merged; };
-  if (!std::is_sorted(rules.begin(), rules.end(), by_id)) return false;
-  size_t possible = 0;
+  size_t at = 0;
+  std::vector<int32_t> lefts;
   for (size_t id = 0; id < vocabulary.size(); ++id) {
     const std::string_view whole = vocabulary.ordinary(id);
+    size_t possible = 0;
     for (size_t cut = 1; cut < whole.size(); ++cut) {
       possible += vocabulary.find(whole.substr(0, cut)) != Vocabulary::kNone &&
                   vocabulary.find(whole.substr(cut)) != Vocabulary::kNone;
     }
+    lefts.clear();
+    for (; at < rules.size() && rules[at].merged == static_cast<int32_t>(id); ++at)
+      lefts.push_back(rules[at].left);
+    std::sort(lefts.begin(), lefts.end());
+    if (lefts.size() != possible || std::adjacent_find(lefts.begin(), lefts.end()) != lefts.end())
+      return false;
   }
-  return possible == rules.size();
+  return at == rules.size();
 }
 
 }  // namespace

@@ -262,3 +262,20 @@ TEST(pieces_with_many_fitting_tokens_take_the_other_way) {
   }
   CHECK(other_way > 20);
 }
+
+TEST(merges_that_lack_one_and_repeat_another_are_no_ranks) {
+  const auto model_of = [](const std::vector<std::string>& merges) {
+    puna::ByteStrings tokens, sides;
+    for (int byte = 0; byte < 256; ++byte) tokens.add(std::string(1, static_cast<char>(byte)));
+    for (const char* token : {"bc", "ab", "abc"}) tokens.add(token);
+    for (const std::string& side : merges) sides.add(side);
+    return BpeModel::of_merges(std::move(tokens), std::vector<bool>(259, false), sides,
+                               /*whole_first=*/true);
+  };
+  CHECK(model_of({"b", "c", "a", "b", "a", "bc", "ab", "c"}).ranked() != nullptr);
+  const BpeModel model = model_of({"b", "c", "a", "b", "ab", "c", "ab", "c"});
+  CHECK(model.ranked() == nullptr);
+  std::vector<int32_t> symbols, ids;
+  model.merge("abc", symbols, ids);  // "bc" goes first, and with "a" makes nothing
+  CHECK(ids == std::vector<int32_t>({'a', 256}));
+}
