@@ -132,11 +132,11 @@ Importance calibrate(const ModelSpec& spec, const Checkpoint& source, const Mode
       const TextBatch::Segment segment{sequence, first, rows};
       const KvStore::Plan plan = kv.plan({&append, 1});
       kv.apply(plan);
-      model.forward({{window.data() + first, static_cast<size_t>(rows)},
-                     {&segment, 1},
-                     {},
-                     head_rows,
-                     /*whole_last_layer=*/true},
+      model.forward({.ids = {window.data() + first, static_cast<size_t>(rows)},
+                     .segments = {&segment, 1},
+                     .features = {},
+                     .logit_rows = head_rows,
+                     .whole_last_layer = true},
                     kv, {logits.floats(), static_cast<int64_t>(head_rows.size()), spec.vocab_size},
                     [&] {
                       if (progress) progress(done, total);

@@ -185,7 +185,12 @@ ConstRows Engine::Impl::forward(std::span<const PassMember> members,
   if (outputs.bytes() < bytes) outputs = backend->allocate(bytes);
   const Rows out(outputs.floats(), count, columns);
   kv->apply(plan);
-  text->forward({ids, segments, placed, wanted_rows, hidden_states}, *kv, out, poll);
+  text->forward({.ids = ids,
+                 .segments = segments,
+                 .features = placed,
+                 .logit_rows = wanted_rows,
+                 .hidden_states = hidden_states},
+                *kv, out, poll);
   kv->commit(plan);
   return out;
 }

@@ -38,10 +38,10 @@ struct TextBatch {
   std::span<const Segment> segments;  // in row order, covering all rows
   std::span<const Features> features;
   std::span<const int32_t> logit_rows;  // rows whose logits are wanted, ascending
-  bool hidden_states = false;           // instead of logits what the head multiplies
   // The last layer, past its keys and values, is computed for the rows of logit_rows alone; with
   // this, for all (calibration).
   bool whole_last_layer = false;
+  bool hidden_states = false;  // instead of logits what the head multiplies
 };
 
 class TextModel {

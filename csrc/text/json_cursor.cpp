@@ -11,8 +11,8 @@
 namespace puna {
 
 void JsonCursor::refuse(const char* wanted) const {
-  fail(ErrorCode::kModelFormat, "[tokenizer] ", where_, " has no ", wanted, " at byte ", at_,
-       " of ", text_.size(), ", where one belongs");
+  fail(ErrorCode::kModelFormat, "[tokenizer] ", where_, " is not valid JSON: there is no ", wanted,
+       " at byte ", at_, " of ", text_.size(), ", where one belongs");
 }
 
 char JsonCursor::next() {

@@ -83,7 +83,8 @@ void use(const std::string& directory) {
   const std::shared_ptr<puna::Engine> engine = puna::Engine::load(options);
   const std::vector<int32_t> tokens = {1, 2, 3, 4, 5, 6};
   const auto length = static_cast<size_t>(std::min<int64_t>(6, engine->info().context));
-  const std::vector<float> logits = engine->logits(
+  const std::vector<float> logits = engine->outputs(
+      puna::ModelOutput::kLogits,
       {{tokens.begin(), tokens.begin() + static_cast<std::ptrdiff_t>(length)}, {}}, {});
   CHECK_EQ(logits.size(), length * static_cast<size_t>(engine->info().vocab_size));
 }

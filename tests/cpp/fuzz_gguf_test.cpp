@@ -149,7 +149,7 @@ void use(const std::string& path, const std::string& mmproj) {
     prompt.tokens.push_back(
         static_cast<int32_t>(i % static_cast<size_t>(engine->info().vocab_size)));
   }
-  CHECK_EQ(engine->logits(prompt, {}).size(),
+  CHECK_EQ(engine->outputs(puna::ModelOutput::kLogits, prompt, {}).size(),
            length * static_cast<size_t>(engine->info().vocab_size));
   if (const puna::Tokenizer* tokenizer = engine->tokenizer()) {
     const std::string text = "the world's 123\n\n <|eot|>";
