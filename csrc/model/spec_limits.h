@@ -20,8 +20,7 @@ constexpr double kMaxParameters = 1e15;
 constexpr double kMaxCacheBytes = 1e18;
 
 // The rope_type of a config.json written from a GGUF file, which gives the divisor of each
-// frequency
-// ("divisors") where the original gave a rule.
+// frequency ("divisors") where the original gave a rule.
 constexpr const char* kDivisorsRopeType = "puna_divisors";
 
 // The sizes are bounded one by one; this bounds their products. Messages name the file, and what it

@@ -264,7 +264,7 @@ def _shared_options(
         "context": amount("context", context),
         "memory": amount("memory", memory),
         "vision": truth("vision", vision),
-        "mmproj": os.fspath(Path(mmproj).expanduser()) if mmproj is not None else "",
+        "mmproj": _file(mmproj),
         "quant": recipe,
         "quant_overrides": overrides,
     }
@@ -327,7 +327,7 @@ def quantize(
     try:
         odd = _core.quantize(
             path=os.fspath(path),
-            mmproj=os.fspath(Path(mmproj).expanduser()) if mmproj is not None else "",
+            mmproj=_file(mmproj),
             out=os.fspath(Path(out).expanduser()),
             quant=recipe,
             quant_overrides=overrides,
@@ -357,6 +357,11 @@ def _calibration_ids(
     if not ids:
         raise InvalidRequest("the calibration text has no tokens", param="calibration")
     return ids
+
+
+def _file(path: str | os.PathLike[str] | None) -> str:
+    """As the core takes a file that need not be given."""
+    return "" if path is None else os.fspath(Path(path).expanduser())
 
 
 def _path(model: str | os.PathLike[str]) -> Path:

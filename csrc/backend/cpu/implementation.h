@@ -61,6 +61,9 @@ class CpuBackend final : public HostBackend {
   // Columns handled at once by elementwise steps, so that one row still occupies several lanes. A
   // multiple of every format's block and of kActivationGroup.
   static constexpr int64_t kPieceColumns = 1024;
+  static int64_t pieces_of(int64_t columns) {
+    return (columns + kPieceColumns - 1) / kPieceColumns;
+  }
 
   class Scratch {
    public:
@@ -91,7 +94,7 @@ class CpuBackend final : public HostBackend {
     Operand activated;        // [rows][width], the input of down
     int64_t width = 0;
 
-    int64_t pieces() const { return (width + kPieceColumns - 1) / kPieceColumns; }  // of a row
+    int64_t pieces() const { return pieces_of(width); }  // of a row
   };
   // A part of a product: some rows by the columns of some panels.
   struct Tile {
@@ -181,7 +184,6 @@ class CpuBackend final : public HostBackend {
   // moe.cpp
   // Of routed experts: a slot's input is its row times its score, as the weights want it.
   FeedForward plan_slots(int64_t slots, const WeightRef& gate_up, const WeightRef& down);
-  static int64_t pieces_of(ConstRows x) { return (x.cols + kPieceColumns - 1) / kPieceColumns; }
   void scale_input(const FeedForward& routed, const Routing& routing, ConstRows x,
                    int64_t piece) const;
   // From the inputs to what the products with down take; `rows` of x.

@@ -14,7 +14,8 @@ CpuBackend::FeedForward CpuBackend::plan_slots(int64_t slots, const WeightRef& g
 
 void CpuBackend::scale_input(const FeedForward& routed, const Routing& routing, ConstRows x,
                              int64_t piece) const {
-  const int64_t slot = piece / pieces_of(x), column = piece % pieces_of(x) * kPieceColumns;
+  const int64_t slot = piece / pieces_of(x.cols);
+  const int64_t column = piece % pieces_of(x.cols) * kPieceColumns;
   const int64_t count = std::min(kPieceColumns, x.cols - column);
   float scaled[kPieceColumns];
   kernels_.scale(scaled, x.row(routing.row[slot]) + column, routing.score[slot], count);
@@ -86,12 +87,13 @@ void CpuBackend::moe(Rows residual, ConstRows x, const MoeWeights& weights) {
   // What the shared expert's second product takes, and the routed experts' inputs: the row times
   // its score, as the weights want it.
   const int64_t activations = x.rows * shared.pieces();
-  for_tiles(activations + slots * pieces_of(x), x.rows, alone, [&](int64_t piece, const Lane&) {
-    if (piece < activations)
-      activate(shared, piece);
-    else
-      scale_input(routed, routing_, x, piece - activations);
-  });
+  for_tiles(activations + slots * pieces_of(x.cols), x.rows, alone,
+            [&](int64_t piece, const Lane&) {
+              if (piece < activations)
+                activate(shared, piece);
+              else
+                scale_input(routed, routing_, x, piece - activations);
+            });
   activate_experts(routed, routing_, weights.gate_up, x.rows, alone);
 
   // One lane owns a tile of the residual and adds to it in a fixed order: shared expert, then
@@ -123,7 +125,7 @@ void CpuBackend::experts(Rows out, ConstRows x, const Routing& routing,
   if (out.rows == 0) return;
   const FeedForward routed = plan_slots(out.rows, gate_up[0], down[0]);
   const bool alone = small(out.rows * 3 * x.cols * routed.width);
-  for_tiles(out.rows * pieces_of(x), x.rows, alone,
+  for_tiles(out.rows * pieces_of(x.cols), x.rows, alone,
             [&](int64_t piece, const Lane&) { scale_input(routed, routing, x, piece); });
   activate_experts(routed, routing, gate_up, x.rows, alone);
   for_expert_tiles(routing, out.cols, x.rows, alone, [&](int64_t expert, const Tile& tile) {
