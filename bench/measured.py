@@ -241,6 +241,13 @@ def _tokenizer(path: Path) -> Iterator[str]:
             speed = row["MB/s"].get(name)
             cells.append(fails if speed is None else _number(speed) + wrong)
         yield f"| {row['text']}, {row['bytes'] / 1e6:.1f} MB | " + " | ".join(cells) + " |"
+    if "loads" in result:
+        yield ""
+        yield "Loading that vocabulary, ms of CPU time, files in memory:"
+        yield ""
+        yield "| " + " | ".join(result["loads"]) + " |"
+        yield "|---" * len(result["loads"]) + "|"
+        yield "| " + " | ".join(_number(1e3 * s) for s in result["loads"].values()) + " |"
 
 
 def main() -> None:

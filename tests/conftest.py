@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,9 +43,15 @@ def oracle_module(name: str, *needed: str) -> ModuleType:
 
 
 def pytest_configure() -> None:
-    """A shell that runs the suite in the background has it ignore Ctrl-C, which tests send."""
+    """A cache of the suite's own; and Ctrl-C, which tests send, also where a shell that runs the
+    suite in the background has it ignored."""
+    os.environ["PUNA_CACHE"] = tempfile.mkdtemp(prefix="puna-cache-")
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["PUNA_CACHE"], ignore_errors=True)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

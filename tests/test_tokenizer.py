@@ -11,6 +11,7 @@ import json
 import random
 import sys
 import sysconfig
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -355,6 +356,37 @@ def test_tokenizer_json_gives_the_same_ids(
     assert converted.special_tokens == tokenizer.special_tokens
     for text in itertools.chain(EDGE_CASES, fuzzed(20_000, ALPHABET), probes_of_code_points(101)):
         assert np.array_equal(converted.encode(text), tokenizer.encode(text))
+
+
+def test_a_tokenizer_from_the_cache_is_the_one_that_was_built(
+    tokenizer: puna.Tokenizer, meta_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load() -> tuple[puna.Tokenizer, float]:
+        start = time.process_time()
+        loaded = puna.Tokenizer.from_file(str(meta_file))
+        return loaded, time.process_time() - start
+
+    monkeypatch.setenv("PUNA_CACHE", "off")
+    built, cold = load()
+    monkeypatch.setenv("PUNA_CACHE", str(tmp_path / "cache"))
+    load()
+    (kept,) = (tmp_path / "cache" / "tokenizers").iterdir()
+    assert kept.stat().st_mode & 0o777 == 0o600
+    content = kept.read_bytes()
+    found, warm = min((load() for _ in range(3)), key=lambda run: run[1])
+    assert warm < cold / 3
+    assert found.vocab_size == built.vocab_size
+    assert found.special_tokens == built.special_tokens
+    for text in [*EDGE_CASES, *fuzzed(3000, ALPHABET, seed=7), *CORPUS_SAMPLE, " " * 50_000]:
+        ids = built.encode(text, allowed_special="all")
+        assert np.array_equal(found.encode(text, allowed_special="all"), ids)
+        assert found.decode(ids) == text
+    for text in CORPUS_SAMPLE:
+        assert stream(found, text, random_cuts(len(text), 700))[0] == built.encode(text).tolist()
+    # What is damaged is built anew, and kept.
+    kept.write_bytes(content[:-1])
+    assert np.array_equal(load()[0].encode(CORPUS_SAMPLE[0]), built.encode(CORPUS_SAMPLE[0]))
+    assert kept.read_bytes() == content
 
 
 def test_special_tokens_of_tokenizer_config(tmp_path: Path, meta_file: Path) -> None:

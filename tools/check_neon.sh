@@ -5,7 +5,7 @@
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 build=${1:-$root/build/neon}
-tests=(elementwise_test gemm_test attention_test attention_sealed_test quant_test fp8_test)
+tests=(elementwise_test gemm_test attention_test attention_sealed_test quant_test fp8_test checksum_test)
 
 missing=()
 for tool in aarch64-linux-gnu-g++ qemu-aarch64 cmake ninja; do

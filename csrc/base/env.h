@@ -2,8 +2,10 @@
 // caller passes explicitly goes before them.
 //
 //   PUNA_ISA      name of the instruction set, see `puna doctor`    default: the best supported
-//   PUNA_CUDA_LIBRARY  path of libpuna_cuda.so                      default: beside puna itself
-//   PUNA_THREADS  number of compute threads                         default: physical cores usable
+//   PUNA_CACHE    directory of what can be made again, "off": none  default: see
+//   environment_cache() PUNA_CUDA_LIBRARY  path of libpuna_cuda.so                      default:
+//   beside puna itself PUNA_THREADS  number of compute threads                         default:
+//   physical cores usable
 //
 // Header only, since kernels/cpu/dispatch.cpp is in a library of its own.
 #pragma once
@@ -25,6 +27,21 @@ inline std::string environment_isa() {
 inline std::string environment_cuda_library() {
   const char* value = std::getenv("PUNA_CUDA_LIBRARY");
   return value ? value : "";
+}
+
+// Where files may be kept that spare later processes work and can be made again, or "" if nowhere:
+// PUNA_CACHE, else the directory of that name below XDG_CACHE_HOME, else below .cache in HOME.
+inline std::string environment_cache() {
+  const auto variable = [](const char* name) {
+    const char* value = std::getenv(name);
+    return std::string(value ? value : "");
+  };
+  const std::string own = variable("PUNA_CACHE");
+  if (!own.empty()) return own == "off" ? "" : own;
+  // Relative paths count for nothing, as freedesktop.org's base directory specification has it.
+  const std::string caches = variable("XDG_CACHE_HOME"), home = variable("HOME");
+  if (caches.starts_with('/')) return caches + "/puna";
+  return home.starts_with('/') ? home + "/.cache/puna" : "";
 }
 
 // 0 if PUNA_THREADS is not set or empty. Throws InvalidRequest unless it is a number from 1 to

@@ -13,7 +13,8 @@ using Digest = std::array<uint8_t, 32>;
 
 class Sha256 {
  public:
-  Sha256();
+  // By the processor's instructions if it has any for this; `plainly`: without them.
+  explicit Sha256(bool plainly = false);
   Sha256& update(const void* data, size_t bytes);
   // A number as little-endian bytes.
   Sha256& number(uint64_t value);
@@ -23,10 +24,12 @@ class Sha256 {
   static Digest of(std::string_view text) { return of(text.data(), text.size()); }
 
  private:
-  void block(const uint8_t* data);
+  static constexpr size_t kBlock = 64;
 
   std::array<uint32_t, 8> state_;
-  std::array<uint8_t, 64> pending_;
+  // Takes in a number of blocks.
+  void (*add_blocks_)(std::array<uint32_t, 8>& state, const uint8_t* data, size_t count);
+  std::array<uint8_t, kBlock> pending_;
   uint64_t bytes_ = 0;
 };
 

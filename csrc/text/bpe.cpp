@@ -1,10 +1,12 @@
 #include "text/bpe.h"
 
 #include <algorithm>
+#include <bit>
 #include <functional>
 #include <limits>
 
 #include "base/error.h"
+#include "text/table_file.h"
 
 namespace puna {
 
@@ -120,6 +122,22 @@ const MergeTable::Merge* MergeTable::find(int32_t left, int32_t right) const {
   if (slots_.empty()) return nullptr;
   const Slot& slot = slots_[place(key_of(left, right))];
   return slot.key == kEmpty ? nullptr : &slot.merge;
+}
+
+void MergeTable::save(TableWriter& out) const { out.table(slots_); }
+
+bool MergeTable::load(TableReader& in, size_t ids) {
+  if (!in.table(slots_)) return false;
+  used_ = 0;
+  for (const Slot& slot : slots_) {
+    if (slot.key == kEmpty) continue;
+    ++used_;
+    // The highest rank is that of no merge at all.
+    if (static_cast<uint32_t>(slot.merge.id) >= ids || slot.merge.rank == kNoMerge.rank)
+      return false;
+  }
+  // A place is found by a mask, and enough are empty for every search to end.
+  return slots_.empty() || (std::has_single_bit(slots_.size()) && 2 * used_ <= slots_.size());
 }
 
 void add_merges_of_ranks(const Vocabulary& vocabulary, MergeTable& merges) {

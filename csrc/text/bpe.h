@@ -24,6 +24,10 @@ class MergeTable {
   // Null if the pair does not merge.
   const Merge* find(int32_t left, int32_t right) const;
 
+  void save(TableWriter& out) const;
+  // False if the file holds something else than merges of ids below `ids`.
+  bool load(TableReader& in, size_t ids);
+
  private:
   struct Slot {
     uint64_t key = kEmpty;

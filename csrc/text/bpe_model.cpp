@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "base/error.h"
+#include "text/table_file.h"
 
 namespace puna {
 
@@ -56,14 +57,21 @@ bool follow_ranks(const Vocabulary& vocabulary, const std::vector<MergeRule>& ru
 
 BpeModel::BpeModel(ByteStrings tokens, std::vector<bool> added)
     : vocabulary_(std::move(tokens), std::move(added)) {
-  for (size_t byte = 0; byte < byte_ids_.size(); ++byte) {
-    const char character = static_cast<char>(byte);
-    byte_ids_[byte] = vocabulary_.find({&character, 1});
-    if (byte_ids_[byte] == Vocabulary::kNone) {
-      fail(ErrorCode::kModelFormat, "[tokenizer] there is no token for the single byte ", byte,
-           "; byte-level BPE needs all 256");
-    }
+  if (const std::optional<size_t> missing = find_bytes()) {
+    fail(ErrorCode::kModelFormat, "[tokenizer] there is no token for the single byte ", *missing,
+         "; byte-level BPE needs all 256");
   }
+}
+
+std::optional<size_t> BpeModel::find_bytes() {
+  byte_ids_.fill(Vocabulary::kNone);
+  for (size_t id = 0; id < vocabulary_.size(); ++id) {
+    const std::string_view bytes = vocabulary_.ordinary(id);
+    if (bytes.size() == 1) byte_ids_[static_cast<uint8_t>(bytes[0])] = static_cast<int32_t>(id);
+  }
+  const auto missing = std::find(byte_ids_.begin(), byte_ids_.end(), Vocabulary::kNone);
+  if (missing == byte_ids_.end()) return std::nullopt;
+  return static_cast<size_t>(missing - byte_ids_.begin());
 }
 
 BpeModel BpeModel::of_ranks(ByteStrings tokens, std::vector<bool> added) {
@@ -93,6 +101,35 @@ BpeModel BpeModel::of_merges(ByteStrings tokens, std::vector<bool> added, const 
     model.vocabulary_.restrict_to(keep);
   }
   model.incremental_ = model.ranked_ && (!whole_first || model.ranked_->all_reachable());
+  return model;
+}
+
+void BpeModel::save(TableWriter& out) const {
+  out.number(ranked_.has_value());
+  out.number(incremental_);
+  vocabulary_.save(out);
+  if (ranked_) {
+    ranked_->save(out);
+  } else {
+    merges_.save(out);
+  }
+}
+
+std::optional<BpeModel> BpeModel::load(TableReader& in, std::span<const uint32_t> added) {
+  uint64_t ranked = 0, incremental = 0;
+  if (!in.number(ranked) || !in.number(incremental)) return std::nullopt;
+  std::optional<Vocabulary> vocabulary = Vocabulary::load(in, added);
+  if (!vocabulary) return std::nullopt;
+  BpeModel model;
+  model.vocabulary_ = std::move(*vocabulary);
+  if (model.find_bytes()) return std::nullopt;
+  if (ranked == 0) {
+    if (!model.merges_.load(in, model.vocabulary_.size())) return std::nullopt;
+    return model;
+  }
+  model.ranked_ = RankedBpe::load(in, model.vocabulary_);
+  if (!model.ranked_) return std::nullopt;
+  model.incremental_ = incremental != 0;
   return model;
 }
 

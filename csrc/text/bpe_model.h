@@ -4,6 +4,7 @@
 #include <array>
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <string_view>
 #include <vector>
 
@@ -31,12 +32,20 @@ class BpeModel {
   // known only when the piece is.
   const RankedBpe* incremental() const { return incremental_ ? ranked() : nullptr; }
 
+  // All but which tokens are added.
+  void save(TableWriter& out) const;
+  // Nothing if the file holds something else.
+  static std::optional<BpeModel> load(TableReader& in, std::span<const uint32_t> added);
+
   // Appends the ids of a piece that is no token; `symbols` is scratch.
   void merge(std::string_view piece, std::vector<int32_t>& symbols,
              std::vector<int32_t>& out) const;
 
  private:
+  BpeModel() = default;
   BpeModel(ByteStrings tokens, std::vector<bool> added);
+  // Sets byte_ids_; the first byte that is no token, or nothing.
+  std::optional<size_t> find_bytes();
 
   Vocabulary vocabulary_;
   std::array<int32_t, 256> byte_ids_{};

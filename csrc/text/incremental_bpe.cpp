@@ -39,8 +39,9 @@ bool IncrementalBpe::fits(uint32_t token, PairMemo& memo) const {
   return left != RankedBpe::kNone && bpe_->is_pair(left, token, memo);
 }
 
-void IncrementalBpe::push_or_miss(std::string_view bytes, PairMemo& memo) {
+bool IncrementalBpe::push_or_miss(std::string_view bytes, PairMemo& memo) {
   bytes_ += bytes;
+  bool missed = false;
   for (const char byte : bytes) {
     node_ = bpe_->step(node_, static_cast<uint8_t>(byte));
     // One of the tokens that end here is the last of the encoding. The first guess is the last
@@ -52,13 +53,15 @@ void IncrementalBpe::push_or_miss(std::string_view bytes, PairMemo& memo) {
       while (token != RankedBpe::kNone && !fits(token, memo)) token = bpe_->shorter_end(token);
     }
     last_.push_back(token);
+    missed |= token == RankedBpe::kNone;
   }
+  return !missed;
 }
 
 void IncrementalBpe::push(std::string_view bytes, PairMemo& memo) {
-  push_or_miss(bytes, memo);
-  if (!last_.empty() && last_.back() == RankedBpe::kNone) {
-    fail(ErrorCode::kInternal, "[tokenizer] no token ends at byte ", last_.size(), " of a piece");
+  if (!push_or_miss(bytes, memo)) {
+    const auto place = std::find(last_.begin(), last_.end(), RankedBpe::kNone) - last_.begin();
+    fail(ErrorCode::kInternal, "[tokenizer] no token ends at byte ", place + 1, " of a piece");
   }
 }
 

@@ -36,8 +36,9 @@ class IncrementalBpe {
  private:
   // Whether the encoding up to the next place may end with a token whose bytes end there.
   bool fits(uint32_t token, PairMemo& memo) const;
-  // The same where a place may have no encoding from place 0 on, for which kNone stands.
-  void push_or_miss(std::string_view bytes, PairMemo& memo);
+  // The same where a place may have no encoding from place 0 on, for which kNone stands; false if
+  // one has none.
+  bool push_or_miss(std::string_view bytes, PairMemo& memo);
   void push_in_parts(std::string_view bytes, PairMemo& memo, std::vector<int32_t>& out);
   void start_behind(uint32_t token);
   // Whether all places from which a token may go on are reached through place 0.

@@ -134,6 +134,10 @@ class RankedBpe {
   int32_t* encode(std::string_view bytes, PairMemo& memo, std::vector<uint64_t>& dead, int32_t* out,
                   uint32_t left = kNone) const;
 
+  void save(TableWriter& out) const;
+  // Nothing if the file holds something else for that vocabulary.
+  static std::optional<RankedBpe> load(TableReader& in, const Vocabulary& vocabulary);
+
  private:
   // The token of joint bytes, or kNone.
   uint32_t merged(uint32_t left, uint32_t right) const;
@@ -144,6 +148,10 @@ class RankedBpe {
     const Token& whole = tokens_[token];
     return {bytes_.data() + whole.begin + length(start), whole.length - length(start)};
   }
+  // Of a vocabulary, the tokens' bytes.
+  void add_tokens(const Vocabulary& vocabulary);
+  // Room for what is found out later.
+  void make_links();
   void look_up_rests(const Vocabulary& vocabulary, std::span<const uint32_t> tokens,
                      std::span<int32_t> found) const;
   bool find_parts(const Vocabulary& vocabulary, std::span<const uint32_t> by_length);
@@ -170,6 +178,10 @@ class RankedBpe {
     uint8_t first[2] = {};  // bytes
   };
   static_assert(sizeof(Token) == 32);
+  // What is kept of it in a file; the rest is the vocabulary's and the trie's.
+  struct Stored {
+    uint32_t left, right, shorter_start, next_bytes;
+  };
 
   uint32_t child_of(const Token& token, uint8_t byte) const {
     return token.next_bytes >> (byte & 31) & 1 ? trie_.child_at(token.base, byte) : kNone;

@@ -4,7 +4,10 @@
 #include <array>
 #include <bit>
 #include <span>
+#include <utility>
 #include <vector>
+
+#include "text/table_file.h"
 
 namespace puna {
 
@@ -250,6 +253,50 @@ std::optional<TokenTrie::Built> TokenTrie::of(const Vocabulary& vocabulary) {
   Builder builder(vocabulary, built);
   if (!builder.build()) return std::nullopt;
   return built;
+}
+
+void TokenTrie::save(TableWriter& out) const {
+  out.table(places_);
+  out.table(tokens_);
+  out.table(depths_);
+}
+
+bool TokenTrie::load(TableReader& in, const Vocabulary& vocabulary) {
+  return in.table(places_) && in.table(tokens_) && in.table(depths_) && check(vocabulary);
+}
+
+// Whether no walk leaves the tables, and depths and lengths of tokens are what walks take them for.
+// Sets deepest_.
+bool TokenTrie::check(const Vocabulary& vocabulary) {
+  const size_t size = places_.size();
+  // Whole blocks: base ^ byte is inside if the base is.
+  if (size == 0 || size % kBlock != 0 || size > kMostPlaces || tokens_.size() != size ||
+      depths_.size() != size) {
+    return false;
+  }
+  Table<uint32_t> parents(size, kNone);  // by base
+  for (uint32_t node = 0; node < size; ++node) {
+    const uint32_t base = this->base(node), token = tokens_[node];
+    if (base >= size || has_token(node) != (token != kNone)) return false;
+    if (token != kNone && (depths_[node] == 0 || token >= vocabulary.size() ||
+                           vocabulary.ordinary(token).size() != depths_[node])) {
+      return false;
+    }
+    if (base != 0 && std::exchange(parents[base], node) != kNone) return false;
+  }
+  deepest_ = 0;
+  for (uint32_t node = 0; node < size; ++node) {
+    const uint32_t base = node ^ label(node);
+    if (base == 0) return false;  // a child of what has none
+    if (parents[base] == kNone) continue;
+    if (depths_[node] != depths_[parents[base]] + 1) return false;
+    deepest_ = std::max<uint32_t>(deepest_, depths_[node]);
+  }
+  if (depths_[kRoot] != 0 || deepest_ > Vocabulary::kMostTokenBytes) return false;
+  for (int byte = 0; byte < 256; ++byte) {
+    if (child(kRoot, static_cast<uint8_t>(byte)) == kNone) return false;
+  }
+  return true;
 }
 
 }  // namespace puna

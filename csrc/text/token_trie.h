@@ -30,7 +30,7 @@ class TokenTrie {
   // The child by a byte of the node that has this base, or kNone.
   uint32_t child_at(uint32_t base, uint8_t byte) const {
     const uint32_t next = base ^ byte;
-    return (places_[next] >> kLabelBit & 0xff) == byte ? next : kNone;
+    return label(next) == byte ? next : kNone;
   }
   // The node of a node's bytes and one more, or kNone.
   uint32_t child(uint32_t node, uint8_t byte) const { return child_at(base(node), byte); }
@@ -44,6 +44,10 @@ class TokenTrie {
   // Nodes have numbers below this.
   size_t nodes() const { return places_.size(); }
 
+  void save(TableWriter& out) const;
+  // False if the file holds no trie of tokens of that vocabulary.
+  bool load(TableReader& in, const Vocabulary& vocabulary);
+
  private:
   // A place of the double array, in 32 bits, so that the processor's caches hold many: from above,
   // the base, at base ^ byte of which the node's children are (0: a leaf); the byte that leads to
@@ -54,6 +58,9 @@ class TokenTrie {
   static constexpr size_t kMostPlaces = size_t{1} << (32 - kBaseBit);
   static constexpr uint32_t kRoot = 0;
   class Builder;
+
+  uint32_t label(uint32_t node) const { return places_[node] >> kLabelBit & 0xff; }
+  bool check(const Vocabulary& vocabulary);
 
   Table<uint32_t> places_, tokens_;
   Table<uint16_t> depths_;

@@ -8,6 +8,7 @@
 #include "text/meta_cut.h"
 #include "text/piece_encoder.h"
 #include "text/pretokenizer.h"
+#include "text/table_file.h"
 #include "text/unicode_classes.h"
 
 namespace puna {
@@ -69,13 +70,40 @@ Tokenizer::Tokenizer(BpeModel model, std::vector<AddedToken> added)
     : shared_(std::make_unique<Shared>(std::move(model))), added_(std::move(added)) {
   is_special_.assign(static_cast<size_t>(vocab_size()), false);
   for (const AddedToken& token : added_) {
-    special_tokens_.emplace(token.name, token.id);
+    special_tokens_.emplace_hint(special_tokens_.end(), token.name, token.id);
     is_special_[static_cast<size_t>(token.id)] = token.special;
     begins_added_[static_cast<uint8_t>(token.name[0])] = true;
   }
   if (std::count(begins_added_.begin(), begins_added_.end(), true) == 1) {
     only_begin_ = static_cast<uint8_t>(added_[0].name[0]);
   }
+}
+
+void Tokenizer::save(TableWriter& out) const {
+  std::vector<uint32_t> marked;
+  for (const AddedToken& token : added_) {
+    marked.push_back(static_cast<uint32_t>(token.id) << 1 | uint32_t{token.special});
+  }
+  out.copied(marked);
+  model().save(out);
+}
+
+std::optional<Tokenizer> Tokenizer::load(TableReader& in) {
+  std::vector<uint32_t> marked;
+  if (!in.table(marked)) return std::nullopt;
+  std::vector<uint32_t> ids(marked.size());
+  std::transform(marked.begin(), marked.end(), ids.begin(), [](uint32_t m) { return m >> 1; });
+  std::optional<BpeModel> model = BpeModel::load(in, ids);
+  if (!model) return std::nullopt;
+  std::vector<AddedToken> added;
+  added.reserve(marked.size());
+  for (const uint32_t mark : marked) {
+    const auto id = static_cast<int32_t>(mark >> 1);
+    std::string name(model->vocabulary().bytes_of(id));
+    if (!added.empty() && added.back().name >= name) return std::nullopt;
+    added.push_back({std::move(name), id, (mark & 1) != 0});
+  }
+  return Tokenizer(std::move(*model), std::move(added));
 }
 
 const BpeModel& Tokenizer::model() const { return shared_->model; }

@@ -72,14 +72,21 @@ class Tokenizer {
   // tokenizer.json (Hugging Face, byte-level BPE with Llama 4's pattern) or tokenizer.model (lines
   // "base64 rank"), told apart by content; or a directory that holds one of them. Beside a
   // tokenizer.model, tokenizer_config.json may name the special tokens (added_tokens_decoder);
-  // without it they are Llama 4's 2,048. Throws ModelNotFound, ModelFormat, or Unsupported naming a
-  // pattern or model type that is not Llama 4's.
+  // without it they are Llama 4's 2,048. What is built from a large vocabulary comes from the
+  // user's cache the next time, of a GGUF file likewise. Throws ModelNotFound, ModelFormat, or
+  // Unsupported naming a pattern or model type that is not Llama 4's.
   static Tokenizer from_file(const std::string& path);
   // From texts; `config` is tokenizer_config.json or empty.
   static Tokenizer from_ranks(std::string_view ranks, std::string_view config = {});
   static Tokenizer from_json(std::string_view json);
   // From the metadata of a GGUF file.
   static Tokenizer from_gguf(const GgufVocabulary& vocabulary);
+
+  // What was built from a file, to be kept in another one (tokenizer_cache.h).
+  void save(TableWriter& out) const;
+  // Nothing if the file holds something else. One that was made to deceive can give a tokenizer
+  // with other ids or one that fails, never one that reads where it must not or does not end.
+  static std::optional<Tokenizer> load(TableReader& in);
 
   Tokenizer(Tokenizer&&) noexcept;
   Tokenizer& operator=(Tokenizer&&) noexcept;
@@ -122,6 +129,7 @@ class Tokenizer {
   // Encoders that wait for work, and threads; behind a pointer, which stays where it is.
   struct Shared;
 
+  static Tokenizer built_of_gguf(const GgufVocabulary& vocabulary);
   // `tokens` by id in the alphabet of bytes, empty where there is none; `whole_first`: a piece that
   // is a token is not merged.
   static Tokenizer from_byte_level(

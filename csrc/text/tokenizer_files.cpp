@@ -13,6 +13,7 @@
 #include "text/pretokenizer.h"
 #include "text/special_tokens.h"
 #include "text/tokenizer.h"
+#include "text/tokenizer_cache.h"
 #include "text/unicode_classes.h"
 
 namespace puna {
@@ -22,10 +23,9 @@ namespace {
 using nlohmann::json;
 using MergePair = std::pair<std::string_view, std::string_view>;
 
-// Llama 4 has 202,048 tokens, the longest of 113 bytes; tokenizer.json nests six deep. The bounds
-// keep the work on any file linear in its size and the recursion of the JSON library shallow.
-constexpr size_t kMaxTokens = size_t{1} << 22;
-constexpr size_t kMaxTokenBytes = 1024;
+constexpr size_t kMaxTokens = Vocabulary::kMostTokens;
+constexpr size_t kMaxTokenBytes = Vocabulary::kMostTokenBytes;
+// tokenizer.json nests six deep; this keeps the recursion of the JSON library shallow.
 constexpr int kMaxDepth = 64;
 
 // Messages quote the file, which may hold any bytes; a message is one line of valid UTF-8.
@@ -484,7 +484,44 @@ Tokenizer Tokenizer::from_byte_level(const std::vector<std::string_view>& names,
       std::move(added));
 }
 
+namespace {
+
+size_t total_bytes(const std::vector<std::string_view>& texts) {
+  size_t bytes = 0;
+  for (const std::string_view text : texts) bytes += text.size();
+  return bytes;
+}
+
+void add_to(Sha256& sum, std::string_view text) {
+  sum.number(text.size()).update(text.data(), text.size());
+}
+
+void add_to(Sha256& sum, const std::vector<std::string_view>& texts) {
+  // In one piece: a sum of many short ones takes longer.
+  std::string joined;
+  joined.reserve(total_bytes(texts) + texts.size() * sizeof(uint64_t));
+  for (const std::string_view text : texts) {
+    const uint64_t size = text.size();
+    joined.append(reinterpret_cast<const char*>(&size), sizeof size);
+    joined += text;
+  }
+  add_to(sum, joined);
+}
+
+}  // namespace
+
 Tokenizer Tokenizer::from_gguf(const GgufVocabulary& vocabulary) {
+  const auto identify = [&](Sha256& sum) {
+    add_to(sum, "gguf");
+    add_to(sum, vocabulary.tokens);
+    add_to(sum, vocabulary.merges);
+    sum.update(vocabulary.types.data(), vocabulary.types.size() * sizeof(int64_t));
+  };
+  return cached_tokenizer(total_bytes(vocabulary.tokens) + total_bytes(vocabulary.merges), identify,
+                          [&] { return built_of_gguf(vocabulary); });
+}
+
+Tokenizer Tokenizer::built_of_gguf(const GgufVocabulary& vocabulary) {
   const auto& [names, types, merges] = vocabulary;
   if (names.size() > kMaxTokens)
     bad("there are ", names.size(), " tokens; ", kMaxTokens, " are the limit");
@@ -525,11 +562,26 @@ Tokenizer Tokenizer::from_file(const std::string& path) {
   const MappedFile file(path);
   const std::string_view text(reinterpret_cast<const char*>(file.data()), file.size());
   const size_t first = text.find_first_not_of(" \t\r\n");
-  if (first != std::string_view::npos && text[first] == '{') return from_json(text);
-  const fs::path config = fs::path(path).parent_path() / "tokenizer_config.json";
-  if (!fs::exists(config, ignored)) return from_ranks(text);
-  const MappedFile beside(config.string());
-  return from_ranks(text, {reinterpret_cast<const char*>(beside.data()), beside.size()});
+  if (first != std::string_view::npos && text[first] == '{') {
+    const auto identify = [&](Sha256& sum) {
+      add_to(sum, "json");
+      add_to(sum, text);
+    };
+    return cached_tokenizer(text.size(), identify, [&] { return from_json(text); });
+  }
+  std::string_view config;
+  std::optional<MappedFile> beside;
+  if (const fs::path found = fs::path(path).parent_path() / "tokenizer_config.json";
+      fs::exists(found, ignored)) {
+    beside.emplace(found.string());
+    config = {reinterpret_cast<const char*>(beside->data()), beside->size()};
+  }
+  const auto identify = [&](Sha256& sum) {
+    add_to(sum, "ranks");
+    add_to(sum, text);
+    add_to(sum, config);
+  };
+  return cached_tokenizer(text.size(), identify, [&] { return from_ranks(text, config); });
 }
 
 std::optional<Tokenizer> find_tokenizer(const std::string& directory) {

@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "base/error.h"
+#include "text/table_file.h"
 
 namespace puna {
 
@@ -14,6 +15,16 @@ void ByteStrings::add(std::string_view bytes) {
   }
   arena_.insert(arena_.end(), bytes.begin(), bytes.end());
   ends_.push_back(static_cast<uint32_t>(arena_.size()));
+}
+
+void ByteStrings::save(TableWriter& out) const {
+  out.table(arena_);
+  out.table(ends_);
+}
+
+bool ByteStrings::load(TableReader& in) {
+  return in.table(arena_) && in.table(ends_) && std::is_sorted(ends_.begin(), ends_.end()) &&
+         (ends_.empty() ? 0 : ends_.back()) == arena_.size();
 }
 
 uint64_t Vocabulary::hash_of(std::string_view bytes) {
@@ -30,6 +41,11 @@ uint64_t Vocabulary::hash_of(std::string_view bytes) {
 
 Vocabulary::Vocabulary(ByteStrings tokens, std::vector<bool> added)
     : tokens_(std::move(tokens)), added_(std::move(added)) {
+  make_keys();
+  fill_slots([](size_t) { return true; });
+}
+
+void Vocabulary::make_keys() {
   keys_.reserve(tokens_.size());
   for (size_t id = 0; id < tokens_.size(); ++id) {
     const std::string_view bytes = tokens_[id];
@@ -37,7 +53,13 @@ Vocabulary::Vocabulary(ByteStrings tokens, std::vector<bool> added)
     if (bytes.size() > ShortKey::kBytes) key.high |= static_cast<uint64_t>(kLong) << 56;
     keys_.push_back(key);
   }
-  fill_slots([](size_t) { return true; });
+}
+
+void Vocabulary::set_slot_count() {
+  int bits = 6;
+  while ((size_t{1} << bits) < 2 * size()) ++bits;
+  shift_ = 64 - bits;
+  mask_ = (size_t{1} << bits) - 1;
 }
 
 uint64_t Vocabulary::hash_of_token(size_t id) const {
@@ -46,10 +68,7 @@ uint64_t Vocabulary::hash_of_token(size_t id) const {
 
 template <class Keep>
 void Vocabulary::fill_slots(const Keep& keep) {
-  int bits = 6;
-  while ((size_t{1} << bits) < 2 * size()) ++bits;
-  shift_ = 64 - bits;
-  mask_ = (size_t{1} << bits) - 1;
+  set_slot_count();
   slots_.assign(mask_ + 1, Slot{0, kNone});
   // Slots are asked for some tokens ahead.
   constexpr size_t kAhead = 16;
@@ -89,6 +108,38 @@ int32_t Vocabulary::find(std::string_view bytes, uint64_t hash) const {
 
 void Vocabulary::restrict_to(const std::vector<bool>& keep) {
   fill_slots([&](size_t id) { return keep[id]; });
+}
+
+void Vocabulary::save(TableWriter& out) const {
+  tokens_.save(out);
+  out.table(slots_);
+}
+
+std::optional<Vocabulary> Vocabulary::load(TableReader& in, std::span<const uint32_t> added) {
+  Vocabulary vocabulary;
+  if (!vocabulary.tokens_.load(in)) return std::nullopt;
+  const size_t size = vocabulary.size();
+  if (size > std::numeric_limits<int32_t>::max()) return std::nullopt;
+  vocabulary.added_.assign(size, false);
+  for (const uint32_t id : added) {
+    if (id >= size || vocabulary.tokens_[id].empty()) return std::nullopt;
+    vocabulary.added_[id] = true;
+  }
+  for (size_t id = 0; id < size; ++id) {
+    if (vocabulary.ordinary(id).size() > kMostTokenBytes) return std::nullopt;
+  }
+  vocabulary.make_keys();
+  vocabulary.set_slot_count();
+  Table<Slot>& slots = vocabulary.slots_;
+  if (!in.table(slots) || slots.size() != vocabulary.mask_ + 1) return std::nullopt;
+  // Ids are there, and enough slots are empty for every search to end.
+  size_t used = 0, wrong = 0;
+  for (const Slot& slot : slots) {
+    used += slot.id != kNone;
+    wrong += slot.id != kNone && static_cast<uint32_t>(slot.id) >= size;
+  }
+  if (wrong != 0 || used > size) return std::nullopt;
+  return vocabulary;
 }
 
 }  // namespace puna

@@ -5,6 +5,8 @@
 #include <array>
 #include <cstdint>
 #include <cstring>
+#include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -12,6 +14,9 @@
 #include "platform/memory.h"
 
 namespace puna {
+
+class TableReader;
+class TableWriter;
 
 // Up to 15 bytes and their number in the last byte, as two registers: what short pieces and tokens
 // are compared by.
@@ -92,6 +97,10 @@ class ByteStrings {
   // Throws ModelFormat beyond 4 GiB in all.
   void add(std::string_view bytes);
 
+  void save(TableWriter& out) const;
+  // False if the file holds something else.
+  bool load(TableReader& in);
+
  private:
   Table<char> arena_;
   Table<uint32_t> ends_;
@@ -100,6 +109,9 @@ class ByteStrings {
 class Vocabulary {
  public:
   static constexpr int32_t kNone = -1;
+  // Bounds for files, which keep the work on any linear in its size. Llama 4 has 202,048 tokens,
+  // the longest of 113 bytes.
+  static constexpr size_t kMostTokens = size_t{1} << 22, kMostTokenBytes = 1024;
 
   Vocabulary() = default;
   // By id; an empty one is no token. Those that are `added` do not come of pieces: find() does not
@@ -148,12 +160,19 @@ class Vocabulary {
   // find() forgets the tokens for which `keep` is false.
   void restrict_to(const std::vector<bool>& keep);
 
+  // All but which tokens are added.
+  void save(TableWriter& out) const;
+  // Nothing if the file holds something else.
+  static std::optional<Vocabulary> load(TableReader& in, std::span<const uint32_t> added);
+
  private:
   struct Slot {
     uint32_t tag;  // low bits of the hash
     int32_t id;
   };
   static bool is_long(const ShortKey& key) { return key.high >> 56 == kLong; }
+  void make_keys();
+  void set_slot_count();
   uint64_t hash_of_token(size_t id) const;
   void insert(int32_t id, uint64_t hash);
   // Those for which keep(id) is true.

@@ -53,6 +53,15 @@ TEST(sha256_does_not_depend_on_how_it_is_fed) {
   CHECK(Sha256().number(0x0102030405060708).digest() == Sha256::of(bytes, 8));
 }
 
+TEST(sha256_forms_agree_at_every_length) {
+  std::mt19937 random(3);
+  std::string text;
+  for (int length = 0; length < 600; ++length) {
+    CHECK_EQ(hex(Sha256(/*plainly=*/true).update(text.data(), text.size()).digest()), sha(text));
+    text += static_cast<char>(random());
+  }
+}
+
 // RFC 3720, B.4.
 TEST(crc32c_vectors) {
   std::vector<uint8_t> data(32, 0);

@@ -1,22 +1,26 @@
 // What the operating system gives: mapped files, memory, facts about the machine, the environment.
 #include <sched.h>
-#include <stdlib.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <cstdint>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <limits>
+#include <span>
 #include <string>
 #include <thread>
 #include <utility>
+#include <vector>
 
 #include "base/env.h"
 #include "check.h"
+#include "environment_variable.h"
 #include "kernels/cpu/dispatch.h"
+#include "platform/cache_directory.h"
 #include "platform/memory.h"
 #include "platform/mmap.h"
 #include "platform/system.h"
@@ -28,27 +32,9 @@ using puna::MappedFile;
 using puna::Memory;
 
 using fixture::TemporaryDirectory;
+using fixture::Variable;
 
 namespace {
-
-// Sets or removes an environment variable, and restores it.
-class Variable {
- public:
-  Variable(const char* name, const char* value) : name_(name) {
-    const char* before = std::getenv(name);
-    had_ = before != nullptr;
-    if (before) before_ = before;
-    value ? setenv(name, value, 1) : unsetenv(name);
-  }
-  ~Variable() { had_ ? setenv(name_, before_.c_str(), 1) : unsetenv(name_); }
-  Variable(const Variable&) = delete;
-  Variable& operator=(const Variable&) = delete;
-
- private:
-  const char* name_;
-  bool had_ = false;
-  std::string before_;
-};
 
 template <class Body>
 std::string message_of(const Body& body) {
@@ -235,4 +221,111 @@ TEST(environment_chooses_the_threads) {
   }
   const Variable unset("PUNA_THREADS", nullptr);
   CHECK_EQ(puna::ThreadPool().lanes(), puna::usable_cores());
+}
+
+TEST(environment_chooses_the_cache) {
+  const Variable home("HOME", "/there"), none("XDG_CACHE_HOME", nullptr);
+  const Variable unset("PUNA_CACHE", nullptr);
+  CHECK_EQ(puna::environment_cache(), std::string("/there/.cache/puna"));
+  const Variable caches("XDG_CACHE_HOME", "/caches");
+  CHECK_EQ(puna::environment_cache(), std::string("/caches/puna"));
+  {
+    const Variable relative("XDG_CACHE_HOME", "caches"), empty("HOME", "");
+    CHECK_EQ(puna::environment_cache(), std::string());
+  }
+  const Variable own("PUNA_CACHE", "/own");
+  CHECK_EQ(puna::environment_cache(), std::string("/own"));
+  const Variable off("PUNA_CACHE", "off");
+  CHECK_EQ(puna::environment_cache(), std::string());
+}
+
+namespace {
+
+bool put(const puna::CacheDirectory& directory, const std::string& name, const std::string& content,
+         size_t kept = 8) {
+  // Two parts, one of which may be empty.
+  const auto bytes = std::as_bytes(std::span(content));
+  const size_t half = content.size() / 2;
+  return directory.put(name, std::vector{bytes.first(half), bytes.subspan(half)}, kept);
+}
+
+// The whole file, or "none".
+std::string content_of(const puna::CacheDirectory& directory, const std::string& name) {
+  auto file = directory.open(name);
+  if (!file) return "none";
+  std::string content(file->left(), ' ');
+  char more;
+  return file->read(content.data(), content.size()) && !file->read(&more, 1) ? content : "cut";
+}
+
+}  // namespace
+
+TEST(cached_files_are_put_whole) {
+  const TemporaryDirectory parent;
+  const puna::CacheDirectory directory(parent.path("a/b"));
+  CHECK_EQ(content_of(directory, "x"), std::string("none"));
+  CHECK(put(directory, "x", "one two"));
+  CHECK_EQ(content_of(directory, "x"), std::string("one two"));
+  auto before = directory.open("x");
+  CHECK(put(directory, "x", "3"));
+  CHECK_EQ(content_of(directory, "x"), std::string("3"));
+  std::string old(7, ' ');  // who reads it goes on with the file that was there
+  CHECK(before && before->read(old.data(), old.size()) && old == "one two");
+  for (const std::string made : {"a", "a/b"}) {
+    struct stat status{};
+    CHECK(stat(parent.path(made).c_str(), &status) == 0 && (status.st_mode & 0777) == 0700);
+  }
+}
+
+TEST(cached_files_that_were_used_last_stay) {
+  const TemporaryDirectory parent;
+  const puna::CacheDirectory directory(parent.path());
+  const auto wait = [] { std::this_thread::sleep_for(std::chrono::milliseconds(10)); };
+  for (const char* name : {"a", "b", "c"}) {
+    CHECK(put(directory, name, name, 3));
+    wait();
+  }
+  CHECK_EQ(content_of(directory, "a"), std::string("a"));
+  wait();
+  CHECK(put(directory, "d", "d", 3));
+  CHECK_EQ(content_of(directory, "b"), std::string("none"));
+  for (const char* name : {"a", "c", "d"}) CHECK_EQ(content_of(directory, name), std::string(name));
+}
+
+TEST(what_others_may_have_written_is_not_cached) {
+  const TemporaryDirectory parent;
+  const puna::CacheDirectory directory(parent.path("own"));
+  const std::string content = "content";
+  CHECK(put(directory, "x", content));
+  const std::string file = parent.path("own/x"), folder = parent.path("own");
+  CHECK_EQ(chmod(file.c_str(), 0666), 0);
+  CHECK_EQ(content_of(directory, "x"), std::string("none"));
+  CHECK_EQ(chmod(file.c_str(), 0600), 0);
+  CHECK_EQ(content_of(directory, "x"), content);
+  CHECK_EQ(chmod(folder.c_str(), 0770), 0);
+  CHECK_EQ(content_of(directory, "x"), std::string("none"));
+  CHECK(!put(directory, "y", content));
+  CHECK_EQ(chmod(folder.c_str(), 0700), 0);
+  if (geteuid() == 0) {  // only root can give files away
+    for (const std::string& path : {file, folder}) {
+      CHECK_EQ(chown(path.c_str(), 12345, static_cast<gid_t>(-1)), 0);
+      CHECK_EQ(content_of(directory, "x"), std::string("none"));
+      CHECK_EQ(chown(path.c_str(), 0, static_cast<gid_t>(-1)), 0);
+    }
+  } else {  // and write where nobody may
+    CHECK_EQ(chmod(folder.c_str(), 0500), 0);
+    CHECK_EQ(content_of(directory, "x"), content);
+    CHECK(!put(directory, "y", content));
+    CHECK_EQ(chmod(folder.c_str(), 0700), 0);
+  }
+  // Other things than files, or than a directory.
+  std::filesystem::create_symlink(file, parent.path("own/link"));
+  CHECK_EQ(mkfifo(parent.path("own/pipe").c_str(), 0600), 0);
+  std::filesystem::create_directory(parent.path("own/folder"));
+  for (const char* name : {"link", "pipe", "folder"}) {
+    CHECK_EQ(content_of(directory, name), std::string("none"));
+  }
+  const puna::CacheDirectory below_a_file(file);
+  CHECK_EQ(content_of(below_a_file, "x"), std::string("none"));
+  CHECK(!put(below_a_file, "x", content));
 }
