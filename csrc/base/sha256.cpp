@@ -109,7 +109,7 @@ bool has_instructions() {
   return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & bit_SHA);
 }
 #elif defined(__aarch64__)
-#define PUNA_SHA_TARGET __attribute__((target("+sha2")))
+#define PUNA_SHA_TARGET __attribute__((target("+crypto")))
 PUNA_SHA_TARGET void add_by_instruction(State& state, const uint8_t* data, size_t count) {
   uint32x4_t abcd = vld1q_u32(state.data()), efgh = vld1q_u32(state.data() + 4);
   for (; count > 0; --count, data += 64) {
