@@ -52,10 +52,6 @@ PUNA_INLINE Codes values_of(const uint8_t* slab, int64_t part) {
   return values;
 }
 
-// How far ahead of its use memory is asked for, in bytes. On Zen 4 a core that reads 16 GB/s needs
-// at least 2 KiB on the way; of 4, 8 and 16 KiB, 8 measured best over the formats.
-constexpr int64_t kAhead = 8192;
-
 // A panel as it lies in memory. Vector v is rows [v kCodeRows, + kCodeRows); slabs and groups count
 // from the first column.
 template <class Traits>
@@ -71,39 +67,99 @@ struct PackedPanel {
   // Bytes of `cols` columns, whole blocks.
   PUNA_INLINE int64_t bytes(int64_t cols) { return cols / Format::kBlock * Layout::kBytes; }
 
-  // Asks for the memory that lies kAhead behind vector V of the slab: a share with each, since in a
-  // burst it would wait for the core's few buffers of lines on the way. Past the last panel this
-  // touches nothing.
-  template <int V>
-  PUNA_INLINE_MEMBER void ask_ahead(int64_t slab) const {
-    constexpr int64_t kShares = kSlabs * kPanelVectors;
-    const uint8_t* ahead = panel + slab / kSlabs * Layout::kBytes + kAhead +
-                           (slab % kSlabs * kPanelVectors + V) * Layout::kBytes / kShares;
-#pragma GCC unroll 32
-    for (int64_t i = 0; i < Layout::kBytes / kShares; i += 64) ask_for(ahead + i);
-  }
-
   template <int S>
   PUNA_INLINE_MEMBER Codes values(int64_t slab, int v) const {
-    const int64_t row = v * kCodeRows;
-    return values_of<Format, S>(
-        panel + slab / kSlabs * Layout::kBytes + Layout::kCodes +
-            (slab % kSlabs * (kPanelRows / kSlabRows) + row / kSlabRows) * Layout::kSlab,
-        row % kSlabRows * 4);
+    return values_of<Format, S>(codes_of_rows(slab, v), v * kCodeRows % kSlabRows * 4);
+  }
+  PUNA_INLINE_MEMBER VF block_scale(int64_t g, int v) const {
+    return load_f16(block_of(g) + Layout::kScale + 2 * v * kCodeRows);
+  }
+  PUNA_INLINE_MEMBER VF block_offset(int64_t g, int v) const {
+    return load_f16(block_of(g) + Layout::kOffsets + 2 * v * kCodeRows);
+  }
+  // Those of a group, from those of its block.
+  PUNA_INLINE_MEMBER VF scale(int64_t g, int v, VF of_block) const {
+    if constexpr (!Format::kSubScales) return of_block;
+    return of_block * load_i8(block_of(g) + Layout::kSubScale + group_part(g, v));
+  }
+  PUNA_INLINE_MEMBER VF offset(int64_t g, int v, VF of_block) const {
+    if constexpr (!Format::kSubScales) return of_block;
+    return of_block * load_u8(block_of(g) + Layout::kSubOffset + group_part(g, v));
+  }
+  PUNA_INLINE_MEMBER VF scale(int64_t g, int v) const { return scale(g, v, block_scale(g, v)); }
+  PUNA_INLINE_MEMBER VF offset(int64_t g, int v) const { return offset(g, v, block_offset(g, v)); }
+
+  // The codes of the rows of vector v.
+  PUNA_INLINE_MEMBER const uint8_t* codes_of_rows(int64_t slab, int v) const {
+    const int64_t part = v * kCodeRows / kSlabRows;
+    return panel + slab / kSlabs * Layout::kBytes + Layout::kCodes +
+           (slab % kSlabs * (kPanelRows / kSlabRows) + part) * Layout::kSlab;
+  }
+
+ private:
+  PUNA_INLINE_MEMBER const uint8_t* block_of(int64_t g) const {
+    return panel + g / Layout::kGroups * Layout::kBytes;
+  }
+  PUNA_INLINE int64_t group_part(int64_t g, int v) {
+    return g % Layout::kGroups * kPanelRows + v * kCodeRows;
+  }
+};
+
+// A panel that is read once, in the order of memory.
+//
+// A processor finds out by itself what comes next, unless a line is left out and read later: then
+// it learns anew, which was measured to halve the speed of a core of Zen 4. So scales, which are
+// used after the codes behind them, are asked for before those, and codes in two planes in order.
+// Only where scales take so much of a block that asking for them keeps all else waiting, each
+// vector asks for a share of what lies kAhead behind it.
+template <class Traits>
+struct PanelInOrder {
+  using Format = Traits;
+  using Layout = PanelLayout<Format>;
+  static constexpr bool kHalves = PackedPanel<Format>::kHalves;
+  static constexpr bool kTwoPlanes = Format::kBits == 3 || Format::kBits == 5 || Format::kBits == 6;
+  static constexpr bool kAsksAhead = 3 * Layout::kCodes > Layout::kBytes;
+  static constexpr int64_t kAhead = 8192;  // best of 4, 8 and 16 KiB on Zen 4
+
+  PackedPanel<Format> packed;
+  VF scales[kPanelVectors], offsets[kPanelVectors];  // of the block, if its groups have their own
+
+  // Comes before what is read of the groups from g on, which are of one block.
+  PUNA_INLINE_MEMBER void enter_groups(int64_t g) {
+    if (!kAsksAhead && g % Layout::kGroups == 0)
+      ask_for_lines(packed.panel + g / Layout::kGroups * Layout::kBytes, Layout::kCodes);
+    if constexpr (Format::kSubScales) {
+#pragma GCC unroll 16
+      for (int v = 0; v < kPanelVectors; ++v) {
+        scales[v] = packed.block_scale(g, v);
+        if constexpr (Format::kOffset) offsets[v] = packed.block_offset(g, v);
+      }
+    }
+  }
+  // Comes before what is read of vector V of a slab. Past the last panel it touches nothing.
+  template <int V>
+  PUNA_INLINE_MEMBER void enter_vector(int64_t slab) const {
+    constexpr int64_t kSlabs = PackedPanel<Format>::kSlabs, kShares = kSlabs * kPanelVectors;
+    if constexpr (kAsksAhead) {
+      const int64_t share = slab % kSlabs * kPanelVectors + V;
+      ask_for_lines(
+          packed.panel + slab / kSlabs * Layout::kBytes + kAhead + share * Layout::kBytes / kShares,
+          Layout::kBytes / kShares);
+    } else if constexpr (kTwoPlanes && V * kCodeRows % kSlabRows == 0) {
+      ask_for_lines(packed.codes_of_rows(slab, V), Layout::kSlab);
+    }
+  }
+  template <int S>
+  PUNA_INLINE_MEMBER Codes values(int64_t slab, int v) const {
+    return packed.template values<S>(slab, v);
   }
   PUNA_INLINE_MEMBER VF scale(int64_t g, int v) const {
-    const uint8_t* block = panel + g / Layout::kGroups * Layout::kBytes;
-    const VF scale = load_f16(block + Layout::kScale + 2 * v * kCodeRows);
-    if constexpr (!Format::kSubScales) return scale;
-    return scale *
-           load_i8(block + Layout::kSubScale + g % Layout::kGroups * kPanelRows + v * kCodeRows);
+    if constexpr (!Format::kSubScales) return packed.scale(g, v);
+    return packed.scale(g, v, scales[v]);
   }
   PUNA_INLINE_MEMBER VF offset(int64_t g, int v) const {
-    const uint8_t* block = panel + g / Layout::kGroups * Layout::kBytes;
-    const VF offset = load_f16(block + Layout::kOffsets + 2 * v * kCodeRows);
-    if constexpr (!Format::kSubScales) return offset;
-    return offset *
-           load_u8(block + Layout::kSubOffset + g % Layout::kGroups * kPanelRows + v * kCodeRows);
+    if constexpr (!Format::kSubScales) return packed.offset(g, v);
+    return packed.offset(g, v, offsets[v]);
   }
 };
 

@@ -26,6 +26,10 @@ PUNA_INLINE void ask_for(const uint8_t* line) {
   __builtin_prefetch(line);
 #endif
 }
+PUNA_INLINE void ask_for_lines(const uint8_t* from, int64_t bytes) {
+#pragma GCC unroll 64
+  for (int64_t i = 0; i < bytes; i += 64) ask_for(from + i);
+}
 
 // How the values of a format go into a product. Those of at most 6 bits are the codes themselves,
 // and kZero times the activations' sum is taken off the result. Values of 8 bits likewise, or as

@@ -139,7 +139,7 @@ PUNA_INLINE void multiply_group_in_order(VF (&parts)[Rows][kPanelVectors], const
     const int64_t column = g * Format::kGroup + i * kSlabCols, slab = column / kSlabCols;
     unrolled<kPanelVectors>([&](auto vector) __attribute__((always_inline)) {
       constexpr int kV = decltype(vector)::value;
-      w.template ask_ahead<kV>(slab);
+      w.template enter_vector<kV>(slab);
       unrolled<kSlabVectors>([&](auto index) __attribute__((always_inline)) {
         constexpr int kI = decltype(index)::value;
         constexpr int kS = Source::kHalves ? kI % 2 * 4 + kI / 2 : kI;
@@ -237,7 +237,11 @@ PUNA_INLINE void write_rows(float* out, int64_t out_stride, const float* sums, c
 template <class Format, int Rows>
 void multiply_in_order(float* out, int64_t out_stride, const QuantizedRows& x, const uint8_t* panel,
                        const float* bias, int64_t width) {
-  const PackedPanel<Format> packed{panel};
+  // Groups that are of one block and one span.
+  constexpr int64_t kColumns =
+      Format::kBlock < kActivationGroup ? Format::kBlock : kActivationGroup;
+  constexpr int64_t kGroups = kColumns / Format::kGroup;
+  PanelInOrder<Format> source{{panel}, {}, {}};
   alignas(64) float sums[Rows * kPanelRows] = {};
   QuantizedRow row[Rows];
   for (int64_t r = 0; r < Rows; ++r) row[r] = row_of<Format>(x, r, 0);
@@ -249,8 +253,10 @@ void multiply_in_order(float* out, int64_t out_stride, const QuantizedRows& x, c
 #pragma GCC unroll 16
           for (int v = 0; v < kPanelVectors; ++v) parts[r][v] = set1(0.0f);
         }
-        for (int64_t g = first; g < first + groups; g += kGroupsOfSlab<Format>)
-          multiply_group_in_order(parts, packed, row, g);
+        for (int64_t g = first; g < first + groups; g += kGroupsOfSlab<Format>) {
+          if ((g - first) % kGroups == 0) source.enter_groups(g);
+          multiply_group_in_order(parts, source, row, g);
+        }
         add_parts(sums, parts, row, span, 0);
       });
   write_rows(out, out_stride, sums, bias, Rows, width);
