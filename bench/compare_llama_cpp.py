@@ -32,13 +32,14 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,9 +56,6 @@ DECODE_REPEATS = 5
 # Tokens of a prompt that goes on at a depth; so few that from 8000 it ends within the same chunk,
 # since llama.cpp cannot cut its cache back to a chunk that it has left.
 CONTINUED = 128
-# A depth counts as tried at this many tokens: filling the cache once per setting takes too long
-# beyond.
-TRIAL_DEPTH = 2048
 # puna and the peers hold the weights in memory of their own, and the file may be mapped or cached
 # besides.
 COPIES_OF_FILE = 1.15
@@ -99,7 +97,8 @@ class Worker:
     def close(self) -> None:
         """Ends the process and waits until its memory is free."""
         assert self._process.stdin
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it may have ended by itself
+            self._process.stdin.close()
         self._process.wait(60)
 
 
@@ -157,6 +156,9 @@ class Comparison:
         self.arguments, self.model, self.path, self.threads = arguments, model, path, threads
         self.commands = _commands(arguments)
         self.exclusive = Exclusive(arguments.lock)
+        self.puna_path = path
+        if arguments.puna_quant:
+            self.puna_path = _packed(path, arguments.puna_quant, arguments.puna_override)
         self.rows = [Row("prefill", tokens, 0) for tokens in arguments.prefill]
         self.rows += [Row("prefill", CONTINUED, depth) for depth in arguments.depths if depth]
         self.rows += [Row("decode", DECODED, depth) for depth in arguments.depths]
@@ -178,7 +180,8 @@ class Comparison:
             f"{'side by side' if together else 'loaded one after the other in every round'}"
         )
         try:
-            _read_once(self.path)
+            for path in {self.path, self.puna_path}:
+                _read_once(path)
             for name in list(self.commands):
                 self._attempt(name, self._first_load)
                 if not together:
@@ -219,7 +222,7 @@ class Comparison:
         for state in ("cold", "warm"):
             self._close(name)
             if state == "cold":
-                _drop_from_cache(self.path)
+                _drop_from_cache(self._file(name))
             with self.exclusive():
                 times[state] = self._open(name)
         self.loads[name] = times
@@ -233,25 +236,32 @@ class Comparison:
         )
 
     def _load_packed(self) -> float:
-        """The time of loading the same weights in puna's packed form, made if need be."""
-        packed = self.path.with_suffix(".packed")
-        if not (packed / "config.json").exists():
-            command = [sys.executable, "-m", "puna", "quantize", str(self.path), str(packed)]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        """The time of loading the same weights in puna's packed form."""
+        packed = _packed(self.path)
+        _read_once(packed)
         self._close("puna")
         with self.exclusive():
             return self._open("puna", packed)
+
+    def _file(self, name: str) -> Path:
+        return self.puna_path if name == "puna" else self.path
 
     def _open(self, name: str, path: Path | None = None) -> float:
         log = Path(tempfile.gettempdir()) / f"compare-{name}.log"
         self._workers[name] = Worker(name, self.commands[name], log)
         return self._workers[name].ask(
             "load",
-            path=str(path or self.path),
+            path=str(path or self._file(name)),
             threads=self.threads,
             context=self.context,
-            options=json.loads(self.arguments.puna_options) if name == "puna" else {},
+            options=self._puna_options() if name == "puna" else {},
         )
+
+    def _puna_options(self) -> dict[str, Any]:
+        options = json.loads(self.arguments.puna_options)
+        if self.arguments.sessions:
+            options["sessions"] = self.arguments.sessions
+        return options
 
     def _close(self, name: str) -> None:
         worker = self._workers.pop(name, None)
@@ -289,12 +299,11 @@ class Comparison:
             variants = [v for v in variants if v.get("ubatch", 0) <= max(row.tokens, 512)]
         if len(variants) == 1:
             return variants[0]
-        trial = Row(row.kind, row.tokens, min(row.depth, TRIAL_DEPTH))
         best: dict[int, float] = {}
         for index, variant in enumerate(variants):
-            trial.measure(worker, variant, vocabulary)
+            row.measure(worker, variant, vocabulary)
             with self.exclusive():
-                best[index] = min(trial.measure(worker, variant, vocabulary) for _ in range(2))
+                best[index] = min(row.measure(worker, variant, vocabulary) for _ in range(2))
         return variants[min(best, key=lambda index: best[index])]
 
     def _sample_ceilings(self) -> None:
@@ -345,12 +354,16 @@ class Comparison:
         return rows
 
     def _common(self) -> dict[str, Any]:
-        return {
+        common: dict[str, Any] = {
             "model": self.model.model,
             "type": self.model.recipe,
             "layers": self.model.layers,
             "threads": self.threads,
         }
+        if self.arguments.puna_quant:
+            overrides = self.arguments.puna_override
+            common["puna_quant"] = ", ".join([self.arguments.puna_quant, *overrides])
+        return common
 
     def _speed_row(self, row: Row) -> dict[str, Any]:
         rates = {name: row.rate(name) for name in self.commands}
@@ -372,6 +385,8 @@ class Comparison:
         else:
             work = self.model.prefill_operations()
             unit, ceiling = "GOP/s", self.ceiling("int8 peak GOP/s")
+        if self.arguments.puna_quant and row.kind == "decode":
+            known.pop("puna", None)  # its bytes are not those of the file
         result[unit] = {name: round(rate * work / 1e9, 2) for name, rate in known.items()}
         if ceiling:
             result["ceiling"] = round(ceiling, 2)
@@ -410,18 +425,39 @@ def _commands(arguments: argparse.Namespace) -> dict[str, list[str]]:
     return commands
 
 
+def _packed(path: Path, quant: str = "", overrides: Sequence[str] = ()) -> Path:
+    """The weights of a GGUF file in puna's packed form beside it, made if it is not there."""
+    name = re.sub(r"[^0-9A-Za-z_.]+", "-", "-".join([quant, *overrides]))
+    packed = path.with_suffix(f".{name}.packed" if name else ".packed")
+    if not (packed / "config.json").exists():
+        command = [sys.executable, "-m", "puna", "quantize", str(path), str(packed)]
+        if quant:
+            command += ["--quant", quant]
+        for override in overrides:
+            command += ["--quant-override", override]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return packed
+
+
+def _files(path: Path) -> list[Path]:
+    """A file, or those of a directory."""
+    return [file for file in path.iterdir() if file.is_file()] if path.is_dir() else [path]
+
+
 def _read_once(path: Path) -> None:
-    """Reads the file, so that what caches it below this system has it for the first engine too."""
-    with path.open("rb", buffering=0) as file:
-        buffer = bytearray(1 << 24)
-        while file.readinto(buffer):
-            pass
+    """Reads it, so that what caches it below this system has it for the first engine too."""
+    buffer = bytearray(1 << 24)
+    for each in _files(path):
+        with each.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
 
 
 def _drop_from_cache(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())  # pages that are not written yet would stay
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    for each in _files(path):
+        with each.open("rb") as file:
+            os.fsync(file.fileno())  # pages that are not written yet would stay
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _print_table(comparison: Comparison) -> None:
@@ -463,7 +499,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--ik", metavar="PYTHON", help="interpreter with ik-llama-cpp-python")
     parser.add_argument("--model", choices=FAMILIES, default="scout")
     parser.add_argument("--type", choices=RECIPES, default="Q4_0")
-    parser.add_argument("--layers", type=int, help="default: 4 for scout, 2 for maverick")
+    parser.add_argument("--layers", type=int, help="default: 4")
     parser.add_argument(
         "--directory", type=Path, default=Path(tempfile.gettempdir()), help="of the GGUF file"
     )
@@ -482,9 +518,27 @@ def _arguments() -> argparse.Namespace:
         action="store_true",
         help="also time loading puna's packed form of the file, made beside it and warm",
     )
+    parser.add_argument(
+        "--puna-quant",
+        metavar="QUANT",
+        help="puna with a weight format of its own, made of the file, beside the peers with the "
+        "file",
+    )
+    parser.add_argument(
+        "--puna-override",
+        action="append",
+        default=[],
+        metavar="PATTERN=FORMAT",
+        help="as --quant-override of puna quantize",
+    )
     parser.add_argument("--peers-only", action="store_true", help="leave puna out")
     parser.add_argument(
         "--puna-options", default="{}", metavar="JSON", help="more keywords of puna.load"
+    )
+    parser.add_argument(
+        "--sessions",
+        metavar="DIR",
+        help="where puna saves the prompts of depths, so that a run after the first resumes them",
     )
     parser.add_argument(
         "--puna-bench", default=_puna_bench(), metavar="PATH", help="measures the ceilings"
@@ -540,7 +594,8 @@ def main() -> None:
         "cosine_of_logits": {c.threads: c.agreement() for c in comparisons},
         "failures": {c.threads: c.failures for c in comparisons if c.failures},
     }
-    target = arguments.json or RESULTS / f"llama_cpp_{model.model}_{model.recipe}.json"
+    own = f"_puna_{arguments.puna_quant}" if arguments.puna_quant else ""
+    target = arguments.json or RESULTS / f"llama_cpp_{model.model}_{model.recipe}{own}.json"
     if str(target) != "none":
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(result, indent=1) + "\n")

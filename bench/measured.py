@@ -48,11 +48,12 @@ def table() -> str:
 
 def _comparisons() -> list[list[dict[str, Any]]]:
     """The results of compare_llama_cpp.py, those of one file of weights together."""
-    files: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    files: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for path in sorted(RESULTS.glob("llama_cpp_*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         first = result["rows"][0]
-        files.setdefault((first["model"], first["type"]), []).append(result)
+        key = (first["model"], first["type"], first.get("puna_quant", ""))
+        files.setdefault(key, []).append(result)
     return list(files.values())
 
 
@@ -60,8 +61,11 @@ def _comparison(results: list[dict[str, Any]]) -> Iterator[str]:
     rows = [row for result in results for row in result["rows"]]
     first, kinds = rows[0], ["prefill", "decode", "load"]
     rounds = sorted({result["rounds"] for result in results})
+    weights = first["type"]
+    if "puna_quant" in first:
+        weights = f"the peers in {weights}, puna in {first['puna_quant']}"
     yield (
-        f"Llama 4 {first['model'].capitalize()}, {first['layers']} layers, {first['type']}, "
+        f"Llama 4 {first['model'].capitalize()}, {first['layers']} layers, {weights}, "
         f"{' or '.join(map(str, rounds))} rounds ({max(result['date'] for result in results)}); "
         "tokens/s, seconds for loading:"
     )

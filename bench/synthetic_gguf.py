@@ -46,9 +46,11 @@ class Family:
     rope_scaling: bool
 
 
+# Maverick has experts in every second layer. The slice has them in one of four: two layers of 128
+# experts do not fit most machines, and llama.cpp needs a global layer, which is every fourth.
 FAMILIES = {
     "scout": Family(experts=16, moe_step=1, layers=4, context=10_485_760, rope_scaling=True),
-    "maverick": Family(experts=128, moe_step=2, layers=2, context=1_048_576, rope_scaling=False),
+    "maverick": Family(experts=128, moe_step=4, layers=4, context=1_048_576, rope_scaling=False),
 }
 # Recipes of llama.cpp's quantiser: the type of most matrices. The head is Q6_K beside 4-bit types,
 # and Q4_K_M has Q6_K for values and down projections in some layers.
@@ -390,7 +392,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("model", choices=FAMILIES)
     parser.add_argument("--type", choices=RECIPES, default="Q4_0")
-    parser.add_argument("--layers", type=int, help="default: 4 for scout, 2 for maverick")
+    parser.add_argument("--layers", type=int, help="default: 4")
     parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()))
     arguments = parser.parse_args()
     layers = arguments.layers or FAMILIES[arguments.model].layers

@@ -15,17 +15,23 @@ import sys
 from abc import ABC, abstractmethod
 from typing import Any
 
+import numpy as np
+import repeated_state
 from protocol import random_tokens, serve, timed
 
 # Of a context, behind what it holds: the longest prompt that is measured, and some more.
 ROOM = 2048 + 256
+# A cache is filled by computing so many tokens, and with those again and again beyond.
+COMPUTED = 2048
+# Llama 4's.
+CHUNK = 8192
 
 
 class _Library(ABC):
     """What differs between the two: structures, and how the cache is cut back."""
 
-    def __init__(self, api: Any) -> None:
-        self.api = api
+    def __init__(self, api: Any, library: ctypes.CDLL) -> None:
+        self.api, self.library = api, library
         api.llama_backend_init()
 
     @abstractmethod
@@ -44,6 +50,31 @@ class _Library(ABC):
     def vocabulary(self, model: Any) -> int:
         """Number of ids."""
 
+    # What llama_state_seq_* takes behind the sequence, and how its bytes are laid out.
+    state_flags: tuple[int, ...]
+    state_layout: repeated_state.Layout
+
+    def save(self, context: Any) -> repeated_state.Bytes:
+        """The keys and values of all tokens."""
+        size = self._state("get_size", ctypes.c_void_p(context), 0, *self.state_flags)
+        state = np.empty(size, np.uint8)
+        arguments = (ctypes.c_void_p(state.ctypes.data), ctypes.c_size_t(size), 0)
+        if self._state("get_data", ctypes.c_void_p(context), *arguments, *self.state_flags) != size:
+            raise RuntimeError("the state of a sequence could not be saved")
+        return state
+
+    def restore(self, context: Any, state: repeated_state.Bytes) -> None:
+        """Puts saved keys and values in place of all tokens."""
+        arguments = (ctypes.c_void_p(state.ctypes.data), ctypes.c_size_t(state.size), 0)
+        done = self._state("set_data", ctypes.c_void_p(context), *arguments, *self.state_flags)
+        if done != state.size:
+            raise RuntimeError(f"of a state of {state.size} bytes {done} were read")
+
+    def _state(self, do: str, *arguments: Any) -> int:
+        function = getattr(self.library, f"llama_state_seq_{do}")
+        function.argtypes, function.restype = None, ctypes.c_size_t
+        return int(function(*arguments))
+
 
 class _LlamaCpp(_Library):
     """llama.cpp: weights repacked at loading, as is its default.
@@ -52,10 +83,13 @@ class _LlamaCpp(_Library):
     keep their chunk only (swa_full off), which is faster at depth.
     """
 
+    state_flags = ()
+    state_layout = repeated_state.llama_cpp(CHUNK)
+
     def __init__(self) -> None:
         import llama_cpp
 
-        super().__init__(llama_cpp)
+        super().__init__(llama_cpp, llama_cpp.llama_cpp._lib)
 
     def open_model(self, path: bytes, options: dict[str, Any]) -> Any:
         params = self.api.llama_model_default_params()
@@ -86,12 +120,14 @@ class _LlamaCpp(_Library):
 class _Ik(_Library):
     """ik_llama.cpp: weights repacked at loading (its -rtr) into memory of its own."""
 
+    state_flags = (0,)
+    state_layout = repeated_state.ik_llama_cpp()
+
     def __init__(self) -> None:
         from ik_llama_cpp import _ctypes_api
 
-        super().__init__(_ctypes_api)
-        library = _ctypes_api._lib
-        self._remove = library.llama_kv_cache_seq_rm
+        super().__init__(_ctypes_api, _ctypes_api._lib)
+        self._remove = self.library.llama_kv_cache_seq_rm
         self._remove.argtypes = [ctypes.c_void_p] + [ctypes.c_int32] * 3
         self._remove.restype = ctypes.c_bool
 
@@ -127,8 +163,8 @@ class _Worker:
 
     def __init__(self, library: _Library) -> None:
         self._library = library
-        self._contexts: dict[Any, Any] = {}
-        self._held: dict[Any, int] = {}  # tokens of the prompt in a context
+        self._contexts: dict[tuple[Any, ...], Any] = {}  # by size and settings
+        self._held: dict[tuple[Any, ...], int] = {}  # tokens of the prompt in a context
 
     def load(self, path: str, threads: int, context: int, options: dict[str, Any]) -> None:
         del context  # each context is as large as its prompt needs
@@ -163,18 +199,35 @@ class _Worker:
         return self._library.api.llama_get_logits_ith(context, -1)[: self._vocabulary]
 
     def _holding(self, tokens: list[int], variant: dict[str, Any]) -> Any:
-        """A context with these tokens and no more; one for each depth keeps them."""
-        context = self._context(len(tokens) + ROOM, variant)
-        if self._held.get(id(context), 0) != len(tokens):
+        """A context with as many tokens and no more; one for each depth keeps them."""
+        key = (len(tokens) + ROOM, *sorted(variant.items()))
+        context = self._context(key, variant)
+        if self._held.get(key) != len(tokens):
             self._library.cut(context, 0)
-            self._compute(context, tokens, 0, variant["ubatch"])
-            self._held[id(context)] = len(tokens)
+            self._fill(context, tokens, variant)
+            self._held[key] = len(tokens)
         self._library.cut(context, len(tokens))
         return context
 
-    def _context(self, size: int, variant: dict[str, Any]) -> Any:
-        key = (size, *sorted(variant.items()))
+    def _fill(self, context: Any, tokens: list[int], variant: dict[str, Any]) -> None:
+        """Computes tokens, or a few of them, which then lie in the cache again and again."""
+        if len(tokens) > COMPUTED:
+            state = self._library.save(self._holding(tokens[:COMPUTED], variant))
+            state = repeated_state.repeated(state, len(tokens) - 1, self._library.state_layout)
+            self._library.restore(context, state)
+            self._compute(context, tokens[-1:], len(tokens) - 1, 1)
+        else:
+            self._compute(context, tokens, 0, variant["ubatch"])
+
+    def _context(self, key: tuple[Any, ...], variant: dict[str, Any]) -> Any:
+        size = key[0]
         if key not in self._contexts:
+            if size > COMPUTED + ROOM:
+                # Settings are tried one after the other: one context of a depth, however large,
+                # at a time.
+                for other in [other for other in self._contexts if other[0] == size]:
+                    self._library.api.llama_free(self._contexts.pop(other))
+                    self._held.pop(other, None)
             context = self._library.open_context(self._model, size, self._threads, variant)
             if not context:
                 raise RuntimeError(f"no context for {size} tokens with {variant}")

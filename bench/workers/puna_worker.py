@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from protocol import serve, timed
@@ -15,6 +16,8 @@ class _Worker:
         self._sessions: dict[int, Any] = {}
 
     def load(self, path: str, threads: int, context: int, options: dict[str, Any]) -> None:
+        sessions = options.pop("sessions", None)  # a directory of prompts that were computed before
+        self._directory = Path(sessions) if sessions else None
         self._engine = puna.load(path, threads=threads, context=context, progress=False, **options)
         self._core = self._engine._core_engine()
 
@@ -45,9 +48,22 @@ class _Worker:
         return self._engine.logits(tokens)[-1].tolist()
 
     def _holding(self, tokens: list[int]) -> Any:
-        session = self._sessions.setdefault(len(tokens), self._core.session())
+        if len(tokens) not in self._sessions:
+            self._sessions[len(tokens)] = self._opened(len(tokens))
+        session = self._sessions[len(tokens)]
         self._core.step([self._begun(session, tokens, 1)])
+        if self._directory and not (path := self._saved(len(tokens))).exists():
+            session.save(str(path))
         return session
+
+    def _opened(self, length: int) -> Any:
+        if self._directory and (path := self._saved(length)).exists():
+            return self._core.open(str(path), False)
+        return self._core.session()
+
+    def _saved(self, length: int) -> Path:
+        assert self._directory
+        return self._directory / f"{length}-tokens"
 
     def _begun(self, session: Any, tokens: list[int], count: int) -> Any:
         options = {"max_tokens": count, "temperature": 0.0, "ignore_eos": True, "seed": 0}
