@@ -52,13 +52,19 @@ from oracle.tiny import LLAMA3_ROPE  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results" / "quality.json"
 QUANTISER = ROOT / "bench" / "workers" / "llama_cpp_quantize.py"
+FINER_ATTENTION = "table4_64, attention and head table4_32"
 # What is quantised a second time, with a calibration text.
-CALIBRATED = ("int4", "int4 with table4_32", "table4_32", "table4_64")
+CALIBRATED = ("int4", "int4 with table4_32", "table4_32", "table4_64", FINER_ATTENTION)
 # Besides the formats: the recipe, and the recipe with other formats for the feed-forwards.
 RECIPES: dict[str, str | dict[str, str]] = {"int4": "int4"} | {
     f"int4 with {name}": {"default": "int4"}
     | {f"layers.*.{part}.*": name for part in ("experts", "shared_expert", "mlp")}
     for name in ("table4_32", "table4_64")
+}
+RECIPES[FINER_ATTENTION] = {
+    "default": "table4_64",
+    "layers.*.attention.*": "table4_32",
+    "lm_head": "table4_32",
 }
 PEER_RECIPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0")
 # Keys and values in fp32 for all, whatever the weights are: they are not what is measured.
