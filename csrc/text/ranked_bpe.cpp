@@ -119,22 +119,6 @@ bool RankedBpe::find_parts(const Vocabulary& vocabulary, std::span<const uint32_
   return true;
 }
 
-void RankedBpe::add_tokens(const Vocabulary& vocabulary) {
-  const std::string_view joined = vocabulary.joined_bytes();
-  bytes_.assign(joined.begin(), joined.end());
-  tokens_.reserve(vocabulary.size());
-  for (size_t id = 0; id < vocabulary.size(); ++id) {
-    const std::string_view bytes = vocabulary.ordinary(id);
-    Token token;
-    if (!bytes.empty()) {
-      token.length = static_cast<uint16_t>(bytes.size());
-      token.begin = static_cast<uint32_t>(bytes.data() - joined.data());
-      std::copy_n(bytes.begin(), std::min(bytes.size(), sizeof(token.first)), token.first);
-    }
-    tokens_.push_back(token);
-  }
-}
-
 void RankedBpe::make_links() {
   links_ = Memory(trie_.nodes() * sizeof(uint64_t));
   shorter_ends_ = Memory(tokens_.size() * sizeof(uint32_t));
@@ -145,12 +129,22 @@ std::optional<RankedBpe> RankedBpe::of(const Vocabulary& vocabulary) {
   if (!built) return std::nullopt;
   RankedBpe bpe;
   bpe.trie_ = std::move(built->trie);
-  bpe.add_tokens(vocabulary);
-  for (size_t id = 0; id < vocabulary.size(); ++id) {
-    const auto [base, next_bytes, longest_prefix] = built->of_tokens[id];
-    bpe.tokens_[id].base = base;
-    bpe.tokens_[id].next_bytes = next_bytes;
-    bpe.tokens_[id].shorter_start = longest_prefix;
+  const size_t size = vocabulary.size();
+  bpe.bytes_ = vocabulary.joined_bytes().data();
+  bpe.tokens_.reserve(size);
+  for (size_t id = 0; id < size; ++id) {
+    const std::string_view bytes = vocabulary.ordinary(id);
+    Token token;
+    if (!bytes.empty()) {
+      token.length = static_cast<uint16_t>(bytes.size());
+      token.begin = static_cast<uint32_t>(bytes.data() - bpe.bytes_);
+      std::copy_n(bytes.begin(), std::min(bytes.size(), sizeof(token.first)), token.first);
+      const auto [base, next_bytes, longest_prefix] = built->of_tokens[id];
+      token.base = base;
+      token.next_bytes = next_bytes;
+      token.shorter_start = longest_prefix;
+    }
+    bpe.tokens_.push_back(token);
   }
   if (!bpe.find_parts(vocabulary, built->by_length)) return std::nullopt;
   if (!bpe.all_reachable_) {
@@ -165,54 +159,45 @@ std::optional<RankedBpe> RankedBpe::of(const Vocabulary& vocabulary) {
 
 void RankedBpe::save(TableWriter& out) const {
   trie_.save(out);
-  std::vector<Stored> stored;
-  stored.reserve(tokens_.size());
-  for (const Token& token : tokens_) {
-    stored.push_back({token.left, token.right, token.shorter_start, token.next_bytes});
-  }
-  out.copied(stored);
+  out.table(tokens_);
 }
 
 std::optional<RankedBpe> RankedBpe::load(TableReader& in, const Vocabulary& vocabulary) {
   RankedBpe bpe;
-  Table<Stored> stored;
-  const size_t size = vocabulary.size();
-  if (!bpe.trie_.load(in, vocabulary) || !in.table(stored) || stored.size() != size) {
+  bpe.bytes_ = vocabulary.joined_bytes().data();
+  Table<uint16_t> lengths = vocabulary.ordinary_lengths();
+  if (!bpe.trie_.load(in, lengths) || !in.table(bpe.tokens_) || !bpe.check(vocabulary, lengths)) {
     return std::nullopt;
-  }
-  bpe.add_tokens(vocabulary);
-  // Of reachable tokens, which have at least a byte; 0: it is none.
-  Table<uint16_t> lengths(size);
-  for (uint32_t id = 0; id < size; ++id) {
-    if (stored[id].left != kNone) lengths[id] = bpe.tokens_[id].length;
-  }
-  const auto length_of = [&](uint32_t id) -> size_t { return id < size ? lengths[id] : 0; };
-  for (uint32_t id = 0; id < size; ++id) {
-    const auto [left, right, shorter_start, next_bytes] = stored[id];
-    Token& token = bpe.tokens_[id];
-    // Parts are shorter than the whole, starts than the token: every walk along them ends.
-    const size_t left_length = length_of(left), right_length = length_of(right);
-    const bool is_byte = token.length == 1 && left == id && right == id;
-    const bool is_merged =
-        left_length != 0 && right_length != 0 && left_length + right_length == token.length;
-    const bool is_unreachable = token.length != 1 && left == kNone && right == kNone;
-    if (!is_byte && !is_merged && !is_unreachable) return std::nullopt;
-    const size_t start_length = length_of(shorter_start);
-    if (shorter_start != kNone && (start_length == 0 || start_length >= token.length)) {
-      return std::nullopt;
-    }
-    token.left = left;
-    token.right = right;
-    token.shorter_start = shorter_start;
-    token.next_bytes = next_bytes;
-    bpe.all_reachable_ &= token.length == 0 || !is_unreachable;
-  }
-  for (uint32_t node = 0; node < bpe.trie_.nodes(); ++node) {
-    if (bpe.trie_.has_token(node))
-      bpe.tokens_[bpe.trie_.token_at(node)].base = bpe.trie_.base(node);
   }
   bpe.make_links();
   return bpe;
+}
+
+bool RankedBpe::check(const Vocabulary& vocabulary, std::span<uint16_t> lengths) {
+  const size_t size = tokens_.size(), bytes = vocabulary.joined_bytes().size();
+  if (size != lengths.size()) return false;
+  for (uint32_t id = 0; id < size; ++id) {
+    const Token& token = tokens_[id];
+    if (token.length != lengths[id] || token.begin > bytes - token.length ||
+        token.base >= trie_.nodes()) {
+      return false;
+    }
+    all_reachable_ &= is_reachable(id) || lengths[id] == 0;
+    if (!is_reachable(id)) lengths[id] = 0;
+  }
+  const auto length_of = [&](uint32_t id) -> size_t { return id < size ? lengths[id] : 0; };
+  for (uint32_t id = 0; id < size; ++id) {
+    const Token& token = tokens_[id];
+    // Parts are shorter than the whole, starts than the token: every walk along them ends.
+    const size_t left = length_of(token.left), right = length_of(token.right);
+    const bool is_byte = token.length == 1 && token.left == id && token.right == id;
+    const bool is_merged = left != 0 && right != 0 && left + right == token.length;
+    const bool is_unreachable = token.length != 1 && token.left == kNone && token.right == kNone;
+    if (!is_byte && !is_merged && !is_unreachable) return false;
+    const size_t start = length_of(token.shorter_start);
+    if (token.shorter_start != kNone && (start == 0 || start >= token.length)) return false;
+  }
+  return true;
 }
 
 uint32_t RankedBpe::step(uint32_t node, uint8_t byte) const {

@@ -146,10 +146,11 @@ class RankedBpe {
   // The bytes of a token behind another with which it begins.
   std::string_view rest(uint32_t token, uint32_t start) const {
     const Token& whole = tokens_[token];
-    return {bytes_.data() + whole.begin + length(start), whole.length - length(start)};
+    return {bytes_ + whole.begin + length(start), whole.length - length(start)};
   }
-  // Of a vocabulary, the tokens' bytes.
-  void add_tokens(const Vocabulary& vocabulary);
+  // Whether no walk along parts and beginnings leaves the tokens or goes on for ever. Sets
+  // all_reachable_. The lengths are the vocabulary's; they become those of reachable tokens.
+  bool check(const Vocabulary& vocabulary, std::span<uint16_t> lengths);
   // Room for what is found out later.
   void make_links();
   void look_up_rests(const Vocabulary& vocabulary, std::span<const uint32_t> tokens,
@@ -176,12 +177,9 @@ class RankedBpe {
     uint32_t base = 0, next_bytes = 0;
     uint16_t length = 0;
     uint8_t first[2] = {};  // bytes
+    uint32_t unused = 0;    // so that all bytes are known, which are written to files
   };
   static_assert(sizeof(Token) == 32);
-  // What is kept of it in a file; the rest is the vocabulary's and the trie's.
-  struct Stored {
-    uint32_t left, right, shorter_start, next_bytes;
-  };
 
   uint32_t child_of(const Token& token, uint8_t byte) const {
     return token.next_bytes >> (byte & 31) & 1 ? trie_.child_at(token.base, byte) : kNone;
@@ -189,7 +187,7 @@ class RankedBpe {
 
   TokenTrie trie_;
   Table<Token> tokens_;
-  Table<char> bytes_;
+  const char* bytes_ = nullptr;  // the vocabulary's, which lives as long and does not change
   bool all_reachable_ = true;
   Memory links_, shorter_ends_;  // of all nodes and all tokens, zeros at first
 };

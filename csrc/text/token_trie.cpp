@@ -261,13 +261,13 @@ void TokenTrie::save(TableWriter& out) const {
   out.table(depths_);
 }
 
-bool TokenTrie::load(TableReader& in, const Vocabulary& vocabulary) {
-  return in.table(places_) && in.table(tokens_) && in.table(depths_) && check(vocabulary);
+bool TokenTrie::load(TableReader& in, std::span<const uint16_t> lengths) {
+  return in.table(places_) && in.table(tokens_) && in.table(depths_) && check(lengths);
 }
 
 // Whether no walk leaves the tables, and depths and lengths of tokens are what walks take them for.
 // Sets deepest_.
-bool TokenTrie::check(const Vocabulary& vocabulary) {
+bool TokenTrie::check(std::span<const uint16_t> lengths) {
   const size_t size = places_.size();
   // Whole blocks: base ^ byte is inside if the base is.
   if (size == 0 || size % kBlock != 0 || size > kMostPlaces || tokens_.size() != size ||
@@ -278,8 +278,8 @@ bool TokenTrie::check(const Vocabulary& vocabulary) {
   for (uint32_t node = 0; node < size; ++node) {
     const uint32_t base = this->base(node), token = tokens_[node];
     if (base >= size || has_token(node) != (token != kNone)) return false;
-    if (token != kNone && (depths_[node] == 0 || token >= vocabulary.size() ||
-                           vocabulary.ordinary(token).size() != depths_[node])) {
+    if (token != kNone &&
+        (depths_[node] == 0 || token >= lengths.size() || lengths[token] != depths_[node])) {
       return false;
     }
     if (base != 0 && std::exchange(parents[base], node) != kNone) return false;

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <span>
 
 #include "text/vocabulary.h"
 
@@ -45,8 +46,8 @@ class TokenTrie {
   size_t nodes() const { return places_.size(); }
 
   void save(TableWriter& out) const;
-  // False if the file holds no trie of tokens of that vocabulary.
-  bool load(TableReader& in, const Vocabulary& vocabulary);
+  // False if the file holds no trie of tokens of these lengths.
+  bool load(TableReader& in, std::span<const uint16_t> lengths);
 
  private:
   // A place of the double array, in 32 bits, so that the processor's caches hold many: from above,
@@ -60,7 +61,7 @@ class TokenTrie {
   class Builder;
 
   uint32_t label(uint32_t node) const { return places_[node] >> kLabelBit & 0xff; }
-  bool check(const Vocabulary& vocabulary);
+  bool check(std::span<const uint16_t> lengths);
 
   Table<uint32_t> places_, tokens_;
   Table<uint16_t> depths_;

@@ -110,6 +110,15 @@ void Vocabulary::restrict_to(const std::vector<bool>& keep) {
   fill_slots([&](size_t id) { return keep[id]; });
 }
 
+Table<uint16_t> Vocabulary::ordinary_lengths() const {
+  Table<uint16_t> lengths(size());
+  for (size_t id = 0; id < size(); ++id) lengths[id] = static_cast<uint16_t>(tokens_[id].size());
+  for (size_t id = 0; id < size(); ++id) {
+    if (added_[id]) lengths[id] = 0;
+  }
+  return lengths;
+}
+
 void Vocabulary::save(TableWriter& out) const {
   tokens_.save(out);
   out.table(slots_);
@@ -125,7 +134,9 @@ std::optional<Vocabulary> Vocabulary::load(TableReader& in, std::span<const uint
     if (id >= size || vocabulary.tokens_[id].empty()) return std::nullopt;
     vocabulary.added_[id] = true;
   }
-  for (size_t id = 0; id < size; ++id) {
+  size_t too_long = 0;
+  for (size_t id = 0; id < size; ++id) too_long += vocabulary.tokens_[id].size() > kMostTokenBytes;
+  for (size_t id = 0; id < size && too_long != 0; ++id) {
     if (vocabulary.ordinary(id).size() > kMostTokenBytes) return std::nullopt;
   }
   vocabulary.make_keys();

@@ -121,6 +121,8 @@ class Vocabulary {
   size_t size() const { return tokens_.size(); }
   // Of all tokens, those of each where bytes_of() has them.
   std::string_view joined_bytes() const { return tokens_.joined(); }
+  // Of each token that is not added; 0: of the others.
+  Table<uint16_t> ordinary_lengths() const;
   // Of an id below size().
   std::string_view bytes_of(int32_t id) const { return tokens_[static_cast<size_t>(id)]; }
   // Those of a token that is not added; of one that is, none.
