@@ -171,6 +171,7 @@ class Comparison:
         self.failures: dict[str, str] = {}
         self.ceilings: list[dict[str, float]] = []
         self._workers: dict[str, Worker] = {}
+        self._warm: set[tuple[str, int]] = set()  # engines since they were opened, and rows
 
     def run(self) -> None:
         """Measures everything."""
@@ -247,6 +248,7 @@ class Comparison:
         return self.puna_path if name == "puna" else self.path
 
     def _open(self, name: str, path: Path | None = None) -> float:
+        self._warm = {(warm, row) for warm, row in self._warm if warm != name}
         log = Path(tempfile.gettempdir()) / f"compare-{name}.log"
         self._workers[name] = Worker(name, self.commands[name], log)
         return self._workers[name].ask(
@@ -281,8 +283,10 @@ class Comparison:
         vocabulary = normal_tokens(self.model)
         if name not in row.variants:
             row.variants[name] = self._best_variant(worker, row, vocabulary)
+        if (name, id(row)) not in self._warm:
             # Once without the clock: caches are filled, and the prompt of a depth is computed.
             row.measure(worker, row.variants[name], vocabulary)
+            self._warm.add((name, id(row)))
         with self.exclusive():
             seconds = row.measure(worker, row.variants[name], vocabulary)
         row.seconds.setdefault(name, []).append(seconds)

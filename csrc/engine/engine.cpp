@@ -190,9 +190,9 @@ std::vector<float> Engine::outputs(ModelOutput output, const Prompt& prompt,
   const auto columns = static_cast<size_t>(logits ? impl_->spec.vocab_size : impl_->spec.hidden);
   const int64_t bytes = static_cast<int64_t>(prompt.tokens.size() * columns * sizeof(float));
   if (bytes > available_memory_bytes()) {
-    fail(ErrorCode::kOutOfMemory, {.asked = bytes, .limit = available_memory_bytes()}, "[logits] ",
-         length, " rows of ", columns, logits ? " logits" : " hidden states", " need ",
-         in_words(bytes), ", ", in_words(available_memory_bytes()), " is free; use ",
+    fail(ErrorCode::kOutOfMemory, {.asked = bytes, .limit = available_memory_bytes()}, "[",
+         name_of(output), "] ", length, " rows of ", columns, logits ? " logits" : " hidden states",
+         " need ", in_words(bytes), ", ", in_words(available_memory_bytes()), " is free; use ",
          logits ? "score() or a shorter prompt" : "a shorter prompt");
   }
   const std::shared_ptr<Session> one = session();
@@ -200,13 +200,13 @@ std::vector<float> Engine::outputs(ModelOutput output, const Prompt& prompt,
   int64_t cut_total = 0;
   for (const int64_t cut : cuts) {
     if (cut < 1)
-      fail(ErrorCode::kInvalidRequest, "[logits] a cut of ", cut,
+      fail(ErrorCode::kInvalidRequest, "[", name_of(output), "] a cut of ", cut,
            " tokens; each must be 1 or more");
     cut_total += cut;
   }
   if (!cuts.empty() && cut_total != length) {
-    fail(ErrorCode::kInvalidRequest, "[logits] the cuts add up to ", cut_total, ", the prompt has ",
-         length, " tokens");
+    fail(ErrorCode::kInvalidRequest, "[", name_of(output), "] the cuts add up to ", cut_total,
+         ", the prompt has ", length, " tokens");
   }
   std::vector<float> all;
   all.reserve(prompt.tokens.size() * columns);

@@ -185,7 +185,8 @@ StepResult Session::step(const Poll& poll) {
 
 std::vector<float> Session::outputs(ModelOutput output, int64_t most, const Poll& poll) {
   if (most < 1)
-    fail(ErrorCode::kInvalidRequest, "[logits] ", most, " rows were asked for; ask for 1 or more");
+    fail(ErrorCode::kInvalidRequest, "[", name_of(output), "] ", most,
+         " rows were asked for; ask for 1 or more");
   Engine::Impl& impl = *engine_->impl_;
   const std::lock_guard turn(impl.turn);
   impl.require_open();

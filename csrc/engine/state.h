@@ -26,6 +26,11 @@
 
 namespace puna {
 
+// What Python calls it, for messages.
+inline const char* name_of(ModelOutput output) {
+  return output == ModelOutput::kLogits ? "logits" : "hidden_states";
+}
+
 // Rows that the vision model made of one image, shared by every session that shows it.
 struct ImageFeatures {
   Buffer buffer;
