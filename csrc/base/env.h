@@ -2,10 +2,9 @@
 // caller passes explicitly goes before them.
 //
 //   PUNA_ISA      name of the instruction set, see `puna doctor`    default: the best supported
-//   PUNA_CACHE    directory of what can be made again, "off": none  default: see
-//   environment_cache() PUNA_CUDA_LIBRARY  path of libpuna_cuda.so                      default:
-//   beside puna itself PUNA_THREADS  number of compute threads                         default:
-//   physical cores usable
+//   PUNA_CACHE    directory of what can be made again, or "off"     default: environment_cache()
+//   PUNA_CUDA_LIBRARY  path of libpuna_cuda.so                      default: beside puna itself
+//   PUNA_THREADS  number of compute threads                         default: physical cores usable
 //
 // Header only, since kernels/cpu/dispatch.cpp is in a library of its own.
 #pragma once

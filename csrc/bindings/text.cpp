@@ -301,9 +301,8 @@ void bind_text(py::module_& module) {
       .def_static(
           "from_file", &read_tokenizer, "path"_a, py::call_guard<py::gil_scoped_release>(),
           "Reads tokenizer.json, tokenizer.model, a directory that holds one, or a GGUF file.\n\n"
-          "What is built from a large one is kept in $PUNA_CACHE, or else in ~/.cache/puna, and "
-          "read "
-          "from there the next time; PUNA_CACHE=off keeps nothing.\n\n"
+          "What is built from a large one is kept in $PUNA_CACHE, or else in ~/.cache/puna, and is "
+          "read from there the next time; PUNA_CACHE=off keeps nothing.\n\n"
           "Raises ModelNotFound, ModelFormatError, or UnsupportedError for a tokenizer of another "
           "kind.")
       .def("encode", &encode, "text"_a, py::kw_only(), "allowed_special"_a = "none",
