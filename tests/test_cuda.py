@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ import pytest
 import puna
 from conftest import MakeCheckpoint, MakeEngine
 from oracle import golden, tiny
+from oracle.make_checkpoint import write_checkpoint
 from oracle.on_device import Job, Result, compute
 from puna import cli, doctor, gpus, loading
 from test_cpp import ROOT, build
@@ -47,6 +49,39 @@ def library(request: pytest.FixtureRequest) -> str | None:
         pytest.skip("the emulator's fibres are for x86-64")
     path: str = request.getfixturevalue("emulator")
     return path
+
+
+def with_fewer_layers(config: dict[str, Any], count: int) -> dict[str, Any]:
+    """The first layers of a model, for longer texts."""
+    text: dict[str, Any] = dict(config["text_config"])
+    layers = text["num_hidden_layers"]
+    for name, values in text.items():
+        if isinstance(values, list) and len(values) == layers and name != "moe_layers":
+            text[name] = values[:count]
+    text["moe_layers"] = [layer for layer in text["moe_layers"] if layer < count]
+    more = {"num_hidden_layers": count, "max_position_embeddings": 16_384}
+    return config | {"text_config": text | more}
+
+
+FewLayers = Callable[[str, str], str]
+
+
+@pytest.fixture(scope="session")
+def few_layers(tmp_path_factory: pytest.TempPathFactory) -> FewLayers:
+    """`few_layers(variant, dtype)`: a checkpoint of the first four layers of a tiny model.
+
+    The last of them attends to everything, as in whole ones; the emulator takes half as long.
+    """
+
+    @functools.cache
+    def make(variant: str, dtype: str) -> str:
+        fixture = golden.load(variant)
+        path = tmp_path_factory.mktemp(variant)
+        config = with_fewer_layers(fixture.config, 4)
+        write_checkpoint(path, config, fixture.variant.seed, dtype=dtype)
+        return str(path)
+
+    return make
 
 
 # --- loading --------------------------------------------------------------------------------------
@@ -303,11 +338,11 @@ def test_greedy_tokens_are_those_of_the_cpu(
 
 @pytest.mark.parametrize("kv", ["bf16", "int8", "int4"])
 def test_long_prompts_in_any_cuts_have_the_same_bits(
-    checkpoint: MakeCheckpoint, tmp_path: Path, library: str | None, kv: str
+    few_layers: FewLayers, tmp_path: Path, library: str | None, kv: str
 ) -> None:
     """Pages that are full, sealed or not, are read as on the CPU, however the prompt came."""
     # In bfloat16 a rounding could choose another expert.
-    path = str(checkpoint("scout_like", dtype="float32").path)
+    path = few_layers("scout_like", "float32")
     tokens = (np.arange(530) * 37 % tiny.FIRST_SPECIAL).tolist()
     jobs = [
         Job(path=path, tokens=tokens, options={"kv": kv}, cuts=cuts)
@@ -318,37 +353,124 @@ def test_long_prompts_in_any_cuts_have_the_same_bits(
     assert_near(whole, expected, tolerance=0.005)
 
 
+# --- keys and values in the host's memory and in files --------------------------------------------
+
+
+@pytest.mark.parametrize("kv", ["auto", "int8"])
+def test_a_session_has_the_same_bits_wherever_its_pages_lie(
+    few_layers: FewLayers, tmp_path: Path, library: str | None, kv: str
+) -> None:
+    """It is the CPU's, which is quick, and goes on in the GPU's memory, the host's, and files."""
+    path = few_layers("scout_like", "float32")
+    tokens = (np.arange(16_000) * 37 % tiny.FIRST_SPECIAL).tolist()
+    with puna.load(path, device="cpu", kv=kv, progress=False) as llm:
+        session = llm.session()
+        session.append(tokens)
+        session.save(tmp_path / "cpu")
+        session.append([5, 6, 7])
+        expected = session.branch([[5]], temperature=0, max_tokens=4, ignore_eos=True)[0].tokens
+    whole: dict[str, Any] = {"device": "cuda", "kv": kv, "context": 16_384, "experts": "gpu"}
+    # As little of each memory as there can be, and what a branch writes on.
+    least = puna.plan(path, memory=1, host_memory="1G", kv_offload="host", **whole)
+    assert least.kv_host_bytes > least.kv_memory_bytes > 0
+    behind = puna.plan(path, memory=1, host_memory="1G", disk="1G", **whole)
+    small = {"memory": least.memory_needed + 2 * least.kv_local_bytes}
+    assert puna.plan(path, kv_offload="host", **small, **whole).kv_host_bytes > 0
+    places: list[dict[str, Any]] = [
+        {},
+        small | {"kv_offload": "host", "host_memory": least.host_needed},
+        small | {"kv_offload": f"disk:{tmp_path / 'cache'}", "host_memory": behind.host_needed},
+    ]
+    jobs = [
+        Job(
+            path,
+            [5, 6, 7],
+            whole | place,
+            continuation=4,
+            session=str(tmp_path / "cpu"),
+            saved=str(tmp_path / f"saved{i}"),
+        )
+        for i, place in enumerate(places)
+    ]
+    first, *others = compute(jobs, tmp_path, library)
+    assert tuple(first.continuation) == expected
+    files = _files(tmp_path / "saved0")
+    assert len(files) > 8  # a chunk has 256 tokens
+    for i, other in enumerate(others, start=1):
+        assert np.array_equal(other.logits, first.logits)
+        assert other.continuation == first.continuation
+        assert _files(tmp_path / f"saved{i}") == files
+    # What was saved there, the CPU opens.
+    with puna.load(path, device="cpu", kv=kv, progress=False) as llm:
+        assert llm.verify(tmp_path / "saved2").fault == ""
+        again = llm.session(tmp_path / "saved2", readonly=True)
+        assert (
+            again.branch([[5]], temperature=0, max_tokens=4, ignore_eos=True)[0].tokens == expected
+        )
+
+
+def _files(directory: Path) -> dict[str, bytes]:
+    """Contents by name."""
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+
+
+def test_what_fits_nowhere_is_refused(few_layers: FewLayers, tmp_path: Path, emulator: str) -> None:
+    path = few_layers("scout_like", "float32")
+    options: dict[str, Any] = {"device": "cuda", "context": 16_384, "experts": "gpu"}
+    least = puna.plan(path, memory=1, host_memory="1G", kv_offload="host", **options)
+    assert not least.fits and least.kv_host_bytes > 0
+    options["memory"] = least.memory_needed
+    for more, message in (
+        ({}, "kv_offload='host' leaves to the host's memory"),
+        (
+            {"kv_offload": "host", "host_memory": least.host_needed - 1},
+            "of the host's memory for what the GPU leaves to it.*or kv_offload='disk:DIR'",
+        ),
+        ({"kv_offload": "disk:" + str(tmp_path), "kv_disk": "1M"}, "the largest context that fits"),
+    ):
+        with pytest.raises(AssertionError, match=f"OutOfMemory.*({message})"):
+            compute([Job(path, PROMPT, options | more)], tmp_path, emulator)
+    with pytest.raises(puna.InvalidRequest, match="'auto', 'none', 'host' or 'disk:PATH'"):
+        puna.load("demo", kv_offload="gpu", progress=False)
+
+
 # --- experts in the host's memory -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("variant", "layers"), [("scout_like", 8), ("maverick_like", 4), ("top2", 4)]
+    ("variant", "on_gpu"),
+    [("scout_like", [3, 2, 0]), ("maverick_like", [1, 0]), ("top2", [1, 0])],
 )
 def test_a_model_has_the_same_bits_wherever_its_experts_lie(
-    checkpoint: MakeCheckpoint, tmp_path: Path, library: str | None, variant: str, layers: int
+    few_layers: FewLayers,
+    tmp_path: Path,
+    library: str | None,
+    variant: str,
+    on_gpu: list[int],
 ) -> None:
     """In whatever pieces the prompt comes, and beside other sequences; greedy as on the CPU."""
-    path = str(checkpoint(variant, dtype="bfloat16").path)
+    path = few_layers(variant, "bfloat16")
+    layers = on_gpu[0] + 1
     job = Job(path, PROMPT, continuation=6, beside=[PROMPT[3:], [7]])
 
     def placed(experts: str | int, cuts: list[int] | None = None, device: str = "cuda") -> Job:
         options = {"device": device, "quant": "int4", "experts": experts}
         return replace(job, options=options, cuts=cuts)
 
-    jobs = [
-        placed("gpu"),
-        placed(layers - 1, [3, 1, 4]),
-        placed(layers // 2),
-        placed("cpu", [1] * len(PROMPT)),
-        placed("auto", device="cpu"),
+    pieces = [[3, 1, 4], None, [1] * len(PROMPT)]
+    jobs = [placed("gpu"), placed("auto", device="cpu")]
+    jobs += [
+        placed(experts, pieces[-1] if experts == 0 else pieces[i])
+        for i, experts in enumerate(on_gpu)
     ]
-    on_gpu, *others, on_cpu = compute(jobs, tmp_path, library)
-    assert "experts" not in on_gpu.device
-    for result, left in zip(others, (1, layers - layers // 2, layers), strict=True):
-        assert f", experts of {left} of {layers} layers on cpu (" in result.device
-        assert np.array_equal(result.logits, on_gpu.logits)
-        assert result.continuation == on_gpu.continuation
-    assert_near(on_gpu, on_cpu, tolerance=0.02)
+    whole, on_cpu, *others = compute(jobs, tmp_path, library)
+    assert "experts" not in whole.device
+    for result, there in zip(others, on_gpu, strict=True):
+        assert f", experts of {layers - there} of {layers} layers on cpu (" in result.device
+        assert np.array_equal(result.logits, whole.logits)
+        assert result.continuation == whole.continuation
+    assert_near(whole, on_cpu, tolerance=0.02)
 
 
 @pytest.mark.parametrize("quant", [None, "fp8"])
@@ -403,18 +525,6 @@ def test_experts_that_do_not_fit_go_to_the_host(
     ):
         with pytest.raises(AssertionError, match=f"{kind}.*({message})"):
             load(**{"memory": most - per_layer} | more)
-
-
-# --- what is not there ----------------------------------------------------------------------------
-
-
-def test_sessions_on_disk_are_refused(
-    checkpoint: MakeCheckpoint, tmp_path: Path, library: str | None
-) -> None:
-    path = str(checkpoint("scout_like", dtype="bfloat16").path)
-    options = {"device": "cuda", "kv_offload": f"disk:{tmp_path}"}
-    with pytest.raises(AssertionError, match=r"UnsupportedError.*cannot go to files"):
-        compute([Job(path=path, tokens=PROMPT, options=options)], tmp_path, library)
 
 
 def test_the_emulator_is_no_gpu(engine: MakeEngine) -> None:

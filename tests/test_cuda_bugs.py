@@ -127,6 +127,11 @@ HOST_EXPERTS = Place(
     "host_experts.cpp", "host_experts.cpp", "cuda_host_experts_test", "same_bits",
     folder="backend/cuda",
 )  # fmt: skip
+WINDOW = Place(
+    "page_window.cpp", "page_window.cpp", "cuda_kv_test", "pages_beyond", folder="backend/cuda"
+)
+WINDOW_TILES = Place("tensor_attention.cu", "tensor_attention.cu", "cuda_kv_test", "pages_beyond")
+WINDOW_PAGES = Place("attention.cu", "attention.cu", "cuda_kv_test", "pages_beyond")
 SEALING = Place("seal.cu", "seal.cu", "cuda_sealed_attention_test", "sealed")
 
 
@@ -282,6 +287,15 @@ OTHERS = [
     Bug(VISION, "tile * 3 + channel", "tile + channel"),
     Bug(VISION, "c / call.patch % call.patch;", "c % call.patch;"),
     Bug(VISION, "neighbour / call.factor;", "neighbour % call.factor;"),
+    # --- pages that come through a window
+    Bug(WINDOW, "device_.finish();", ";"),
+    Bug(WINDOW, "index % KvStream::kHeld", "index % (KvStream::kHeld / 2)"),
+    Bug(WINDOW, "static_cast<int64_t>(stream) * KvStream::kHeld +", ""),
+    Bug(WINDOW, "of.stream->restart(of.wanted);", ";"),
+    Bug(WINDOW, "if (streamed) pass(end);", ""),
+    Bug(WINDOW_TILES, "call.first_page + blockIdx.x", "blockIdx.x"),
+    Bug(WINDOW_TILES, "call.first_page / kGroupPages + blockIdx.z", "blockIdx.z"),
+    Bug(WINDOW_PAGES, "call.first_page + blockIdx.x", "blockIdx.x"),
     # --- experts in the host's memory
     Bug(SILU, "x / (1.0f + exp_like_cpu(-x))", "x * (1.0f / (1.0f + exp_like_cpu(-x)))"),
     Bug(HOST_EXPERTS, "  device_->await_fetched();\n", ""),

@@ -222,6 +222,55 @@ def test_the_host_bounds_the_speed(scout: Path, capsys: pytest.CaptureFixture[st
     assert "those of all 48 layers on the GPU" in capsys.readouterr().out
 
 
+def test_keys_and_values_that_a_gpu_does_not_hold(
+    scout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What its memory has no room for goes to the host's, and behind that to a disk."""
+    options: dict[str, Any] = GPU | {"memory": "80G", "context": "2M", "kv": "int8"}
+    alone = puna.plan(scout, experts="gpu", **options)
+    assert not alone.fits and not alone.kv_offloads
+    assert "kv_offload='host'" in [remedy.change for remedy in alone.remedies]
+    plan = puna.plan(scout, kv_offload="host", **options)
+    assert plan.fits and plan.kv_offloads and plan.host_layers == 0
+    cache = plan.kv_sealed_bytes + plan.kv_open_bytes + plan.kv_local_bytes
+    chunk = GLOBAL * 8192 // PAGE * SEALED["int8"]
+    assert plan.kv_memory_bytes + plan.kv_host_bytes == cache
+    assert plan.step_link_bytes == plan.kv_host_bytes and plan.step_disk_bytes == 0
+    assert plan.weight_bytes + plan.scratch_bytes + plan.kv_memory_bytes <= 80 * GIB
+    # Of a GPU's room all but the window is used, and of the host's little more than is needed.
+    assert plan.kv_memory_bytes > 80 * GIB - plan.weight_bytes - plan.scratch_bytes - GIB
+    assert 0 < plan.host_needed - plan.kv_host_bytes < chunk + GIB // 8
+    assert plan.disk_needed == 0
+    # The largest context is the largest.
+    most = puna.plan(scout, kv_offload="host", **options | {"context": None})
+    assert most.fits and most.context == most.largest_context > plan.context
+    longer = options | {"context": most.context + 8192}
+    assert not puna.plan(scout, kv_offload="host", **longer).fits
+    # With a disk, of which all but what is at hand may be needed.
+    files = puna.plan(scout, disk="60G", **options | {"host_memory": "4G"})
+    assert files.fits and files.disk_needed > files.kv_sealed_bytes
+    assert files.kv_host_bytes < 4 * GIB
+    assert files.kv_memory_bytes + files.kv_host_bytes + files.step_disk_bytes == cache
+    assert files.step_link_bytes == files.kv_host_bytes + files.step_disk_bytes
+    # Where all fits the GPU, nothing is elsewhere.
+    short = puna.plan(scout, kv_offload="host", **options | {"context": "128k"})
+    assert short.fits and short.kv_host_bytes == short.step_link_bytes == 0
+    # The link bounds the speed.
+    assert plan.tokens_per_second == pytest.approx(55e9 / plan.step_link_bytes)
+    both = puna.plan(scout, kv_offload="host", memory_bandwidth=4 * 10**12,
+                     link_bandwidth=25 * 10**9, **options)  # fmt: skip
+    seconds = both.step_memory_bytes / 4e12 + both.step_link_bytes / 25e9
+    assert both.tokens_per_second == pytest.approx(1 / seconds)
+    arguments = ["plan", str(scout), "--device", "cuda", "--memory", "80G", "--context", "2M"]
+    arguments += ["--kv", "int8", "--quant", "int4", "--no-vision", "--kv-offload", "host"]
+    assert main([*arguments, "--host-memory", "96G", "--link-bandwidth", "25G"]) == 0
+    text = capsys.readouterr().out
+    assert "of keys and values a token over the GPU's link at 26.8 GB/s (given)" in text
+    assert "of the KV cache there" in text
+    with pytest.raises(puna.InvalidRequest, match="a plan has disk="):
+        puna.plan(scout, kv_offload="disk:x", **options)
+
+
 def test_guard_has_no_chunks(tmp_path: Path) -> None:
     write_sparse(tmp_path / "guard", GUARD)
     plan = puna.plan(tmp_path / "guard", memory="64G")

@@ -44,6 +44,8 @@ class KvStream {
   // Begins again, at the first page; only those whose `wanted` is not 0 will be waited for. Every
   // page that was handed out is passed.
   virtual void restart(std::span<const uint8_t> wanted) = 0;
+  // Pages before this index stay where they are to the end of the pass, passed or not.
+  virtual int64_t lasting() const { return 0; }
 };
 
 // The rows of one sequence in a batch, and the pages that hold its keys and values in one layer.
@@ -58,7 +60,8 @@ struct AttentionSegment {
   int64_t first_position = 0;  // position of token 0 of page 0; row p sees first_position..p
   // Pages [0, sealed.size()). With a sealed form, these are all pages that are full after this
   // call, and the call writes those that it fills (from that of `position` on); without one, the
-  // pages before first_open, as they were when open. A null entry comes through `stream`.
+  // pages before first_open, as they were when open. A null entry comes through `stream`, which
+  // hands out memory of the host.
   std::span<void* const> sealed;
   KvStream* stream = nullptr;  // segments of one call that share it share its pages, too
   // Of sealed pages that come through the stream, the keys' scales and zero points of all heads as
@@ -119,7 +122,10 @@ class Backend {
   virtual Buffer allocate(size_t bytes) = 0;  // zeroed; OutOfMemory with the numbers
   // Bytes free of memory that the host cannot read; none: it is the host's own.
   virtual std::optional<int64_t> device_memory() const { return std::nullopt; }
-  virtual void copy(void* to, const void* from, size_t bytes) = 0;  // within that memory
+  // The host's memory, of a kind that copies to and from that memory are fast with; not zeroed.
+  virtual Buffer allocate_host(size_t bytes) { return allocate(bytes); }
+  // Within both, in the order of the calls: the host sees it after to_host(), of nothing even.
+  virtual void copy(void* to, const void* from, size_t bytes) = 0;
   // Packs weights into the host's memory, for what this one can leave there (MoeWeights).
   virtual Backend& host() { return *this; }
   // Packs the parts stacked by rows (all with the same cols and dtype) into one matrix.

@@ -16,6 +16,7 @@ class ForwardingBackend : public Backend {
   std::string description() const override { return backend_.description(); }
   Buffer allocate(size_t bytes) override { return backend_.allocate(bytes); }
   std::optional<int64_t> device_memory() const override { return backend_.device_memory(); }
+  Buffer allocate_host(size_t bytes) override { return backend_.allocate_host(bytes); }
   void copy(void* to, const void* from, size_t bytes) override { backend_.copy(to, from, bytes); }
   Backend& host() override { return backend_.host(); }
   WeightRef load_matrix(std::span<const MatrixSource> parts,

@@ -114,10 +114,11 @@ std::function<void(int64_t, int64_t)> reporting(const py::object& progress) {
 
 std::shared_ptr<Engine> load(const std::string& path, const std::string& mmproj,
                              const std::string& device, const std::string& isa, int threads,
-                             const std::string& kv, const std::string& kv_disk,
+                             const std::string& kv, bool kv_host, const std::string& kv_disk,
                              int64_t kv_disk_bytes, int64_t context, int64_t memory, bool vision,
                              const std::string& quant, QuantOverrides quant_overrides,
-                             int64_t device_experts, const py::object& progress) {
+                             int64_t device_experts, int64_t host_memory,
+                             const py::object& progress) {
   LoadOptions options;
   options.quant = quant;
   options.quant_overrides = std::move(quant_overrides);
@@ -127,12 +128,14 @@ std::shared_ptr<Engine> load(const std::string& path, const std::string& mmproj,
   options.isa = isa;
   options.threads = threads;
   options.kv = kv;
+  options.kv_host = kv_host;
   options.kv_disk = kv_disk;
   options.kv_disk_bytes = kv_disk_bytes;
   options.context = context;
   options.memory = memory;
   options.vision = vision;
   options.device_experts = device_experts;
+  options.host_memory = host_memory;
   options.progress = reporting(progress);
   const py::gil_scoped_release release;
   return Engine::load(options);
@@ -396,8 +399,9 @@ void bind_engine(py::module_& module) {
       .def_property_readonly("closed", &Engine::closed, "Whether close() was called.");
 
   module.def("load", &load, py::kw_only(), "path"_a, "mmproj"_a, "device"_a, "isa"_a, "threads"_a,
-             "kv"_a, "kv_disk"_a, "kv_disk_bytes"_a, "context"_a, "memory"_a, "vision"_a, "quant"_a,
-             "quant_overrides"_a, "device_experts"_a, "progress"_a, "Loads a checkpoint.");
+             "kv"_a, "kv_host"_a, "kv_disk"_a, "kv_disk_bytes"_a, "context"_a, "memory"_a,
+             "vision"_a, "quant"_a, "quant_overrides"_a, "device_experts"_a, "host_memory"_a,
+             "progress"_a, "Loads a checkpoint.");
   module.def("quantize", &quantize_checkpoint, py::kw_only(), "path"_a, "mmproj"_a, "out"_a,
              "quant"_a, "quant_overrides"_a, "threads"_a, "calibration"_a, "progress"_a,
              "calibration_progress"_a,

@@ -30,7 +30,9 @@ py::dict dict_of(const Plan& plan) {
       "step_host_bytes"_a = plan.step_host_bytes, "on_gpu"_a = plan.on_gpu,
       "expert_layers"_a = plan.expert_layers, "host_layers"_a = plan.host_layers,
       "host_expert_bytes"_a = plan.host_expert_bytes, "host_needed"_a = plan.host_needed,
-      "host_bytes"_a = plan.host_memory, "remedies"_a = remedies);
+      "host_bytes"_a = plan.host_memory, "kv_offloads"_a = plan.kv_offloads,
+      "kv_host_bytes"_a = plan.kv_host_bytes, "step_link_bytes"_a = plan.step_link_bytes,
+      "remedies"_a = remedies);
 }
 
 void bind_plan(py::module_& module) {
@@ -39,7 +41,8 @@ void bind_plan(py::module_& module) {
       [](const std::string& path, const std::string& mmproj, const std::string& kv, int64_t context,
          int64_t memory, int64_t disk, bool vision, const std::string& quant,
          const std::vector<std::pair<std::string, std::string>>& quant_overrides,
-         int64_t device_experts, int64_t host_memory, std::optional<int64_t> gpu_memory) {
+         int64_t device_experts, bool kv_host, int64_t host_memory,
+         std::optional<int64_t> gpu_memory) {
         LoadOptions options;
         options.path = path;
         options.mmproj = mmproj;
@@ -50,6 +53,7 @@ void bind_plan(py::module_& module) {
         options.quant = quant;
         options.quant_overrides = quant_overrides;
         options.device_experts = device_experts;
+        options.kv_host = kv_host;
         options.host_memory = host_memory;
         Plan made;
         {
@@ -59,8 +63,8 @@ void bind_plan(py::module_& module) {
         return dict_of(made);
       },
       py::kw_only(), "path"_a, "mmproj"_a, "kv"_a, "context"_a, "memory"_a, "disk"_a, "vision"_a,
-      "quant"_a, "quant_overrides"_a, "device_experts"_a, "host_memory"_a, "gpu_memory"_a,
-      "What a checkpoint needs; weights are not read.");
+      "quant"_a, "quant_overrides"_a, "device_experts"_a, "kv_host"_a, "host_memory"_a,
+      "gpu_memory"_a, "What a checkpoint needs; weights are not read.");
   module.def("memory_bandwidth", &memory_bandwidth, py::call_guard<py::gil_scoped_release>(),
              "Bytes a second that this machine reads, measured once.");
 }

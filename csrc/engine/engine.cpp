@@ -40,8 +40,8 @@ LoadOptions options_for(const LoadOptions& options) {
   return wanted;
 }
 
-// Whether what is asked for is nothing that the CPU alone can do: keys and values on a disk, or
-// named instructions.
+// Whether "auto" may be a GPU: not with named instructions, which are the CPU's, nor, as it has not
+// been measured, with keys and values on a disk.
 bool gpu_will_do(const LoadOptions& options) {
   return options.kv_disk.empty() && options.isa.empty();
 }
@@ -90,7 +90,8 @@ std::shared_ptr<Engine> Engine::load(const LoadOptions& options) {
   // Prefixes of past requests stay until the room is needed, so there is always a bound.
   impl->kv =
       std::make_unique<KvStore>(kv_geometry(spec, kv_format(options.kv, weight_type)),
-                                make_memory_tier(*impl->backend, plan.kv_room), std::move(kv));
+                                make_memory_tier(*impl->backend, plan.kv_room), std::move(kv),
+                                make_host_tier(*impl->backend, plan.kv_host_room));
 
   const int64_t source_bytes = sizes.text_source + (vision ? sizes.vision_source : 0);
   const auto progress = [&options, source_bytes](int64_t done) {

@@ -7,6 +7,7 @@
 #include "backend/ref/ref_backend.h"
 #include "base/error.h"
 #include "kv/tiers/device.h"
+#include "kv/tiers/pinned.h"
 #include "kv/tiers/ram.h"
 #include "puna/engine.h"
 
@@ -75,6 +76,9 @@ std::vector<std::string> devices_to_try(const std::string& device, bool gpu_will
 std::unique_ptr<KvTier> make_memory_tier(int64_t budget) { return make_ram_tier(budget); }
 std::unique_ptr<KvTier> make_memory_tier(Backend& backend, int64_t budget) {
   return backend.device_memory() ? make_device_tier(backend, budget) : make_ram_tier(budget);
+}
+std::unique_ptr<KvTier> make_host_tier(Backend& backend, int64_t budget) {
+  return backend.device_memory() ? make_pinned_tier(backend, budget) : nullptr;
 }
 
 }  // namespace puna

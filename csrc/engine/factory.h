@@ -25,5 +25,7 @@ std::vector<IsaStatus> available_isas();
 // the system's).
 std::unique_ptr<KvTier> make_memory_tier(int64_t budget);
 std::unique_ptr<KvTier> make_memory_tier(Backend& backend, int64_t budget);
+// Of the host's memory for a backend that has its own; null for others.
+std::unique_ptr<KvTier> make_host_tier(Backend& backend, int64_t budget);
 
 }  // namespace puna

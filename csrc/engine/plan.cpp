@@ -73,6 +73,12 @@ std::vector<ExpertsOfLayer> experts_by_layer(const ModelSpec& spec, const Packed
   return layers;
 }
 
+// Of so many bytes that weights leave.
+int64_t usable(int64_t left, bool given) {
+  const auto share = kShareOfFreeMemory * static_cast<double>(std::max<int64_t>(left, 0));
+  return given ? left : static_cast<int64_t>(share);
+}
+
 bool host_suffices(const Plan& plan) { return plan.host_needed <= plan.host_memory; }
 
 std::string joined(const std::vector<std::string>& parts) {
@@ -166,21 +172,41 @@ Plan Planner::evaluate(const LoadOptions& options, int64_t disk, int64_t host_la
   plan.memory_budget = plan.memory_given ? options.memory : free_memory_;
   plan.disk_budget = disk;
   plan.host_layers = host_layers;
+  plan.kv_offloads = on_gpu_ && (options.kv_host || disk > 0);
   place_experts(plan, options);
   const int64_t weight_bytes = plan.text_bytes + plan.vision_bytes - plan.host_expert_bytes;
-  const int64_t left = plan.memory_budget - weight_bytes;
-  const int64_t room = plan.memory_given
-                           ? left
-                           : static_cast<int64_t>(kShareOfFreeMemory *
-                                                  static_cast<double>(std::max<int64_t>(left, 0)));
+  const int64_t room = usable(plan.memory_budget - weight_bytes, plan.memory_given);
 
   const auto pass = [this](int64_t tokens) { return std::min(tokens, batch_rows_); };
   const auto footprint = [&](int64_t tokens) { return kv.footprint(tokens, pass(tokens)); };
-  const int64_t ahead = disk > 0 ? kv.read_ahead_bytes() : 0;
+  const auto page = static_cast<int64_t>(geometry.sealed_bytes());
+  // What is on its way from files takes memory of the host; to a GPU, some of its own, too.
+  const int64_t ring = kv.read_ahead_bytes();
+  const int64_t ahead = plan.kv_offloads ? KvStream::kHeld * page : !on_gpu_ && disk > 0 ? ring : 0;
+  const auto host_beside = [&](int64_t tokens) {
+    const int64_t experts =
+        host_layers > 0 ? plan.host_expert_bytes + host_scratch_bytes(spec_, pass(tokens)) : 0;
+    if (!plan.kv_offloads) return experts;
+    return experts + ring + (disk > 0 ? KvStore::kMostCopied * kv.chunk_file_bytes() : 0);
+  };
+  const auto host_room = [&](int64_t tokens) {
+    if (!plan.kv_offloads) return int64_t{0};
+    const bool given = options.host_memory > 0;
+    return std::max<int64_t>(0, usable(plan.host_memory - host_beside(tokens), given));
+  };
+  // Of so many bytes, a GPU leaves a whole number of layers of chunks to the host, and may have to
+  // leave one that it has the most part of the room for.
+  const auto offloaded = [&](int64_t bytes) {
+    const int64_t layer = std::max<int64_t>(geometry.unit() / kPageTokens * page, 1);
+    return bytes <= 0 ? 0 : (bytes + layer - 1) / layer * layer + layer;
+  };
   const auto fits = [&](int64_t tokens) {
     const KvFootprint cache = footprint(tokens);
-    const int64_t cache_room = room - scratch_bytes(spec_, pass(tokens)) - ahead;
-    return cache.memory <= cache_room || (cache.least_memory <= cache_room && cache.disk <= disk);
+    const int64_t cache_room = room - scratch_bytes(spec_, pass(tokens));
+    if (cache.memory <= cache_room - (on_gpu_ ? 0 : ahead)) return true;
+    if (cache.least_memory > cache_room - ahead) return false;
+    if (disk > 0) return cache.disk <= disk;
+    return plan.kv_offloads && offloaded(cache.memory - (cache_room - ahead)) <= host_room(tokens);
   };
   int64_t too_long = spec_.max_position + 1;
   while (too_long - plan.largest_context > 1) {
@@ -188,13 +214,9 @@ Plan Planner::evaluate(const LoadOptions& options, int64_t disk, int64_t host_la
     (fits(middle) ? plan.largest_context : too_long) = middle;
   }
   plan.context = options.context > 0 ? options.context : std::max<int64_t>(plan.largest_context, 1);
-  if (host_layers > 0)
-    plan.host_needed = plan.host_expert_bytes + host_scratch_bytes(spec_, pass(plan.context));
-  plan.fits = plan.context <= plan.largest_context && host_suffices(plan);
 
   const KvFootprint cache = footprint(plan.context);
   const int64_t layers = global_layers(geometry);
-  const auto page = static_cast<int64_t>(geometry.sealed_bytes());
   KvGeometry local = geometry;
   std::erase(local.chunk, 0);
   plan.scratch_bytes = scratch_bytes(spec_, pass(plan.context));
@@ -203,22 +225,37 @@ Plan Planner::evaluate(const LoadOptions& options, int64_t disk, int64_t host_la
   plan.kv_open_bytes = cache.memory - plan.kv_local_bytes - plan.kv_sealed_bytes;
   plan.kv_bytes_per_token = layers * page / kPageTokens;
 
-  plan.kv_room = room - plan.scratch_bytes;
-  const int64_t cache_room = plan.kv_room - ahead;
-  const bool spills = cache.memory > cache_room && disk > 0;
+  // A GPU's window is beside its pages, while the host's ring is of the pages' memory.
+  const int64_t cache_room = room - plan.scratch_bytes - ahead;
+  plan.kv_room = on_gpu_ ? cache_room : cache_room + ahead;
+  const bool fits_whole = cache.memory <= (on_gpu_ ? cache_room + ahead : cache_room);
+  if (on_gpu_ && fits_whole) plan.kv_room = std::max(plan.kv_room, cache.memory);
+  // A window that would take more than what it makes room for is of no use.
+  const bool spills = !fits_whole && (on_gpu_ ? plan.kv_offloads : disk > 0) &&
+                      (!on_gpu_ || cache.least_memory + ahead < cache.memory);
   plan.kv_memory_bytes = spills ? std::max(cache_room, cache.least_memory) : cache.memory;
-  plan.kv_disk_bytes = plan.disk_needed = spills ? cache.disk : 0;
-  plan.memory_needed =
-      weight_bytes + plan.scratch_bytes + ahead + (spills ? cache.least_memory : cache.memory);
-  plan.step_disk_bytes = cache.memory - plan.kv_memory_bytes;
+  plan.kv_disk_bytes = plan.disk_needed = spills && disk > 0 ? cache.disk : 0;
+  plan.memory_needed = weight_bytes + plan.scratch_bytes + (spills || !on_gpu_ ? ahead : 0) +
+                       (spills ? cache.least_memory : cache.memory);
+  plan.kv_host_room = on_gpu_ ? host_room(plan.context) + ring : 0;
+  const int64_t elsewhere = cache.memory - plan.kv_memory_bytes;
+  plan.host_needed = host_beside(plan.context);
+  if (on_gpu_ && spills) {
+    const int64_t needed = offloaded(elsewhere);
+    plan.kv_host_bytes = disk > 0 ? std::min(elsewhere, host_room(plan.context)) : elsewhere;
+    if (disk == 0) plan.host_needed += needed;
+    plan.step_link_bytes = elsewhere;
+  }
+  plan.step_disk_bytes = elsewhere - plan.kv_host_bytes;
   plan.step_memory_bytes += plan.kv_memory_bytes;
+  plan.fits = plan.context <= plan.largest_context && host_suffices(plan);
   return plan;
 }
 
 // What lies where, and what a token reads of the weights.
 void Planner::place_experts(Plan& plan, const LoadOptions& options) const {
   plan.on_gpu = on_gpu_;
-  if (plan.host_layers > 0)
+  if (plan.host_layers > 0 || plan.kv_offloads)
     plan.host_memory = options.host_memory > 0 ? options.host_memory : available_memory_bytes();
   plan.step_memory_bytes = plan.text_bytes;
   for (const ExpertsOfLayer& layer : experts_by_layer(spec_, weights(options))) {
@@ -241,14 +278,18 @@ std::vector<Planner::Choice> Planner::choices(const LoadOptions& options, const 
   }
   constexpr int64_t kAnyDisk = int64_t{1} << 60;  // what is needed is said
   const bool experts_fixed = on_gpu_ && options.device_experts != kExpertsThatFit;
+  // None more, a GPU's host, or a disk.
+  enum Offload { kAsIs, kHost, kDisk };
+  std::vector<Offload> offloads{kAsIs};
+  if (on_gpu_ && !plan.kv_offloads) offloads.push_back(kHost);
+  if (plan.disk_budget == 0) offloads.push_back(kDisk);
   std::vector<Choice> all;
-  for (const bool leave_experts : {false, true}) {
+  for (const bool leave_experts : {true, false}) {
     if (leave_experts && !experts_fixed) continue;
     for (const bool drop_vision : {false, true}) {
       if (drop_vision && plan.vision_bytes == 0) continue;
       for (const std::string& quant : quants) {
-        for (const bool add_disk : {false, true}) {
-          if (add_disk && (plan.disk_budget > 0 || on_gpu_)) continue;
+        for (const Offload offload : offloads) {
           for (const std::string& kv : formats) {
             Choice& choice = all.emplace_back();
             LoadOptions changed = options;
@@ -261,7 +302,11 @@ std::vector<Planner::Choice> Planner::choices(const LoadOptions& options, const 
               changed.kv = kv;
               choice.changes.push_back("kv='" + kv + "'");
             }
-            if (add_disk) choice.changes.emplace_back("kv_offload='disk:DIR'");
+            if (offload == kHost) {
+              changed.kv_host = true;
+              choice.changes.emplace_back("kv_offload='host'");
+            }
+            if (offload == kDisk) choice.changes.emplace_back("kv_offload='disk:DIR'");
             if (!quant.empty()) {
               changed.quant = quant;
               choice.changes.push_back("quant='" + quant + "'");
@@ -270,7 +315,7 @@ std::vector<Planner::Choice> Planner::choices(const LoadOptions& options, const 
               changed.vision = false;
               choice.changes.emplace_back("vision=False");
             }
-            choice.plan = evaluate(changed, add_disk ? kAnyDisk : plan.disk_budget);
+            choice.plan = evaluate(changed, offload == kDisk ? kAnyDisk : plan.disk_budget);
           }
         }
       }
@@ -355,6 +400,15 @@ void require_fit(const Plan& plan) {
          can_leave_vision ? in_words(text) : "");
   }
   const int64_t fits = plan.largest_context;
+  if (plan.context > fits && plan.kv_offloads && plan.memory_needed <= plan.memory_budget &&
+      plan.disk_budget == 0) {
+    fail(ErrorCode::kOutOfMemory, {.asked = plan.host_needed, .limit = plan.host_memory},
+         "[load] a context of ", plan.context, " tokens needs ", in_words(plan.host_needed),
+         " of the host's memory for what the GPU leaves to it, ", in_words(plan.kv_host_bytes),
+         " of them KV cache, and ", in_words(plan.host_memory),
+         " are given or free; the largest context that fits is ", fits, ": use context=", fits,
+         ", kv='int8' or 'int4', or kv_offload='disk:DIR'");
+  }
   if (plan.context > fits) {
     const int64_t beside = weights + plan.scratch_bytes;
     fail(ErrorCode::kOutOfMemory, {.asked = plan.memory_needed, .limit = plan.memory_budget},
@@ -363,13 +417,17 @@ void require_fit(const Plan& plan) {
          " of weights and ", in_words(plan.scratch_bytes), " of activations, and ", owner,
          in_words(plan.memory_budget), "; the largest context that fits is ", fits,
          fits > 0 ? ": use context=" : ": give more memory", fits > 0 ? std::to_string(fits) : "",
-         could_leave_experts ? kLeaveExperts : "");
+         could_leave_experts ? kLeaveExperts : "",
+         plan.on_gpu && !plan.kv_offloads
+             ? "; kv_offload='host' leaves to the host's memory what the GPU's does not hold"
+             : "");
   }
   fail(ErrorCode::kOutOfMemory, {.asked = plan.host_needed, .limit = plan.host_memory},
-       "[load] the routed experts of ", plan.host_layers, " of ", plan.expert_layers,
-       " layers, which the GPU leaves to the host, need ", in_words(plan.host_needed),
-       " of the system's memory, which has free ", in_words(plan.host_memory),
-       "; a shorter context= leaves fewer of them, quant='int4' makes them smaller");
+       "[load] the routed experts of ", plan.host_layers, " of ", plan.expert_layers, " layers",
+       plan.kv_offloads ? " and the KV cache" : "", ", which the GPU leaves to the host, need ",
+       in_words(plan.host_needed), " of the system's memory, which has free ",
+       in_words(plan.host_memory),
+       "; a shorter context= leaves less to it, quant='int4' makes experts smaller");
 }
 
 Plan plan(const LoadOptions& options, int64_t disk, std::optional<int64_t> gpu_memory) {

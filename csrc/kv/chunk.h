@@ -25,6 +25,8 @@ struct KvChunk {
   Digest parent{}, name{};  // names of the prefixes up to its begin and end
   // pages[g]: of the g-th global layer, in order; empty if they are in the file alone.
   std::vector<std::vector<std::shared_ptr<void>>> pages;
+  // By global layer: whether its pages are in the host's memory, while attention reads a device's.
+  std::vector<uint8_t> offloaded;
   // Of the g-th global layer, where they are known while its pages are in the file alone: the
   // scales and zero points of the pages' keys (AttentionSegment::key_scales), one after another.
   std::vector<std::shared_ptr<void>> key_scales;
@@ -32,10 +34,12 @@ struct KvChunk {
   int writing = 0;                           // jobs of the writer that need its pages
   std::shared_ptr<const ChunkFile> written;  // the same, for the writer's thread alone
 
-  // Whether every page is in memory; whether any is.
+  // Whether attention reads the layer's pages where they are.
+  bool in_reach(size_t g) const { return !pages[g].empty() && offloaded[g] == 0; }
+  // Whether it reads every page where it is; whether any page is in memory.
   bool resident() const {
-    for (const auto& layer : pages)
-      if (layer.empty()) return false;
+    for (size_t g = 0; g < pages.size(); ++g)
+      if (!in_reach(g)) return false;
     return true;
   }
   bool holds_memory() const {

@@ -23,7 +23,8 @@ namespace puna {
 struct ChunkJob {
   std::shared_ptr<KvChunk> chunk;
   PageFileHeader header;
-  std::vector<const void*> pages;  // of the chunk, in the order of header.sections
+  std::vector<const void*> pages;      // of the chunk, in the order of header.sections
+  std::shared_ptr<const void> copies;  // of pages that the host cannot read where they are
   // To be told of the chunk, after it is durable; null: nobody.
   std::shared_ptr<SessionDirectory> session;
   UnitText text;  // for the session

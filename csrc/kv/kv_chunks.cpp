@@ -49,8 +49,8 @@ void KvStore::open_reader() {
   std::vector<void*> memory;
   if (!globals_.empty()) {
     const int64_t slot_bytes = slot_pages * static_cast<int64_t>(geometry().sealed_bytes());
-    make_room(slots * slot_bytes);
-    ring_ = new_page(static_cast<size_t>(slots * slot_bytes));
+    if (!host_) make_room(slots * slot_bytes);
+    ring_ = new_page(host_tier(), static_cast<size_t>(slots * slot_bytes));
     for (int64_t i = 0; i < slots; ++i)
       memory.push_back(static_cast<char*>(ring_.get()) + i * slot_bytes);
   }
@@ -63,13 +63,6 @@ void KvStore::require_same_process() const {
   if (getpid() != process_)
     fail(ErrorCode::kUnsupported,
          "[kv] the process was forked; load the model anew there to use sessions or a cache on "
-         "disk");
-}
-
-void KvStore::require_host_memory() const {
-  if (!tier_->host_memory())
-    fail(ErrorCode::kUnsupported, "[kv] pages in the memory of ", tier_->name(),
-         " cannot go to files or come from them yet; use device='cpu' for sessions and a cache on "
          "disk");
 }
 
@@ -108,13 +101,6 @@ PageFileHeader KvStore::header_of(const KvChunk& chunk) const {
   return header;
 }
 
-std::vector<const void*> KvStore::pages_of(const KvChunk& chunk) const {
-  std::vector<const void*> pages;
-  for (const std::vector<Page>& layer : chunk.pages)
-    for (const Page& page : layer) pages.push_back(page.get());
-  return pages;
-}
-
 // Moves what is finished from the sequence's own pages to chunks, which others may share.
 void KvStore::finish_chunks(State& current, const KvText& text) {
   if (unit_ == 0) return;
@@ -122,6 +108,7 @@ void KvStore::finish_chunks(State& current, const KvText& text) {
   while (current.length >= static_cast<int64_t>(current.chunks.size() + 1) * unit_) {
     auto chunk = std::make_shared<KvChunk>();
     chunk->index = static_cast<int64_t>(current.chunks.size());
+    chunk->offloaded.resize(globals_.size());
     for (const int64_t l : globals_) {
       std::vector<Page>& tail = current.layers[l].tail;
       const auto end = tail.begin() + static_cast<ptrdiff_t>(count);
@@ -154,10 +141,16 @@ void KvStore::write(const std::shared_ptr<KvChunk>& chunk,
   if (!writer_)
     writer_ = std::make_unique<ChunkWriter>(files_, directory_ ? directory_->path() : "", identity_,
                                             disk_bytes_);
+  // Copies that wait for the disk would add up.
+  while (host_ && writer_->pending() >= kMostCopied && writer_->wait()) collect();
   ChunkJob job;
   job.chunk = chunk;
   job.header = header_of(*chunk);
-  job.pages = pages_of(*chunk);
+  if (!chunk->file) {  // which sessions link otherwise
+    HostPages pages = on_host(*chunk);
+    job.pages = std::move(pages.pages);
+    job.copies = std::move(pages.copies);
+  }
   job.session = session;
   if (session) job.text = UnitText::of(text, job.header.begin, job.header.end);
   ++chunk->writing;
@@ -172,7 +165,7 @@ void KvStore::set_pages(const KvChunk& chunk, size_t global) {
     if (!holds(*other, chunk)) continue;
     void** const table = other->layers[globals_[global]].sealed.data() + chunk.index * count;
     for (int64_t i = 0; i < count; ++i)
-      table[i] = pages.empty() ? nullptr : pages[static_cast<size_t>(i)].get();
+      table[i] = chunk.in_reach(global) ? pages[static_cast<size_t>(i)].get() : nullptr;
   }
 }
 
@@ -245,23 +238,31 @@ void KvStore::wait_for_writes() {
 // --- memory
 // ------------------------------------------------------------------------------------------
 
-// What the chunks that are, or will be, in files would give back.
+// What the chunks that are, or will be, in files would give back, and what the host has room for.
 int64_t KvStore::evictable_bytes() const {
   std::set<const KvChunk*> seen;
-  int64_t pages = 0, scales = 0;
+  int64_t in_files = 0, elsewhere = 0, offloaded = 0, scales = 0;
   for (const auto& [id, current] : sequences_) {
     for (const auto& chunk : current->chunks) {
-      if (!chunk->file && !(directory_ && chunk->writing > 0)) continue;
       if (!seen.insert(chunk.get()).second) continue;
-      for (const std::vector<Page>& layer : chunk->pages)
-        pages += std::count_if(layer.begin(), layer.end(),
-                               [](const Page& page) { return page.use_count() == 1; });
-      scales += std::count_if(chunk->key_scales.begin(), chunk->key_scales.end(),
-                              [](const Page& some) { return some.use_count() == 1; });
+      const bool file = chunk->file || (directory_ && chunk->writing > 0);
+      for (size_t g = 0; g < chunk->pages.size(); ++g) {
+        const std::vector<Page>& layer = chunk->pages[g];
+        const int64_t count = std::count_if(layer.begin(), layer.end(),
+                                            [](const Page& page) { return page.use_count() == 1; });
+        if (chunk->in_reach(g))
+          (file ? in_files : elsewhere) += file || count == std::ssize(layer) ? count : 0;
+        else if (file)
+          offloaded += count;
+      }
+      if (file)
+        scales += std::count_if(chunk->key_scales.begin(), chunk->key_scales.end(),
+                                [](const Page& some) { return some.use_count() == 1; });
     }
   }
-  return pages * static_cast<int64_t>(geometry().sealed_bytes()) +
-         scales * static_cast<int64_t>(key_scale_bytes());
+  const auto page = static_cast<int64_t>(geometry().sealed_bytes());
+  if (host_) return in_files * page + std::min(elsewhere * page, host_room() + offloaded * page);
+  return in_files * page + scales * static_cast<int64_t>(key_scale_bytes());
 }
 
 // Drops the pages of the last chunk that has a file, of all sequences; false if there is none, or
@@ -282,6 +283,7 @@ bool KvStore::evict_one() {
   if (last == nullptr || last->index < last_writing - 1) return false;
   for (size_t g = 0; g < globals_.size(); ++g) {
     last->pages[g].clear();
+    last->offloaded[g] = 0;
     set_pages(*last, g);
   }
   return true;
@@ -307,7 +309,7 @@ void KvStore::make_room(int64_t bytes) {
   check_memory(bytes);
   while (bytes > tier_->bytes_left()) {
     collect();
-    if (evict_one() || drop_key_scales()) continue;
+    if (offload_one() || evict_one() || drop_key_scales()) continue;
     if (writer_ && writer_->wait()) continue;
     if (!failed_.empty()) std::rethrow_exception(failed_.front().failure);
     check_memory(bytes);
@@ -335,7 +337,7 @@ void KvStore::begin_pass(std::span<const int64_t> layers, bool partly) {
     for (const Sequence sequence : pass_) {
       std::vector<std::shared_ptr<KvChunk>> missing;
       for (const auto& chunk : state(sequence).chunks)
-        if (chunk->pages[g].empty()) missing.push_back(chunk);
+        if (!chunk->in_reach(g)) missing.push_back(chunk);
       if (missing.empty()) continue;
       const auto group = std::find_if(groups.begin(), groups.end(), [&](const auto& candidate) {
         const size_t common = std::min(candidate.first.size(), missing.size());
@@ -350,27 +352,43 @@ void KvStore::begin_pass(std::span<const int64_t> layers, bool partly) {
       }
     }
     for (const auto& [missing, sequences] : groups) {
-      StreamPlan& plan = plans.emplace_back();
+      PassStream& stream = streams_.emplace_back();
+      if (host_) stream.tiered = std::make_unique<TieredStream>(*tier_, geometry().sealed_bytes());
+      StreamPlan plan;
       plan.order = static_cast<int64_t>(order);
       for (const auto& chunk : missing) {
-        kept_.push_back({chunk, g, plans.size() - 1, plan.parts.size()});
-        const PageSection* section = chunk->file->header.find(layer, PageKind::kSealed);
+        Kept& kept = kept_.emplace_back(Kept{chunk, g});
+        kept.stream = streams_.size() - 1;
+        const int64_t first = chunk->index * (unit_ / kPageTokens);
+        if (!chunk->pages[g].empty()) {
+          stream.tiered->add(first, chunk->pages[g]);
+          continue;
+        }
+        kept.plan = plans.size();
+        kept.part = plan.parts.size();
         ChunkPart& part = plan.parts.emplace_back();
         part.file = chunk->file;
-        part.section = section;
-        part.first_index = chunk->index * (unit_ / kPageTokens);
+        part.section = chunk->file->header.find(layer, PageKind::kSealed);
+        part.first_index = first;
       }
-      for (const Sequence sequence : sequences) stream_of_[{sequence, layer}] = plans.size() - 1;
+      if (!plan.parts.empty()) {
+        stream.plan = plans.size();
+        plans.push_back(std::move(plan));
+      }
+      for (const Sequence sequence : sequences) stream_of_[{sequence, layer}] = streams_.size() - 1;
     }
   }
-  if (plans.empty()) return;
-  require_same_process();
+  if (streams_.empty()) return;
   if (partly) {
     keep_key_scales(plans);
     set_key_scales();
   }
   keep_what_fits(plans);
+  if (plans.empty()) return;
+  require_same_process();
   reader_->begin(std::move(plans));
+  for (const PassStream& stream : streams_)
+    if (stream.tiered && stream.plan) stream.tiered->set_files(reader_->stream(*stream.plan));
 }
 
 // Gives memory that is left to the first chunks of those that stream: they stay. On entry, kept_
@@ -379,32 +397,47 @@ void KvStore::keep_what_fits(std::vector<StreamPlan>& plans) {
   std::stable_sort(kept_.begin(), kept_.end(), [](const Kept& a, const Kept& b) {
     return std::pair(a.chunk->index, a.chunk.get()) < std::pair(b.chunk->index, b.chunk.get());
   });
-  const auto page = static_cast<int64_t>(geometry().sealed_bytes());
-  const int64_t reserve = growth_reserve();
-  const auto count = static_cast<size_t>(unit_ / kPageTokens);
   std::vector<Kept> staying;
   std::set<std::pair<const KvChunk*, size_t>> seen;  // a chunk in two streams stays once
+  bool device_has_room = host_ != nullptr;
   for (Kept& kept : kept_) {
     if (!seen.insert({kept.chunk.get(), kept.global}).second) continue;
-    if (tier_->bytes_left() - static_cast<int64_t>(count) * page < reserve) break;
-    std::vector<Page> stay;
-    while (stay.size() < count) {
-      void* const memory = tier_->allocate(static_cast<size_t>(page));
-      if (memory == nullptr) break;
-      stay.push_back(owned(memory, static_cast<size_t>(page)));
+    // What is being written from the host's memory stays there.
+    if (device_has_room && kept.chunk->writing == 0) {
+      kept.on_device = pages_that_fit(*tier_);
+      device_has_room = !kept.on_device.empty();
+      if (device_has_room) {
+        streams_[kept.stream].tiered->keep(kept.chunk->index * (unit_ / kPageTokens),
+                                           kept.on_device);
+        staying.push_back(std::move(kept));
+        continue;
+      }
     }
-    if (stay.size() < count) break;
-    plans[kept.plan].parts[kept.part].stay = std::move(stay);
+    if (!kept.plan) continue;
+    std::vector<Page> stay = pages_that_fit(host_tier());
+    if (stay.empty()) break;
+    plans[*kept.plan].parts[kept.part].stay = std::move(stay);
     staying.push_back(std::move(kept));
   }
   kept_ = std::move(staying);
 }
 
-// Growing sequences would at once push out what took the last bytes.
-int64_t KvStore::growth_reserve() const {
-  return 2 * unit_ / kPageTokens * static_cast<int64_t>(globals_.size()) *
-         static_cast<int64_t>(geometry().sealed_bytes());
+// For a chunk's pages of one layer, or none.
+std::vector<KvStore::Page> KvStore::pages_that_fit(KvTier& tier) {
+  std::vector<Page> pages;
+  const int64_t left = &tier == host_.get() ? host_room() : tier.bytes_left();
+  if (left - layer_bytes() < growth_reserve()) return pages;
+  const size_t bytes = geometry().sealed_bytes();
+  while (std::ssize(pages) < unit_ / kPageTokens) {
+    void* const memory = tier.allocate(bytes);
+    if (memory == nullptr) return {};
+    pages.push_back(owned(tier, memory, bytes));
+  }
+  return pages;
 }
+
+// Growing sequences would at once push out what took the last bytes.
+int64_t KvStore::growth_reserve() const { return 2 * std::ssize(globals_) * layer_bytes(); }
 
 // --- passes that may leave pages out -------------------------------------------------------------
 
@@ -442,12 +475,14 @@ void KvStore::keep_key_scales(std::vector<StreamPlan>& plans) {
   for (const Kept& kept : kept_) {
     KvChunk& chunk = *kept.chunk;
     chunk.key_scales.resize(globals_.size());
-    if (chunk.key_scales[kept.global] || !seen.insert({&chunk, kept.global}).second) continue;
-    if (static_cast<int64_t>(bytes) > tier_->bytes_left() - growth_reserve()) return;
-    void* const memory = tier_->allocate(bytes);
+    if (!kept.plan || chunk.key_scales[kept.global] || !seen.insert({&chunk, kept.global}).second)
+      continue;
+    KvTier& tier = host_tier();
+    if (static_cast<int64_t>(bytes) > tier.bytes_left() - growth_reserve()) return;
+    void* const memory = tier.allocate(bytes);
     if (memory == nullptr) return;
-    ChunkPart& part = plans[kept.plan].parts[kept.part];
-    part.excerpts = owned(memory, bytes);
+    ChunkPart& part = plans[*kept.plan].parts[kept.part];
+    part.excerpts = owned(tier, memory, bytes);
     part.excerpt_offset = layout.key_scale_offset(0);
     part.excerpt_bytes = static_cast<size_t>(layout.kv_heads) * layout.key_scale_bytes();
     scaled_.push_back(kept);
@@ -491,21 +526,38 @@ void KvStore::end_pass() {
   stream_of_.clear();
   for (const auto& [id, current] : sequences_)
     for (const int64_t layer : globals_) current->layers[layer].key_scales.clear();
-  if (!reader_) return;
-  std::vector<StreamPlan> plans = reader_->end();
+  // A device may still be copying out of the ring, and to pages that stay.
+  if (host_ && !streams_.empty()) host_->settle();
+  std::vector<StreamPlan> plans;
+  if (reader_) plans = reader_->end();
+  const auto part_of = [&](const Kept& kept) {
+    // begin_pass() may not have come to its end.
+    const bool there = kept.plan && *kept.plan < plans.size();
+    return there ? &plans[*kept.plan].parts[kept.part] : nullptr;
+  };
   for (const Kept& scaled : std::exchange(scaled_, {})) {
-    if (plans.empty()) break;
-    ChunkPart& part = plans[scaled.plan].parts[scaled.part];
-    if (part.whole()) scaled.chunk->key_scales[scaled.global] = std::move(part.excerpts);
+    ChunkPart* const part = part_of(scaled);
+    if (part != nullptr && part->whole())
+      scaled.chunk->key_scales[scaled.global] = std::move(part->excerpts);
   }
-  for (const Kept& kept : std::exchange(kept_, {})) {
-    if (plans.empty()) break;  // begin_pass() did not come to its end
-    ChunkPart& part = plans[kept.plan].parts[kept.part];
-    if (!part.whole()) continue;
-    kept.chunk->pages[kept.global] = std::move(part.stay);
-    if (!kept.chunk->key_scales.empty()) kept.chunk->key_scales[kept.global].reset();
-    set_pages(*kept.chunk, kept.global);
+  for (Kept& kept : kept_) {
+    KvChunk& chunk = *kept.chunk;
+    ChunkPart* const part = part_of(kept);
+    const bool on_device = !kept.on_device.empty();
+    if (on_device) {
+      const int64_t count = unit_ / kPageTokens;
+      if (!streams_[kept.stream].tiered->has_kept(chunk.index * count, count)) continue;
+      chunk.pages[kept.global] = std::move(kept.on_device);
+    } else {
+      if (part == nullptr || part->stay.empty() || !part->whole()) continue;
+      chunk.pages[kept.global] = std::move(part->stay);
+    }
+    chunk.offloaded[kept.global] = host_ && !on_device ? 1 : 0;
+    if (!chunk.key_scales.empty()) chunk.key_scales[kept.global].reset();
+    set_pages(chunk, kept.global);
   }
+  kept_.clear();
+  streams_.clear();
 }
 
 }  // namespace puna

@@ -5,6 +5,7 @@
 #include "base/error.h"
 #include "kv/kv_state.h"
 #include "kv/kv_store.h"
+#include "platform/memory.h"
 
 namespace puna {
 namespace {
@@ -62,8 +63,10 @@ void KvStore::save(Sequence sequence, const std::string& path, const KvText& tex
   for (; common < chunks; ++common) {
     const KvChunk& chunk = *current.chunks[common];
     const PageFileHeader header = header_of(chunk);
+    HostPages pages;  // what has a file is linked
+    if (!chunk.file) pages = on_host(chunk);
     directory->append(common, UnitText::of(text, header.begin, header.end), chunk.file.get(),
-                      header, pages_of(chunk));
+                      header, pages.pages);
   }
   if (static_cast<int64_t>(directory->records().size()) > chunks) directory->truncate(chunks);
 
@@ -75,14 +78,16 @@ void KvStore::save(Sequence sequence, const std::string& path, const KvText& tex
   tail.parent = chunks == 0 ? identity_.root() : current.chunks.back()->name;
   tail.chain = chain_hash(tail.parent, text, tail.begin, tail.end);
   tail.sections = tail_sections(geometry(), tail.begin, tail.end);
-  std::vector<const void*> pages;
+  std::vector<StoredPage> stored;
   for (const PageSection& section : tail.sections) {
     const Layer& layer = current.layers[section.layer];
     for (int64_t i = 0; i < section.pages; ++i)
-      pages.push_back(section.kind == PageKind::kSealed ? layer.tail[i].get()
-                                                        : layer.open.table[i]);
+      stored.push_back(
+          {section.kind == PageKind::kSealed ? layer.tail[i].get() : layer.open.table[i],
+           static_cast<size_t>(section.page_bytes), host_ != nullptr});
   }
-  directory->write_tail(UnitText::of(text, tail.begin, tail.end), std::move(tail), pages);
+  const HostPages pages = on_host(stored);
+  directory->write_tail(UnitText::of(text, tail.begin, tail.end), std::move(tail), pages.pages);
 }
 
 void KvStore::attach(Sequence sequence, const std::string& path, const KvText& text) {
@@ -141,6 +146,7 @@ KvStore::Opened KvStore::open(const std::string& path, bool resume) {
       chunk->parent = file.header.parent;
       chunk->name = record.name;
       chunk->pages.resize(globals_.size());
+      chunk->offloaded.resize(globals_.size());
       chunk->written = chunk->file = std::make_shared<const ChunkFile>(std::move(file));
       known = chunk;
     }
@@ -148,8 +154,8 @@ KvStore::Opened KvStore::open(const std::string& path, bool resume) {
     for (size_t g = 0; g < globals_.size(); ++g) {
       std::vector<void*>& table = fresh->layers[globals_[g]].sealed;
       for (size_t p = 0; p < count; ++p) {
-        const std::vector<Page>& pages = fresh->chunks.back()->pages[g];
-        table.push_back(pages.empty() ? nullptr : pages[p].get());
+        const KvChunk& chunk = *fresh->chunks.back();
+        table.push_back(chunk.in_reach(g) ? chunk.pages[g][p].get() : nullptr);
       }
     }
   }
@@ -174,13 +180,17 @@ void KvStore::read_tail(State& fresh, const SessionContents& contents) {
     bytes += section.pages * static_cast<int64_t>(section.page_bytes);
   make_room(bytes);
   const auto file = files_.open(contents.tail_path, OpenMode::kReadDirect);
+  Memory staged;  // of a page that the host cannot write where it will be
   for (const PageSection& section : tail.sections) {
     Layer& layer = fresh.layers[section.layer];
+    if (host_ && staged.size() < section.page_bytes) staged = Memory(section.page_bytes);
     for (int64_t i = 0; i < section.pages; ++i) {
-      Page page = new_page(section.page_bytes);
-      read_exactly(*file, page.get(), section.page_bytes,
+      Page page = new_page(*tier_, section.page_bytes);
+      void* const to = host_ ? staged.data() : page.get();
+      read_exactly(*file, to, section.page_bytes,
                    section.offset + static_cast<uint64_t>(i) * section.page_bytes);
-      check_page(tail, section, i, page.get(), contents.tail_path);
+      check_page(tail, section, i, to, contents.tail_path);
+      if (host_) tier_->from_host(page.get(), to, section.page_bytes);
       if (section.kind == PageKind::kSealed)
         layer.push_sealed(std::move(page));
       else
@@ -212,7 +222,8 @@ int64_t KvStore::truncate_session(const std::string& path, int64_t tokens) {
 
 KvStatistics KvStore::statistics() const {
   KvStatistics statistics;
-  statistics.memory_bytes = tier_->bytes_in_use();
+  statistics.memory_bytes = bytes_in_use();
+  if (host_) statistics.host_bytes = host_->bytes_in_use();
   statistics.disk_bytes = *disk_bytes_;
   if (reader_) {
     const ReadStatistics reads = reader_->statistics();

@@ -2,10 +2,12 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
 
 #include "kv/kv_store.h"
+#include "kv/tiered_stream.h"
 
 namespace puna {
 
@@ -79,8 +81,17 @@ struct KvStore::Growth {
 // A chunk's pages of one layer that are read, of which something stays in memory.
 struct KvStore::Kept {
   std::shared_ptr<KvChunk> chunk;
-  size_t global = 0;  // of KvChunk::pages
-  size_t plan = 0, part = 0;
+  size_t global = 0;                 // of KvChunk::pages
+  std::optional<size_t> plan;        // of the reader, if they come from the file;
+  size_t part = 0;                   // the part of that plan
+  size_t stream = 0;                 // of streams_
+  std::vector<Page> on_device = {};  // where they stay, if that is the device's memory
+};
+
+// Pages that a layer of some sequences reads in a pass, and are not where attention reads them.
+struct KvStore::PassStream {
+  std::optional<size_t> plan;            // of the reader
+  std::unique_ptr<TieredStream> tiered;  // if there is a tier of the host's memory
 };
 
 inline int64_t pages_for(int64_t tokens) { return (tokens + kPageTokens - 1) / kPageTokens; }

@@ -11,16 +11,19 @@
 
 namespace puna {
 
-KvStore::KvStore(KvGeometry geometry, std::unique_ptr<KvTier> tier, KvStoreOptions options)
+KvStore::KvStore(KvGeometry geometry, std::unique_ptr<KvTier> tier, KvStoreOptions options,
+                 std::unique_ptr<KvTier> host)
     : identity_{options.model, std::move(geometry)},
       options_(std::move(options)),
       files_(options_.files ? *options_.files : system_files()),
       unit_(identity_.geometry.unit()),
       process_(getpid()),
       tier_(std::move(tier)),
+      host_(std::move(host)),
       disk_bytes_(std::make_shared<std::atomic<int64_t>>(0)) {
   if (tier_ == nullptr || this->geometry().layout.page_bytes() == 0)
     fail(ErrorCode::kInternal, "[kv] a store without a tier, or of empty pages");
+  if (tier_->host_memory()) host_.reset();
   for (size_t layer = 0; layer < this->geometry().chunk.size(); ++layer) {
     const int64_t chunk = this->geometry().chunk[layer];
     if (chunk < 0) fail(ErrorCode::kInternal, "[kv] an attention chunk of ", chunk, " tokens");
@@ -38,6 +41,7 @@ KvStore::~KvStore() {
   writer_.reset();
   failed_.clear();
   kept_.clear();
+  streams_.clear();
   sequences_.clear();
   ring_.reset();
 }
@@ -198,17 +202,16 @@ KvStore::Plan KvStore::plan(std::span<const Append> appends) {
   return plan;
 }
 
-KvStore::Page KvStore::new_page(size_t bytes) {
-  void* const memory = tier_->allocate(bytes);
+KvStore::Page KvStore::new_page(KvTier& tier, size_t bytes) {
+  void* const memory = tier.allocate(bytes);
   if (memory == nullptr)
     fail(ErrorCode::kOutOfMemory, "[kv] the system refused a page of ", bytes,
          " bytes for keys and values");
-  return owned(memory, bytes);
+  return owned(tier, memory, bytes);
 }
 
-KvStore::Page KvStore::owned(void* memory, size_t bytes) {
-  KvTier* const tier = tier_.get();
-  return {memory, [tier, bytes](void* page) { tier->free(page, bytes); }};
+KvStore::Page KvStore::owned(KvTier& tier, void* memory, size_t bytes) {
+  return {memory, [tier = &tier, bytes](void* page) { tier->free(page, bytes); }};
 }
 
 void KvStore::apply(const Plan& plan) {
@@ -225,8 +228,8 @@ void KvStore::apply(const Plan& plan) {
   const Plan now = this->plan(plan.appends);
   std::vector<Page> open(now.open_pages), sealed(now.sealed_pages);
   make_room(now.new_bytes);
-  for (Page& page : open) page = new_page(geometry().open_bytes());
-  for (Page& page : sealed) page = new_page(geometry().sealed_bytes());
+  for (Page& page : open) page = new_page(*tier_, geometry().open_bytes());
+  for (Page& page : sealed) page = new_page(*tier_, geometry().sealed_bytes());
   const auto take = [](std::vector<Page>& from) {
     Page page = std::move(from.back());
     from.pop_back();
@@ -262,8 +265,10 @@ KvView KvStore::view(Sequence sequence, int64_t layer) const {
   view.key_scales = found.key_scales;
   const auto at = order_.find(layer);
   if (reader_ && at != order_.end()) reader_->finish_before(at->second);
-  if (const auto stream = stream_of_.find({sequence, layer}); stream != stream_of_.end())
-    view.stream = reader_->stream(stream->second);
+  if (const auto found = stream_of_.find({sequence, layer}); found != stream_of_.end()) {
+    const PassStream& stream = streams_[found->second];
+    view.stream = stream.tiered ? stream.tiered.get() : reader_->stream(*stream.plan);
+  }
   return view;
 }
 
@@ -291,7 +296,9 @@ void KvStore::commit(const Plan& plan) {
   }
 }
 
-int64_t KvStore::bytes_in_use() const { return tier_->bytes_in_use(); }
+int64_t KvStore::bytes_in_use() const {
+  return tier_->bytes_in_use() + (host_ ? host_->bytes_in_use() : 0);
+}
 
 KvFootprint KvStore::footprint(int64_t tokens, int64_t pass) const {
   const auto open_bytes = static_cast<int64_t>(geometry().open_bytes());

@@ -11,6 +11,10 @@
 // stays in memory and the rest streams. (Least recently used first would keep nothing that is
 // needed next.) Where memory is left, chunks that pass through stay.
 //
+// Where attention reads a device's memory, a second tier may have the host's: what the first has no
+// room for goes there, again the last chunk first, before it is left to the file alone. Files are
+// written from copies, and read into the host's tier; attention gets pages of both through streams.
+//
 // Use: plan() says what an append needs and refuses what cannot be had, changing nothing; apply()
 // makes the room; the forward pass announces with begin_pass() the layers it will read, in order,
 // and reads and writes through view(); commit() moves the length on. One thread at a time.
@@ -74,7 +78,8 @@ struct KvFootprint {
 };
 
 struct KvStatistics {
-  int64_t memory_bytes = 0;          // pages and read-ahead
+  int64_t memory_bytes = 0;          // pages and read-ahead, of both tiers
+  int64_t host_bytes = 0;            // of them, of the host's tier
   int64_t disk_bytes = 0;            // chunk files of this process
   int64_t read_bytes = 0;            // from chunk files so far
   double waited_seconds = 0;         // by attention, for pages on their way
@@ -97,8 +102,10 @@ class KvStore {
     int64_t new_bytes = 0;  // by which the use of memory grows
   };
 
-  // The store owns the tier.
-  KvStore(KvGeometry geometry, std::unique_ptr<KvTier> tier, KvStoreOptions options = {});
+  // `tier`: of what attention reads and writes. `host`: of the host's memory, if that is a
+  // device's; without it nothing goes to files or comes from them. The store owns both.
+  KvStore(KvGeometry geometry, std::unique_ptr<KvTier> tier, KvStoreOptions options = {},
+          std::unique_ptr<KvTier> host = nullptr);
   ~KvStore();
   KvStore(const KvStore&) = delete;
   KvStore& operator=(const KvStore&) = delete;
@@ -155,12 +162,16 @@ class KvStore {
   int64_t truncate_session(const std::string& path, int64_t tokens);
 
   int64_t bytes_in_use() const;
-  // Memory for pages on their way from the disk, which a store with a directory takes as it is
-  // made.
+  // Memory for pages on their way from the disk, of the host; a store with a directory takes it as
+  // it is made.
   int64_t read_ahead_bytes() const;
   KvStatistics statistics() const;
   // Of a sequence that grows to `tokens` tokens by passes of at most `pass` tokens.
   KvFootprint footprint(int64_t tokens, int64_t pass = 1) const;
+  // Of a chunk's file, as of its pages. Where the host cannot read pages, they are copied to be
+  // written, of so many chunks at a time at most.
+  int64_t chunk_file_bytes() const;
+  static constexpr int64_t kMostCopied = 2;
   int64_t bytes_for(int64_t tokens, int64_t pass = 1) const {
     return footprint(tokens, pass).memory;
   }
@@ -172,13 +183,14 @@ class KvStore {
   struct State;
   struct Growth;
   struct Kept;
+  struct PassStream;
 
   // kv_store.cpp: sequences and pages
   State& state(Sequence sequence) const;
   Growth growth(const State& current, size_t layer, int64_t tokens) const;
   void keep(State& current, size_t layer, int64_t length) const;
-  Page new_page(size_t bytes);
-  Page owned(void* memory, size_t bytes);  // a page of the tier
+  static Page new_page(KvTier& tier, size_t bytes);
+  static Page owned(KvTier& tier, void* memory, size_t bytes);
 
   // kv_chunks.cpp: chunks in memory and in files
   void open_disk();
@@ -191,7 +203,6 @@ class KvStore {
   void write(const std::shared_ptr<KvChunk>& chunk,
              const std::shared_ptr<SessionDirectory>& session, const KvText& text);
   PageFileHeader header_of(const KvChunk& chunk) const;
-  std::vector<const void*> pages_of(const KvChunk& chunk) const;
   void set_pages(const KvChunk& chunk, size_t global);
   void take_back_last_chunk(State& current, int64_t length) const;
   void collect();
@@ -210,10 +221,28 @@ class KvStore {
   void keep_key_scales(std::vector<StreamPlan>& plans);
   void set_key_scales();
   bool drop_key_scales();
-  int64_t chunk_file_bytes() const;
   void check_disk(int64_t new_chunks);
   void require_same_process() const;
+  std::vector<Page> pages_that_fit(KvTier& tier);
+
+  // kv_offload.cpp: where attention does not read the host's memory
+  KvTier& host_tier() const { return host_ ? *host_ : *tier_; }
+  int64_t layer_bytes() const;  // of a chunk's pages of one layer
+  int64_t host_room() const;
+  bool offload_one();
   void require_host_memory() const;  // of what goes to files or comes from them
+  struct StoredPage {
+    const void* page;
+    size_t bytes;
+    bool on_device;
+  };
+  // Pages where the host can read them: where they are, or copies.
+  struct HostPages {
+    std::vector<const void*> pages;
+    std::shared_ptr<const void> copies;
+  };
+  HostPages on_host(std::span<const StoredPage> pages) const;
+  HostPages on_host(const KvChunk& chunk) const;
 
   // kv_sessions.cpp
   void name_chunks(State& current, const KvText& text);
@@ -226,6 +255,7 @@ class KvStore {
   const pid_t process_;           // threads do not survive a fork
   std::vector<int64_t> globals_;  // global layers, ascending
   std::unique_ptr<KvTier> tier_;
+  std::unique_ptr<KvTier> host_;  // null: the other is of the host's memory, or nothing is shared
   std::unique_ptr<PrivateDirectory> directory_;
   const std::shared_ptr<std::atomic<int64_t>> disk_bytes_;
   Page ring_;  // of the reader
@@ -237,7 +267,8 @@ class KvStore {
 
   // The pass at hand.
   std::vector<Sequence> pass_;
-  std::map<int64_t, int64_t> order_;                          // of each layer in it
+  std::map<int64_t, int64_t> order_;  // of each layer in it
+  std::vector<PassStream> streams_;
   std::map<std::pair<Sequence, int64_t>, size_t> stream_of_;  // by sequence and layer
   std::vector<Kept> kept_;                                    // pages that stay
   std::vector<Kept> scaled_;                                  // pages whose keys' scales stay

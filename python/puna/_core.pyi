@@ -80,6 +80,9 @@ class _Plan(TypedDict):
     host_expert_bytes: int
     host_needed: int
     host_bytes: int
+    kv_offloads: bool
+    kv_host_bytes: int
+    step_link_bytes: int
     remedies: list[tuple[str, int, int]]
 
 class _Timings(TypedDict):
@@ -321,6 +324,7 @@ def load(
     isa: str,
     threads: int,
     kv: str,
+    kv_host: bool,
     kv_disk: str,
     kv_disk_bytes: int,
     context: int,
@@ -329,6 +333,7 @@ def load(
     quant: str,
     quant_overrides: Sequence[tuple[str, str]],
     device_experts: int,
+    host_memory: int,
     progress: Callable[[int, int], object] | None,
 ) -> Engine: ...
 def plan(
@@ -343,6 +348,7 @@ def plan(
     quant: str,
     quant_overrides: Sequence[tuple[str, str]],
     device_experts: int,
+    kv_host: bool,
     host_memory: int,
     gpu_memory: int | None,
 ) -> _Plan: ...

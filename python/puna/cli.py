@@ -94,10 +94,17 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--disk", help="for what of the KV cache memory does not hold, in bytes")
     plan.add_argument("--device", default="cpu", help='"cuda" plans for the memory of the GPU')
     _add_experts(plan)
-    plan.add_argument("--host-memory", help="for experts that a GPU leaves to the host, in bytes")
+    plan.add_argument(
+        "--kv-offload",
+        default="auto",
+        choices=("auto", "none", "host"),
+        help='"host" has the memory of a GPU\'s host hold what of the KV cache the GPU does not',
+    )
+    plan.add_argument("--host-memory", help="for what a GPU leaves to the host, in bytes")
     plan.add_argument("--memory-bandwidth", help="bytes a second, measured if left out")
     plan.add_argument("--disk-bandwidth", help="bytes a second")
     plan.add_argument("--host-bandwidth", help="bytes a second, measured if left out")
+    plan.add_argument("--link-bandwidth", help="bytes a second between a GPU and its host")
     _add_quant(plan)
     plan.add_argument("--no-vision", action="store_true", help="without the vision tower")
     _add_mmproj(plan)
@@ -456,6 +463,8 @@ def _plan(options: argparse.Namespace) -> int:
         device=options.device,
         experts=options.experts,
         host_memory=options.host_memory,
+        kv_offload=options.kv_offload,
+        link_bandwidth=options.link_bandwidth,
     )
     if options.json:
         speed = None if math.isnan(plan.tokens_per_second) else plan.tokens_per_second

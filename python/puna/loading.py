@@ -34,6 +34,7 @@ def load(
     device: str = "auto",
     experts: str | int = "auto",
     memory: int | str | None = None,
+    host_memory: int | str | None = None,
     threads: int | None = None,
     vision: bool = True,
     mmproj: str | os.PathLike[str] | None = None,
@@ -56,15 +57,17 @@ def load(
             None is the largest that fits.
         kv: Format of the KV cache: "auto" (as the weights), "bf16", "fp32", or "int8" or "int4",
             in which the layers that attend to everything keep full pages.
-        kv_offload: Where the KV cache may live besides memory: "auto" and "none" are nowhere,
-            "disk:PATH" is files in that directory, which are gone when the process ends. What fits
-            into memory stays there; attention reads the rest each time, at the disk's speed.
+        kv_offload: Where the KV cache may live besides memory: "auto" and "none" are nowhere;
+            "host" is the host's memory, for what a GPU's does not hold; "disk:PATH" is files in
+            that directory, which are gone when the process ends, behind the host's memory if a GPU
+            computes. What fits into memory stays there; attention reads the rest each time, at the
+            speed of the GPU's link or of the disk. Results are the same, bit for bit.
         kv_disk: Bytes that those files may take, as a number or like "200G"; None is what the disk
             has free.
         device: "cpu", "cuda" (or "cuda:1", of several GPUs), or "ref": the slow double-precision
-            reference. "auto" is the GPU if there is one whose memory holds the model and its
-            context, and neither `kv_offload` nor `isa` is given; otherwise the CPU. Sessions can
-            be saved, and `attention` be other than exact, on the CPU alone.
+            reference. "auto" is the GPU if there is one whose memory, and what `kv_offload="host"`
+            adds to it, holds the model and its context, and neither `isa` nor a disk is given;
+            otherwise the CPU. `attention` can be other than exact on the CPU alone.
         experts: Where routed experts live if the device is a GPU. "auto" is its memory, and with
             device="cuda", for as many layers as it does not hold beside the context (None: 8,192
             tokens, or more if all fit), the host's, where the CPU computes them; `llm.plan` tells
@@ -73,6 +76,8 @@ def load(
             experts bit for bit.
         memory: Bytes for weights and KV cache together, as a number or like "24G", of the GPU's
             memory if it computes; None is what is free.
+        host_memory: Bytes of the host's memory for what a GPU leaves to it, experts and KV cache,
+            likewise; None is what is free.
         threads: Compute threads; None is the physical cores this process may use.
         vision: False leaves the vision tower on disk.
         mmproj: The GGUF file of the vision tower that goes with a GGUF file; None takes the one
@@ -96,7 +101,7 @@ def load(
     for name, value in (("device", device), ("isa", "" if isa is None else isa)):
         if not isinstance(value, str):
             raise InvalidRequest(f"{name} is {value!r:.80}; it must be a string", param=name)
-    disk_path = _disk_path(kv_offload)
+    to_host, disk_path = _offload(kv_offload)
     device_experts = _device_experts(experts, device)
     path = _path(model)
     bar = ProgressBar(f"Loading {path.name}", "B") if progress else None
@@ -106,9 +111,11 @@ def load(
             device=device,
             isa=isa or "",
             threads=whole("threads", threads, most=(1 << 31) - 1),
+            kv_host=to_host,
             kv_disk=disk_path,
             kv_disk_bytes=amount("kv_disk", kv_disk),
             device_experts=device_experts,
+            host_memory=amount("host_memory", host_memory),
             progress=bar.update if bar else None,
             **shared,
         )
@@ -144,7 +151,7 @@ def _say_why_without_gpu() -> None:
     if cuda["available"]:
         _LOGGER.warning(
             "device='auto' is the CPU although there is a GPU (%s): its memory does not hold the"
-            " model and its context, or kv_offload or isa is given; device='cuda' leaves experts"
+            " model and its context, or a disk or isa is given; device='cuda' leaves experts"
             " that do not fit to the CPU, or says more",
             cuda["why"],
         )
@@ -162,12 +169,14 @@ def plan(
     disk: int | str | None = None,
     device: str = "cpu",
     experts: str | int = "auto",
+    kv_offload: str = "auto",
     host_memory: int | str | None = None,
     vision: bool = True,
     mmproj: str | os.PathLike[str] | None = None,
     memory_bandwidth: int | str | None = None,
     disk_bandwidth: int | str | None = None,
     host_bandwidth: int | str | None = None,
+    link_bandwidth: int | str | None = None,
 ) -> Plan:
     """What `load` would need with these arguments, without reading weights.
 
@@ -177,24 +186,34 @@ def plan(
         kv: As for `load`.
         quant: As for `load`.
         memory: Bytes, as a number or like "24G"; None is what the system has free.
-        disk: Bytes of files for what of the KV cache does not fit into memory; None is none.
+        disk: Bytes of files for what of the KV cache does not fit into memory, that of a GPU's host
+            included; None is none.
         device: "cpu", or "cuda" (or "cuda:1"): memory is then that of the GPU, as the driver tells
             it through cuda-python (`pip install "puna[cuda]"`), unless it is given, also for a GPU
             that is not there.
         experts: As for `load`.
-        host_memory: Bytes for experts that a GPU leaves to the host; None is what the system has
-            free.
+        kv_offload: "host" is the host's memory, for what of the KV cache a GPU's does not hold;
+            "auto" and "none" are nothing but `disk`.
+        host_memory: Bytes for experts and KV cache that a GPU leaves to the host; None is what the
+            system has free.
         vision: As for `load`.
         mmproj: As for `load`.
         memory_bandwidth: Bytes a second; None measures this machine's, and does not guess a GPU's.
         disk_bandwidth: Bytes a second; None assumes a slow disk.
         host_bandwidth: Bytes a second of the memory of a GPU's host; None measures this machine's.
+        link_bandwidth: Bytes a second from a GPU's host to the GPU; None assumes PCIe 5 x16.
 
     Raises:
         ContextOverflow: The model does not allow such a context.
         ModelNotFound, ModelFormatError, UnsupportedError, InvalidRequest: As for `load`.
         DeviceError: There is no such GPU, or nothing tells how much memory it has.
     """
+    to_host, disk_path = _offload(kv_offload)
+    if disk_path:
+        raise InvalidRequest(
+            f"kv_offload is {kv_offload!r:.80}; a plan has disk= for the bytes on a disk",
+            param="kv_offload",
+        )
     gpu_memory: int | None = None
     name = ""
     if is_gpu(device):
@@ -206,6 +225,7 @@ def plan(
         path=os.fspath(_path(model)),
         disk=amount("disk", disk),
         device_experts=_device_experts(experts, device),
+        kv_host=to_host,
         host_memory=amount("host_memory", host_memory),
         gpu_memory=gpu_memory,
         **_shared_options(
@@ -217,6 +237,7 @@ def plan(
         memory_bandwidth=float(amount("memory_bandwidth", memory_bandwidth)),
         disk_bandwidth=float(amount("disk_bandwidth", disk_bandwidth)),
         host_bandwidth=float(amount("host_bandwidth", host_bandwidth)),
+        link_bandwidth=float(amount("link_bandwidth", link_bandwidth)),
         device=name,
     )
 
@@ -270,14 +291,14 @@ def _shared_options(
     }
 
 
-def _disk_path(kv_offload: Any) -> str:
-    """The directory of "disk:PATH"; "" for none."""
-    if kv_offload in ("auto", "none"):
-        return ""
+def _offload(kv_offload: Any) -> tuple[bool, str]:
+    """Whether the KV cache may go to a GPU's host; the directory of "disk:PATH", "" for none."""
+    if kv_offload in ("auto", "none", "host"):
+        return kv_offload == "host", ""
     if isinstance(kv_offload, str) and kv_offload.startswith("disk:") and kv_offload != "disk:":
-        return os.fspath(Path(kv_offload.removeprefix("disk:")).expanduser())
+        return False, os.fspath(Path(kv_offload.removeprefix("disk:")).expanduser())
     raise InvalidRequest(
-        f"kv_offload is {kv_offload!r:.80}; it must be 'auto', 'none' or 'disk:PATH'",
+        f"kv_offload is {kv_offload!r:.80}; it must be 'auto', 'none', 'host' or 'disk:PATH'",
         param="kv_offload",
     )
 

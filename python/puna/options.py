@@ -41,6 +41,7 @@ LOAD_NAMES = (
     "device",
     "experts",
     "memory",
+    "host_memory",
     "threads",
     "vision",
     "mmproj",

@@ -11,6 +11,8 @@ from puna import _core
 
 # Of a disk, where nothing is given: a solid-state one behind SATA, or a small share of a fast one.
 _ASSUMED_DISK = 0.5e9
+# Of the link between a GPU and its host: PCIe 5 x16, of whose 63 GB/s copies get so much.
+_ASSUMED_LINK = 55e9
 
 
 def size(count: float) -> str:
@@ -54,6 +56,8 @@ class Plan:
         kv_local_bytes: Layers that keep the current chunk only.
         kv_bytes_per_token: Growth of the KV cache per token.
         kv_memory_bytes: Of the KV cache, in memory.
+        kv_offloads: Whether what of it a GPU's memory does not hold may go to its host.
+        kv_host_bytes: Of the KV cache, in the memory of a GPU's host.
         kv_disk_bytes: Of the KV cache, in files.
         memory_needed: Weights, activations and what of the KV cache must be in memory.
         memory_bytes: Memory there is: the budget given, or what the system had free.
@@ -66,17 +70,21 @@ class Plan:
         step_disk_bytes: The keys and values that are read from files for it.
         step_host_bytes: The experts that are read from the host's memory for it; not among
             `step_memory_bytes`.
+        step_link_bytes: The keys and values that go to a GPU over its link for it: those that its
+            memory does not hold.
         on_gpu: Whether memory is that of a GPU.
         expert_layers: Layers with routed experts.
         host_layers: Of them, the first ones, whose experts a GPU leaves to the host's memory, where
             the CPU computes them.
         host_expert_bytes: Of the weights, those experts.
-        host_needed: Bytes of the host's memory for them and for computing them.
-        host_bytes: The host's memory there is for them; 0 if there are none.
+        host_needed: Bytes of the host's memory for them, for computing them, and for what of the KV
+            cache must be there.
+        host_bytes: The host's memory there is for all that; 0 if nothing is left to the host.
         memory_bandwidth: Bytes a second, as given; 0 means that it is measured when it is needed,
             or, of a GPU, that it is not known.
         disk_bandwidth: Bytes a second, as given; 0 means a guess.
         host_bandwidth: Bytes a second of a GPU's host, as given; 0 means that it is measured.
+        link_bandwidth: Bytes a second between a GPU and its host, as given; 0 means a guess.
         remedies: Up to three ways to make it fit if it does not.
         device: The device and how it computes, of a loaded model; or the GPU that it is planned
             for.
@@ -111,9 +119,13 @@ class Plan:
     host_expert_bytes: int
     host_needed: int
     host_bytes: int
+    kv_offloads: bool
+    kv_host_bytes: int
+    step_link_bytes: int
     memory_bandwidth: float = 0.0
     disk_bandwidth: float = 0.0
     host_bandwidth: float = 0.0
+    link_bandwidth: float = 0.0
     remedies: tuple[Remedy, ...] = ()
     device: str = ""
     warnings: tuple[str, ...] = ()
@@ -129,16 +141,18 @@ class Plan:
         """The most tokens a second after a full context, if nothing but reading took time.
 
         By the bandwidths given, or that of the memory as measured now, once in a process. Of a GPU
-        whose bandwidth was not given only the host's share counts; NaN if it has none.
+        whose bandwidth was not given only the shares of the host, its link and the disk count; NaN
+        if there are none.
         """
-        host = 0.0
+        host = self.step_link_bytes / (self.link_bandwidth or _ASSUMED_LINK)
         if self.step_host_bytes:
-            host = self.step_host_bytes / (self.host_bandwidth or _core.memory_bandwidth())
-        if self._of_unknown_speed:
-            return 1 / host if host else math.nan
-        memory = self.step_memory_bytes / (self.memory_bandwidth or _core.memory_bandwidth())
+            host += self.step_host_bytes / (self.host_bandwidth or _core.memory_bandwidth())
         disk = self.step_disk_bytes / (self.disk_bandwidth or _ASSUMED_DISK)
-        # The disk is read at the same time; a layer's experts wait for what is before them.
+        if self._of_unknown_speed:
+            return 1 / max(host, disk) if host or disk else math.nan
+        memory = self.step_memory_bytes / (self.memory_bandwidth or _core.memory_bandwidth())
+        # The disk is read at the same time; a layer's experts, and its pages from the host, wait
+        # for what is before them.
         return 1 / max(memory + host, disk, 1e-12)
 
     def __str__(self) -> str:
@@ -160,8 +174,13 @@ class Plan:
         ]
         if self.on_gpu and self.expert_layers:
             rows.append(("experts", self._experts()))
-        if self.host_layers:
+        if self.host_layers or self.kv_offloads:
             host = f"{size(self.host_needed)} of {size(self.host_bytes)} for them"
+            if self.kv_offloads:
+                host = (
+                    f"{size(self.host_needed)} of {size(self.host_bytes)} needed;"
+                    f" {size(self.kv_host_bytes)} of the KV cache there"
+                )
             rows.append(("host memory", host))
         if self.disk_bytes:
             where = f"; {size(self.kv_memory_bytes)} of the KV cache stay in memory"
@@ -192,20 +211,38 @@ class Plan:
             f" ({size(self.host_expert_bytes)}) in the host's memory, computed by the CPU"
         )
 
-    def _host_speed(self) -> str:
-        bandwidth = self.host_bandwidth or _core.memory_bandwidth()
-        source = "given" if self.host_bandwidth else "measured"
-        return (
-            f"{size(self.step_host_bytes)} of experts a token from the host's memory at"
-            f" {bandwidth / 1e9:.3g} GB/s ({source})"
-        )
+    def _elsewhere_speed(self) -> str:
+        """What a token reads that is not in the memory of what computes."""
+        parts = []
+        if self.step_disk_bytes:
+            disk = self.disk_bandwidth or _ASSUMED_DISK
+            source = "given" if self.disk_bandwidth else "a guess"
+            parts.append(
+                f"{size(self.step_disk_bytes)} from disk at {disk / 1e9:.3g} GB/s ({source})"
+            )
+        if self.step_link_bytes:
+            link = self.link_bandwidth or _ASSUMED_LINK
+            source = "given" if self.link_bandwidth else "a guess"
+            parts.append(
+                f"{size(self.step_link_bytes)} of keys and values a token over the GPU's link at"
+                f" {link / 1e9:.3g} GB/s ({source})"
+            )
+        if self.step_host_bytes:
+            bandwidth = self.host_bandwidth or _core.memory_bandwidth()
+            source = "given" if self.host_bandwidth else "measured"
+            parts.append(
+                f"{size(self.step_host_bytes)} of experts a token from the host's memory at"
+                f" {bandwidth / 1e9:.3g} GB/s ({source})"
+            )
+        return ", and ".join(parts)
 
     def _speed(self) -> str:
         if self._of_unknown_speed:
             unknown = f"memory_bandwidth= is for that of {self.device}"
-            if not self.step_host_bytes:
+            elsewhere = self._elsewhere_speed()
+            if not elsewhere:
                 return f"unknown; {unknown}"
-            most = f"at most {self.tokens_per_second:.3g} tokens/s: {self._host_speed()}"
+            most = f"at most {self.tokens_per_second:.3g} tokens/s: {elsewhere}"
             return f"{most}, beside what the GPU takes; {unknown}"
         bandwidth = self.memory_bandwidth or _core.memory_bandwidth()
         source = "given" if self.memory_bandwidth else "measured"
@@ -213,10 +250,5 @@ class Plan:
             f"at most {self.tokens_per_second:.3g} tokens/s after a full context:"
             f" {size(self.step_memory_bytes)} a token at {bandwidth / 1e9:.3g} GB/s ({source})"
         )
-        if self.step_disk_bytes:
-            disk = self.disk_bandwidth or _ASSUMED_DISK
-            source = "given" if self.disk_bandwidth else "a guess"
-            text += f", {size(self.step_disk_bytes)} from disk at {disk / 1e9:.3g} GB/s ({source})"
-        if self.step_host_bytes:
-            text += f", and {self._host_speed()}"
-        return text
+        elsewhere = self._elsewhere_speed()
+        return f"{text}, and {elsewhere}" if elsewhere else text

@@ -1,105 +1,16 @@
 // The store and attention together: equal bits wherever keys and values lie. Lives of sequences,
 // cut, forked, taken back, saved, resumed, in memory or streamed from disk through a small ring,
 // against one that computes everything at once in memory.
-#include <numeric>
-
-#include "backend_fixture.h"
-#include "kv_fixture.h"
+#include "kv_attention_fixture.h"
 
 namespace {
 
 using namespace fixture;
 
-struct Shape {
-  int64_t heads;
-  KvGeometry geometry;
-
-  int64_t head_dim() const { return geometry.layout.head_dim; }
-  int64_t cols() const { return (heads + 2 * geometry.layout.kv_heads) * head_dim(); }
-  int64_t out() const { return heads * head_dim(); }
-  size_t layers() const { return geometry.chunk.size(); }
-};
-
-Shape random_shape(std::mt19937& random) {
-  const KvSeal seals[] = {KvSeal::kNone, KvSeal::kInt8, KvSeal::kInt4};
-  const int64_t dims[] = {8, 16, 20}, kv_heads = 1 + random() % 2;
-  const std::vector<int64_t> chunks[] = {{512, 0, 0}, {0, 256, 512, 0}, {768, 0}, {1024, 256, 0}};
-  return {kv_heads * static_cast<int64_t>(1 + random() % 3),
-          {{random() % 3 ? DType::kBF16 : DType::kF32, kv_heads, dims[random() % 3]},
-           chunks[random() % 4],
-           seals[random() % 3]}};
-}
-
-// Projected rows that follow from the text up to there, as those of a model do.
-void project(const Shape& shape, const Text& text, int64_t layer, int64_t first, int64_t count,
-             float* out) {
-  uint64_t key = static_cast<uint64_t>(layer) * 77;
-  for (int64_t t = 0; t < first + count; ++t) {
-    key = mixed(key ^ static_cast<uint64_t>(text.tokens[t]));
-    if (t < first) continue;
-    for (int64_t c = 0; c < shape.cols(); ++c)
-      *out++ = static_cast<float>(
-                   static_cast<int32_t>(mixed(key + static_cast<uint64_t>(c)) >> 40) - (1 << 23)) *
-               0x1p-22f;
-  }
-}
-
-// A forward pass of all layers; appends the rows of each member's outputs, layer by layer.
-void forward(const Shape& shape, KvStore& store, Backend& backend,
-             const std::vector<Member>& members,
-             std::vector<std::vector<std::vector<float>>*> outputs) {
-  std::vector<KvStore::Append> appends;
-  for (const Member& member : members)
-    appends.push_back({member.sequence, member.tokens, member.text->view()});
-  const KvStore::Plan plan = store.plan(appends);
-  store.apply(plan);
-  std::vector<int64_t> layers(shape.layers());
-  std::iota(layers.begin(), layers.end(), int64_t{0});
-  store.begin_pass(layers);
-  for (const int64_t layer : layers) {
-    AttentionInput input;
-    std::vector<AttentionSegment> segments;
-    std::vector<float> qkv;
-    int64_t rows = 0;
-    for (const Member& member : members) {
-      const KvView view = store.view(member.sequence, layer);
-      AttentionSegment& segment = segments.emplace_back();
-      segment.first_row = rows;
-      segment.rows = member.tokens;
-      segment.position = store.length(member.sequence);
-      segment.first_position = view.first_position;
-      segment.sealed = view.sealed;
-      segment.stream = view.stream;
-      segment.first_open = view.first_open;
-      segment.open = view.open;
-      rows += member.tokens;
-      qkv.resize(static_cast<size_t>(rows * shape.cols()));
-      project(shape, *member.text, layer, segment.position, member.tokens,
-              qkv.data() + segment.first_row * shape.cols());
-    }
-    input.qkv = {qkv.data(), rows, shape.cols()};
-    input.heads = shape.heads;
-    input.layout = store.geometry().layout;
-    if (store.geometry().global(static_cast<size_t>(layer)))
-      input.sealed = store.geometry().sealed_layout();
-    input.segments = segments;
-    std::vector<float> out(static_cast<size_t>(rows * shape.out()));
-    backend.attention({out.data(), rows, shape.out()}, input);
-    for (size_t m = 0; m < members.size(); ++m) {
-      std::vector<float>& to = (*outputs[m])[static_cast<size_t>(layer)];
-      const auto first = out.begin() + segments[m].first_row * shape.out();
-      to.insert(to.end(), first, first + segments[m].rows * shape.out());
-    }
-  }
-  store.commit(plan);
-}
-
-using Outputs = std::vector<std::vector<float>>;  // [layer][row * out()]
-
-Outputs all_at_once(Backend& backend, const Shape& shape, const Text& text) {
+KvOutputs all_at_once(Backend& backend, const KvShape& shape, const Text& text) {
   KvStore store(shape.geometry, make_ram_tier(0));
   const auto s = store.create();
-  Outputs outputs(shape.layers());
+  KvOutputs outputs(shape.layers());
   Text so_far;
   while (so_far.tokens.size() < text.tokens.size()) {
     const auto done = static_cast<int64_t>(so_far.tokens.size());
@@ -114,7 +25,7 @@ Outputs all_at_once(Backend& backend, const Shape& shape, const Text& text) {
 int64_t live(unsigned seed) {
   int64_t streamed = 0;
   std::mt19937 random(seed);
-  const Shape shape = random_shape(random);
+  const KvShape shape = random_kv_shape(random);
   auto& same_isa = subjects()[random() % subjects().size()];
   const TemporaryDirectory directory;
   KvStoreOptions options;
@@ -129,7 +40,7 @@ int64_t live(unsigned seed) {
 
   struct Life {
     Text text;
-    Outputs outputs;
+    KvOutputs outputs;
   };
   std::map<KvStore::Sequence, Life> lives;
   lives[store->create()].outputs.resize(shape.layers());
@@ -169,7 +80,7 @@ int64_t live(unsigned seed) {
       default: {
         // One piece of each of some sequences.
         std::vector<Member> members;
-        std::vector<Outputs*> outputs;
+        std::vector<KvOutputs*> outputs;
         const int64_t most = random() % 2 ? 700 : 40;
         for (auto& [sequence, life] : lives) {
           if (sequence != s && random() % 2) continue;
@@ -184,7 +95,7 @@ int64_t live(unsigned seed) {
     }
   }
   for (const auto& [sequence, life] : lives) {
-    const Outputs expected = all_at_once(*same_isa[0].backend, shape, life.text);
+    const KvOutputs expected = all_at_once(*same_isa[0].backend, shape, life.text);
     for (size_t layer = 0; layer < shape.layers(); ++layer) {
       CHECK_EQ(life.outputs[layer].size(), expected[layer].size());
       check_same_bits("seed " + std::to_string(seed) + ", layer " + std::to_string(layer),

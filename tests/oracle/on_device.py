@@ -29,11 +29,17 @@ class Job:
     cuts: list[int] | None = None
     continuation: int = 0  # tokens
     beside: list[list[int]] = field(default_factory=list)  # prompts continued in the same batch
+    # A saved session, which is continued by the prompt instead, and where it is saved afterwards.
+    session: str | None = None
+    saved: str | None = None
 
 
 @dataclass(frozen=True)
 class Result:
-    """Logits of every token of the prompt, the continuation, what computed them, and warnings."""
+    """Logits of every token of the prompt, the continuation, what computed them, and warnings.
+
+    Of a session, log-probabilities of the continuation instead.
+    """
 
     logits: np.ndarray
     continuation: list[int]
@@ -85,6 +91,22 @@ def _run(job: Job) -> Result:
     messages = _Messages()
     logging.getLogger("puna").handlers = [messages]
     with puna.load(job.path, progress=False, **job.options) as llm:
+        if job.session is not None:
+            session = llm.session(job.session, readonly=True)
+            session.append(job.tokens)
+            (answer,) = session.branch(
+                [job.tokens[:1]],
+                temperature=0,
+                max_tokens=job.continuation,
+                ignore_eos=True,
+                logprobs=3,
+            )
+            if job.saved is not None:
+                session.save(job.saved)
+            probabilities = np.array(
+                [[each.logprob for each in (of.chosen, *of.top)] for of in answer.logprobs]
+            )
+            return Result(probabilities, list(answer.tokens), llm.plan.device, messages.texts)
         pixels = None if job.pixels is None else np.load(job.pixels)
         logits = llm.logits(job.tokens, pixels, cuts=job.cuts)
         tokens: list[int] = []

@@ -54,15 +54,15 @@ void* open_page(const AttentionSegment& segment, int64_t page) {
   return segment.open[static_cast<size_t>(page - segment.first_open)];
 }
 
-// Page `index` as rows of later pages see it.
+// Page `index` as rows of later pages see it; null: it comes through the segment's stream.
 const void* closed_page(const AttentionInput& input, const AttentionSegment& segment,
                         int64_t index) {
   if (!seals(input) && index >= segment.first_open) return open_page(segment, index);
-  const void* page = segment.sealed[static_cast<size_t>(index)];
-  if (page == nullptr)
-    fail(ErrorCode::kUnsupported,
-         "[attention] pages on disk are not read by the CUDA backend; keep the KV cache in memory");
-  return page;
+  return segment.sealed[static_cast<size_t>(index)];
+}
+
+size_t closed_bytes(const AttentionInput& input) {
+  return seals(input) ? input.sealed.page_bytes() : input.layout.page_bytes();
 }
 
 // Cuts runs of pairs into tiles for the kinds of kernels, whichever takes less time.
@@ -150,6 +150,7 @@ void CudaBackend::attend(Rows out, const AttentionInput& input) {
   std::vector<const void*> pages;         // of the segments, one after the other
   std::vector<cuda::AttentionTile> runs;  // of all queries in a row that have the same own page
   const int64_t group = input.heads / input.layout.kv_heads;
+  PageWindow window(*device_, window_, input.segments, closed_bytes(input));
   const AttentionSegment* segment = nullptr;
   int64_t first_page = 0;
   for (int64_t i = 0; i < out.rows; ++i) {
@@ -161,8 +162,10 @@ void CudaBackend::attend(Rows out, const AttentionInput& input) {
     }
     const int64_t token = segment->position + row - segment->first_row - segment->first_position;
     const int64_t own = token / kPageTokens;
-    for (int64_t page = std::ssize(pages) - first_page; page < own; ++page)
-      pages.push_back(closed_page(input, *segment, page));
+    for (int64_t page = std::ssize(pages) - first_page; page < own; ++page) {
+      const void* const there = closed_page(input, *segment, page);
+      pages.push_back(there != nullptr ? there : window.place(segment->stream, page));
+    }
     queries.push_back({row, token % kPageTokens + 1});
     const void* const own_page = open_page(*segment, own);
     if (runs.empty() || runs.back().own != own_page)
@@ -180,14 +183,15 @@ void CudaBackend::attend(Rows out, const AttentionInput& input) {
   std::vector<cuda::AttentionTile> tiles[std::size(cuda::kMostPairs)];
   divide(runs, call, device_->multiprocessors(), tiles);
   const bool at_once = std::ranges::count_if(tiles, [](auto& of) { return !of.empty(); }) == 1;
-  call.rows = at_once ? out.rows : 0;
+  call.rows = at_once && !window.used() ? out.rows : 0;
   for (int32_t kind = 0; kind < static_cast<int32_t>(std::size(tiles)); ++kind) {
     call.kind = kind;
-    attend_tiles(call, tiles[kind]);
+    attend_tiles(call, tiles[kind], window);
   }
 }
 
-void CudaBackend::attend_tiles(cuda::AttendCall call, std::span<const cuda::AttentionTile> tiles) {
+void CudaBackend::attend_tiles(cuda::AttendCall call, std::span<const cuda::AttentionTile> tiles,
+                               PageWindow& window) {
   if (tiles.empty()) return;
   for (const cuda::AttentionTile& tile : tiles) {
     call.most_pages = std::max(call.most_pages, tile.before + 1);
@@ -210,7 +214,11 @@ void CudaBackend::attend_tiles(cuda::AttendCall call, std::span<const cuda::Atte
   for (int64_t first = 0; first < std::ssize(tiles); first += each) {
     call.count = std::min(each, std::ssize(tiles) - first);
     call.tiles = table + first;
-    device_->run("attend", &cuda::DeviceTable::attend, call);
+    window.each(call.most_pages, [&](int64_t first_page, int64_t count) {
+      call.first_page = first_page;
+      call.page_count = count;
+      device_->run("attend", &cuda::DeviceTable::attend, call);
+    });
   }
 }
 

@@ -25,6 +25,11 @@ Buffer CudaBackend::allocate(size_t bytes) {
   return Buffer(memory.get(), bytes, [memory](void*) {});
 }
 
+Buffer CudaBackend::allocate_host(size_t bytes) {
+  const std::shared_ptr<void> memory = device_->allocate_pinned(bytes);
+  return Buffer(memory.get(), bytes, [memory](void*) {});
+}
+
 WeightRef CudaBackend::uploaded(const WeightRef& weight) {
   const std::shared_ptr<void> memory = device_->allocate(weight.bytes);
   device_->upload(memory.get(), weight.data.get(), weight.bytes);

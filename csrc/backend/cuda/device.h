@@ -50,11 +50,16 @@ class CudaDevice : public std::enable_shared_from_this<CudaDevice> {
     start();
     check("copy", table_.copy(handle_, to, from, bytes));
   }
+  // Waits until all is done.
+  void finish() {
+    start();
+    check("finish", table_.synchronise(handle_));
+  }
   // Waits until all is done, also for nothing.
   void download(void* to, const void* from, size_t bytes, size_t stride, int64_t rows) {
+    if (rows == 0) return finish();
     start();
-    check("download", rows > 0 ? table_.download(handle_, to, from, bytes, stride, rows)
-                               : table_.synchronise(handle_));
+    check("download", table_.download(handle_, to, from, bytes, stride, rows));
   }
   // The same to memory of allocate_pinned(), where it is after await_fetched(), which waits for
   // nothing that was asked for later.

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "backend/cuda/device.h"
+#include "backend/cuda/page_window.h"
 #include "backend/host_backend.h"
 
 namespace puna {
@@ -26,6 +27,7 @@ class CudaBackend final : public Backend {
 
   // cuda_backend.cpp: memory, weights, rows
   Buffer allocate(size_t bytes) override;
+  Buffer allocate_host(size_t bytes) override;
   void copy(void* to, const void* from, size_t bytes) override { device_->copy(to, from, bytes); }
   Backend& host() override { return *host_; }
   WeightRef load_matrix(std::span<const MatrixSource> parts, const MatrixOptions& options) override;
@@ -88,7 +90,8 @@ class CudaBackend final : public Backend {
   void append(const AttentionInput& input);
   void seal(const AttentionInput& input);
   void attend(Rows out, const AttentionInput& input);
-  void attend_tiles(cuda::AttendCall call, std::span<const cuda::AttentionTile> tiles);
+  void attend_tiles(cuda::AttendCall call, std::span<const cuda::AttentionTile> tiles,
+                    PageWindow& window);
 
   std::shared_ptr<CudaDevice> device_;
   int ordinal_;
@@ -97,7 +100,7 @@ class CudaBackend final : public Backend {
   CudaConstants expert_tables_;
   CudaScratch operand_, shared_operand_, hidden_, pixels_;
   CudaScratch routing_, arrived_routers_, routed_hidden_, routed_out_;
-  CudaScratch states_, arrived_;  // attention
+  CudaScratch states_, arrived_, window_;  // attention
   // What goes to the host's experts and what they make.
   CudaPinnedScratch fetched_routes_, fetched_rows_, host_made_;
   Routing host_routing_;

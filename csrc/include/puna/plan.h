@@ -33,6 +33,9 @@ struct Plan {
   int64_t kv_bytes_per_token = 0;            // by which the cache grows
   int64_t kv_memory_bytes = 0;               // of the cache, in memory
   int64_t kv_room = 0;                       // memory that the cache may take
+  bool kv_offloads = false;                  // pages may go from a GPU's memory to its host's
+  int64_t kv_host_bytes = 0;                 // of the cache, in the memory of a GPU's host
+  int64_t kv_host_room = 0;                  // that it may take there
   int64_t kv_disk_bytes = 0;                 // of its files
   int64_t memory_needed = 0, memory_budget = 0;
   bool memory_given = false;                 // or what the system has free
@@ -43,7 +46,8 @@ struct Plan {
   int64_t expert_layers = 0;  // with routed experts
   int64_t host_layers = 0;    // of them, the first ones, whose experts lie in the host's memory
   int64_t host_expert_bytes = 0;
-  // What computing them takes, too, and what there is; nothing if there are none.
+  // What they take with what is computed there, and keys and values; and what there is. Nothing if
+  // nothing is left to the host.
   int64_t host_needed = 0, host_memory = 0;
 
   bool fits = false;
@@ -53,6 +57,8 @@ struct Plan {
   // by the bandwidths, the time that it takes at least.
   int64_t step_memory_bytes = 0, step_disk_bytes = 0;
   int64_t step_host_bytes = 0;  // experts in the host's memory; not among the former
+  // Keys and values that go to a GPU over its link: those of the host's memory, and of files.
+  int64_t step_link_bytes = 0;
 };
 
 // Throws what load() throws for a checkpoint that cannot be read, and ContextOverflow. `disk`:

@@ -27,14 +27,18 @@ struct LoadOptions {
   int threads = 0;    // 0 = the physical cores allowed to this process
   std::string quant;  // "" = weights as stored; else a recipe or format (model/recipe.h)
   std::vector<std::pair<std::string, std::string>> quant_overrides;  // (pattern, format)
-  std::string kv = "auto";    // "auto" (as the weights) | "bf16" | "fp32" | "int8" | "int4"
+  std::string kv = "auto";  // "auto" (as the weights) | "bf16" | "fp32" | "int8" | "int4"
+  // Whether pages that do not fit a GPU's memory may go to the host's; where they may go to a disk,
+  // they may.
+  bool kv_host = false;
   std::string kv_disk;        // directory for pages that do not fit into memory; "" = none may go
   int64_t kv_disk_bytes = 0;  // most that its files may take; 0 = what the disk has free
   int64_t context = 0;        // tokens; 0 = the largest that fits
   // Bytes for weights and KV together, of the device that computes; 0 = what it has free.
   int64_t memory = 0;
-  int64_t host_memory = 0;  // bytes for the experts that a GPU leaves to the host; 0 = what is free
-  bool vision = true;       // false = leave the vision tower on disk
+  // Bytes for the experts and the pages that a GPU leaves to the host; 0 = what is free.
+  int64_t host_memory = 0;
+  bool vision = true;  // false = leave the vision tower on disk
   // Called as weights are packed (bytes done, bytes in all); what it throws ends the load.
   std::function<void(int64_t, int64_t)> progress;
 };

@@ -33,7 +33,7 @@ __device__ __forceinline__ Sealed<kBits> sealed_page(const AttendCall& call, con
 __global__ void __launch_bounds__(kPlainThreads, 4) attend_plain_kernel(const AttendCall call) {
   after_earlier_kernels();
   const AttentionTile& tile = call.tiles[blockIdx.z];
-  const int64_t page = blockIdx.x;
+  const int64_t page = call.first_page + blockIdx.x;
   if (page > tile.before) return;
   const int dim = call.heads.dim, kv_head = blockIdx.y;
   const PlainMemory memory(dim, padded_of(call.closed));
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kPlainThreads, 4) attend_plain_kernel(const At
 
 int launch_attend(const AttendCall& call, Stream stream) {
   if (call.kind != kAttendPlain) return launch_tensor_attention(call, stream);
-  const dim3 grid{static_cast<unsigned>(call.most_pages),
+  const dim3 grid{static_cast<unsigned>(call.page_count),
                   static_cast<unsigned>(call.heads.key_value), static_cast<unsigned>(call.count)};
   return launch(attend_plain_kernel, grid, kPlainThreads,
                 plain_shared(call.heads.dim, padded_of(call.closed)), stream, call);

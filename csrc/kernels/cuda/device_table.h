@@ -12,7 +12,7 @@
 namespace puna::cuda {
 
 // Of this file: both sides must have been compiled with the same.
-constexpr int32_t kTableVersion = 7;
+constexpr int32_t kTableVersion = 8;
 
 struct DeviceInfo {
   char name[256];
@@ -236,7 +236,9 @@ constexpr int kMostPairs[] = {8, 16, 128};
 // The states of so many pages are added up, in order, to that of a group; then those of groups.
 constexpr int kGroupPages = 16;
 
-// out[i] = attention of queries[i].
+// out[i] = attention of queries[i]: of the pages [first_page, first_page + page_count) of each
+// tile, a multiple of kGroupPages at either end but for the last. What other calls make of the
+// other pages meets in the same states; the call that ends the last group gives the results.
 struct AttendCall {
   FloatRows out;
   ConstFloatRows qkv;
@@ -244,6 +246,7 @@ struct AttendCall {
   const AttentionTile* tiles;
   int64_t count;  // of tiles
   const void* const* pages;
+  int64_t first_page, page_count;
   int64_t most_pages;  // at least as many as a tile sees, its own among them
   int64_t most_pairs;  // of a tile
   Heads heads;
@@ -333,6 +336,7 @@ struct DeviceTable {
   // To host memory: `rows` of `bytes` each, one after the other. Waits.
   int (*download)(void* device, void* to, const void* from, size_t bytes, size_t stride,
                   int64_t rows);
+  // Within the device's memory and that of allocate_host(), and from one to the other.
   int (*copy)(void* device, void* to, const void* from, size_t bytes);
 
   // --- memory of the host that the device reads and writes by itself: an upload from it may read

@@ -156,7 +156,7 @@ int await_fetched(void* device) {
 
 int copy(void* device, void* to, const void* from, size_t bytes) {
   return on(device, [&](cudaStream_t stream) {
-    return cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream);
+    return cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream);
   });
 }
 

@@ -94,7 +94,7 @@ template <int kDim>
 __global__ void __launch_bounds__(kTileThreads, 2) attend_pages_kernel(const AttendCall call) {
   after_earlier_kernels();
   const AttentionTile& tile = call.tiles[blockIdx.z];
-  const int64_t page = blockIdx.x;
+  const int64_t page = call.first_page + blockIdx.x;
   if (page > tile.before) return;
   const int kv_head = blockIdx.y, warp = threadIdx.x / kWarp;
   const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
@@ -227,7 +227,7 @@ template <int kDim>
 __global__ void __launch_bounds__(kTileThreads, 1) attend_groups_kernel(const AttendCall call) {
   after_earlier_kernels();
   const AttentionTile& tile = call.tiles[blockIdx.x];
-  const int64_t group = blockIdx.z, first = group * kGroupPages;
+  const int64_t group = call.first_page / kGroupPages + blockIdx.z, first = group * kGroupPages;
   if (first > tile.before) return;
   const int kv_head = blockIdx.y, first_pair = threadIdx.x / kWarp * kWarpPairs;
   const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
@@ -334,11 +334,11 @@ template <int kDim>
 int launch_for(const AttendCall& call, Stream stream) {
   if (call.kind == kAttendPages)
     return launch(attend_pages_kernel<kDim>,
-                  dim3{extent(call.most_pages), extent(call.heads.key_value), extent(call.count)},
+                  dim3{extent(call.page_count), extent(call.heads.key_value), extent(call.count)},
                   kTileThreads, sizeof(PageMemory<kDim>), stream, call);
   return launch(
       attend_groups_kernel<kDim>,
-      dim3{extent(call.count), extent(call.heads.key_value), extent(groups_of(call.most_pages))},
+      dim3{extent(call.count), extent(call.heads.key_value), extent(groups_of(call.page_count))},
       kTileThreads, sizeof(GroupMemory<kDim>), stream, call);
 }
 

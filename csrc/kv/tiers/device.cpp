@@ -41,7 +41,19 @@ class DeviceTier final : public KvTier {
 
   void copy(void* to, const void* from, size_t bytes) override { backend_.copy(to, from, bytes); }
 
+  // Pages are whole blocks, and so whole floats.
+  void to_host(void* to, const void* page, size_t bytes) override {
+    backend_.to_host(static_cast<float*>(to), {static_cast<const float*>(page), 1, floats(bytes)});
+  }
+  void from_host(void* page, const void* from, size_t bytes) override {
+    backend_.from_host({static_cast<float*>(page), 1, floats(bytes)},
+                       static_cast<const float*>(from));
+  }
+  void settle() override { backend_.to_host(nullptr, {}); }
+
  private:
+  static int64_t floats(size_t bytes) { return static_cast<int64_t>(bytes / sizeof(float)); }
+
   Backend& backend_;
   int64_t budget_, in_use_ = 0;
   std::map<void*, Buffer> pages_;

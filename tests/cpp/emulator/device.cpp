@@ -3,8 +3,10 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <iterator>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -33,14 +35,42 @@ struct Device {
   Schedule schedule;
   std::unique_ptr<Graph> noting;  // while a graph is made
   std::vector<Fetched> fetched;
+  std::deque<std::function<int()>> waiting;  // in the order of the calls
 };
 // The last warp of a block of eight often ends the sums of the others.
 Device devices[] = {
-    {"emulator", {}, {}, {}},
-    {"emulator, late copies, warp 0 starved", {true, 0}, {}, {}},
-    {"emulator, warp 1 starved", {false, 1}, {}, {}},
-    {"emulator, late copies, warp 7 starved", {true, 7}, {}, {}},
+    {"emulator", {}, {}, {}, {}},
+    {"emulator, late copies, warp 0 starved", {true, 0}, {}, {}, {}},
+    {"emulator, warp 1 starved", {false, 1}, {}, {}, {}},
+    {"emulator, late copies, warp 7 starved", {true, 7}, {}, {}, {}},
 };
+bool is_late = false;
+std::map<const char*, size_t> pinned;  // bytes of what allocate_host() gave
+
+Device& device_of(void* device) { return *static_cast<Device*>(device); }
+
+int do_or_wait(void* device, std::function<int()> work) {
+  if (!is_late) return work();
+  device_of(device).waiting.push_back(std::move(work));
+  return 0;
+}
+
+int catch_up(void* device) {
+  for (auto& waiting = device_of(device).waiting; !waiting.empty();) {
+    const auto work = std::move(waiting.front());
+    waiting.pop_front();
+    if (const int code = work()) return code;
+  }
+  return 0;
+}
+
+bool is_pinned(const void* memory) {
+  const auto* const at = static_cast<const char*>(memory);
+  const auto after = pinned.upper_bound(at);
+  if (after == pinned.begin()) return false;
+  const auto& [begin, bytes] = *std::prev(after);
+  return at < begin + bytes;
+}
 
 // A fault in a kernel becomes the code of its launch, as on a device.
 template <auto kLaunch, class Call>
@@ -50,13 +80,15 @@ int run(void* device, const Call* call) {
     of.noting->push_back([device, noted = *call] { return run<kLaunch>(device, &noted); });
     return 0;
   }
-  Machine::instance().set_schedule(of.schedule);
-  try {
-    return kLaunch(*call, nullptr);
-  } catch (const Fault& fault) {
-    last_fault = fault.what();
-    return kFault;
-  }
+  return do_or_wait(device, [&of, noted = *call] {
+    Machine::instance().set_schedule(of.schedule);
+    try {
+      return kLaunch(noted, nullptr);
+    } catch (const Fault& fault) {
+      last_fault = fault.what();
+      return kFault;
+    }
+  });
 }
 
 int begin_graph(void* device) {
@@ -106,17 +138,31 @@ int allocate(void*, size_t bytes, void** memory) {
   return *memory == nullptr ? kFault : 0;
 }
 
-int release(void*, void* memory) {
-  std::free(memory);
-  return 0;
+int release(void* device, void* memory) {
+  return do_or_wait(device, [memory] {
+    std::free(memory);
+    return 0;
+  });
 }
 
-int copy(void*, void* to, const void* from, size_t bytes) {
-  std::memcpy(to, from, bytes);
-  return 0;
+int copy(void* device, void* to, const void* from, size_t bytes) {
+  return do_or_wait(device, [to, from, bytes] {
+    std::memcpy(to, from, bytes);
+    return 0;
+  });
 }
 
-int download(void*, void* to, const void* from, size_t bytes, size_t stride, int64_t rows) {
+int upload(void* device, void* to, const void* from, size_t bytes) {
+  if (!is_late || is_pinned(from)) return copy(device, to, from, bytes);
+  const auto* const begin = static_cast<const char*>(from);
+  return do_or_wait(device, [to, noted = std::vector<char>(begin, begin + bytes)] {
+    std::memcpy(to, noted.data(), noted.size());
+    return 0;
+  });
+}
+
+int download(void* device, void* to, const void* from, size_t bytes, size_t stride, int64_t rows) {
+  if (const int code = catch_up(device)) return code;
   for (int64_t r = 0; r < rows; ++r)
     std::memcpy(static_cast<char*>(to) + static_cast<size_t>(r) * bytes,
                 static_cast<const char*>(from) + static_cast<size_t>(r) * stride, bytes);
@@ -127,10 +173,20 @@ int download(void*, void* to, const void* from, size_t bytes, size_t stride, int
 constexpr int kNothing = 0xff;
 
 int allocate_host(void*, size_t bytes, void** memory) {
-  *memory = std::malloc(bytes);
+  constexpr size_t kPage = 4096;
+  *memory = std::aligned_alloc(kPage, (bytes + kPage - 1) / kPage * kPage);
   if (*memory == nullptr) return kFault;
   std::memset(*memory, kNothing, bytes);
+  pinned.emplace(static_cast<const char*>(*memory), bytes);
   return 0;
+}
+
+// What is on its way from it or to it ends first.
+int release_host(void* device, void* memory) {
+  const int code = catch_up(device);
+  pinned.erase(static_cast<const char*>(memory));
+  std::free(memory);
+  return code;
 }
 
 // It arrives as late as is legal.
@@ -152,6 +208,8 @@ int await_fetched(void* device) {
 
 }  // namespace
 
+void set_late(bool late) { is_late = late; }
+
 const puna::cuda::DeviceTable& device_table() {
   using namespace puna::cuda;  // NOLINT
   static const DeviceTable table = {
@@ -160,15 +218,18 @@ const puna::cuda::DeviceTable& device_table() {
       &device_info,
       &describe,
       &open_device,
-      [](void* device) { static_cast<Device*>(device)->fetched.clear(); },
-      [](void*) { return 0; },
+      [](void* device) {
+        catch_up(device);
+        device_of(device).fetched.clear();
+      },
+      &catch_up,
       &allocate,
       &release,
-      &copy,
+      &upload,
       &download,
       &copy,
       &allocate_host,
-      &release,
+      &release_host,
       &fetch,
       &await_fetched,
       &begin_graph,

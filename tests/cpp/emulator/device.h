@@ -8,4 +8,8 @@ namespace emulator {
 
 const puna::cuda::DeviceTable& device_table();
 
+// From now on what a device is asked for is done when the host waits for it, as late as is legal,
+// and not at once; nobody may look into its memory before.
+void set_late(bool late);
+
 }  // namespace emulator
