@@ -214,11 +214,16 @@ void CudaBackend::attend_tiles(cuda::AttendCall call, std::span<const cuda::Atte
   for (int64_t first = 0; first < std::ssize(tiles); first += each) {
     call.count = std::min(each, std::ssize(tiles) - first);
     call.tiles = table + first;
-    window.each(call.most_pages, [&](int64_t first_page, int64_t count) {
-      call.first_page = first_page;
-      call.page_count = count;
-      device_->run("attend", &cuda::DeviceTable::attend, call);
-    });
+    try {
+      window.each(call.most_pages, [&](int64_t first_page, int64_t count) {
+        call.first_page = first_page;
+        call.page_count = count;
+        device_->run("attend", &cuda::DeviceTable::attend, call);
+      });
+    } catch (...) {
+      arrived_ = {};  // has counted what came before a page that could not be read
+      throw;
+    }
   }
 }
 

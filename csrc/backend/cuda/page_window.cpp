@@ -46,6 +46,7 @@ bool PageWindow::comes_from(int64_t first, int64_t end) const {
 void PageWindow::bring(int64_t first, int64_t end) {
   for (size_t s = 0; s < streams_.size(); ++s) {
     const Streamed& of = streams_[s];
+    of.stream->passed(first);
     for (int64_t i = first; i < std::min(end, std::ssize(of.wanted)); ++i)
       if (of.wanted[static_cast<size_t>(i)] != 0)
         device_.upload(place(s, i), of.stream->wait(i), page_bytes_);
