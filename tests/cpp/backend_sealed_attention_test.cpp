@@ -114,7 +114,7 @@ TEST(where_pages_lie_and_how_a_prompt_is_cut_does_not_matter) {
           const int64_t limits[] = {3, 40, 700, 3000}, first = cache.length;
           const int64_t count = std::min(sequence.tokens - first, draw(1, limits[draw(0, 3)]));
           // Pages that are sealed by now may go, or come back.
-          for (int64_t page = 0; kReadsStreams && page < first / kPageTokens; ++page)
+          for (int64_t page = 0; page < first / kPageTokens; ++page)
             if (draw(0, 2) == 0) {
               if (!cache.elsewhere.erase(page)) cache.elsewhere.insert(page);
             }
@@ -177,7 +177,6 @@ TEST(shared_prefixes_are_read_once_and_change_nothing) {
       }
       for (Named& cpu : std::span(same_isa).first(kBatched))
         for (const bool streamed : {false, true}) {
-          if (streamed && !kReadsStreams) continue;
           std::set<int64_t> elsewhere;
           if (streamed)
             for (int64_t page = 1; page < prefix / kPageTokens; ++page) elsewhere.insert(page);
@@ -195,7 +194,8 @@ TEST(shared_prefixes_are_read_once_and_change_nothing) {
           const std::vector<float> got = attend(*cpu.backend, shape, pieces);
           check_same_bits("shared prefix on " + cpu.name, got.data(), expected.data(),
                           expected.size());
-          CHECK_EQ(stream.waits, streamed ? prefix / kPageTokens - 1 : 0);
+          const int64_t once = streamed ? prefix / kPageTokens - 1 : 0;
+          CHECK(stream.waits >= once && stream.waits <= kMostReadings * once);
         }
     }
   }
@@ -218,7 +218,6 @@ TEST(long_streams) {
     std::vector<float> first;
     for (Named& cpu : same_isa)
       for (const bool streamed : {false, true}) {
-        if (streamed && !kReadsStreams) continue;
         Cache mine = cache;
         mine.open[0] = std::make_shared<std::vector<char>>(*cache.open[0]);
         TestStream stream(mine);
@@ -252,11 +251,6 @@ TEST(a_stream_that_fails_or_is_not_read_is_reported) {
       TestStream stream(cache);
       cache.stream = &stream;
       cache.elsewhere = {1, 4, 5};
-      if (!kReadsStreams) {
-        CHECK_THROWS(ErrorCode::kUnsupported,
-                     attend(*cpu.backend, shape, {{&sequence, &cache, 1}}));
-        continue;
-      }
       stream.broken = 4;
       CHECK_THROWS(ErrorCode::kDevice, attend(*cpu.backend, shape, {{&sequence, &cache, 1}}));
       stream.broken = -1;

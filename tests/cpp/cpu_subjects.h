@@ -14,8 +14,8 @@ constexpr int64_t kPrompt = 600, kCutContext = 2500, kSharedPrefix = 2200;
 constexpr int kCutTrials = 4, kForks = 9;
 // Members of a group that are tried with every cut and batch.
 constexpr size_t kBatched = 3;
-// Whether pages that are not in memory come through a KvStream.
-constexpr bool kReadsStreams = true;
+// How often a call reads a stream at most: once for all rows, or once for either kind of tile.
+constexpr int64_t kMostReadings = 1;
 // Whether queries and weights become whole numbers before they meet the codes of sealed pages.
 constexpr bool kSealedInIntegers = true;
 // Whether queries, weights and what is unsealed become bfloat16.

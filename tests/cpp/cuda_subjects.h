@@ -16,7 +16,8 @@ constexpr int64_t kLongContext = 700, kVeryLongContext = 30001;
 constexpr int64_t kPrompt = 300, kCutContext = 540, kSharedPrefix = 530;
 constexpr int kCutTrials = 1, kForks = 3;
 constexpr size_t kBatched = 1;
-constexpr bool kReadsStreams = true, kSealedInIntegers = false, kRoundsOperands = true;
+constexpr int64_t kMostReadings = 2;
+constexpr bool kSealedInIntegers = false, kRoundsOperands = true;
 
 inline std::vector<std::vector<Named>>& subjects() {
   static auto all = [] {
