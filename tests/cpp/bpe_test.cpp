@@ -7,6 +7,7 @@
 #include <thread>
 
 #include "check.h"
+#include "random_token.h"
 #include "text/bpe_model.h"
 #include "text/incremental_bpe.h"
 #include "text/piece_encoder.h"
@@ -58,17 +59,7 @@ RandomVocabulary random_vocabulary(std::mt19937& random, bool made_up) {
   };
   for (int byte = 0; byte < 256; ++byte) add(std::string(1, static_cast<char>(255 - byte)));
   for (size_t left = 4 + random() % 24; left > 0; --left) {
-    std::string token;
-    if (made_up && random() % 3 == 0) {
-      for (size_t n = 2 + random() % 4; n > 0; --n) token += "abc"[random() % 3];
-    } else {
-      const auto part = [&] {
-        const size_t merged = tokens.size() - 256;
-        return merged > 0 && random() % 2 ? tokens[256 + random() % merged]
-                                          : std::string(1, "abc"[random() % 3]);
-      };
-      token = part() + part();
-    }
+    const std::string token = random_token(random, tokens, made_up);
     if (token.size() <= 40) add(token);
   }
   puna::ByteStrings bytes;

@@ -13,6 +13,7 @@
 #include "base/crc32c.h"
 #include "check.h"
 #include "environment_variable.h"
+#include "random_token.h"
 #include "temporary_directory.h"
 #include "text/pretokenizer.h"
 #include "text/stream_encoder.h"
@@ -106,17 +107,7 @@ std::vector<std::string> random_tokens(std::mt19937& random, bool made_up) {
   tokens.resize(256);
   std::set<std::string> known(tokens.begin(), tokens.end());
   for (size_t left = 4 + random() % 40; left > 0; --left) {
-    std::string token;
-    if (made_up && random() % 3 == 0) {
-      for (size_t n = 2 + random() % 4; n > 0; --n) token += "abc"[random() % 3];
-    } else {
-      const auto part = [&] {
-        const size_t merged = tokens.size() - 256;
-        return merged > 0 && random() % 2 ? tokens[256 + random() % merged]
-                                          : std::string(1, "abc"[random() % 3]);
-      };
-      token = part() + part();
-    }
+    const std::string token = random_token(random, tokens, made_up);
     if (known.insert(token).second) tokens.push_back(token);
   }
   return tokens;
