@@ -319,6 +319,7 @@ def test_a_str_is_its_utf8_however_wide_its_characters(tokenizer: puna.Tokenizer
         for special in ("none", "all"):
             ids = tokenizer.encode(text, allowed_special=special)
             assert np.array_equal(ids, tokenizer.encode(text.encode(), allowed_special=special))
+            assert tokenizer.decode(ids) == text
         assert tokenizer.count(text) == tokenizer.count(text.encode())
 
 

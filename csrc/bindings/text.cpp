@@ -13,6 +13,8 @@
 #include "text/stream_decoder.h"
 #include "text/stream_encoder.h"
 #include "text/tokenizer.h"
+#include "text/unicode_classes.h"
+#include "text/wide_text.h"
 
 namespace py = pybind11;
 
@@ -208,10 +210,54 @@ py::str text_of(std::string_view bytes) {
   return py::reinterpret_steal<py::str>(text);
 }
 
-std::string decode(const Tokenizer& tokenizer, const py::object& ids, bool skip_special) {
-  const IdList list(ids);
+py::object made(PyObject* object) {
+  if (!object) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(object);
+}
+
+Tokenizer::DecodedSize decoded_size(const Tokenizer& tokenizer, const IdList& ids,
+                                    bool skip_special) {
   const py::gil_scoped_release release;
-  return tokenizer.decode(list.view(), skip_special);
+  return tokenizer.decoded_size(ids.view(), skip_special);
+}
+
+py::object decode_bytes(const Tokenizer& tokenizer, const py::object& ids, bool skip_special) {
+  const IdList list(ids);
+  const size_t size = decoded_size(tokenizer, list, skip_special).bytes;
+  py::object bytes = made(PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(size)));
+  char* const memory = PyBytes_AS_STRING(bytes.ptr());
+  const py::gil_scoped_release release;
+  tokenizer.decode_into(list.view(), skip_special, {memory, size});
+  return bytes;
+}
+
+// The str is made in the width of its widest character, which Python's own decoder finds out on the
+// way only, copying what it has for each wider one.
+py::object decode(const Tokenizer& tokenizer, const py::object& ids, bool skip_special) {
+  const IdList list(ids);
+  const auto [size, is_ascii] = decoded_size(tokenizer, list, skip_special);
+  if (is_ascii) {
+    py::object text = made(PyUnicode_New(static_cast<Py_ssize_t>(size), 0x7f));
+    auto* const memory = static_cast<char*>(PyUnicode_DATA(text.ptr()));
+    const py::gil_scoped_release release;
+    tokenizer.decode_into(list.view(), skip_special, {memory, size});
+    return text;
+  }
+  const auto memory = std::make_unique_for_overwrite<char[]>(size);
+  const std::string_view bytes(memory.get(), size);
+  std::optional<Utf8Shape> shape;
+  {
+    const py::gil_scoped_release release;
+    tokenizer.decode_into(list.view(), skip_special, {memory.get(), size});
+    shape = utf8_shape(bytes);
+  }
+  if (!shape) return text_of(bytes);
+  const Py_UCS4 widest = shape->unit == 1 ? 0xff : shape->unit == 2 ? 0xffff : 0x10ffff;
+  py::object text = made(PyUnicode_New(static_cast<Py_ssize_t>(shape->characters), widest));
+  void* const characters = PyUnicode_DATA(text.ptr());
+  const py::gil_scoped_release release;
+  write_wide(bytes, shape->unit, characters);
+  return text;
 }
 
 void bind_encoder(py::module_& module) {
@@ -315,20 +361,11 @@ void bind_text(py::module_& module) {
            "threads: how many to use, None for all cores; ids do not depend on it.")
       .def("count", &count, "text"_a, py::kw_only(), "allowed_special"_a = "none", "cut"_a = "none",
            "threads"_a = 1, "How many ids encode() would give.")
-      .def(
-          "decode",
-          [](const Tokenizer& tokenizer, const py::object& ids, bool skip_special) {
-            return text_of(decode(tokenizer, ids, skip_special));
-          },
-          "ids"_a, py::kw_only(), "skip_special"_a = false,
-          "Text of ids; bytes that are not UTF-8 become U+FFFD. Raises InvalidRequest for an "
-          "unknown id.")
-      .def(
-          "decode_bytes",
-          [](const Tokenizer& tokenizer, const py::object& ids, bool skip_special) {
-            return py::bytes(decode(tokenizer, ids, skip_special));
-          },
-          "ids"_a, py::kw_only(), "skip_special"_a = false, "Bytes of ids.")
+      .def("decode", &decode, "ids"_a, py::kw_only(), "skip_special"_a = false,
+           "Text of ids; bytes that are not UTF-8 become U+FFFD. Raises InvalidRequest for an "
+           "unknown id.")
+      .def("decode_bytes", &decode_bytes, "ids"_a, py::kw_only(), "skip_special"_a = false,
+           "Bytes of ids.")
       .def(
           "stream_encoder",
           [](const Tokenizer& tokenizer, const py::object& allowed_special, const std::string& cut,

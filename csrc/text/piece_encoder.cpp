@@ -78,6 +78,7 @@ size_t PieceEncoder::encode_but(size_t spared, std::string_view text, IdBuffer& 
     end = std::copy(ids.data() + done, ids.data() + count, end);
     out.set_end(end);
     at = ends[count - 1];
+    if (found < ends.size()) return at;  // the text has no more
   }
 }
 

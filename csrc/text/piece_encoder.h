@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstdint>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -31,6 +32,8 @@ class PieceEncoder {
   PairMemo& memo() { return memo_; }
   // Scratch of RankedBpe::encode().
   std::vector<uint64_t>& dead() { return dead_; }
+  // Scratch for a short text made of two.
+  std::string& joined() { return joined_; }
   const BpeModel& model() const { return *model_; }
 
  private:
@@ -58,6 +61,7 @@ class PieceEncoder {
   PairMemo memo_;
   std::vector<uint64_t> dead_;
   std::vector<int32_t> symbols_, merged_;
+  std::string joined_;
 };
 
 }  // namespace puna

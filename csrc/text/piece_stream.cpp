@@ -15,6 +15,8 @@ constexpr int kSettleEvery = 64;
 constexpr size_t kPart = size_t{64} << 10;
 // Text that waits as it is.
 constexpr size_t kMostWaiting = 128;
+// For texts up to this length the encoder keeps memory in which they are joined to what waited.
+constexpr size_t kShort = 2048;
 
 bool is_letter(CharClass c) {
   return c == CharClass::kUpper || c == CharClass::kLower || c == CharClass::kLetter;
@@ -101,19 +103,25 @@ void PieceStream::feed(std::string_view text, PieceEncoder& encoder, IdBuffer& o
 
 void PieceStream::feed_part(std::string_view text, const Call& call) {
   if (state_ != State::kStart) text.remove_prefix(take_while_open(text, call));
-  std::string joined;
-  while (!text.empty()) {
-    if (!waiting_.empty()) {
-      joined = std::exchange(waiting_, {});
-      joined += text;
-      text = joined;
-    }
+  if (text.empty()) return;
+  std::string longer;
+  if (!waiting_.empty()) {
+    std::string& joined = text.size() > kShort ? longer : call.encoder.joined();
+    joined.reserve(kMostWaiting + std::max(kShort, text.size()));
+    joined = waiting_;
+    joined += text;
+    text = joined;
+  }
+  for (;;) {
     text.remove_prefix(call.encoder.encode_certain(text, call.out));
-    if (text.size() <= kMostWaiting) {
-      waiting_ = text;
-      break;
-    }
+    if (text.size() <= kMostWaiting) break;
     text.remove_prefix(take_while_open(text, call));
+  }
+  if (state_ != State::kStart) {
+    waiting_ = std::string();  // the places of an open piece take memory enough
+  } else {
+    waiting_.reserve(kMostWaiting);  // and never more
+    waiting_ = text;
   }
 }
 

@@ -208,10 +208,18 @@ void Tokenizer::encode(std::string_view bytes, const EncodeOptions& options, IdB
 }
 
 bool Tokenizer::encode(WideText text, const EncodeOptions& options, IdBuffer& out) const {
-  size_t room = kWideBytes, used = 0;
   if (options.threads != 1 || options.cut != Cut::kNone || reads_special(options)) {
-    room = text.most_bytes();  // these look at the whole
+    // These look at the whole.
+    const size_t room = text.most_bytes();
+    const auto bytes = std::make_unique_for_overwrite<char[]>(room);
+    const size_t size = text.write(bytes.get(), room);
+    if (text.stopped()) return false;
+    EncodeOptions valid = options;
+    valid.is_valid_utf8 = true;
+    encode(std::string_view(bytes.get(), size), valid, out);
+    return true;
   }
+  size_t room = kWideBytes, used = 0;
   auto bytes = std::make_unique_for_overwrite<char[]>(room);
   const Lease own = lease();
   for (;;) {
@@ -219,9 +227,7 @@ bool Tokenizer::encode(WideText text, const EncodeOptions& options, IdBuffer& ou
     const std::string_view part(bytes.get(), used);
     if (text.stopped()) return false;
     if (text.done()) {
-      EncodeOptions valid = options;
-      valid.is_valid_utf8 = true;
-      encode(part, valid, out);
+      own.encoder().encode(part, out);
       return true;
     }
     const size_t done = own.encoder().encode_certain(part, out);
@@ -280,30 +286,34 @@ bool Tokenizer::is_special(int32_t id) const {
   return id >= 0 && id < vocab_size() && is_special_[static_cast<size_t>(id)];
 }
 
-std::string Tokenizer::decode(std::span<const int32_t> ids, bool skip_special) const {
+Tokenizer::DecodedSize Tokenizer::decoded_size(std::span<const int32_t> ids,
+                                               bool skip_special) const {
   const Vocabulary& vocabulary = model().vocabulary();
-  const auto shows = [&](int32_t id) {
-    return !skip_special || !is_special_[static_cast<size_t>(id)];
-  };
-  size_t size = 0;
+  const size_t count = vocabulary.size();
+  DecodedSize size;
   for (const int32_t id : ids) {
-    if (id < 0 || id >= vocab_size()) bytes_of(id);  // throws
-    if (shows(id)) size += vocabulary.length(id);
+    if (static_cast<uint32_t>(id) >= count) bytes_of(id);  // throws
+    if (skip_special && is_special_[static_cast<size_t>(id)]) continue;
+    size.bytes += vocabulary.length(id);
+    size.is_ascii &= Vocabulary::is_ascii(vocabulary.key_of(id));
   }
-  // A short token is written as the 16 bytes of its key, of which the next overwrites the rest.
-  std::string bytes(size + sizeof(ShortKey), '\0');
-  char* end = bytes.data();
+  return size;
+}
+
+void Tokenizer::decode_into(std::span<const int32_t> ids, bool skip_special,
+                            std::span<char> out) const {
+  const Vocabulary& vocabulary = model().vocabulary();
+  char* end = out.data();
+  const char* const limit = end + out.size();
   for (const int32_t id : ids) {
-    if (!shows(id)) continue;
-    const size_t length = vocabulary.length(id);
-    if (length <= ShortKey::kBytes) {
-      std::memcpy(end, &vocabulary.key_of(id), sizeof(ShortKey));
-    } else {
-      std::memcpy(end, vocabulary.bytes_of(id).data(), length);
-    }
-    end += length;
+    if (skip_special && is_special_[static_cast<size_t>(id)]) continue;
+    end = vocabulary.write(id, end, limit);
   }
-  bytes.resize(size);
+}
+
+std::string Tokenizer::decode(std::span<const int32_t> ids, bool skip_special) const {
+  std::string bytes(decoded_size(ids, skip_special).bytes, '\0');
+  decode_into(ids, skip_special, bytes);
   return bytes;
 }
 

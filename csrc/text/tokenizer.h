@@ -107,6 +107,13 @@ class Tokenizer {
 
   // Bytes of ids. Throws InvalidRequest for an id that does not exist.
   std::string decode(std::span<const int32_t> ids, bool skip_special = false) const;
+  // The same into memory of the caller's: how many bytes they are, and then those bytes.
+  struct DecodedSize {
+    size_t bytes = 0;
+    bool is_ascii = true;
+  };
+  DecodedSize decoded_size(std::span<const int32_t> ids, bool skip_special) const;
+  void decode_into(std::span<const int32_t> ids, bool skip_special, std::span<char> out) const;
   std::string_view bytes_of(int32_t id) const;
   bool is_special(int32_t id) const;
 

@@ -1,6 +1,11 @@
 #include "text/unicode_classes.h"
 
+#include <array>
+#include <bit>
 #include <cstring>
+#include <utility>
+
+#include "text/byte_block.h"
 
 namespace puna {
 
@@ -61,34 +66,65 @@ std::string to_valid_utf8(std::string_view bytes) {
   return text;
 }
 
-bool is_valid_utf8(std::string_view bytes) {
-  const auto is_tail = [&](size_t at) { return (bytes[at] & 0xc0) == 0x80; };
-  for (size_t at = 0; at < bytes.size();) {
-    const size_t left = bytes.size() - at;
-    const auto first = static_cast<uint8_t>(bytes[at]);
-    if (first < 0x80) {
-      uint64_t ascii = 0;
-      if (left >= sizeof(ascii)) std::memcpy(&ascii, bytes.data() + at, sizeof(ascii));
-      at += left >= sizeof(ascii) && !(ascii & 0x8080808080808080) ? sizeof(ascii) : 1;
-    } else if (first < 0xe0) {
-      if (first < 0xc2 || left < 2 || !is_tail(at + 1)) return false;
-      at += 2;
-    } else if (first < 0xf0) {
-      if (left < 3 || !is_tail(at + 1) || !is_tail(at + 2)) return false;
-      int length = 0;
-      const uint32_t code = decode_utf8(bytes, at, &length);
-      if (code < 0x800 || (code >= 0xd800 && code < 0xe000)) return false;
-      at += 3;
-    } else {
-      if (first > 0xf4 || left < 4) return false;
-      if (!is_tail(at + 1) || !is_tail(at + 2) || !is_tail(at + 3)) return false;
-      int length = 0;
-      const uint32_t code = decode_utf8(bytes, at, &length);
-      if (code < 0x10000 || code > 0x10ffff) return false;
-      at += 4;
-    }
+namespace {
+
+// Blocks of a text one after the other. Bit i of a word speaks of byte i of a block, so that
+// `x << 1` are the bytes after those of x.
+class Utf8Scan {
+ public:
+  // False if no UTF-8 has these bytes after those before.
+  bool take(const ByteBlock& block) {
+    const uint64_t foreign = block.beyond_ascii();
+    if ((foreign | due_) == 0) return true;
+    const uint64_t first = block.between('\xc0', '\xff'), tails = foreign & ~first;
+    const uint64_t three = block.between('\xe0', '\xef'), four = block.between('\xf0', '\xf4');
+    const uint64_t longer = three | four;
+    const uint64_t tails_due = due_ | first << 1 | longer << 2 | four << 3;
+    const bool ends_are_right =
+        tails == tails_due && first == (block.between('\xc2', '\xdf') | longer);
+    due_ = first >> 63 | longer >> 62 | four >> 61;
+
+    // Second bytes: no overlong forms, no surrogates, nothing beyond U+10FFFF.
+    const uint64_t from_90 = block.between('\x90', '\xbf'), from_a0 = block.between('\xa0', '\xbf');
+    const uint64_t wrong =
+        (after(0, block.equal('\xe0')) & ~from_a0) | (after(1, block.equal('\xed')) & from_a0) |
+        (after(2, block.equal('\xf0')) & ~from_90) | (after(3, block.equal('\xf4')) & from_90);
+    tails_ += static_cast<size_t>(std::popcount(tails));
+    beyond_latin_1_ |= block.between('\xc4', '\xf4');
+    beyond_two_bytes_ |= four;
+    return ends_are_right && wrong == 0;
   }
-  return true;
+  bool is_complete() const { return due_ == 0; }
+  size_t tails() const { return tails_; }
+  int unit() const { return beyond_two_bytes_ ? 4 : beyond_latin_1_ ? 2 : 1; }
+
+ private:
+  uint64_t after(int which, uint64_t bytes) {
+    const uint64_t carried = std::exchange(last_[which], bytes >> 63);
+    return bytes << 1 | carried;
+  }
+
+  uint64_t due_ = 0;  // of the next block, the bytes that belong to the last character
+  std::array<uint64_t, 4> last_{};
+  size_t tails_ = 0;
+  uint64_t beyond_latin_1_ = 0, beyond_two_bytes_ = 0;
+};
+
+}  // namespace
+
+std::optional<Utf8Shape> utf8_shape(std::string_view bytes) {
+  Utf8Scan scan;
+  size_t at = 0;
+  for (; bytes.size() - at >= ByteBlock::kBytes; at += ByteBlock::kBytes) {
+    if (!scan.take(ByteBlock(bytes.data() + at))) return std::nullopt;
+  }
+  if (at < bytes.size()) {
+    char padded[ByteBlock::kBytes] = {};
+    std::memcpy(padded, bytes.data() + at, bytes.size() - at);
+    if (!scan.take(ByteBlock(padded))) return std::nullopt;
+  }
+  if (!scan.is_complete()) return std::nullopt;
+  return Utf8Shape{bytes.size() - scan.tails(), scan.unit()};
 }
 
 }  // namespace puna

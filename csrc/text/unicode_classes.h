@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 
@@ -67,6 +68,14 @@ Utf8Unit utf8_unit(std::string_view text, size_t at);
 // Valid UTF-8 of any bytes, one U+FFFD for each maximal part of an invalid sequence, as in Python's
 // bytes.decode("utf-8", "replace").
 std::string to_valid_utf8(std::string_view bytes);
-bool is_valid_utf8(std::string_view bytes);
+
+// What a text of characters of one width takes.
+struct Utf8Shape {
+  size_t characters;
+  int unit;  // the least bytes, 1, 2 or 4, in which every code point fits
+};
+// Nothing if the bytes are not UTF-8.
+std::optional<Utf8Shape> utf8_shape(std::string_view bytes);
+inline bool is_valid_utf8(std::string_view bytes) { return utf8_shape(bytes).has_value(); }
 
 }  // namespace puna

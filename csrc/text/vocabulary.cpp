@@ -50,9 +50,27 @@ void Vocabulary::make_keys() {
   for (size_t id = 0; id < tokens_.size(); ++id) {
     const std::string_view bytes = tokens_[id];
     ShortKey key = ShortKey::of(bytes.data(), std::min(bytes.size(), ShortKey::kBytes));
-    if (bytes.size() > ShortKey::kBytes) key.high |= static_cast<uint64_t>(kLong) << 56;
+    if (bytes.size() > ShortKey::kBytes) {
+      const bool ascii = std::none_of(bytes.begin(), bytes.end(), [](char c) { return c & 0x80; });
+      key.high |= static_cast<uint64_t>(ascii ? kLongAscii : kLong) << 56;
+    }
     keys_.push_back(key);
   }
+}
+
+char* Vocabulary::write_long(int32_t id, char* out, const char* limit) const {
+  constexpr size_t kStep = 16;
+  const std::string_view bytes = bytes_of(id), all = joined_bytes();
+  const size_t room = static_cast<size_t>(limit - out);
+  const size_t readable = static_cast<size_t>(all.data() + all.size() - bytes.data());
+  if (std::min(room, readable) < bytes.size() + kStep) {
+    std::memcpy(out, bytes.data(), std::min(bytes.size(), room));
+  } else {
+    for (size_t at = 0; at < bytes.size(); at += kStep) {
+      std::memcpy(out + at, bytes.data() + at, kStep);
+    }
+  }
+  return out + bytes.size();
 }
 
 void Vocabulary::set_slot_count() {

@@ -1,6 +1,9 @@
 #include "text/wide_text.h"
 
 #include <cstdint>
+#include <cstring>
+
+#include "text/unicode_classes.h"
 
 namespace puna {
 
@@ -82,6 +85,61 @@ size_t WideText::write(char* out, size_t room) {
                         : unit_ == 2 ? write_units<uint16_t>(out, end)
                                      : write_units<uint32_t>(out, end);
   return static_cast<size_t>(written - out);
+}
+
+namespace {
+
+// The code point at `bytes`, of which four can be read; *length receives its bytes. Lengths mix in
+// runs of emoji and signs: no branch tells them apart.
+uint32_t decode_any(const char* bytes, size_t* length) {
+  const auto byte = [&](size_t i) { return static_cast<uint32_t>(static_cast<uint8_t>(bytes[i])); };
+  // By the upper half of the first byte, a digit each.
+  *length = 0x4322'0000'1111'1111 >> (byte(0) >> 4 << 2) & 7;
+  constexpr uint8_t kFirst[] = {0, 0x7f, 0x1f, 0x0f, 0x07}, kUnused[] = {0, 18, 12, 6, 0};
+  const uint32_t all = (byte(0) & kFirst[*length]) << 18 | (byte(1) & 0x3f) << 12 |
+                       (byte(2) & 0x3f) << 6 | (byte(3) & 0x3f);
+  return all >> kUnused[*length];
+}
+
+template <class Unit>
+void write_wide_units(std::string_view utf8, Unit* out) {
+  const char* at = utf8.data();
+  const char* const end = at + utf8.size();
+  for (uint64_t word; static_cast<size_t>(end - at) >= sizeof(word);) {
+    std::memcpy(&word, at, sizeof(word));
+    if (!(word & 0x8080808080808080)) {
+      for (size_t i = 0; i < sizeof(word); ++i) *out++ = static_cast<uint8_t>(at[i]);
+      at += sizeof(word);
+    } else if ((word & 0xc0e0c0e0c0e0c0e0) == 0x80c080c080c080c0) {
+      // Four letters of two bytes, as words of Cyrillic, Greek, Hebrew or Arabic have them.
+      for (int i = 0; i < 4; ++i, word >>= 16) {
+        *out++ = static_cast<Unit>((word & 0x1f) << 6 | (word >> 8 & 0x3f));
+      }
+      at += sizeof(word);
+    } else if ((word & 0xc0c0f0c0c0f0) == 0x8080e08080e0) {
+      // Two of three bytes, as Chinese, Japanese, Korean and Indic texts have them.
+      for (int i = 0; i < 2; ++i, word >>= 24) {
+        *out++ =
+            static_cast<Unit>((word & 0x0f) << 12 | (word >> 8 & 0x3f) << 6 | (word >> 16 & 0x3f));
+      }
+      at += 6;
+    } else {
+      size_t length = 0;
+      *out++ = static_cast<Unit>(decode_any(at, &length));
+      at += length;
+    }
+  }
+  for (int length = 0; at < end; at += length) {
+    *out++ = static_cast<Unit>(decode_utf8({at, end}, 0, &length));
+  }
+}
+
+}  // namespace
+
+void write_wide(std::string_view utf8, int unit, void* out) {
+  if (unit == 1) return write_wide_units(utf8, static_cast<uint8_t*>(out));
+  if (unit == 2) return write_wide_units(utf8, static_cast<uint16_t*>(out));
+  write_wide_units(utf8, static_cast<uint32_t*>(out));
 }
 
 }  // namespace puna

@@ -1,7 +1,8 @@
-// Text whose characters take one, two or four bytes each, as Python keeps it, into UTF-8.
+// Text whose characters take one, two or four bytes each, as Python keeps it, into UTF-8 and back.
 #pragma once
 
 #include <cstddef>
+#include <string_view>
 
 namespace puna {
 
@@ -32,5 +33,8 @@ class WideText {
   size_t at_ = 0;
   bool stopped_ = false;
 };
+
+// Writes valid UTF-8 as characters of `unit` bytes, which hold them all (utf8_shape()).
+void write_wide(std::string_view utf8, int unit, void* out);
 
 }  // namespace puna

@@ -12,6 +12,7 @@
 #include "text/pretokenizer.h"
 #include "text/special_tokens.h"
 #include "text/unicode_classes.h"
+#include "text/wide_text.h"
 #include "tokenizer_fixture.h"
 
 using puna::AllowedSpecial;
@@ -244,6 +245,41 @@ TEST(decoding) {
       tokenizer.decode(std::vector<int32_t>{static_cast<int32_t>(tokenizer.vocab_size())}));
 }
 
+// Into exactly the memory that is needed, in which a sanitizer sees what goes beyond.
+TEST(decoding_writes_the_bytes_of_tokens_of_any_length) {
+  auto tokens = fixture::tokens();
+  for (size_t size : {15, 16, 17, 31, 32, 33, 79}) {
+    tokens.push_back(std::string(size, '-'));
+    tokens.push_back(std::string(size - 2, '-') + "é");
+  }
+  const Tokenizer tokenizer = Tokenizer::from_ranks(fixture::ranks(tokens));
+  const auto count = static_cast<size_t>(tokenizer.vocab_size());
+  std::mt19937 random(6);
+  for (int i = 0; i < 2000; ++i) {
+    std::vector<int32_t> ids;
+    const size_t plain = tokens.size(), few = plain - 20;  // the last of which are long
+    const std::pair<size_t, size_t> ranges[] = {{0, plain}, {few, plain}, {few, count}};
+    const auto [first, last] = ranges[random() % 3];
+    for (size_t n = random() % 12; n > 0; --n) {
+      ids.push_back(static_cast<int32_t>(first + random() % (last - first)));
+    }
+    for (const bool skip : {false, true}) {
+      std::string expected;
+      for (const int32_t id : ids) {
+        if (!skip || !tokenizer.is_special(id)) expected += tokenizer.bytes_of(id);
+      }
+      const Tokenizer::DecodedSize size = tokenizer.decoded_size(ids, skip);
+      CHECK_EQ(size.bytes, expected.size());
+      CHECK_EQ(size.is_ascii,
+               std::none_of(expected.begin(), expected.end(), [](char c) { return c & 0x80; }));
+      const auto memory = std::make_unique<char[]>(size.bytes);
+      tokenizer.decode_into(ids, skip, {memory.get(), size.bytes});
+      CHECK_EQ(std::string(memory.get(), size.bytes), expected);
+      CHECK_EQ(tokenizer.decode(ids, skip), expected);
+    }
+  }
+}
+
 TEST(bytes_that_are_no_text_become_replacement_characters) {
   const Tokenizer tokenizer = small();
   const std::string one = "\ufffd";
@@ -285,7 +321,8 @@ TEST(utf8_is_valid_where_nothing_is_replaced) {
   std::mt19937 random(5);
   int valid = 0;
   for (int i = 0; i < 300'000; ++i) {
-    std::string text(random() % 12, 'x');
+    // At all places of a block, and across the ends of blocks.
+    std::string text(random() % 2 ? random() % 12 : 50 + random() % 90, 'x');
     for (size_t n = 1 + random() % 4; n > 0; --n) text += bounds[random() % bounds.size()];
     text.append(random() % 12, 'x');
     const bool expected = puna::to_valid_utf8(text) == text;
@@ -295,6 +332,25 @@ TEST(utf8_is_valid_where_nothing_is_replaced) {
   CHECK(valid > 1000);
 }
 
+template <class Unit>
+void check_units(const std::string& utf8, const std::vector<uint32_t>& codes) {
+  std::vector<Unit> found(codes.size());
+  puna::write_wide(utf8, sizeof(Unit), found.data());
+  CHECK(std::equal(codes.begin(), codes.end(), found.begin(), found.end()));
+}
+
+// UTF-8 of these becomes characters of the least width again.
+void check_shape(const std::string& utf8, const std::vector<uint32_t>& codes) {
+  const uint32_t most = codes.empty() ? 0 : *std::max_element(codes.begin(), codes.end());
+  const std::optional<puna::Utf8Shape> shape = puna::utf8_shape(utf8);
+  CHECK(shape.has_value());
+  CHECK_EQ(shape->characters, codes.size());
+  CHECK_EQ(shape->unit, most < 0x100 ? 1 : most < 0x10000 ? 2 : 4);
+  if (most < 0x100) check_units<uint8_t>(utf8, codes);
+  if (most < 0x10000) check_units<uint16_t>(utf8, codes);
+  check_units<uint32_t>(utf8, codes);
+}
+
 TEST(wide_characters_become_utf8) {
   std::mt19937 random(4);
   const Tokenizer tokenizer = small();
@@ -302,11 +358,13 @@ TEST(wide_characters_become_utf8) {
     const uint32_t limits[] = {0x80, 0x100, 0x800, 0x10000, 0x110000};
     const uint32_t limit = limits[random() % 5];
     std::vector<uint32_t> codes;
-    for (size_t n = random() % 120; n > 0; --n) {
-      const uint32_t c = random() % (random() % 2 ? limit : std::min<uint32_t>(limit, 0x80));
+    const uint32_t ascii_in = 1 + random() % 12;  // many runs of one length, or few
+    for (size_t n = random() % 300; n > 0; --n) {
+      const uint32_t c = random() % (random() % ascii_in ? limit : std::min<uint32_t>(limit, 0x80));
       codes.push_back(c >= 0xd800 && c < 0xe000 ? 'x' : c);
     }
     const std::string expected = utf8_of(codes);
+    check_shape(expected, codes);
     const std::vector<uint8_t> bytes(codes.begin(), codes.end());
     const std::vector<uint16_t> pairs(codes.begin(), codes.end());
     const auto check = [&](const void* characters, int unit) {
