@@ -197,7 +197,12 @@ def rewrite_metadata(folder: Path, change: Any) -> None:
 
 
 DAMAGE = {
-    "version": (lambda f: f.update(version=2), puna.UnsupportedError, ("version 2",)),
+    "version": (lambda f: f.update(version=3), puna.UnsupportedError, ("version 3",)),
+    "older version": (
+        lambda f: (f.update(version=1), f["matrices"]["lm_head"].update(format="int4_k")),
+        puna.UnsupportedError,
+        ("version 1", "lm_head", "int4_k", "again"),
+    ),
     "format": (
         lambda f: f["matrices"]["lm_head"].update(format="int3"),
         puna.UnsupportedError,

@@ -10,11 +10,18 @@
 namespace puna {
 namespace {
 
-// The key of the file's metadata whose value is {"version": 1, "matrices": {name: {"format",
+// The key of the file's metadata whose value is {"version": 2, "matrices": {name: {"format",
 // "rows", "cols"}}, "vectors": {name: size}}, and "embedding": TYPE where the token embedding is of
 // one of GGUF's blocked types, which safetensors has not: its bytes are there as they were.
 constexpr const char* kMetadataKey = "puna";
-constexpr int64_t kVersion = 1;
+constexpr int64_t kVersion = 2;
+// Version 1 differs in the small numbers of blocks alone, which had a byte each.
+constexpr int64_t kOldestVersion = 1;
+
+bool is_of_version_1(WeightFormat format) {
+  return !is_quantized(format) ||
+         with_traits(format, [](auto traits) { return decltype(traits)::kSubBits % 8 == 0; });
+}
 constexpr const char* kEmbedding = "embed_tokens";
 // Every matrix and vector begins at a page, so that an expert can be read or dropped on its own.
 constexpr int64_t kPage = 4096;
@@ -119,10 +126,14 @@ AdoptingLoader::AdoptingLoader(const Checkpoint& checkpoint) : checkpoint_(check
     if (!form.is_object() || !form.contains(key)) bad(checkpoint, "the metadata have no ", key);
     return form[key];
   };
-  if (!part("version").is_number_integer() || part("version") != kVersion)
+  const auto bad_version = [&](const auto&... where) {
     fail(ErrorCode::kUnsupported, "[packed] ", checkpoint.path(), ": the packed form is of ",
-         "version ", printable(part("version").dump()), ", this puna reads version ", kVersion,
-         "; quantise the checkpoint again");
+         "version ", printable(part("version").dump()), where..., ", this puna reads version ",
+         kVersion, "; quantise the checkpoint again");
+  };
+  if (!part("version").is_number_integer() || part("version") < kOldestVersion ||
+      part("version") > kVersion)
+    bad_version();
   const auto place = [&](const std::string& name, DType dtype, int64_t bytes) -> const void* {
     const auto found = checkpoint.tensors().find(name);
     if (found == checkpoint.tensors().end())
@@ -145,6 +156,8 @@ AdoptingLoader::AdoptingLoader(const Checkpoint& checkpoint) : checkpoint_(check
     if (!format)
       fail(ErrorCode::kUnsupported, "[packed] ", checkpoint.path(), ": ", printable(name),
            " has the weight format ", printable(text), ", which this version does not know");
+    if (part("version") < kVersion && !is_of_version_1(*format))
+      bad_version(" and ", printable(name), " of ", text);
     Matrix found{*format, whole_number(checkpoint, name, entry["rows"]),
                  whole_number(checkpoint, name, entry["cols"]), nullptr};
     const auto bytes = static_cast<int64_t>(packed_bytes(found.format, found.rows, found.cols));

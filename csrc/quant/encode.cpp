@@ -204,7 +204,7 @@ bool can_encode(WeightFormat format) {
 
 bool can_encode_blocks(WeightFormat format) {
   return is_quantized(format) &&
-         with_traits(format, [](auto traits) { return !decltype(traits)::kSubScales; });
+         with_traits(format, [](auto traits) { return decltype(traits)::kSubBits == 0; });
 }
 
 void encode_block(WeightFormat format, const float* x, const float* importance, int64_t count,
@@ -218,7 +218,7 @@ void encode_block(WeightFormat format, const float* x, const float* importance, 
     finite[i] = std::isnan(x[i]) ? 0.0f : std::clamp(x[i], -kLargest, kLargest);
   with_traits(format, [&](auto traits) {
     using Format = decltype(traits);
-    if constexpr (!Format::kSubScales) {
+    if constexpr (Format::kSubBits == 0) {
       const Group group{finite, importance, count};
       if constexpr (Format::kOffset)
         encode_offset<Format>(group, to);

@@ -3,8 +3,7 @@
 // A panel is [blocks][block]; a block of kBlock columns is
 //   scale       fp16 [64]
 //   offset      fp16 [64]                            if kOffset
-//   sub_scale   int8 [kBlock / kGroup][64]           if kSubScales
-//   sub_offset  uint8 [kBlock / kGroup][64]          if kSubScales and kOffset
+//   sub         [kNumbers * kSubBits / 8][64]        if kSubBits
 //   codes       [kBlock / 32][4][64 * kBits bytes]   slabs of 32 columns by 16 rows
 // so that every part starts at a multiple of 64 bytes. A slab holds 8 vectors of 64 codes; vector s
 // is columns 4 s .. 4 s + 3 of 16 rows, [16][4], which is what the integer dot-product instructions
@@ -14,8 +13,13 @@
 //   2       2 x 64: vector s in bits 2 (s % 4) .. of plane s / 4
 //   1       1 x 64: vector s in bit s
 // and 3, 5 and 6 bits are a plane of 2, 4, 4 low bits followed by one of 1, 1, 2 high bits.
-// Columns past the matrix have code kZero (0 with kTable and with kOffset), so they add nothing to
-// a product with activations that are zero there. Freestanding.
+// The small whole numbers of a block, one a group for the scale and with kOffset behind those one a
+// group for the offset, kNumbers in all, lie in planes of a byte for each row: of 4 bits number n
+// in plane n % P from bit 4 (n / P) on, P = kNumbers / 2; of 6 bits such planes of the 4 low ones,
+// then likewise kNumbers / 4 planes of the 2 high ones; of 8 bits one a plane. Those with a sign
+// are stored kSubZero higher, but as they are in 8 bits. Columns past the matrix have code kZero (0
+// with kTable and with kOffset), so they add nothing to a product with activations that are zero
+// there. Freestanding.
 #pragma once
 
 #include <stdint.h>
@@ -39,16 +43,33 @@ struct PanelLayout {
   static constexpr int64_t kGroups = Format::kBlock / Format::kGroup;
   static constexpr int64_t kScale = 0;
   static constexpr int64_t kOffsets = kScale + 2 * kPanelRows;
-  static constexpr int64_t kSubScale = kOffsets + (Format::kOffset ? 2 * kPanelRows : 0);
-  static constexpr int64_t kSubOffset = kSubScale + (Format::kSubScales ? kGroups * kPanelRows : 0);
-  static constexpr int64_t kCodes =
-      kSubOffset + (Format::kSubScales && Format::kOffset ? kGroups * kPanelRows : 0);
+  static constexpr int64_t kNumbers = Format::kSubBits ? kGroups * (Format::kOffset ? 2 : 1) : 0;
+  static constexpr int64_t kSubPlanes = kNumbers * Format::kSubBits / 8;
+  static constexpr int kLeastSub = Format::kOffset ? 0 : -(1 << Format::kSubBits >> 1);
+  static constexpr int kMostSub = kLeastSub + (1 << Format::kSubBits) - 1;
+  static constexpr int kSubZero = Format::kSubBits == 8 ? 0 : -kLeastSub;
+  static constexpr int64_t kSub = kOffsets + (Format::kOffset ? 2 * kPanelRows : 0);
+  static constexpr int64_t kCodes = kSub + kSubPlanes * kPanelRows;
   static constexpr int64_t kSlab = 64 * Format::kBits;
   static constexpr int64_t kBytes =
       kCodes + Format::kBlock / kSlabCols * (kPanelRows / kSlabRows) * kSlab;
   static_assert(Format::kBlock <= kMaxBlock && kGroups <= kMaxGroups);
   static_assert(Format::kBlock % kSlabCols == 0 && Format::kGroup % kSlabRows == 0);
+  static_assert(kNumbers * Format::kSubBits % 8 == 0);
 };
+
+// Where Bits bits (8, 4 or 2) of number n of a block lie: the plane, and the first bit in its
+// bytes.
+template <class Format, int Bits>
+constexpr int64_t kNumberPlanes = PanelLayout<Format>::kNumbers * Bits / 8;
+template <class Format, int Bits>
+constexpr int64_t number_plane(int64_t n) {
+  return n % kNumberPlanes<Format, Bits>;
+}
+template <class Format, int Bits>
+constexpr int number_shift(int64_t n) {
+  return static_cast<int>(n / kNumberPlanes<Format, Bits>) * Bits;
+}
 
 // One row's share of a block, taken apart.
 struct RowBlock {
@@ -112,6 +133,39 @@ inline void read_codes(const uint8_t* at, uint32_t (&words)[kSlabVectors]) {
   }
 }
 
+// A row's numbers to and from their planes; `at` is the row's byte of the first plane.
+template <class Format, int Bits>
+inline void write_numbers(uint8_t* at, const uint8_t (&numbers)[2 * kMaxGroups]) {
+  if constexpr (Bits == 6) {
+    uint8_t low[2 * kMaxGroups], high[2 * kMaxGroups];
+    for (int64_t n = 0; n < PanelLayout<Format>::kNumbers; ++n) {
+      low[n] = numbers[n] & 15u;
+      high[n] = numbers[n] >> 4 & 3u;
+    }
+    write_numbers<Format, 4>(at, low);
+    write_numbers<Format, 2>(at + kNumberPlanes<Format, 4> * kPanelRows, high);
+  } else {
+    constexpr int64_t kPlanes = kNumberPlanes<Format, Bits>;
+    for (int64_t plane = 0; plane < kPlanes; ++plane) {
+      unsigned byte = 0;
+      for (int i = 0; i < 8 / Bits; ++i) byte |= unsigned{numbers[i * kPlanes + plane]} << Bits * i;
+      at[plane * kPanelRows] = static_cast<uint8_t>(byte);
+    }
+  }
+}
+
+template <class Format, int Bits>
+inline unsigned read_number(const uint8_t* at, int64_t n) {
+  if constexpr (Bits == 6) {
+    return read_number<Format, 4>(at, n) |
+           read_number<Format, 2>(at + kNumberPlanes<Format, 4> * kPanelRows, n) << 4;
+  } else {
+    return unsigned{at[number_plane<Format, Bits>(n) * kPanelRows]} >>
+               number_shift<Format, Bits>(n) &
+           ((1u << Bits) - 1);
+  }
+}
+
 // Where row `row` of 64 starts in the slab of 32 columns from `column` on.
 template <class Format>
 inline int64_t slab_row(int64_t row, int64_t column) {
@@ -128,12 +182,13 @@ void put_row_block(uint8_t* block, int64_t row, const RowBlock& from) {
   __builtin_memcpy(block + Layout::kScale + 2 * row, &from.scale, 2);
   if constexpr (Format::kOffset)
     __builtin_memcpy(block + Layout::kOffsets + 2 * row, &from.offset, 2);
-  if constexpr (Format::kSubScales) {
+  if constexpr (Format::kSubBits > 0) {
+    uint8_t numbers[2 * kMaxGroups];
     for (int64_t g = 0; g < Layout::kGroups; ++g) {
-      block[Layout::kSubScale + g * kPanelRows + row] = static_cast<uint8_t>(from.sub_scale[g]);
-      if constexpr (Format::kOffset)
-        block[Layout::kSubOffset + g * kPanelRows + row] = from.sub_offset[g];
+      numbers[g] = static_cast<uint8_t>(from.sub_scale[g] + Layout::kSubZero);
+      if constexpr (Format::kOffset) numbers[Layout::kGroups + g] = from.sub_offset[g];
     }
+    write_numbers<Format, Format::kSubBits>(block + Layout::kSub + row, numbers);
   }
   for (int64_t c = 0; c < Format::kBlock; c += kSlabCols) {
     uint32_t words[kSlabVectors];
@@ -148,11 +203,14 @@ void get_row_block(const uint8_t* block, int64_t row, RowBlock* to) {
   __builtin_memcpy(&to->scale, block + Layout::kScale + 2 * row, 2);
   if constexpr (Format::kOffset)
     __builtin_memcpy(&to->offset, block + Layout::kOffsets + 2 * row, 2);
-  if constexpr (Format::kSubScales) {
+  if constexpr (Format::kSubBits > 0) {
+    const uint8_t* numbers = block + Layout::kSub + row;
     for (int64_t g = 0; g < Layout::kGroups; ++g) {
-      to->sub_scale[g] = static_cast<int8_t>(block[Layout::kSubScale + g * kPanelRows + row]);
+      const auto number = static_cast<int>(read_number<Format, Format::kSubBits>(numbers, g));
+      to->sub_scale[g] = static_cast<int8_t>(number - Layout::kSubZero);
       if constexpr (Format::kOffset)
-        to->sub_offset[g] = block[Layout::kSubOffset + g * kPanelRows + row];
+        to->sub_offset[g] = static_cast<uint8_t>(
+            read_number<Format, Format::kSubBits>(numbers, Layout::kGroups + g));
     }
   }
   for (int64_t c = 0; c < Format::kBlock; c += kSlabCols) {
@@ -167,13 +225,13 @@ void get_row_block(const uint8_t* block, int64_t row, RowBlock* to) {
 template <class Format>
 inline float group_scale(const RowBlock& block, int64_t g) {
   const float scale = float_of_f16(block.scale);
-  return Format::kSubScales ? scale * static_cast<float>(block.sub_scale[g]) : scale;
+  return Format::kSubBits > 0 ? scale * static_cast<float>(block.sub_scale[g]) : scale;
 }
 template <class Format>
 inline float group_offset(const RowBlock& block, int64_t g) {
   if constexpr (!Format::kOffset) return 0.0f;
   const float offset = float_of_f16(block.offset);
-  return Format::kSubScales ? offset * static_cast<float>(block.sub_offset[g]) : offset;
+  return Format::kSubBits > 0 ? offset * static_cast<float>(block.sub_offset[g]) : offset;
 }
 template <class Format>
 inline int code_value(unsigned code) {  // value(code) - kZero

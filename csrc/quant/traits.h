@@ -3,9 +3,10 @@
 //
 // A weight of column c is   scale(g) * (value(code) - kZero) + offset(g),   g = c / kGroup, where
 //   value(code)   the code itself, or kTable16[code] if kTable
-//   scale(g)      an fp16 per group; with kSubScales an fp16 per block times an int8 per group
-//   offset(g)     0 unless kOffset; an fp16 per group; with kSubScales an fp16 per block times a
-//                 uint8 per group
+//   scale(g)      an fp16 per group; with kSubBits an fp16 per block times a whole number per group
+//   offset(g)     0 unless kOffset; an fp16 per group; with kSubBits an fp16 per block times a
+//                 whole number per group
+// and these whole numbers have kSubBits bits, with kOffset without sign, else with one.
 // Freestanding: also compiled by the kernels' translation units.
 #pragma once
 
@@ -15,7 +16,8 @@ namespace puna {
 
 struct FormatTraits {
   static constexpr int kZero = 0;
-  static constexpr bool kOffset = false, kSubScales = false, kTable = false;
+  static constexpr bool kOffset = false, kTable = false;
+  static constexpr int kSubBits = 0;  // 4, 6, 8 or none
 };
 
 // Weights are packed into panels of kPanelRows output rows (the last one padded), so that products

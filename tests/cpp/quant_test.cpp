@@ -33,12 +33,13 @@ std::vector<WeightFormat> quantized_formats() {
 
 template <class Format>
 RowBlock random_row_block() {
+  using Layout = PanelLayout<Format>;
   RowBlock block{};
   block.scale = f16_of_float(random_normal() * 0.01f);
   block.offset = f16_of_float(random_normal() * 0.01f);
   for (int64_t g = 0; g < kMaxGroups; ++g) {
-    block.sub_scale[g] = static_cast<int8_t>(random_int(-128, 127));
-    block.sub_offset[g] = static_cast<uint8_t>(random_int(0, 255));
+    block.sub_scale[g] = static_cast<int8_t>(random_int(Layout::kLeastSub, Layout::kMostSub));
+    block.sub_offset[g] = static_cast<uint8_t>(random_int(Layout::kLeastSub, Layout::kMostSub));
   }
   for (int64_t c = 0; c < Format::kBlock; ++c)
     block.codes[c] = static_cast<uint8_t>(random_int(0, (1 << Format::kBits) - 1));
@@ -86,9 +87,9 @@ TEST(rows_come_back_from_panels) {
         CHECK(back.scale == rows[r].scale);
         if (Format::kOffset) CHECK(back.offset == rows[r].offset);
         CHECK(!std::memcmp(back.codes, rows[r].codes, Format::kBlock));
-        if (Format::kSubScales)
+        if (Format::kSubBits > 0)
           CHECK(!std::memcmp(back.sub_scale, rows[r].sub_scale, PanelLayout<Format>::kGroups));
-        if (Format::kSubScales && Format::kOffset)
+        if (Format::kSubBits > 0 && Format::kOffset)
           CHECK(!std::memcmp(back.sub_offset, rows[r].sub_offset, PanelLayout<Format>::kGroups));
       }
       for (size_t i = PanelLayout<Format>::kBytes; i < memory.size(); ++i) CHECK(memory[i] == 0xa5);

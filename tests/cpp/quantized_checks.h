@@ -51,8 +51,8 @@ struct Product {
           block.scale = f16_of_float(normal(random) * 0.01f);
           block.offset = f16_of_float(normal(random) * 0.01f);
           for (int64_t g = 0; g < kMaxGroups; ++g) {
-            block.sub_scale[g] = static_cast<int8_t>(draw(-128, 127));
-            block.sub_offset[g] = static_cast<uint8_t>(draw(0, 255));
+            block.sub_scale[g] = static_cast<int8_t>(draw(Layout::kLeastSub, Layout::kMostSub));
+            block.sub_offset[g] = static_cast<uint8_t>(draw(Layout::kLeastSub, Layout::kMostSub));
           }
           for (int64_t c = 0; c < Format::kBlock; ++c) {
             const int64_t code = values == Values::kTop       ? kTop

@@ -26,8 +26,8 @@ def read_packed(file: Path) -> dict[str, Array]:
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
     described = json.loads(header.pop("__metadata__")["puna"])
-    if described["version"] != 1:
-        raise ValueError(f"{file} is packed in version {described['version']}, expected 1")
+    if described["version"] not in (1, 2):
+        raise ValueError(f"{file} is packed in version {described['version']}, expected 1 or 2")
     tensors: dict[str, Array] = {}
     for name, entry in header.items():
         begin, end = (8 + size + offset for offset in entry["data_offsets"])

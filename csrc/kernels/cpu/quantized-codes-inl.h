@@ -71,24 +71,13 @@ struct PackedPanel {
   PUNA_INLINE_MEMBER Codes values(int64_t slab, int v) const {
     return values_of<Format, S>(codes_of_rows(slab, v), v * kCodeRows % kSlabRows * 4);
   }
-  PUNA_INLINE_MEMBER VF block_scale(int64_t g, int v) const {
+  // Those of a block; of its groups, too, unless they have numbers of their own.
+  PUNA_INLINE_MEMBER VF scale(int64_t g, int v) const {
     return load_f16(block_of(g) + Layout::kScale + 2 * v * kCodeRows);
   }
-  PUNA_INLINE_MEMBER VF block_offset(int64_t g, int v) const {
+  PUNA_INLINE_MEMBER VF offset(int64_t g, int v) const {
     return load_f16(block_of(g) + Layout::kOffsets + 2 * v * kCodeRows);
   }
-  // Those of a group, from those of its block.
-  PUNA_INLINE_MEMBER VF scale(int64_t g, int v, VF of_block) const {
-    if constexpr (!Format::kSubScales) return of_block;
-    return of_block * load_i8(block_of(g) + Layout::kSubScale + group_part(g, v));
-  }
-  PUNA_INLINE_MEMBER VF offset(int64_t g, int v, VF of_block) const {
-    if constexpr (!Format::kSubScales) return of_block;
-    return of_block * load_u8(block_of(g) + Layout::kSubOffset + group_part(g, v));
-  }
-  PUNA_INLINE_MEMBER VF scale(int64_t g, int v) const { return scale(g, v, block_scale(g, v)); }
-  PUNA_INLINE_MEMBER VF offset(int64_t g, int v) const { return offset(g, v, block_offset(g, v)); }
-
   // The codes of the rows of vector v.
   PUNA_INLINE_MEMBER const uint8_t* codes_of_rows(int64_t slab, int v) const {
     const int64_t part = v * kCodeRows / kSlabRows;
@@ -96,12 +85,63 @@ struct PackedPanel {
            (slab % kSlabs * (kPanelRows / kSlabRows) + part) * Layout::kSlab;
   }
 
- private:
   PUNA_INLINE_MEMBER const uint8_t* block_of(int64_t g) const {
     return panel + g / Layout::kGroups * Layout::kBytes;
   }
-  PUNA_INLINE int64_t group_part(int64_t g, int v) {
-    return g % Layout::kGroups * kPanelRows + v * kCodeRows;
+};
+
+// The scales and offsets of the groups of one block.
+template <class Format>
+struct BlockScales {
+  using Layout = PanelLayout<Format>;
+  static constexpr bool kUnpacks = Format::kSubBits == 4 || Format::kSubBits == 6;
+
+  const uint8_t* numbers;  // int8 [kNumbers][kPanelRows], in `unpacked` or the panel
+  VF scales[kPanelVectors], offsets[kPanelVectors];  // of the block
+  alignas(64) uint8_t unpacked[kUnpacks ? Layout::kNumbers * kPanelRows : 1];
+
+  // Takes those of the block of group g.
+  PUNA_INLINE_MEMBER void enter(const PackedPanel<Format>& packed, int64_t g) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kPanelVectors; ++v) {
+      scales[v] = packed.scale(g, v);
+      if constexpr (Format::kOffset) offsets[v] = packed.offset(g, v);
+    }
+    const uint8_t* planes = packed.block_of(g) + Layout::kSub;
+    numbers = kUnpacks ? unpacked : planes;
+    if constexpr (kUnpacks) {
+      for (int64_t part = 0; part < kPanelRows; part += static_cast<int64_t>(sizeof(Codes)))
+        unrolled<Layout::kNumbers>([&](auto n) __attribute__((always_inline)) {
+          constexpr int kN = decltype(n)::value;
+          store_codes(unpacked + kN * kPanelRows + part, number<kN>(planes + part));
+        });
+    }
+  }
+  PUNA_INLINE_MEMBER VF scale(int64_t g, int v) const {
+    return scales[v] * number_of_group(g % Layout::kGroups, v);
+  }
+  PUNA_INLINE_MEMBER VF offset(int64_t g, int v) const {
+    return offsets[v] * number_of_group(Layout::kGroups + g % Layout::kGroups, v);
+  }
+
+ private:
+  PUNA_INLINE_MEMBER VF number_of_group(int64_t n, int v) const {
+    return to_float(load_signed_bytes(numbers + n * kPanelRows + v * kCodeRows));
+  }
+  // Number N of as many rows as Codes has bytes.
+  template <int N>
+  PUNA_INLINE Codes number(const uint8_t* planes) {
+    Codes codes = number_bits<N, 4, 0>(planes);
+    if constexpr (Format::kSubBits == 6)
+      codes = both(codes, number_bits<N, 2, 4>(planes + kNumberPlanes<Format, 4> * kPanelRows));
+    if constexpr (Layout::kSubZero != 0) codes = less(codes, Layout::kSubZero);
+    return codes;
+  }
+  template <int N, int Bits, int To>
+  PUNA_INLINE Codes number_bits(const uint8_t* planes) {
+    constexpr int64_t kPlane = number_plane<Format, Bits>(N);
+    return bits_of<number_shift<Format, Bits>(N), Bits, To>(
+        load_codes(planes + kPlane * kPanelRows));
   }
 };
 
@@ -118,23 +158,19 @@ struct PanelInOrder {
   using Layout = PanelLayout<Format>;
   static constexpr bool kHalves = PackedPanel<Format>::kHalves;
   static constexpr bool kTwoPlanes = Format::kBits == 3 || Format::kBits == 5 || Format::kBits == 6;
-  static constexpr bool kAsksAhead = 3 * Layout::kCodes > Layout::kBytes;
+  static constexpr bool kAsksAhead = 5 * Layout::kCodes > Layout::kBytes;
   static constexpr int64_t kAhead = 8192;  // best of 4, 8 and 16 KiB on Zen 4
 
   PackedPanel<Format> packed;
-  VF scales[kPanelVectors], offsets[kPanelVectors];  // of the block, if its groups have their own
+  BlockScales<Format> of_block;  // if its groups have numbers of their own
 
   // Comes before what is read of the groups from g on, which are of one block.
   PUNA_INLINE_MEMBER void enter_groups(int64_t g) {
-    if (!kAsksAhead && g % Layout::kGroups == 0)
-      ask_for_lines(packed.panel + g / Layout::kGroups * Layout::kBytes, Layout::kCodes);
-    if constexpr (Format::kSubScales) {
-#pragma GCC unroll 16
-      for (int v = 0; v < kPanelVectors; ++v) {
-        scales[v] = packed.block_scale(g, v);
-        if constexpr (Format::kOffset) offsets[v] = packed.block_offset(g, v);
-      }
-    }
+    if (!kAsksAhead && g % Layout::kGroups == 0) ask_for_lines(packed.block_of(g), Layout::kCodes);
+  }
+  // Comes before the scales of groups from g on are used.
+  PUNA_INLINE_MEMBER void enter_scales(int64_t g) {
+    if (Format::kSubBits > 0 && g % Layout::kGroups == 0) of_block.enter(packed, g);
   }
   // Comes before what is read of vector V of a slab. Past the last panel it touches nothing.
   template <int V>
@@ -154,30 +190,72 @@ struct PanelInOrder {
     return packed.template values<S>(slab, v);
   }
   PUNA_INLINE_MEMBER VF scale(int64_t g, int v) const {
-    if constexpr (!Format::kSubScales) return packed.scale(g, v);
-    return packed.scale(g, v, scales[v]);
+    return Format::kSubBits > 0 ? of_block.scale(g, v) : packed.scale(g, v);
   }
   PUNA_INLINE_MEMBER VF offset(int64_t g, int v) const {
-    if constexpr (!Format::kSubScales) return packed.offset(g, v);
-    return packed.offset(g, v, offsets[v]);
+    return Format::kSubBits > 0 ? of_block.offset(g, v) : packed.offset(g, v);
   }
 };
 
-// kChunkCols columns taken apart once, for products with many rows: 16 KiB of values and up to
-// 8 KiB of scales and offsets, so that they stay in the first cache. Slabs and groups count from
+// For products with many rows kChunkCols columns are taken apart once: into 16 KiB of values and up
+// to 8 KiB of scales and offsets, so that they stay in the first cache. Slabs and groups count from
 // the chunk's first column.
 constexpr int64_t kChunkCols = kMaxBlock;
 constexpr int64_t kUnpackedSlab = 64 * kSlabVectors;
 
+template <class Format>
+struct ChunkScales {
+  using Layout = PanelLayout<Format>;
+  static constexpr int64_t kGroups = kChunkCols / Format::kGroup;
+
+  alignas(64) float scales[kGroups * kPanelRows];  // [kGroups][kPanelRows]
+  alignas(64) float offsets[Format::kOffset ? kGroups * kPanelRows : 1];
+
+  // Takes those of the first `cols` columns of `packed`.
+  void unpack(const PackedPanel<Format>& packed, int64_t cols) {
+    BlockScales<Format> of_block;
+    for (int64_t g = 0; g < cols / Format::kGroup; ++g) {
+      if (Format::kSubBits > 0 && g % Layout::kGroups == 0) of_block.enter(packed, g);
+      for (int v = 0; v < kPanelVectors; ++v) {
+        const int64_t at = g * kPanelRows + v * kCodeRows;
+        store(scales + at, Format::kSubBits > 0 ? of_block.scale(g, v) : packed.scale(g, v));
+        if constexpr (Format::kOffset)
+          store(offsets + at, Format::kSubBits > 0 ? of_block.offset(g, v) : packed.offset(g, v));
+      }
+    }
+  }
+  PUNA_INLINE_MEMBER VF scale(int64_t g, int v) const {
+    return load(scales + g * kPanelRows + v * kCodeRows);
+  }
+  PUNA_INLINE_MEMBER VF offset(int64_t g, int v) const {
+    return load(offsets + g * kPanelRows + v * kCodeRows);
+  }
+};
+
+// Scales taken apart, codes as they lie in memory.
+template <class Traits>
+struct ScaledPanel {
+  using Format = Traits;
+  static constexpr bool kHalves = PackedPanel<Format>::kHalves;
+
+  const PackedPanel<Format>& packed;
+  const ChunkScales<Format>& scales;
+
+  template <int S>
+  PUNA_INLINE_MEMBER Codes values(int64_t slab, int v) const {
+    return packed.template values<S>(slab, v);
+  }
+  PUNA_INLINE_MEMBER VF scale(int64_t g, int v) const { return scales.scale(g, v); }
+  PUNA_INLINE_MEMBER VF offset(int64_t g, int v) const { return scales.offset(g, v); }
+};
+
 template <class Traits>
 struct Chunk {
   using Format = Traits;
-  static constexpr int64_t kGroups = kChunkCols / Format::kGroup;
   static constexpr bool kHalves = false;
 
   alignas(64) uint8_t codes[kChunkCols * kPanelRows];  // [slab][4][kSlabVectors][64]
-  alignas(64) float scales[kGroups * kPanelRows];      // [kGroups][kPanelRows]
-  alignas(64) float offsets[Format::kOffset ? kGroups * kPanelRows : 1];
+  ChunkScales<Format> scales;
 
   // Takes the first `cols` columns of `packed`.
   void unpack(const PackedPanel<Format>& packed, int64_t cols) {
@@ -190,13 +268,7 @@ struct Chunk {
         });
       }
     }
-    for (int64_t g = 0; g < cols / Format::kGroup; ++g) {
-      for (int v = 0; v < kPanelVectors; ++v) {
-        const int64_t at = g * kPanelRows + v * kCodeRows;
-        store(scales + at, packed.scale(g, v));
-        if constexpr (Format::kOffset) store(offsets + at, packed.offset(g, v));
-      }
-    }
+    scales.unpack(packed, cols);
   }
 
   template <int S>
@@ -208,12 +280,8 @@ struct Chunk {
     return codes + place(column / kSlabCols, static_cast<int>(row / kCodeRows)) +
            column % kSlabCols / 4 * 64;
   }
-  PUNA_INLINE_MEMBER VF scale(int64_t g, int v) const {
-    return load(scales + g * kPanelRows + v * kCodeRows);
-  }
-  PUNA_INLINE_MEMBER VF offset(int64_t g, int v) const {
-    return load(offsets + g * kPanelRows + v * kCodeRows);
-  }
+  PUNA_INLINE_MEMBER VF scale(int64_t g, int v) const { return scales.scale(g, v); }
+  PUNA_INLINE_MEMBER VF offset(int64_t g, int v) const { return scales.offset(g, v); }
 
  private:
   PUNA_INLINE int64_t place(int64_t slab, int v) {

@@ -59,6 +59,9 @@ PUNA_INLINE Codes bits_of(Codes codes) {
   return _mm512_and_si512(codes, mask);
 }
 PUNA_INLINE Codes both(Codes a, Codes b) { return _mm512_or_si512(a, b); }
+PUNA_INLINE Codes less(Codes a, int b) {
+  return _mm512_sub_epi8(a, _mm512_set1_epi8(static_cast<char>(b)));
+}
 PUNA_INLINE Codes flip_top_bit(Codes a) {
   return _mm512_xor_si512(a, _mm512_set1_epi8(static_cast<char>(0x80)));
 }
@@ -75,11 +78,8 @@ PUNA_INLINE VF to_float(Dots a) { return {_mm512_cvtepi32_ps(a)}; }
 PUNA_INLINE VF load_f16(const uint8_t* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
-PUNA_INLINE VF load_i8(const uint8_t* p) {
-  return to_float(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-}
-PUNA_INLINE VF load_u8(const uint8_t* p) {
-  return to_float(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+PUNA_INLINE Dots load_signed_bytes(const uint8_t* p) {
+  return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 // Whole values as int8; their int32 form is returned.
 PUNA_INLINE Dots store_i8(int8_t* p, VF a) {
@@ -112,6 +112,9 @@ PUNA_INLINE Codes bits_of(Codes codes) {
   return _mm256_and_si256(codes, mask);
 }
 PUNA_INLINE Codes both(Codes a, Codes b) { return _mm256_or_si256(a, b); }
+PUNA_INLINE Codes less(Codes a, int b) {
+  return _mm256_sub_epi8(a, _mm256_set1_epi8(static_cast<char>(b)));
+}
 PUNA_INLINE Codes flip_top_bit(Codes a) {
   return _mm256_xor_si256(a, _mm256_set1_epi8(static_cast<char>(0x80)));
 }
@@ -128,11 +131,8 @@ PUNA_INLINE VF to_float(Dots a) { return {_mm256_cvtepi32_ps(a)}; }
 PUNA_INLINE VF load_f16(const uint8_t* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
-PUNA_INLINE VF load_i8(const uint8_t* p) {
-  return to_float(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-}
-PUNA_INLINE VF load_u8(const uint8_t* p) {
-  return to_float(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+PUNA_INLINE Dots load_signed_bytes(const uint8_t* p) {
+  return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 }
 PUNA_INLINE Dots store_i8(int8_t* p, VF a) {
   const __m256i whole = _mm256_cvtps_epi32(a.v);
@@ -161,6 +161,7 @@ PUNA_INLINE Codes bits_of(Codes codes) {
   return vandq_u8(codes, vdupq_n_u8(static_cast<uint8_t>(((1 << Count) - 1) << To)));
 }
 PUNA_INLINE Codes both(Codes a, Codes b) { return vorrq_u8(a, b); }
+PUNA_INLINE Codes less(Codes a, int b) { return vsubq_u8(a, vdupq_n_u8(static_cast<uint8_t>(b))); }
 PUNA_INLINE Codes flip_top_bit(Codes a) { return veorq_u8(a, vdupq_n_u8(0x80)); }
 PUNA_INLINE Codes look_up(const uint8_t (&table)[16], Codes index) {
   return vqtbl1q_u8(vld1q_u8(table), index);
@@ -181,13 +182,9 @@ PUNA_INLINE uint8x8_t load_four(const uint8_t* p) {
   __builtin_memcpy(&four, p, sizeof(four));
   return vreinterpret_u8_u32(vdup_n_u32(four));
 }
-PUNA_INLINE VF load_i8(const uint8_t* p) {
+PUNA_INLINE Dots load_signed_bytes(const uint8_t* p) {
   const int16x8_t words = vmovl_s8(vreinterpret_s8_u8(load_four(p)));
-  return to_float(vmovl_s16(vget_low_s16(words)));
-}
-PUNA_INLINE VF load_u8(const uint8_t* p) {
-  const uint16x8_t words = vmovl_u8(load_four(p));
-  return to_float(vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(words))));
+  return vmovl_s16(vget_low_s16(words));
 }
 PUNA_INLINE Dots store_i8(int8_t* p, VF a) {
   const int32x4_t whole = vcvtnq_s32_f32(a.v);

@@ -120,7 +120,7 @@ PUNA_INLINE void multiply_group(VF (&parts)[Rows][Vectors], const Source& w,
 // The same for all vectors of the panel and the kGroupsOfSlab groups from g on, with the weights
 // read in the order of memory: for so few rows that reading them takes longest.
 template <class Source, int Rows>
-PUNA_INLINE void multiply_group_in_order(VF (&parts)[Rows][kPanelVectors], const Source& w,
+PUNA_INLINE void multiply_group_in_order(VF (&parts)[Rows][kPanelVectors], Source& w,
                                          const QuantizedRow (&x)[Rows], int64_t g) {
   using Format = typename Source::Format;
   constexpr int kGroups = kGroupsOfSlab<Format>, kCount = kSlabVectors / kGroups;
@@ -153,6 +153,7 @@ PUNA_INLINE void multiply_group_in_order(VF (&parts)[Rows][kPanelVectors], const
       });
     });
   }
+  w.enter_scales(g);
 #pragma GCC unroll 2
   for (int i = 0; i < kGroups; ++i) add_group(parts, dots[i], w, x, g + i, 0);
 }
@@ -241,7 +242,7 @@ void multiply_in_order(float* out, int64_t out_stride, const QuantizedRows& x, c
   constexpr int64_t kColumns =
       Format::kBlock < kActivationGroup ? Format::kBlock : kActivationGroup;
   constexpr int64_t kGroups = kColumns / Format::kGroup;
-  PanelInOrder<Format> source{{panel}, {}, {}};
+  PanelInOrder<Format> source{{panel}, {}};
   alignas(64) float sums[Rows * kPanelRows] = {};
   QuantizedRow row[Rows];
   for (int64_t r = 0; r < Rows; ++r) row[r] = row_of<Format>(x, r, 0);
@@ -266,7 +267,8 @@ void multiply_in_order(float* out, int64_t out_stride, const QuantizedRows& x, c
 constexpr int64_t kQuantizedRowBlock = 128;
 
 // More rows: chunk by chunk of the columns. Codes of other than 4 or 8 bits are taken apart once
-// for all of them if they are more than one tile; the others in registers.
+// for all of them if they are more than one tile; the others in registers, and their scales if that
+// takes more than loading them.
 template <class Format>
 void multiply_tiles(float* out, int64_t out_stride, const QuantizedRows& x, int64_t first_row,
                     const uint8_t* panel, const float* bias, int64_t rows, int64_t width) {
@@ -295,6 +297,9 @@ void multiply_tiles(float* out, int64_t out_stride, const QuantizedRows& x, int6
     if (kUnpacks && rows > kTileRows) {
       chunk.unpack(packed, cols);
       multiply(chunk);
+    } else if constexpr (Format::kSubBits > 0) {
+      chunk.scales.unpack(packed, cols);
+      multiply(ScaledPanel<Format>{packed, chunk.scales});
     } else {
       multiply(packed);
     }

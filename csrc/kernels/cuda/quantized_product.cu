@@ -6,7 +6,7 @@ namespace puna::cuda {
 namespace {
 
 // A stage is of a span: codes of the half's rows [step][2 slabs]; of each block their scales and
-// offsets; of each group their small numbers; rows of x, their sums by group, and their scales.
+// offsets; all small numbers of the block; rows of x, their sums by group, and their scales.
 template <class Format>
 struct QuantizedWeights : Steps<Format> {
   using Of = Steps<Format>;
@@ -19,13 +19,12 @@ struct QuantizedWeights : Steps<Format> {
   static constexpr int kBlocks = Of::kBlock < kSpan ? kSpan / Of::kBlock : 1;
   static constexpr int kStepBytes = 2 * static_cast<int>(Layout::kSlab);
   static constexpr int kFactorBytes = 2 * kHalf, kNumberBytes = kHalf;
+  static constexpr int kSubPlanes = static_cast<int>(Layout::kSubPlanes);
   static constexpr int kScalesAt = kSpan / Of::kColumns * kStepBytes;
   static constexpr int kOffsetsAt = kScalesAt + kBlocks * kFactorBytes;
   static constexpr int kNumbersAt = kOffsetsAt + (Format::kOffset ? kBlocks * kFactorBytes : 0);
-  static constexpr int kOffsetNumbersAt =
-      kNumbersAt + (Format::kSubScales ? kGroups * kNumberBytes : 0);
-  static constexpr int kRowsAt =
-      kOffsetNumbersAt + (Format::kSubScales && Format::kOffset ? kGroups * kNumberBytes : 0);
+  static constexpr int kRowsAt = kNumbersAt + kSubPlanes * kNumberBytes;
+  static_assert(kSubPlanes == 0 || kBlocks == 1);
 
   static __host__ __device__ int stage_bytes(int tokens) {
     const int end = kRowsAt + tokens * (kRowBytes + 4 * kGroups + 4);
@@ -84,13 +83,9 @@ struct QuantizedWeights : Steps<Format> {
         copy_parts<kBlocks, kFactorBytes>(stage + kOffsetsAt,
                                           block + Layout::kOffsets + half * kFactorBytes,
                                           Layout::kBytes, blocks);
-      const int numbers = within / Of::kGroup * kPanel + half * kNumberBytes;
-      if constexpr (Format::kSubScales)
-        copy_parts<kGroups, kNumberBytes>(stage + kNumbersAt, block + Layout::kSubScale + numbers,
-                                          kPanel, kGroups);
-      if constexpr (Format::kSubScales && Format::kOffset)
-        copy_parts<kGroups, kNumberBytes>(stage + kOffsetNumbersAt,
-                                          block + Layout::kSubOffset + numbers, kPanel, kGroups);
+      if constexpr (kSubPlanes > 0)
+        copy_parts<kSubPlanes, kNumberBytes>(
+            stage + kNumbersAt, block + Layout::kSub + half * kNumberBytes, kPanel, kSubPlanes);
     }
 
     __device__ __forceinline__ void copy_activations(unsigned char* stage, int span) const {
@@ -159,14 +154,14 @@ struct QuantizedWeights : Steps<Format> {
         }
 #pragma unroll
         for (int each = 0; each < Of::kGroupsEach; ++each) {
-          const int block = first / Of::kBlock, group = first / Of::kGroup + each;
+          const int factors = first / Of::kBlock * kFactorBytes + 8 * g;
+          const unsigned char* numbers = stage + kNumbersAt + 4 * g;
+          const int group = (span * kSpan + first) % Of::kBlock / Of::kGroup + each;  // of a block
           float scales[4], offsets[4] = {};
-          unpack_scales<Format, int8_t>(
-              scales, packed_scales(stage + kScalesAt, stage + kNumbersAt, block, group, g));
+          load_scales<Format, kNumberBytes>(scales, stage + kScalesAt + factors, numbers, group);
           if constexpr (Format::kOffset)
-            unpack_scales<Format, uint8_t>(
-                offsets,
-                packed_scales(stage + kOffsetsAt, stage + kOffsetNumbersAt, block, group, g));
+            load_scales<Format, kNumberBytes>(offsets, stage + kOffsetsAt + factors, numbers,
+                                              static_cast<int>(Layout::kGroups) + group);
 #pragma unroll
           for (int j = 0; j < kTilesEach; ++j)
 #pragma unroll
@@ -177,16 +172,6 @@ struct QuantizedWeights : Steps<Format> {
             }
         }
       }
-    }
-
-    static __device__ __forceinline__ PackedScales packed_scales(const unsigned char* factors,
-                                                                 const unsigned char* numbers,
-                                                                 int block, int group, int g) {
-      PackedScales packed = {};
-      packed.factors = *reinterpret_cast<const uint2*>(factors + block * kFactorBytes + 8 * g);
-      if constexpr (Format::kSubScales)
-        packed.numbers = *reinterpret_cast<const uint32_t*>(numbers + group * kNumberBytes + 4 * g);
-      return packed;
     }
 
     __device__ __forceinline__ void store(float* to, const Part& part) const {

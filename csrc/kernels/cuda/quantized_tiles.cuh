@@ -167,11 +167,11 @@ struct QuantizedTile {
       }
       const int own = (column % Of::kBlock + first % Of::kBlock) / Of::kGroup + each;
       float scales[4], offsets[4] = {};
-      unpack_scales<Format, int8_t>(
-          scales, packed_scales(block + Layout::kScale, block + Layout::kSubScale, own, row));
+      const unsigned char* numbers = block + Layout::kSub + row;
+      load_scales<Format, kPanel>(scales, block + Layout::kScale + 2 * row, numbers, own);
       if constexpr (Format::kOffset)
-        unpack_scales<Format, uint8_t>(
-            offsets, packed_scales(block + Layout::kOffsets, block + Layout::kSubOffset, own, row));
+        load_scales<Format, kPanel>(offsets, block + Layout::kOffsets + 2 * row, numbers,
+                                    static_cast<int>(Layout::kGroups) + own);
 #pragma unroll
       for (int n = 0; n < kTokenTiles; ++n)
 #pragma unroll
@@ -189,16 +189,6 @@ struct QuantizedTile {
       to.of[n][0] = static_cast<int32_t>(two.x);
       to.of[n][1] = static_cast<int32_t>(two.y);
     }
-  }
-
-  static __device__ __forceinline__ PackedScales packed_scales(const unsigned char* factors,
-                                                               const unsigned char* numbers,
-                                                               int group, int row) {
-    PackedScales packed = {};
-    packed.factors = *reinterpret_cast<const uint2*>(factors + 2 * row);
-    if constexpr (Format::kSubScales)
-      packed.numbers = *reinterpret_cast<const uint32_t*>(numbers + group * kPanel + row);
-    return packed;
   }
 
   const uint8_t* const rows;  // of x, with their scales and sums

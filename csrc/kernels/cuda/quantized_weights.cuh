@@ -175,20 +175,37 @@ __device__ __forceinline__ float float_of_sums(int32_t sums) {
   return __uint_as_float(static_cast<uint32_t>(sums)) - 0x1.8p23f;
 }
 
-// The scales or offsets of a lane's four rows in a group, as they lie in memory.
-struct PackedScales {
-  uint2 factors;     // four fp16 of the block
-  uint32_t numbers;  // four small whole numbers of the group, if there are any
-};
-// Small is the type of the numbers.
-template <class Format, class Small>
-__device__ __forceinline__ void unpack_scales(float (&scales)[4], const PackedScales& packed) {
+// Number n of a block for a lane's four rows, a byte each; planes are `Apart` bytes from each
+// other.
+template <class Format, int Bits, int Apart>
+__device__ __forceinline__ uint32_t load_numbers(const unsigned char* planes, int n) {
+  if constexpr (Bits == 6) {
+    const unsigned char* high = planes + kNumberPlanes<Format, 4> * Apart;
+    return load_numbers<Format, 4, Apart>(planes, n) | load_numbers<Format, 2, Apart>(high, n) << 4;
+  } else {
+    const auto* word = planes + number_plane<Format, Bits>(n) * Apart;
+    return bits_at<(1 << Bits) - 1>(*reinterpret_cast<const uint32_t*>(word),
+                                    number_shift<Format, Bits>(n));
+  }
+}
+
+// The scales or offsets of a lane's four rows in a group: four fp16 at `factors`, times number n if
+// there are any.
+template <class Format, int Apart>
+__device__ __forceinline__ void load_scales(float (&scales)[4], const unsigned char* factors,
+                                            const unsigned char* planes, int n) {
+  using Number = std::conditional_t<Format::kSubBits == 8 && !Format::kOffset, int8_t, uint8_t>;
+  const auto pairs = *reinterpret_cast<const uint2*>(factors);
+  uint32_t numbers = 0;
+  if constexpr (Format::kSubBits > 0)
+    numbers = load_numbers<Format, Format::kSubBits, Apart>(planes, n);
 #pragma unroll
   for (int row = 0; row < 4; ++row) {
-    const uint32_t pair = row < 2 ? packed.factors.x : packed.factors.y;
+    const uint32_t pair = row < 2 ? pairs.x : pairs.y;
     scales[row] = float_of_f16(static_cast<uint16_t>(pair >> 16 * (row % 2)));
-    if constexpr (Format::kSubScales)
-      scales[row] *= static_cast<float>(static_cast<Small>(packed.numbers >> 8 * row));
+    if constexpr (Format::kSubBits > 0)
+      scales[row] *= static_cast<float>(static_cast<Number>(numbers >> 8 * row) -
+                                        PanelLayout<Format>::kSubZero);
   }
 }
 

@@ -7,28 +7,26 @@
 namespace puna {
 
 struct Int2K : FormatTraits {
-  static constexpr int kBits = 2;
-  static constexpr bool kOffset = true, kSubScales = true;
+  static constexpr int kBits = 2, kSubBits = 4;
+  static constexpr bool kOffset = true;
   static constexpr int64_t kGroup = 16, kBlock = 256;
 };
 struct Int3K : FormatTraits {
-  static constexpr int kBits = 3, kZero = 4;
-  static constexpr bool kSubScales = true;  // signed, -32 to 31
+  static constexpr int kBits = 3, kZero = 4, kSubBits = 6;
   static constexpr int64_t kGroup = 16, kBlock = 256;
 };
 struct Int4K : FormatTraits {
-  static constexpr int kBits = 4;
-  static constexpr bool kOffset = true, kSubScales = true;
+  static constexpr int kBits = 4, kSubBits = 6;
+  static constexpr bool kOffset = true;
   static constexpr int64_t kGroup = 32, kBlock = 256;
 };
 struct Int5K : FormatTraits {
-  static constexpr int kBits = 5;
-  static constexpr bool kOffset = true, kSubScales = true;
+  static constexpr int kBits = 5, kSubBits = 6;
+  static constexpr bool kOffset = true;
   static constexpr int64_t kGroup = 32, kBlock = 256;
 };
 struct Int6K : FormatTraits {
-  static constexpr int kBits = 6, kZero = 32;
-  static constexpr bool kSubScales = true;  // signed, -128 to 127
+  static constexpr int kBits = 6, kZero = 32, kSubBits = 8;
   static constexpr int64_t kGroup = 16, kBlock = 256;
 };
 

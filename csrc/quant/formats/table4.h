@@ -18,8 +18,8 @@ using Table4G64 = Table4<64>;
 using Table4G128 = Table4<128>;
 
 struct Table4K : FormatTraits {
-  static constexpr int kBits = 4, kZero = 128;
-  static constexpr bool kTable = true, kSubScales = true;  // signed, -32 to 31
+  static constexpr int kBits = 4, kZero = 128, kSubBits = 6;
+  static constexpr bool kTable = true;
   static constexpr int64_t kGroup = 32, kBlock = 256;
 };
 
