@@ -115,6 +115,7 @@ class Row:
     depth: int
     seconds: dict[str, list[float]] = field(default_factory=dict)
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    ceilings: list[dict[str, float]] = field(default_factory=list)  # measured beside it
 
     def measure(self, worker: Worker, variant: dict[str, Any], vocabulary: int) -> float:
         """Seconds of one run."""
@@ -131,6 +132,11 @@ class Row:
         """Median tokens per second."""
         seconds = self.seconds.get(engine)
         return self.tokens / statistics.median(seconds) if seconds else None
+
+    def ceiling(self, name: str) -> float | None:
+        """Median of a ceiling, in 10^9 per second; None if it was not measured."""
+        values = [sample[name] for sample in self.ceilings if name in sample]
+        return statistics.median(values) if values else None
 
 
 class Exclusive:
@@ -169,7 +175,6 @@ class Comparison:
         self.memory: dict[str, dict[str, int]] = {}
         self.logits: dict[str, list[float]] = {}
         self.failures: dict[str, str] = {}
-        self.ceilings: list[dict[str, float]] = []
         self._workers: dict[str, Worker] = {}
         self._warm: set[tuple[str, int]] = set()  # engines since they were opened, and rows
 
@@ -188,17 +193,19 @@ class Comparison:
                 if not together:
                     self._close(name)
             for round_ in range(self.arguments.rounds):
-                self._sample_ceilings()
                 names = [name for name in self.commands if name not in self.failures]
                 names = names[round_ % len(names) :] + names[: round_ % len(names)] if names else []
                 if together:
                     for row in self.rows:
-                        for name in names * row.repeats:
-                            self._attempt(name, self._measure, row)
+                        for _ in range(row.repeats):
+                            self._sample_ceilings(row)
+                            for name in names:
+                                self._attempt(name, self._measure, row)
                 else:
                     for name in names:
                         for row in self.rows:
                             for _ in range(row.repeats):
+                                self._sample_ceilings(row)
                                 self._attempt(name, self._measure, row)
                         self._close(name)
         finally:
@@ -310,19 +317,14 @@ class Comparison:
                 best[index] = min(row.measure(worker, variant, vocabulary) for _ in range(2))
         return variants[min(best, key=lambda index: best[index])]
 
-    def _sample_ceilings(self) -> None:
+    def _sample_ceilings(self, row: Row) -> None:
         if not self.arguments.puna_bench:
             return
-        command = [self.arguments.puna_bench, "ops", "--only", "no kernel", "--rounds", "3"]
+        command = [self.arguments.puna_bench, "ops", "--only", "no kernel", "--rounds", "1"]
         command += ["--threads", str(self.threads), "--json"]
         with self.exclusive():
             result = subprocess.run(command, capture_output=True, text=True, check=True)
-        self.ceilings.append(json.loads(result.stdout)["facts"])
-
-    def ceiling(self, name: str) -> float | None:
-        """Median of a ceiling over the rounds, in 10^9 per second; None if it was not measured."""
-        values = [sample[name] for sample in self.ceilings if name in sample]
-        return statistics.median(values) if values else None
+        row.ceilings.append(json.loads(result.stdout)["facts"])
 
     def _fits_together(self) -> bool:
         each = self.path.stat().st_size * COPIES_OF_FILE
@@ -385,10 +387,10 @@ class Comparison:
         if row.kind == "decode":
             depth = row.depth + row.tokens // 2
             work = self.model.decode_bytes() + self.model.kv_bytes(depth)
-            unit, ceiling = "GB/s", self.ceiling("read GB/s")
+            unit, ceiling = "GB/s", row.ceiling("read GB/s")
         else:
             work = self.model.prefill_operations()
-            unit, ceiling = "GOP/s", self.ceiling("int8 peak GOP/s")
+            unit, ceiling = "GOP/s", row.ceiling("int8 peak GOP/s")
         if self.arguments.puna_quant and row.kind == "decode":
             known.pop("puna", None)  # its bytes are not those of the file
         result[unit] = {name: round(rate * work / 1e9, 2) for name, rate in known.items()}
@@ -593,7 +595,9 @@ def main() -> None:
         "file_bytes": path.stat().st_size,
         "rounds": arguments.rounds,
         "rows": [row for comparison in comparisons for row in comparison.result_rows()],
-        "ceilings": {c.threads: c.ceilings[-1] for c in comparisons if c.ceilings},
+        "ceilings": {
+            c.threads: c.rows[-1].ceilings[-1] for c in comparisons if c.rows[-1].ceilings
+        },
         "peak_memory": {c.threads: c.memory for c in comparisons},
         "cosine_of_logits": {c.threads: c.agreement() for c in comparisons},
         "failures": {c.threads: c.failures for c in comparisons if c.failures},
