@@ -30,13 +30,19 @@ class ByteBlock {
     const __m128i wanted = _mm_set1_epi8(value);
     return bits([&](__m128i part) { return _mm_cmpeq_epi8(part, wanted); });
   }
-  // Bit i: byte i, signed, is in [low, high]; bytes of 0x80 and above are negative.
+  // Bit i: byte i, signed, is in [low, high], which begin behind -128 and end before 127; bytes of
+  // 0x80 and above are negative.
   uint64_t between(char low, char high) const {
     const __m128i below = _mm_set1_epi8(static_cast<char>(low - 1));
     const __m128i above = _mm_set1_epi8(static_cast<char>(high + 1));
     return bits([&](__m128i part) {
       return _mm_and_si128(_mm_cmpgt_epi8(part, below), _mm_cmplt_epi8(part, above));
     });
+  }
+  // Bit i: byte i, signed, is at most `high` < 127.
+  uint64_t at_most(char high) const {
+    const __m128i above = _mm_set1_epi8(static_cast<char>(high + 1));
+    return bits([&](__m128i part) { return _mm_cmplt_epi8(part, above); });
   }
   // Bit i: byte i is no ASCII.
   uint64_t beyond_ascii() const {
@@ -69,6 +75,10 @@ class ByteBlock {
     return bits(
         [&](int8x16_t part) { return vandq_u8(vcgeq_s8(part, least), vcleq_s8(part, most)); });
   }
+  uint64_t at_most(char high) const {
+    const int8x16_t most = vdupq_n_s8(static_cast<int8_t>(high));
+    return bits([&](int8x16_t part) { return vcleq_s8(part, most); });
+  }
   uint64_t beyond_ascii() const {
     return bits([](int8x16_t part) { return vcltzq_s8(part); });
   }
@@ -95,6 +105,9 @@ class ByteBlock {
     return bits([&](int8_t byte) {
       return byte >= static_cast<int8_t>(low) && byte <= static_cast<int8_t>(high);
     });
+  }
+  uint64_t at_most(char high) const {
+    return bits([&](int8_t byte) { return byte <= static_cast<int8_t>(high); });
   }
   uint64_t beyond_ascii() const {
     return bits([](int8_t byte) { return byte < 0; });

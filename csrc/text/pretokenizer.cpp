@@ -222,22 +222,54 @@ namespace {
 
 uint64_t bits_below(size_t n) { return n >= 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1; }
 
+// The bytes of letters of two bytes whose case a comparison of bytes tells: those of Latin-1 and
+// most of Greek, and Cyrillic from U+0400 to U+045F. All others that are not ASCII are foreign.
+struct TwoByteLetters {
+  uint64_t upper, lower;
+
+  explicit TwoByteLetters(const ByteBlock& block) {
+    const uint64_t after_c3 = block.equal('\xc3') << 1, after_ce = block.equal('\xce') << 1;
+    const uint64_t after_cf = block.equal('\xcf') << 1, after_d0 = block.equal('\xd0') << 1;
+    const uint64_t after_d1 = block.equal('\xd1') << 1;
+    // The signs of multiplication and division.
+    const uint64_t signs = block.equal('\x97') | block.equal('\xb7');
+    const uint64_t last_upper = (after_c3 & block.at_most('\x9e') & ~signs) |
+                                (after_ce & block.between('\x91', '\xa1')) |
+                                (after_d0 & block.at_most('\xaf'));
+    const uint64_t last_lower =
+        (after_c3 & block.between('\x9f', '\xbf') & ~signs) |
+        (after_ce & block.between('\xac', '\xbf')) | (after_cf & block.at_most('\x8e')) |
+        (after_d0 & block.between('\xb0', '\xbf')) | (after_d1 & block.at_most('\x9f'));
+    upper = last_upper | last_upper >> 1;
+    lower = last_lower | last_lower >> 1;
+  }
+  static bool may_begin_with(uint8_t byte) {
+    return byte == 0xc3 || byte == 0xce || byte == 0xcf || byte == 0xd0 || byte == 0xd1;
+  }
+};
+
 // Ends of the pieces of a window of 64 bytes at whose first a piece begins, as bits; pieces whose
-// end the window does not show for certain are left out. The pattern, for ASCII, in words: bit i of
-// a word speaks of byte i, so that `x << 1` are the bytes after those of x.
+// end the window does not show for certain are left out. The pattern, for ASCII and these letters,
+// in words: bit i of a word speaks of byte i, so that `x << 1` are the bytes after those of x.
 class Window {
  public:
   explicit Window(const char* bytes) : bytes_(bytes), block_(bytes) {}
 
   // Of the first `size` bytes. 0: next_piece() has to find the first end.
   uint64_t ends(size_t size) const {
-    const uint64_t foreign = block_.beyond_ascii();
-    if (foreign) size = std::min<size_t>(size, std::countr_zero(foreign));
+    uint64_t upper = block_.between('A', 'Z'), lower = block_.between('a', 'z');
+    uint64_t foreign = block_.beyond_ascii();
+    if (foreign) {
+      const TwoByteLetters letters(block_);
+      upper |= letters.upper;
+      lower |= letters.lower;
+      foreign &= ~(letters.upper | letters.lower);
+      if (foreign) size = std::min<size_t>(size, std::countr_zero(foreign));
+    }
     if (size < 4) return 0;
     uint64_t known = bits_below(size);
-
-    const uint64_t upper = block_.between('A', 'Z') & known;
-    const uint64_t lower = block_.between('a', 'z') & known;
+    upper &= known;
+    lower &= known;
     const uint64_t digit = block_.between('0', '9') & known;
     const uint64_t space = block_.equal(' ') & known;
     const uint64_t newline = (block_.equal('\n') | block_.equal('\r')) & known;
@@ -326,8 +358,10 @@ size_t next_pieces(std::string_view text, size_t at, size_t* ends, size_t limit)
     // A window yields nothing much if a foreign character is near.
     uint64_t near = 0;
     std::memcpy(&near, text.data() + at, std::min(left, sizeof(near)));
+    const uint64_t foreign = near & 0x8080808080808080;
     uint64_t found = 0;
-    if (!(near & 0x8080808080808080)) {
+    if (!foreign || TwoByteLetters::may_begin_with(
+                        static_cast<uint8_t>(near >> (std::countr_zero(foreign) - 7)))) {
       if (left >= ByteBlock::kBytes) {
         found = Window(text.data() + at).ends(ByteBlock::kBytes);
       } else {

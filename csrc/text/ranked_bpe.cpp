@@ -254,12 +254,17 @@ int32_t* encode_stepping_back(const RankedBpe& bpe, std::string_view bytes, Pair
   int32_t* end = out;
   size_t at = 0, steps = 0;
   RankedBpe::Start next = bpe.longest_start(bytes, &steps);
+  // Whether no longer token begins where `next` does, and the token before it.
+  bool next_is_longest = true, before_is_longest = false;
   for (;;) {
     const uint32_t before = end != out ? static_cast<uint32_t>(end[-1]) : left;
     if (before != RankedBpe::kNone && next.token != RankedBpe::kNone) {
-      const uint32_t fit = bpe.longest_fit(before, next.token, memo);
+      const uint32_t fit = bpe.longest_fit(before, next.token, memo, before_is_longest);
       // Mostly it is this one: then what follows need not wait for its entry.
-      if (fit != next.token) next = bpe.start_of(fit);
+      if (fit != next.token) {
+        next = bpe.start_of(fit);
+        next_is_longest = false;
+      }
     }
     if (next.token == RankedBpe::kNone) {
       if (end == out) fail_no_encoding(bytes.size());
@@ -267,17 +272,21 @@ int32_t* encode_stepping_back(const RankedBpe& bpe, std::string_view bytes, Pair
       const auto last = static_cast<uint32_t>(*--end);
       at -= bpe.length(last);
       next = bpe.start_of(bpe.shorter_start(last));
+      next_is_longest = before_is_longest = false;
       continue;
     }
     if (dead.at(at + next.length)) {
       next = bpe.start_of(bpe.shorter_start(next.token));
+      next_is_longest = false;
       continue;
     }
     *end++ = static_cast<int32_t>(next.token);
     at += next.length;
     if (at == bytes.size()) return end;
     if (steps > kFreeSteps + kStepsPerByte * at) return nullptr;
+    before_is_longest = next_is_longest;
     next = bpe.longest_start(bytes.substr(at), &steps);
+    next_is_longest = true;
   }
 }
 

@@ -87,11 +87,15 @@ class RankedBpe {
     return {found == kNone ? kNone : trie_.token_at(found), length};
   }
   // Of a token and those that it begins with, the longest that may follow `left`, or kNone.
-  uint32_t longest_fit(uint32_t left, uint32_t token, PairMemo& memo) const {
+  // `left_is_longest`: no longer token begins where `left` does in bytes that go on with `token`.
+  uint32_t longest_fit(uint32_t left, uint32_t token, PairMemo& memo, bool left_is_longest) const {
     const uint64_t key = static_cast<uint64_t>(left) << 32 | token;
     PairMemo::Fit& fit = memo.fits_[key * 0x9e3779b97f4a7c15ull >> 51];
     if (fit.key != key) {
-      while (token != kNone && !is_pair(left, token, memo)) token = shorter_start(token);
+      const bool cannot_merge = left_is_longest && all_reachable_;
+      while (token != kNone && !(cannot_merge ? stay_apart(left, token) : is_pair(left, token))) {
+        token = shorter_start(token);
+      }
       fit = {key, token};
     }
     return fit.token;

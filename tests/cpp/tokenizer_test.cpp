@@ -90,6 +90,18 @@ std::vector<int32_t> encode_plainly(std::string_view text) {
   return ids;
 }
 
+// UTF-8 of code points by its definition.
+std::string utf8_of(const std::vector<uint32_t>& codes) {
+  std::string text;
+  for (const uint32_t c : codes) {
+    const int tails = c < 0x80 ? 0 : c < 0x800 ? 1 : c < 0x10000 ? 2 : 3;
+    const uint32_t lead[] = {0, 0xc0, 0xe0, 0xf0};
+    text += static_cast<char>(lead[tails] | c >> (6 * tails));
+    for (int i = tails - 1; i >= 0; --i) text += static_cast<char>(0x80 | (c >> (6 * i) & 0x3f));
+  }
+  return text;
+}
+
 struct Case {
   const char* text;
   std::vector<std::string> pieces;
@@ -162,6 +174,37 @@ TEST(pieces_are_those_of_the_regular_expression) {
       {"ʰA", {"ʰ", "A"}},
   };
   for (const Case& c : cases) CHECK_EQ(shown(pieces_of(c.text)), shown(c.pieces));
+}
+
+// Windows of many bytes against one piece at a time, whose steps are the pattern's alternatives.
+TEST(windows_cut_as_single_pieces_do) {
+  std::mt19937 random(7);
+  const std::vector<std::string> signs = {
+      " ", "  ", "\n",     "\r\n", "\t", "'", "'s", "'LL", "'\u017f", "/", "!", "-", "1", "22",
+      "«", "—",  "\u0301", "日",   "a",  "B", "×",  "÷",   "Þ",       "ß", "Я", "р", "џ", "ѡ"};
+  for (int i = 0; i < 30'000; ++i) {
+    // Letters of a language, from all around those that windows know.
+    const uint32_t firsts[] = {'A', 0xb0, 0x370, 0x3f0, 0x400, 0x430, 0x450};
+    const uint32_t first = firsts[random() % 7];
+    const size_t words = 1 + random() % 8;
+    std::string text;
+    for (size_t n = random() % 60; n > 0; --n) {
+      text += random() % words == 0 ? signs[random() % signs.size()]
+                                    : utf8_of({first + static_cast<uint32_t>(random() % 80)});
+    }
+    std::vector<size_t> expected;
+    for (size_t at = 0; at < text.size();) expected.push_back(at = puna::next_piece(text, at));
+    std::vector<size_t> found(text.size() + 1);
+    for (size_t count = 0, at = 0; at < text.size();) {
+      const size_t limit = std::min<size_t>(found.size() - count, 1 + random() % 40);
+      const size_t more = puna::next_pieces(text, at, found.data() + count, limit);
+      count += more;
+      at = found[count - 1];
+      if (at == text.size()) found.resize(count);
+    }
+    if (text.empty()) found.clear();
+    CHECK(found == expected);
+  }
 }
 
 TEST(classes_of_characters) {
@@ -299,18 +342,6 @@ TEST(bytes_that_are_no_text_become_replacement_characters) {
     CHECK(!puna::is_valid_utf8(bytes) && puna::is_valid_utf8(text));
     CHECK_EQ(shown(tokenizer.encode(bytes)), shown(tokenizer.encode(text)));
   }
-}
-
-// UTF-8 of code points by its definition.
-std::string utf8_of(const std::vector<uint32_t>& codes) {
-  std::string text;
-  for (const uint32_t c : codes) {
-    const int tails = c < 0x80 ? 0 : c < 0x800 ? 1 : c < 0x10000 ? 2 : 3;
-    const uint32_t lead[] = {0, 0xc0, 0xe0, 0xf0};
-    text += static_cast<char>(lead[tails] | c >> (6 * tails));
-    for (int i = tails - 1; i >= 0; --i) text += static_cast<char>(0x80 | (c >> (6 * i) & 0x3f));
-  }
-  return text;
 }
 
 TEST(utf8_is_valid_where_nothing_is_replaced) {
