@@ -55,7 +55,7 @@ struct PanelLayout {
       kCodes + Format::kBlock / kSlabCols * (kPanelRows / kSlabRows) * kSlab;
   static_assert(Format::kBlock <= kMaxBlock && kGroups <= kMaxGroups);
   static_assert(Format::kBlock % kSlabCols == 0 && Format::kGroup % kSlabRows == 0);
-  static_assert(kNumbers * Format::kSubBits % 8 == 0);
+  static_assert(kNumbers * Format::kSubBits % 8 == 0 && kLeastSub >= -128 && kMostSub <= 127);
 };
 
 // Where Bits bits (8, 4 or 2) of number n of a block lie: the plane, and the first bit in its
@@ -88,12 +88,18 @@ constexpr int vector_of(int plane, int i) {
   return Bits == 4 ? i * 4 + plane : plane * (8 / Bits) + i;
 }
 
+// Bits that lie in two kinds of planes, and how many of them in the first.
+template <int Bits>
+constexpr bool kTwoPlanes = Bits == 3 || Bits == 5 || Bits == 6;
+template <int Bits>
+constexpr int kLowBits = Bits == 3 ? 2 : 4;
+
 // A row's 32 codes of a slab as words of 4 bytes, word s for vector s, to and from its planes. `at`
 // is where the row starts in the slab, 4 bytes (row % kSlabRows) on; planes are 64 bytes apart.
 template <int Bits>
 inline void write_codes(uint8_t* at, const uint32_t (&words)[kSlabVectors]) {
-  if constexpr (Bits == 3 || Bits == 5 || Bits == 6) {
-    constexpr int kLow = Bits == 3 ? 2 : 4;
+  if constexpr (kTwoPlanes<Bits>) {
+    constexpr int kLow = kLowBits<Bits>;
     constexpr uint32_t kMask = ((1u << kLow) - 1) * 0x01010101u;
     uint32_t low[kSlabVectors], high[kSlabVectors];
     for (int s = 0; s < kSlabVectors; ++s) {
@@ -115,8 +121,8 @@ inline void write_codes(uint8_t* at, const uint32_t (&words)[kSlabVectors]) {
 
 template <int Bits>
 inline void read_codes(const uint8_t* at, uint32_t (&words)[kSlabVectors]) {
-  if constexpr (Bits == 3 || Bits == 5 || Bits == 6) {
-    constexpr int kLow = Bits == 3 ? 2 : 4;
+  if constexpr (kTwoPlanes<Bits>) {
+    constexpr int kLow = kLowBits<Bits>;
     uint32_t high[kSlabVectors];
     read_codes<kLow>(at, words);
     read_codes<Bits - kLow>(at + 64 * kLow, high);
@@ -136,14 +142,15 @@ inline void read_codes(const uint8_t* at, uint32_t (&words)[kSlabVectors]) {
 // A row's numbers to and from their planes; `at` is the row's byte of the first plane.
 template <class Format, int Bits>
 inline void write_numbers(uint8_t* at, const uint8_t (&numbers)[2 * kMaxGroups]) {
-  if constexpr (Bits == 6) {
+  if constexpr (kTwoPlanes<Bits>) {
+    constexpr int kLow = kLowBits<Bits>;
     uint8_t low[2 * kMaxGroups], high[2 * kMaxGroups];
     for (int64_t n = 0; n < PanelLayout<Format>::kNumbers; ++n) {
-      low[n] = numbers[n] & 15u;
-      high[n] = numbers[n] >> 4 & 3u;
+      low[n] = numbers[n] & ((1u << kLow) - 1);
+      high[n] = static_cast<uint8_t>(numbers[n] >> kLow);
     }
-    write_numbers<Format, 4>(at, low);
-    write_numbers<Format, 2>(at + kNumberPlanes<Format, 4> * kPanelRows, high);
+    write_numbers<Format, kLow>(at, low);
+    write_numbers<Format, Bits - kLow>(at + kNumberPlanes<Format, kLow> * kPanelRows, high);
   } else {
     constexpr int64_t kPlanes = kNumberPlanes<Format, Bits>;
     for (int64_t plane = 0; plane < kPlanes; ++plane) {
@@ -156,9 +163,10 @@ inline void write_numbers(uint8_t* at, const uint8_t (&numbers)[2 * kMaxGroups])
 
 template <class Format, int Bits>
 inline unsigned read_number(const uint8_t* at, int64_t n) {
-  if constexpr (Bits == 6) {
-    return read_number<Format, 4>(at, n) |
-           read_number<Format, 2>(at + kNumberPlanes<Format, 4> * kPanelRows, n) << 4;
+  if constexpr (kTwoPlanes<Bits>) {
+    constexpr int kLow = kLowBits<Bits>;
+    const uint8_t* high = at + kNumberPlanes<Format, kLow> * kPanelRows;
+    return read_number<Format, kLow>(at, n) | read_number<Format, Bits - kLow>(high, n) << kLow;
   } else {
     return unsigned{at[number_plane<Format, Bits>(n) * kPanelRows]} >>
                number_shift<Format, Bits>(n) &

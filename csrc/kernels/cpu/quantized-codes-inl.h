@@ -28,8 +28,8 @@ PUNA_INLINE void unrolled(const Body& body) {
 // The codes of vector S of a slab, times 2^To. `part` is where the rows at hand start, in bytes.
 template <int Bits, int S, int To = 0>
 PUNA_INLINE Codes codes_of(const uint8_t* slab, int64_t part) {
-  if constexpr (Bits == 3 || Bits == 5 || Bits == 6) {
-    constexpr int kLow = Bits == 3 ? 2 : 4;
+  if constexpr (kTwoPlanes<Bits>) {
+    constexpr int kLow = kLowBits<Bits>;
     return both(codes_of<kLow, S, To>(slab, part),
                 codes_of<Bits - kLow, S, To + kLow>(slab + 64 * kLow, part));
   } else if constexpr (Bits == 4) {
@@ -157,7 +157,6 @@ struct PanelInOrder {
   using Format = Traits;
   using Layout = PanelLayout<Format>;
   static constexpr bool kHalves = PackedPanel<Format>::kHalves;
-  static constexpr bool kTwoPlanes = Format::kBits == 3 || Format::kBits == 5 || Format::kBits == 6;
   static constexpr bool kAsksAhead = 5 * Layout::kCodes > Layout::kBytes;
   static constexpr int64_t kAhead = 8192;  // best of 4, 8 and 16 KiB on Zen 4
 
@@ -181,7 +180,7 @@ struct PanelInOrder {
       ask_for_lines(
           packed.panel + slab / kSlabs * Layout::kBytes + kAhead + share * Layout::kBytes / kShares,
           Layout::kBytes / kShares);
-    } else if constexpr (kTwoPlanes && V * kCodeRows % kSlabRows == 0) {
+    } else if constexpr (kTwoPlanes<Format::kBits> && V * kCodeRows % kSlabRows == 0) {
       ask_for_lines(packed.codes_of_rows(slab, V), Layout::kSlab);
     }
   }

@@ -20,13 +20,7 @@ __device__ __forceinline__ uint32_t bits_at(uint32_t word, int shift) {
 
 // What a lane loads of a slab (32 columns, 16 rows, kBits planes of 64 bytes): 16 bytes of each
 // plane that it has codes in.
-template <int kBits>
-struct Planes {
-  static constexpr int kLow = kBits == 3 ? 2 : 4;  // of formats with two kinds of planes
-  static constexpr bool kSplit = kBits == 3 || kBits == 5 || kBits == 6;
-};
-
-template <int kBits, bool kSplit = Planes<kBits>::kSplit>
+template <int kBits, bool kSplit = kTwoPlanes<kBits>>
 struct LaneCodes;
 
 template <int kBits>
@@ -69,7 +63,7 @@ struct LaneCodes<kBits, false> {
 
 template <int kBits>
 struct LaneCodes<kBits, true> {
-  static constexpr int kLow = Planes<kBits>::kLow;
+  static constexpr int kLow = kLowBits<kBits>;
   LaneCodes<kLow> low;
   LaneCodes<kBits - kLow> high;
 
@@ -179,9 +173,11 @@ __device__ __forceinline__ float float_of_sums(int32_t sums) {
 // other.
 template <class Format, int Bits, int Apart>
 __device__ __forceinline__ uint32_t load_numbers(const unsigned char* planes, int n) {
-  if constexpr (Bits == 6) {
-    const unsigned char* high = planes + kNumberPlanes<Format, 4> * Apart;
-    return load_numbers<Format, 4, Apart>(planes, n) | load_numbers<Format, 2, Apart>(high, n) << 4;
+  if constexpr (kTwoPlanes<Bits>) {
+    constexpr int kLow = kLowBits<Bits>;
+    const unsigned char* high = planes + kNumberPlanes<Format, kLow> * Apart;
+    return load_numbers<Format, kLow, Apart>(planes, n) |
+           load_numbers<Format, Bits - kLow, Apart>(high, n) << kLow;
   } else {
     const auto* word = planes + number_plane<Format, Bits>(n) * Apart;
     return bits_at<(1 << Bits) - 1>(*reinterpret_cast<const uint32_t*>(word),
@@ -194,7 +190,7 @@ __device__ __forceinline__ uint32_t load_numbers(const unsigned char* planes, in
 template <class Format, int Apart>
 __device__ __forceinline__ void load_scales(float (&scales)[4], const unsigned char* factors,
                                             const unsigned char* planes, int n) {
-  using Number = std::conditional_t<Format::kSubBits == 8 && !Format::kOffset, int8_t, uint8_t>;
+  using Number = std::conditional_t<Format::kSubBits == 8, int8_t, uint8_t>;
   const auto pairs = *reinterpret_cast<const uint2*>(factors);
   uint32_t numbers = 0;
   if constexpr (Format::kSubBits > 0)
