@@ -189,6 +189,14 @@ def test_sampling_flags_reach_the_model() -> None:
     assert run("generate", "demo", "Once upon a time", *flags).stdout == f"{expected}\n"
 
 
+def test_a_context_that_is_larger_than_memory(tmp_path: Path) -> None:
+    short = [*("generate", "demo", "Once upon a time", "--temperature", "0"), "--max-tokens", "20"]
+    long = [*short, "--context", "1M", "--memory", "80M"]
+    assert "memory=" in run(*long, expect=1).stderr
+    offloaded = [*long, "--kv-offload", f"disk:{tmp_path}", "--kv-disk", "1G"]
+    assert run(*offloaded).stdout == run(*short).stdout
+
+
 def test_a_reader_that_goes_away() -> None:
     for arguments in (
         ["generate", "demo", "Once", "--max-tokens", "100000", "--ignore-eos"],

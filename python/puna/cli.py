@@ -231,6 +231,14 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--context", help='tokens, or like "128k"')
     _add_quant(group)
     group.add_argument("--memory", help='bytes, or like "24G"')
+    group.add_argument(
+        "--kv-offload",
+        default="auto",
+        metavar="WHERE",
+        help='what of the KV cache memory does not hold: "disk:FOLDER", or with a GPU "host"',
+    )
+    group.add_argument("--kv-disk", help="for files of the KV cache, in bytes; what is free")
+    group.add_argument("--host-memory", help="for what a GPU leaves to the host, in bytes")
     _add_computing(group)
     group.add_argument("--no-vision", action="store_true", help="leave the vision tower on disk")
     _add_mmproj(group)
@@ -285,7 +293,10 @@ def _load(options: argparse.Namespace) -> puna.Engine:
         context=options.context,
         quant=_quant(options),
         kv=options.kv,
+        kv_offload=options.kv_offload,
+        kv_disk=options.kv_disk,
         memory=options.memory,
+        host_memory=options.host_memory,
         threads=options.threads,
         device=options.device,
         experts=options.experts,
