@@ -18,7 +18,8 @@ constexpr uint64_t kLong = ~uint64_t{0};
 
 }  // namespace
 
-PieceEncoder::PieceEncoder(const BpeModel& model) : model_(&model), lines_(kLines) {}
+PieceEncoder::PieceEncoder(const BpeModel& model)
+    : model_(&model), lines_(kLines), tiny_(size_t{1} << kTinyBits) {}
 
 size_t PieceEncoder::encode_but(size_t spared, std::string_view text, IdBuffer& out) {
   const Vocabulary& vocabulary = model_->vocabulary();
@@ -38,33 +39,45 @@ size_t PieceEncoder::encode_but(size_t spared, std::string_view text, IdBuffer& 
       const size_t begin = i == 0 ? at : ends[i - 1];
       return text.substr(begin, ends[i] - begin);
     };
-    size_t begin = at;
-    for (size_t i = 0; i < count; ++i) {
-      const size_t size = ends[i] - begin;
-      if (size <= ShortKey::kBytes) {
-        const char* bytes = text.data() + begin;
-        keys[i] = text.size() - begin >= sizeof(ShortKey) ? ShortKey::of_readable(bytes, size)
-                                                          : ShortKey::of(bytes, size);
-        hashes[i] = keys[i].hash();
-      } else {
-        keys[i].high = kLong;
-        hashes[i] = Vocabulary::hash_of(piece_at(i));
-      }
-      vocabulary.prefetch(hashes[i]);
-      begin = ends[i];
-    }
-    for (size_t i = 0; i < count; ++i) {
-      ids[i] = vocabulary.candidate(hashes[i]);
-      vocabulary.prefetch_key(ids[i]);
-    }
     size_t unknown_count = 0, unknown_bytes = 0;
-    for (size_t i = 0; i < count; ++i) {
-      ids[i] = keys[i].high != kLong ? vocabulary.find(keys[i], hashes[i])
-                                     : vocabulary.find(piece_at(i), hashes[i]);
-      if (ids[i] == Vocabulary::kNone) {
-        unknown[unknown_count++] = static_cast<uint16_t>(i);
-        unknown_bytes += piece_at(i).size();
-        __builtin_prefetch(&lines_[hashes[i] % kLines], 1);
+    const auto add_unknown = [&](size_t i) {
+      unknown[unknown_count++] = static_cast<uint16_t>(i);
+      unknown_bytes += piece_at(i).size();
+      __builtin_prefetch(&lines_[hashes[i] % kLines], 1);
+    };
+    if (ends[count - 1] - at <= kTinyBytes * count) {
+      // Numbers and signs.
+      for (size_t i = 0; i < count; ++i) {
+        const std::string_view piece = piece_at(i);
+        ids[i] = find_tiny(piece, text.data() + text.size(), hashes[i]);
+        if (ids[i] == Vocabulary::kNone) add_unknown(i);
+      }
+    } else {
+      size_t begin = at;
+      for (size_t i = 0; i < count; ++i) {
+        const size_t size = ends[i] - begin;
+        if (size <= ShortKey::kBytes) {
+          const char* bytes = text.data() + begin;
+          keys[i] = text.size() - begin >= sizeof(ShortKey) ? ShortKey::of_readable(bytes, size)
+                                                            : ShortKey::of(bytes, size);
+          hashes[i] = keys[i].hash();
+        } else {
+          keys[i].high = kLong;
+          hashes[i] = Vocabulary::hash_of(piece_at(i));
+        }
+        vocabulary.prefetch(hashes[i]);
+        begin = ends[i];
+      }
+      for (size_t i = 0; i < count; ++i) {
+        ids[i] = vocabulary.candidate(hashes[i]);
+        vocabulary.prefetch_key(ids[i]);
+      }
+      for (size_t i = 0; i < count; ++i) {
+        ids[i] = keys[i].high != kLong ? vocabulary.find(keys[i], hashes[i])
+                                       : vocabulary.find(piece_at(i), hashes[i]);
+        if (ids[i] == Vocabulary::kNone) {
+          add_unknown(i);
+        }
       }
     }
     int32_t* end = out.room(count - unknown_count + unknown_bytes + kLineIds);
@@ -80,6 +93,26 @@ size_t PieceEncoder::encode_but(size_t spared, std::string_view text, IdBuffer& 
     at = ends[count - 1];
     if (found < ends.size()) return at;  // the text has no more
   }
+}
+
+int32_t PieceEncoder::find_tiny(std::string_view piece, const char* end, uint64_t& hash) {
+  const Vocabulary& vocabulary = model_->vocabulary();
+  if (piece.size() > kTinyBytes || end - piece.data() < static_cast<ptrdiff_t>(sizeof(Tiny::key))) {
+    hash = Vocabulary::hash_of(piece);
+    return vocabulary.find(piece, hash);
+  }
+  uint32_t key;
+  std::memcpy(&key, piece.data(), sizeof(key));
+  const auto size = static_cast<uint32_t>(piece.size());
+  key = (key & (uint32_t{1} << 8 * size) - 1) | size << 8 * kTinyBytes;
+  Tiny& tiny = tiny_[key * 0x9e3779b1u >> (32 - kTinyBits)];
+  if (tiny.key != key) {
+    hash = Vocabulary::hash_of(piece);
+    const int32_t id = vocabulary.find(piece, hash);
+    if (id == Vocabulary::kNone) return id;
+    tiny = {key, id};
+  }
+  return tiny.id;
 }
 
 void PieceEncoder::encode_piece(std::string_view piece, IdBuffer& out) {

@@ -47,10 +47,22 @@ class PieceEncoder {
     int32_t ids[kLineIds];
   };
 
+  // Tokens of up to three bytes, which numbers and signs are made of: as many as the processor's
+  // nearest cache holds, so that a batch of such pieces needs neither hashes nor memory ahead.
+  static constexpr size_t kTinyBytes = 3;
+  static constexpr int kTinyBits = 11;
+  struct Tiny {
+    uint32_t key;  // the bytes, and their number in the last; 0: nothing yet
+    int32_t id;
+  };
+
   static LineKey line_key(std::string_view piece);
 
   // All pieces of the text but the last `spared`; returns their bytes.
   size_t encode_but(size_t spared, std::string_view text, IdBuffer& out);
+  // The token of a piece of a text that ends at `end`, or kNone; then `hash` receives
+  // Vocabulary::hash_of() it.
+  int32_t find_tiny(std::string_view piece, const char* end, uint64_t& hash);
   // Of pieces that are no token; `hash` is Vocabulary::hash_of() them. There is room for an id for
   // each byte, and kLineIds more.
   int32_t* encode_unknown(std::string_view piece, uint64_t hash, int32_t* out);
@@ -58,6 +70,7 @@ class PieceEncoder {
 
   const BpeModel* model_;
   Table<Line> lines_;
+  std::vector<Tiny> tiny_;
   PairMemo memo_;
   std::vector<uint64_t> dead_;
   std::vector<int32_t> symbols_, merged_;

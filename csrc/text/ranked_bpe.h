@@ -46,10 +46,14 @@ class RankedBpe {
   static std::optional<RankedBpe> of(const Vocabulary& vocabulary);
 
   // Whether merging the joint bytes of two tokens gives these two again.
-  bool is_pair(uint32_t left, uint32_t right, PairMemo& memo) const {
+  // `cannot_merge`: it is known that their joint bytes are no token.
+  bool is_pair(uint32_t left, uint32_t right, PairMemo& memo, bool cannot_merge = false) const {
     const uint64_t key = static_cast<uint64_t>(left) << 33 | static_cast<uint64_t>(right) << 1;
     uint64_t& entry = memo.entries_[key * 0x9e3779b97f4a7c15ull >> 50];
-    if ((entry | 1) != (key | 1)) entry = key | uint64_t{is_pair(left, right)};
+    if ((entry | 1) != (key | 1)) {
+      const bool is_one = !cannot_merge && merged(left, right) != kNone;
+      entry = key | uint64_t{!is_one && stay_apart(left, right)};
+    }
     return entry & 1;
   }
   bool is_pair(uint32_t left, uint32_t right) const {
@@ -93,7 +97,7 @@ class RankedBpe {
     PairMemo::Fit& fit = memo.fits_[key * 0x9e3779b97f4a7c15ull >> 51];
     if (fit.key != key) {
       const bool cannot_merge = left_is_longest && all_reachable_;
-      while (token != kNone && !(cannot_merge ? stay_apart(left, token) : is_pair(left, token))) {
+      while (token != kNone && !is_pair(left, token, memo, cannot_merge)) {
         token = shorter_start(token);
       }
       fit = {key, token};

@@ -1,5 +1,6 @@
 #include "text/wide_text.h"
 
+#include <bit>
 #include <cstdint>
 #include <cstring>
 
@@ -101,21 +102,32 @@ uint32_t decode_any(const char* bytes, size_t* length) {
   return all >> kUnused[*length];
 }
 
+// The characters at the beginning of a text, and beyond: each step writes more of them than it may
+// take, which the next one overwrites, so that words need no step for each of their letters.
 template <class Unit>
 void write_wide_units(std::string_view utf8, Unit* out) {
   const char* at = utf8.data();
   const char* const end = at + utf8.size();
-  for (uint64_t word; static_cast<size_t>(end - at) >= sizeof(word);) {
+  constexpr ptrdiff_t kMostWritten = 8;
+  // So many characters are left at least.
+  while (end - at >= kMostWritten * static_cast<ptrdiff_t>(kLongest)) {
+    uint64_t word;
     std::memcpy(&word, at, sizeof(word));
-    if (!(word & 0x8080808080808080)) {
-      for (size_t i = 0; i < sizeof(word); ++i) *out++ = static_cast<uint8_t>(at[i]);
-      at += sizeof(word);
-    } else if ((word & 0xc0e0c0e0c0e0c0e0) == 0x80c080c080c080c0) {
-      // Four letters of two bytes, as words of Cyrillic, Greek, Hebrew or Arabic have them.
+    const uint64_t not_ascii = word & 0x8080808080808080;
+    // Letters of two bytes, as words of Cyrillic, Greek, Hebrew or Arabic have them.
+    const uint64_t not_two = (word & 0xc0e0c0e0c0e0c0e0) ^ 0x80c080c080c080c0;
+    if (!(not_ascii & 0x80)) {
+      for (int i = 0; i < 8; ++i) out[i] = static_cast<uint8_t>(at[i]);
+      const int count = not_ascii ? std::countr_zero(not_ascii) / 8 : 8;
+      out += count;
+      at += count;
+    } else if (!(not_two & 0xffff)) {
       for (int i = 0; i < 4; ++i, word >>= 16) {
-        *out++ = static_cast<Unit>((word & 0x1f) << 6 | (word >> 8 & 0x3f));
+        out[i] = static_cast<Unit>((word & 0x1f) << 6 | (word >> 8 & 0x3f));
       }
-      at += sizeof(word);
+      const int count = not_two ? std::countr_zero(not_two) / 16 : 4;
+      out += count;
+      at += 2 * count;
     } else if ((word & 0xc0c0f0c0c0f0) == 0x8080e08080e0) {
       // Two of three bytes, as Chinese, Japanese, Korean and Indic texts have them.
       for (int i = 0; i < 2; ++i, word >>= 24) {
