@@ -94,8 +94,6 @@ class Text {
                                    ? PyUnicode_GET_LENGTH(owner_.ptr())
                                    : PyBytes_GET_SIZE(owner_.ptr()));
   }
-  // Words of ASCII have more letters than others for each token.
-  size_t likely_ids() const { return length() / (is_wide_ ? 2 : 4); }
 
   void encode(const Tokenizer& tokenizer, EncodeOptions options, IdBuffer& ids) {
     if (is_wide_) {
@@ -140,7 +138,7 @@ py::object encode(const Tokenizer& tokenizer, const py::object& text,
   EncodeOptions options = options_of(tokenizer, allowed_special, cut, threads);
   if (!py::isinstance<py::list>(text) && !py::isinstance<py::tuple>(text)) {
     Text one(text);
-    IdBuffer ids(IdBuffer::kKeep, one.likely_ids());
+    IdBuffer ids(IdBuffer::kKeep, one.length());
     one.encode(tokenizer, options, ids);
     return array_of(std::move(ids));
   }

@@ -65,11 +65,9 @@ class IdBuffer {
   }
 
  private:
-  // From here on pages of the system are huge ones. The first touch of a page of 4 KiB takes as
-  // long as the encoding of two hundred bytes; but to clear a huge one takes as long as a hundred
-  // of those, or ten times that where a virtual machine has to ask its host for it, however few ids
-  // are written there.
-  static constexpr size_t kMapped = size_t{8} << 20;
+  // From here on a page of the system is a huge one: with pages of 4 KiB, the first touch of each
+  // takes as long as the encoding of a hundred bytes.
+  static constexpr size_t kMapped = size_t{2} << 20;
 
   void grow(size_t least) {
     const size_t capacity = std::max<size_t>({least, capacity_ + capacity_ / 2, 64});
