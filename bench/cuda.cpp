@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstdlib>
 #include <iostream>
 #include <memory>
 #include <random>
@@ -90,8 +91,10 @@ class Checks {
     for (const WeightFormat format : all_formats()) {
       if (is_quantized(format) && !can_encode(format)) continue;
       if (format == WeightFormat::kBF16) continue;  // from bfloat16 alone; see experts()
-      for (const int64_t count : {1, 5, 40}) {
-        const Source weight(random_, 200, 520);
+      // The last are many enough for the largest tiles on every device.
+      for (const int64_t count : {1, 5, 40, 2000}) {
+        const Source weight(random_, count < 2000 ? 200 : 1300, 520);
+        if (count == 2000 && !is_quantized(format)) continue;
         const std::vector<float> x = randoms(random_, count * weight.cols);
         const auto run = [&](Backend& backend) {
           const Placed in(backend, count, x), out(backend, count, weight.rows);
@@ -246,7 +249,8 @@ class Timings {
     do
       sets.push_back(gpu_.adopt_matrix(format, rows, cols, {std::shared_ptr<const void>(), place}));
     while (!small_ && std::ssize(sets) * static_cast<int64_t>(size) < kAtLeast);
-    for (const int64_t count : {1, 8, 64, 512}) {
+    for (const int64_t count : {1, 8, 64, 512, 2048}) {
+      if (count > 512 && rows * cols > (int64_t{1} << 28)) continue;  // a head is for few rows
       const Placed x(gpu_, count, randoms(random_, count * cols)), out(gpu_, count, rows);
       const double seconds = seconds_each([&](int64_t i) {
         gpu_.matmul(out.rows, x.rows, sets[static_cast<size_t>(i % std::ssize(sets))]);
@@ -361,15 +365,17 @@ class Timings {
 }  // namespace
 
 int run_cuda(int argc, char** argv) {
-  const Arguments arguments("cuda",
-                            {{"device", "N", "which GPU (default: 0)"},
-                             {"check", nullptr, "only whether results are right"},
-                             {"time", nullptr, "only the timings, right or not"},
-                             {"only", "NAME", "products, experts, norms or attention"},
-                             {"small", nullptr, "tiny shapes, to see that it runs"},
-                             {"json", nullptr, "the timings as JSON"},
-                             {"help", nullptr, "this text"}},
-                            argc, argv);
+  const Arguments arguments(
+      "cuda",
+      {{"device", "N", "which GPU (default: 0)"},
+       {"check", nullptr, "only whether results are right"},
+       {"time", nullptr, "only the timings, right or not"},
+       {"only", "NAME", "products, experts, norms or attention"},
+       {"warpgroups", nullptr, "products of many rows by warpgroups (Hopper)"},
+       {"small", nullptr, "tiny shapes, to see that it runs"},
+       {"json", nullptr, "the timings as JSON"},
+       {"help", nullptr, "this text"}},
+      argc, argv);
   if (arguments.wants_help()) {
     std::cout << arguments.help();
     return 0;
@@ -384,6 +390,7 @@ int run_cuda(int argc, char** argv) {
            "'; it must be products, experts, norms or attention");
   }
   const auto wanted = [&](const char* name) { return only.empty() || only == name; };
+  if (arguments.has("warpgroups")) setenv("PUNA_CUDA_PRODUCTS", "warpgroups", 1);
   const auto gpu = make_backend(device, {}), cpu = make_backend("cpu", {});
   const auto ref = make_backend("ref", {});
   if (!arguments.has("time")) {

@@ -113,14 +113,18 @@ if [ -x "$bench" ]; then
   for what in products experts norms attention; do
     step "check-$what" 90 "$bench" cuda --check --only "$what"
   done
+  step check-warpgroups 90 "$bench" cuda --check --only products --warpgroups
   # What is timed first matters most; the timings do not wait for the checks to pass.
   for what in products attention; do
     measure "$what" 120 cuda --time --only "$what" "${small[@]}"
   done
+  # The same products by the instructions of warpgroups, to compare with those of warps row by row.
+  measure products-warpgroups 120 cuda --time --only products --warpgroups "${small[@]}"
   if [ -z "${SMALL:-}" ]; then
     # Whole models of the true shapes; the second with as many of its experts as fit.
     int4=(model --device cuda --dtype int4 --layers 48 --vocab 202048 --batch 4096)
     measure scout 60 "${int4[@]}" --prompt 8192 --tokens 128
+    PUNA_CUDA_PRODUCTS=warpgroups measure scout-warpgroups 60 "${int4[@]}" --prompt 8192 --tokens 16
     measure scout-2k 60 "${int4[@]}" --prompt 2048 --tokens 128 --depth 2048
     measure scout-64-sequences 60 "${int4[@]}" --prompt 512 --tokens 16 --sequences 64
     measure maverick 90 "${int4[@]}" --shape maverick --prompt 2048 --tokens 128

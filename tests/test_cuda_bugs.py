@@ -149,6 +149,10 @@ def tiled(file: str, *formats: str) -> Place:
 
 
 LARGE = quantized("Int4G64", file="tiled_product.cuh", source="quantized_large_tiles.cu")
+WARPGROUPS = quantized("Int4G64", file="quantized_warpgroups.cu", source="quantized_warpgroups.cu")
+WARPGROUP_RING = quantized(
+    "Int4G64", file="warpgroup_product.cuh", source="quantized_warpgroups.cu"
+)
 # Rows of thousands of columns: warps take several spans each.
 LONG_PRODUCT = quantized("Int4G128", file="few_product.cuh")
 BARRIER = "  __syncthreads();\n"
@@ -159,6 +163,7 @@ SAMPLE = [
     Bug(LONG_PRODUCT, "wait_for_copies<kStages - 1>();", "wait_for_copies<kStages>();"),
     Bug(LARGE, "  " + BARRIER, "", behind="wait_for_copies<kStages - 2>();"),
     Bug(tiled("quantized_weights.cuh", "Int4G32"), "{first[0], first[1], last[0], last[1]}", "{first[0], last[0], first[1], last[1]}"),
+    Bug(WARPGROUPS, "wait_for_products<1>(dots[0]);", "wait_for_products<2>(dots[0]);"),
     Bug(SUMS, "  __syncthreads();  // what was read of an earlier sum\n", ""),
     Bug(ROUTING, BARRIER, "", behind="places.chosen + r * call.top_k);"),
     Bug(PLAIN, BARRIER, "", behind="scores[t] = sums;"),
@@ -206,6 +211,20 @@ OTHERS = [
     Bug(LARGE, "(half + h) * kHalf + 4 * g + i", "half * kHalf + 4 * g + i"),
     Bug(LARGE, "i % 2 * 2 + column", "column * 2 + i % 2"),
     Bug(LARGE, "warp / Shape::kRowWarps * Shape::kTokenTiles", "warp / Shape::kRowWarps"),
+    # --- warpgroup_product.cuh, quantized_warpgroups.cu
+    Bug(WARPGROUP_RING, "fence_shared_operands();", ""),
+    Bug(WARPGROUP_RING, "step % kStages * Tile::kStageBytes", "step % (kStages - 1) * Tile::kStageBytes"),
+    Bug(WARPGROUP_RING, "kAlignment = kSharedAlignment", "kAlignment = 16"),
+    Bug(WARPGROUP_RING, "at >= share.count || row >= call.rows", "at >= share.count"),
+    Bug(WARPGROUP_RING, "row + i % 4 / 2", "row + i % 2"),
+    Bug(WARPGROUPS, "fence_products();", ";"),
+    Bug(WARPGROUPS, "commit_products();", ";"),
+    Bug(WARPGROUPS, "wait_for_products<0>(dots[1]);\n    fold_part(1);", "fold_part(1);\n    wait_for_products<0>(dots[1]);"),
+    Bug(WARPGROUPS, "first / Of::kColumns + step));", "step));"),
+    Bug(WARPGROUPS, "part * kWarpgroupColumns * kRowBytes", "0"),
+    Bug(WARPGROUPS, "scales[i / 2]", "scales[i % 2]"),
+    Bug(WARPGROUPS, "place.row % 4 * 4", "0"),
+    Bug(WARPGROUPS, "i % 2 == 0 ? scale.x : scale.y", "scale.x"),
     # --- bf16_product.cu
     Bug(BF16, "{words[0].x, words[0].y, words[1].x, words[1].y}", "{words[0].x, words[1].x, words[0].y, words[1].y}"),
     Bug(BF16, "(call.cols + 1) / 2 * 2", "call.cols / 2 * 2"),
@@ -230,7 +249,7 @@ OTHERS = [
     Bug(tiled("quantized_weights.cuh", "Int2K"), "bits_at<3>(last, 2 * t)", "bits_at<3>(first, 2 * t)"),
     Bug(tiled("quantized_weights.cuh", "Int5G32"), "bits_at<1>(first, t + 4)", "bits_at<1>(first, t)"),
     Bug(tiled("quantized_weights.cuh", "Int6K"), "codes.high[row] |= upper.high[row] << kLow;", ""),
-    Bug(tiled("quantized_weights.cuh", "Int3K"), "kLow = kBits == 3 ? 2 : 4", "kLow = kBits == 3 ? 1 : 4"),
+    Bug(tiled("quantized_weights.cuh", "Int3K"), "kLow = kLowBits<kBits>", "kLow = kBits == 3 ? 1 : 4"),
     Bug(tiled("quantized_weights.cuh", "Int5K"), "read(kLow + plane)", "read(plane)"),
     Bug(tiled("quantized_weights.cuh", "Table4G32"), "(codes >> 3 & 0x01010101u) * 0xffu", "0"),
     Bug(tiled("quantized_weights.cuh", "Table4K"), "low >> 8 & 0x700u", "low >> 4 & 0x700u"),
@@ -238,14 +257,14 @@ OTHERS = [
     Bug(tiled("quantized_weights.cuh", "Int4G32"), "codes.high + 2 * j", "codes.high"),
     Bug(tiled("quantized_weights.cuh", "Int4G32"), "static_cast<uint32_t>(Format::kZero) *", "0u *"),
     Bug(tiled("quantized_weights.cuh", "Int4G32"), "16 * (row % 2)", "16 * (row / 2)"),
-    Bug(tiled("quantized_weights.cuh", "Int4K"), "static_cast<Small>(packed.numbers >> 8 * row)", "static_cast<Small>(packed.numbers)"),
+    Bug(tiled("quantized_weights.cuh", "Int4K"), "static_cast<Number>(numbers >> 8 * row)", "static_cast<Number>(numbers)"),
     Bug(tiled("quantized_weights.cuh", "Int4MinG32"), "if constexpr (Format::kOffset) part = fmaf", "if constexpr (false) part = fmaf"),
     # --- quantized_product.cu: stages of a warp
     Bug(quantized("Int4G64"), "step / kBlockSteps * Layout::kBytes", "0"),
     Bug(quantized("Int4G128"), "half * kStepBytes + chunk", "chunk"),
     Bug(quantized("Int4G128"), "block + Layout::kScale + half * kFactorBytes", "block + Layout::kScale"),
     Bug(quantized("Int4MinG64"), "block + Layout::kOffsets + half", "block + Layout::kScale + half"),
-    Bug(quantized("Int4K"), "within / Of::kGroup * kPanel + half * kNumberBytes", "half * kNumberBytes"),
+    Bug(quantized("Int4K"), "Layout::kSub + half * kNumberBytes", "Layout::kSub"),
     Bug(quantized("Int4G32"), "token < tokens && group < groups", "token + 1 < tokens && group < groups"),
     Bug(quantized("Int4G32"), "if (span * kSpan + first >= limit) break;", ""),
     Bug(quantized("Int4G32"), "first / Of::kGroup + each]", "each]"),

@@ -4,6 +4,8 @@
 //   PUNA_ISA      name of the instruction set, see `puna doctor`    default: the best supported
 //   PUNA_CACHE    directory of what can be made again, or "off"     default: environment_cache()
 //   PUNA_CUDA_LIBRARY  path of libpuna_cuda.so                      default: beside puna itself
+//   PUNA_CUDA_PRODUCTS  "warps" or "warpgroups": instructions of     default: warps
+//                       products of many rows, on Hopper
 //   PUNA_THREADS  number of compute threads                         default: physical cores usable
 //
 // Header only, since kernels/cpu/dispatch.cpp is in a library of its own.
@@ -26,6 +28,17 @@ inline std::string environment_isa() {
 inline std::string environment_cuda_library() {
   const char* value = std::getenv("PUNA_CUDA_LIBRARY");
   return value ? value : "";
+}
+
+// Whether PUNA_CUDA_PRODUCTS is "warpgroups". Throws InvalidRequest if it is neither that nor
+// "warps".
+inline bool environment_cuda_warpgroups() {
+  const char* value = std::getenv("PUNA_CUDA_PRODUCTS");
+  const std::string products = value && *value ? value : "warps";
+  if (products != "warps" && products != "warpgroups")
+    fail(ErrorCode::kInvalidRequest, "[env] PUNA_CUDA_PRODUCTS is '", products,
+         "'; it must be warps or warpgroups");
+  return products == "warpgroups";
 }
 
 // Where files may be kept that spare later processes work and can be made again, or "" if nowhere:

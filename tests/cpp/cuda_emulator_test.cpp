@@ -199,3 +199,72 @@ TEST(late_copies_land_when_they_are_waited_for) {
   check_told(run(32, 8, {true}, [&] { copy_async<4>(shared_memory(), source); }),
              "ended with asynchronous copies on their way");
 }
+
+namespace {
+
+// What one product of a warpgroup does wrong, and what it says: 64 x 32 x 64 of whole numbers.
+struct WarpgroupProduct {
+  bool fenced_copies = true, fenced = true, waited = true;
+  int swizzle = 7, first_byte = 0;
+  int wrong = 0;
+
+  static int a(int row, int k) { return (row * 5 + k * 3) % 200; }
+  static int b(int n, int k) { return (n * 7 + k) % 100 - 50; }
+
+  std::string run_on(bool late) {
+    std::vector<int8_t> source(kWarpgroupColumns * 128);
+    for (int n = 0; n < kWarpgroupColumns; ++n)
+      for (int k = 0; k < 128; ++k) source[n * 128 + k] = static_cast<int8_t>(b(n, k));
+    return run(kWarpgroup, source.size() + 1024, {late}, [&] {
+      unsigned char* const rows = shared_memory() + first_byte;
+      for (int i = thread(); i < kWarpgroupColumns * 8; i += kWarpgroup) {
+        const int n = i / 8, chunk = i % 8;
+        copy_async<16>(rows + n * 128 + (chunk ^ (n & swizzle)) * 16, &source[i * 16]);
+      }
+      commit_copies();
+      wait_for_copies<0>();
+      if (fenced_copies) fence_shared_operands();
+      __syncthreads();
+      constexpr int kStep = 2;  // of 32 columns
+      const int row = thread() / 32 * 16 + thread() % 32 / 4, t = thread() % 4;
+      uint32_t left[4] = {};
+      for (int i = 0; i < 4; ++i)
+        for (int byte = 0; byte < 4; ++byte)
+          left[i] |= static_cast<uint32_t>(a(row + i % 2 * 8, i / 2 * 16 + 4 * t + byte))
+                     << 8 * byte;
+      int32_t c[kWarpgroupSums];
+      for (int32_t& sum : c) sum = 9;
+      if (fenced) fence_products();
+      warpgroup_mma_u8s8(c, left, shared_operand(rows).after(kStep));
+      commit_products();
+      if (waited) wait_for_products<0>(c);
+      for (int i = 0; i < kWarpgroupSums; ++i) {
+        int sum = 9;
+        for (int k = 0; k < 32; ++k)
+          sum += a(row + i % 4 / 2 * 8, k) * b(i / 4 * 8 + 2 * t + i % 2, kStep * 32 + k);
+        wrong += c[i] != sum;
+      }
+    });
+  }
+};
+
+}  // namespace
+
+TEST(warpgroups_multiply_matrices_when_they_are_waited_for) {
+  for (const bool late : {false, true}) {
+    WarpgroupProduct right;
+    CHECK_EQ(right.run_on(late), "");
+    CHECK_EQ(right.wrong, 0);
+    WarpgroupProduct not_swizzled{.swizzle = 0};
+    CHECK_EQ(not_swizzled.run_on(late), "");
+    CHECK(not_swizzled.wrong > 0);
+    WarpgroupProduct without_fence{.fenced = false};
+    check_told(without_fence.run_on(late), "without fence_products");
+    WarpgroupProduct unfenced{.fenced_copies = false};
+    check_told(unfenced.run_on(late), "was copied without a fence");
+    WarpgroupProduct shifted{.first_byte = 128};
+    check_told(shifted.run_on(late), "not swizzled from its first row on");
+    WarpgroupProduct not_waited{.waited = false};
+    check_told(not_waited.run_on(late), late ? "products on their way" : "");
+  }
+}

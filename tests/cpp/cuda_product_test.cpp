@@ -49,8 +49,10 @@ struct Packed {
 
 void check_products(WeightFormat format) {
   std::mt19937 random(1);
-  for (const auto& [rows, cols, count] :
-       {std::array<int64_t, 3>{70, 300, 1}, {64, 5200, 8}, {130, 520, 21}, {70, 300, 66}}) {
+  for (const auto& [rows, cols, count] : {std::array<int64_t, 3>{70, 300, 1},
+                                          {64, 5200, 8},
+                                          {130, 520, 21},
+                                          {70, 700, 66}}) {  // the last: more spans than stages
     Packed packed(random, format, rows, cols);
     const std::vector<float> x = randoms(random, count * cols), bias = randoms(random, rows);
     const auto run = [&](Backend& backend) {
@@ -137,7 +139,7 @@ TEST(odd_activations_have_the_bits_of_the_cpu) {
 // Experts of quantised weights: as the CPU's, but for the roundings of silu.
 TEST(quantized_experts_are_near_the_cpu) {
   std::mt19937 random(3);
-  const int64_t hidden = 96, width = 80, experts = 5, most = 20;
+  const int64_t hidden = 96, width = 80, experts = 5, most = 340;
   const Matrix router = random_matrix(random, experts, hidden, DType::kF32);
   std::vector<Matrix> ups, downs;
   for (int64_t e = 0; e <= experts; ++e) {  // the last one is shared
@@ -163,8 +165,9 @@ TEST(quantized_experts_are_near_the_cpu) {
     backend.moe({out.data(), rows, hidden}, {x.data(), rows, hidden}, weights);
     return out;
   };
-  // Few rows, with which the shared expert is part of the others' products, and more.
-  for (const auto& [rows, top_k] : {std::pair<int64_t, int64_t>{3, 1}, {9, 3}, {20, 1}, {20, 3}}) {
+  // Few rows, with which the shared expert is part of the others' products, more, and large tiles.
+  for (const auto& [rows, top_k] :
+       {std::pair<int64_t, int64_t>{3, 1}, {9, 3}, {20, 1}, {20, 3}, {340, 1}}) {
     const std::vector<float> expected = run(cpu(), rows, top_k);
     // An activation may round to the other of two codes: 1/127 of the largest, times a weight.
     const std::vector<double> bound(expected.size(), 0.01 * static_cast<double>(top_k + 1));

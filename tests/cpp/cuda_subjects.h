@@ -2,6 +2,8 @@
 // every schedule. Included before the tests.
 #pragma once
 
+#include <cstdlib>
+
 #define PUNA_TEST_SUBJECTS
 #include "backend/cpu/cpu_backend.h"
 #include "backend/cuda/cuda_backend.h"
@@ -23,6 +25,7 @@ inline std::vector<std::vector<Named>>& subjects() {
   static auto all = [] {
     std::vector<std::vector<Named>> made(1);
     int schedules = 0;
+    setenv("PUNA_CUDA_PRODUCTS", "warpgroups", 1);  // on those emulated devices that have them
     emulator::device_table().device_count(&schedules);
     // Where sanitizers take their time, without the first schedule, which is the plain one.
     for (int i = check::trials(4) < 4; i < schedules; ++i) {

@@ -9,6 +9,7 @@
 #include "backend/cuda/device.h"
 #include "backend/cuda/page_window.h"
 #include "backend/host_backend.h"
+#include "base/env.h"
 
 namespace puna {
 
@@ -19,7 +20,9 @@ class CudaBackend final : public Backend {
       : device_(std::make_shared<CudaDevice>(
             table, ordinal, batch_kernels > 0 ? batch_kernels : CudaDevice::kBatchKernels)),
         ordinal_(ordinal),
-        host_(std::move(host)) {}
+        host_(std::move(host)),
+        product_form_(environment_cuda_warpgroups() ? cuda::kProductOfWarpgroups
+                                                    : cuda::kProductOfWarps) {}
 
   const char* name() const override { return "cuda"; }
   std::string description() const override;
@@ -70,7 +73,7 @@ class CudaBackend final : public Backend {
     bool gated = false;
   };
   cuda::Operand prepare(const Source& source, WeightFormat format, CudaScratch& scratch);
-  static cuda::ProductCall product_call(Rows out, const cuda::Operand& x, int64_t rows,
+  cuda::ProductCall product_call(Rows out, const cuda::Operand& x, int64_t rows,
                                         const WeightRef& weight);
   void multiply(const cuda::ProductCall& call) {
     device_->run("product", &cuda::DeviceTable::product, call);
@@ -96,6 +99,7 @@ class CudaBackend final : public Backend {
   std::shared_ptr<CudaDevice> device_;
   int ordinal_;
   std::unique_ptr<HostBackend> host_;
+  const cuda::ProductForm product_form_;
 
   CudaConstants expert_tables_;
   CudaScratch operand_, shared_operand_, hidden_, pixels_;

@@ -132,6 +132,7 @@ cuda::ProductCall CudaBackend::product_call(Rows out, const cuda::Operand& x, in
   call.x = x;
   call.count = rows;
   call.out = device_rows(out);
+  call.form = product_form_;
   return call;
 }
 

@@ -12,7 +12,7 @@
 namespace puna::cuda {
 
 // Of this file: both sides must have been compiled with the same.
-constexpr int32_t kTableVersion = 8;
+constexpr int32_t kTableVersion = 9;
 
 struct DeviceInfo {
   char name[256];
@@ -82,6 +82,12 @@ struct SharedExpert {
 // How weights are packed, in panels of kPanelRows rows (quant/format.h).
 enum WeightKind : int32_t { kWeightsF32, kWeightsBF16, kWeightsFP8, kWeightsQuantized };
 
+// By which instructions products of many rows are computed; no bit depends on it.
+enum ProductForm : int32_t {
+  kProductOfWarps,
+  kProductOfWarpgroups,  // where the device has them
+};
+
 // out = x W^T: + bias, then GELU, then + out.
 struct ProductCall {
   int32_t kind;
@@ -96,6 +102,7 @@ struct ProductCall {
   const float* bias;  // or null
   ExpertRows experts;
   SharedExpert shared;
+  int32_t form;
 };
 
 // --- mixture of experts --------------------------------------------------------------------------

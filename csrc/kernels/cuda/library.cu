@@ -10,15 +10,20 @@ struct Device {
   cudaStream_t stream;
   cudaEvent_t fetched;  // the last fetch()
   bool overlaps;        // kernels may wait for one another
+  bool warpgroups;      // there are products of warpgroups
 };
 
-__global__ void architecture_kernel() {}
+// What the kernels that the current device runs were compiled with shows in its attributes.
+constexpr int kPlainThreads = kWarp, kWarpgroupThreads = kWarpgroup;
+__global__ void __launch_bounds__(PUNA_WARPGROUPS ? kWarpgroupThreads : kPlainThreads)
+    architecture_kernel() {}
 
-// Whether the kernels that the current device runs were compiled with after_earlier_kernels().
-cudaError_t kernels_wait(bool* wait) {
+// Whether they were compiled with after_earlier_kernels(), and with products of warpgroups.
+cudaError_t architecture(bool* wait, bool* warpgroups) {
   cudaFuncAttributes of = {};
   const cudaError_t error = cudaFuncGetAttributes(&of, architecture_kernel);
   *wait = of.ptxVersion >= 90;
+  *warpgroups = of.maxThreadsPerBlock == kWarpgroupThreads;
   return error;
 }
 
@@ -35,6 +40,7 @@ int on(void* device, const Work& work) {
   const Device& of = device_of(device);
   if (const cudaError_t error = cudaSetDevice(of.ordinal)) return code(error);
   launches_overlap = of.overlaps;
+  has_warpgroups = of.warpgroups;
   return code(work(of.stream));
 }
 
@@ -73,15 +79,15 @@ int open(int ordinal, void** device) {
   if (const cudaError_t error =
           cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &all))
     return code(error);
-  bool overlaps = false;
-  if (const cudaError_t error = kernels_wait(&overlaps)) return code(error);
+  bool overlaps = false, warpgroups = false;
+  if (const cudaError_t error = architecture(&overlaps, &warpgroups)) return code(error);
   cudaStream_t stream;
   if (const cudaError_t error = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking))
     return code(error);
   cudaEvent_t fetched;
   if (const cudaError_t error = cudaEventCreateWithFlags(&fetched, cudaEventDisableTiming))
     return code(error);
-  *device = new Device{ordinal, stream, fetched, overlaps};
+  *device = new Device{ordinal, stream, fetched, overlaps, warpgroups};
   return 0;
 }
 

@@ -63,6 +63,11 @@ inline ProductSize size_of(const ProductCall& call) {
   return rows > 64 && tiles >= multiprocessors() ? kManyRows : kSomeRows;
 }
 
+// Whether the products of many rows are those of warpgroups.
+inline bool by_warpgroups(const ProductCall& call) {
+  return has_warpgroups && call.form == kProductOfWarpgroups;
+}
+
 // Whether the matrix of a tile is known before earlier kernels have ended.
 template <int kTokens>
 __device__ __forceinline__ bool matrix_is_known(const ProductCall& call, int tile) {

@@ -23,6 +23,17 @@ constexpr uint32_t kAllLanes = 0xffffffffu;
 // devices whose code has after_earlier_kernels(). Set for the calling thread.
 inline thread_local bool launches_overlap = false;
 
+// Code for devices with products of warpgroups (below). Only the very architecture has them, not
+// its successors, so there is code for it alone ("90a").
+#if !defined(__CUDACC__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define PUNA_WARPGROUPS 1
+#else
+#define PUNA_WARPGROUPS 0
+#endif
+constexpr int kWarpgroup = 4 * kWarp;
+// Whether the current device runs such code. Set for the calling thread.
+inline thread_local bool has_warpgroups = false;
+
 // Starts a kernel; returns the error of the launch, 0 for none. An empty grid is no launch.
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
@@ -82,10 +93,11 @@ __device__ __forceinline__ void after_earlier_kernels() {
 #endif
 }
 
-// The block's shared memory, aligned to 16 bytes.
+// The block's shared memory, aligned to what repeats of a swizzled operand (below).
+constexpr int kSharedAlignment = 1024;
 __device__ __forceinline__ unsigned char* shared_memory() {
 #ifdef __CUDACC__
-  extern __shared__ __align__(16) unsigned char memory[];
+  extern __shared__ __align__(kSharedAlignment) unsigned char memory[];
   return memory;
 #else
   return emulator::Machine::instance().shared();
@@ -399,5 +411,145 @@ __device__ __forceinline__ void mma_u8s8_half(int32_t (&sums)[4], uint32_t a0, u
   emulated_mma<32>("mma_u8s8_half", sums, {a0, a1, 0, 0}, b, 0, byte_operand);
 #endif
 }
+
+// --- products of warpgroups ----------------------------------------------------------------------
+// c += A B for A 64 x K from registers and B K x 64 from shared memory, by four warps, of which
+// warp w has rows 16 w .. 16 w + 15. Registers are those of a warp's products: c[4 n ..] are
+// columns 8 n .. 8 n + 7.
+//
+// They are carried out some time between the instruction and the wait for its group. Until then
+// neither A nor c nor the shared memory may be touched. After registers have been written, there is
+// to be a fence_products() before products use them.
+constexpr int kWarpgroupColumns = 64, kWarpgroupSums = kWarpgroupColumns / 2;
+
+// 32 bytes of kWarpgroupColumns rows of shared memory, 128 bytes apart, as B. Chunk c of 16 bytes
+// of row r lies at c ^ r % 8, and row 0 at a multiple of kSharedAlignment.
+struct SharedOperand {
+  uint64_t descriptor;
+  // The same rows from 32 times `count` bytes on.
+  __device__ __forceinline__ SharedOperand after(int count) const {
+    return {descriptor + static_cast<uint64_t>(2 * count)};  // in units of 16 bytes
+  }
+};
+__device__ __forceinline__ SharedOperand shared_operand(const void* rows) {
+#ifdef __CUDACC__
+  const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(rows));
+#else
+  const auto at = static_cast<uint32_t>(static_cast<const unsigned char*>(rows) - shared_memory());
+#endif
+  constexpr uint64_t kSwizzle128 = 1, kEightRows = 8 * 128;
+  // The second field is not used where rows are as long as what is swizzled.
+  return {(at & 0x3ffffu) >> 4 | uint64_t{1} << 16 | kEightRows >> 4 << 32 | kSwizzle128 << 62};
+}
+
+#if PUNA_WARPGROUPS
+// What this thread has written to shared memory, by copies that have landed too, is there for
+// products of warpgroups after the next barrier.
+__device__ __forceinline__ void fence_shared_operands() {
+#ifdef __CUDACC__
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#else
+  emulator::Machine::instance().fence_shared_operands();
+#endif
+}
+__device__ __forceinline__ void fence_products() {
+#ifdef __CUDACC__
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#else
+  emulator::Machine::instance().fence_products();
+#endif
+}
+__device__ __forceinline__ void commit_products() {
+#ifdef __CUDACC__
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#else
+  emulator::Machine::instance().commit_products();
+#endif
+}
+// All but the last kLeft groups have been carried out, `c` among them: what is read of it
+// afterwards the compiler must not read before.
+template <int kLeft, class Accumulator>
+__device__ __forceinline__ void wait_for_products(Accumulator (&c)[kWarpgroupSums]) {
+#ifdef __CUDACC__
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory");
+#pragma unroll
+  for (Accumulator& sum : c)
+    if constexpr (Accumulator(0.5f) == 0)  // a whole number
+      asm volatile("" : "+r"(sum)::"memory");
+    else
+      asm volatile("" : "+f"(sum)::"memory");
+#else
+  emulator::Machine::instance().wait_products(kLeft);
+  (void)c;
+#endif
+}
+
+#ifndef __CUDACC__
+// Element (n, k) of B, of kBytes; as the hardware finds it: the bits of the address that tell the
+// row are added to those of the chunk.
+inline const unsigned char* element_of(uint64_t descriptor, int n, int byte) {
+  const auto start = static_cast<uint32_t>(descriptor & 0x3fff) << 4;
+  const auto eight_rows = static_cast<uint32_t>(descriptor >> 32 & 0x3fff) << 4;
+  if (descriptor >> 62 != 1 || (start & 0x380) != 0)
+    throw emulator::Fault("an operand in shared memory that is not swizzled from its first row on");
+  uint32_t at =
+      start + static_cast<uint32_t>(n / 8) * eight_rows + static_cast<uint32_t>(n % 8 * 128 + byte);
+  at ^= at >> 3 & 0x70;
+  return emulator::Machine::instance().shared() + at;
+}
+template <int kDepth, class Accumulator, class Element>
+void emulated_warpgroup_mma(const emulator::WarpgroupOperands& operands, Element element) {
+  constexpr int kEach = kDepth / 8, kBytes = 32 / kDepth;  // elements of a register; their size
+  static Accumulator left[64][kDepth], right[kDepth][kWarpgroupColumns];
+  for (int thread = 0; thread < kWarpgroup; ++thread)
+    for (int i = 0; i < 4; ++i)
+      for (int e = 0; e < kEach; ++e)
+        left[thread / 32 * 16 + thread % 32 / 4 + i % 2 * 8]
+            [i / 2 * kDepth / 2 + thread % 4 * kEach + e] = element(operands.a[thread][i], e, true);
+  for (int n = 0; n < kWarpgroupColumns; ++n)
+    for (int k = 0; k < kDepth; ++k) {
+      uint32_t word = 0;
+      memcpy(&word, element_of(operands.b, n, k * kBytes), kBytes);
+      right[k][n] = element(word, 0, false);
+    }
+  for (int thread = 0; thread < kWarpgroup; ++thread)
+    for (int i = 0; i < kWarpgroupSums; ++i) {
+      const int row = thread / 32 * 16 + thread % 32 / 4 + i % 4 / 2 * 8;
+      const int column = i / 4 * 8 + thread % 4 * 2 + i % 2;
+      auto* const c = static_cast<Accumulator*>(operands.c[thread]) + i;
+      Accumulator sum = *c;
+      for (int k = 0; k < kDepth; ++k) sum += left[row][k] * right[k][column];
+      *c = sum;
+    }
+}
+#endif
+
+#define PUNA_EIGHT(kind, c, i)                                                                    \
+  "+" kind(c[i]), "+" kind(c[i + 1]), "+" kind(c[i + 2]), "+" kind(c[i + 3]), "+" kind(c[i + 4]), \
+      "+" kind(c[i + 5]), "+" kind(c[i + 6]), "+" kind(c[i + 7])
+#define PUNA_WARPGROUP_MMA(instruction, kind, modifiers, c, a, b)                            \
+  asm volatile(instruction                                                                   \
+               " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "    \
+               "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, " \
+               "%31}, {%32, %33, %34, %35}, %36, " modifiers ";"                             \
+               : PUNA_EIGHT(kind, c, 0), PUNA_EIGHT(kind, c, 8), PUNA_EIGHT(kind, c, 16),    \
+                 PUNA_EIGHT(kind, c, 24)                                                     \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor))
+
+// K = 32 of bytes, A without and B with sign; exact.
+__device__ __forceinline__ void warpgroup_mma_u8s8(int32_t (&c)[kWarpgroupSums],
+                                                   const uint32_t (&a)[4], SharedOperand b) {
+#ifdef __CUDACC__
+  PUNA_WARPGROUP_MMA("wgmma.mma_async.sync.aligned.m64n64k32.s32.u8.s8", "r", "1", c, a, b);
+#else
+  emulator::Machine::instance().multiply(
+      "warpgroup_mma_u8s8", c, a, b.descriptor, [](const emulator::WarpgroupOperands& operands) {
+        emulated_warpgroup_mma<32, int32_t>(operands, byte_operand);
+      });
+#endif
+}
+#undef PUNA_WARPGROUP_MMA
+#undef PUNA_EIGHT
+#endif  // PUNA_WARPGROUPS
 
 }  // namespace puna::cuda

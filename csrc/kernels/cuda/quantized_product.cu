@@ -198,7 +198,8 @@ int launch_quantized_product(const ProductCall& call, Stream stream) {
     case kSomeRows:
       return launch_quantized_small_tiles(call, stream);
     case kManyRows:
-      return launch_quantized_large_tiles(call, stream);
+      return by_warpgroups(call) ? launch_quantized_warpgroups(call, stream)
+                                 : launch_quantized_large_tiles(call, stream);
   }
   using Launch = int (*)(const ProductCall&, Stream);
   constexpr Launch kLaunches[] = {

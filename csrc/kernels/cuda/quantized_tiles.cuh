@@ -9,23 +9,23 @@ namespace puna::cuda {
 // A stage is a span: of each panel its blocks as they lie in memory (of a block of two spans the
 // scales and half of the codes), rows of x, their scales, and their sums by group.
 template <class Format, class ShapeOfTile>
-struct QuantizedTile {
+struct QuantizedStages {
   using Shape = ShapeOfTile;
   using Of = Steps<Format>;
   using Layout = typename Of::Layout;
   static constexpr int kStageColumns = kSpan;
-  static constexpr int kTokens = Shape::kTokens, kTokenTiles = Shape::kTokenTiles;
+  static constexpr int kTokens = Shape::kTokens;
   static constexpr int kGroups = kSpan / Of::kGroup;  // of a stage
   static constexpr int kBlocks = Of::kBlock < kSpan ? kSpan / Of::kBlock : 1;
   static constexpr int kBlockSteps = (Of::kBlock < kSpan ? Of::kBlock : kSpan) / Of::kColumns;
   static constexpr int kBlockBytes = Layout::kCodes + kBlockSteps * Of::kStepBytes;
   static constexpr int kPanelBytes = kBlocks * kBlockBytes;
-  static constexpr int kRowsAt = Shape::kPanels * kPanelBytes;
+  static constexpr int kWeightBytes = Shape::kPanels * kPanelBytes;
+  static constexpr int kRowsAt = rounded_up(kWeightBytes, Shape::kAlignment);
   static constexpr int kScalesAt = kRowsAt + Shape::kTokens * kRowBytes;
   static constexpr int kSumsAt = kScalesAt + kTokens * 4;
-  static constexpr int kStageBytes = kSumsAt + kGroups * kTokens * 4;
-  static_assert(kStageBytes % kChunk == 0);
-  static constexpr int kTurns = (kRowsAt / kChunk + Shape::kThreads - 1) / Shape::kThreads;
+  static constexpr int kStageBytes = rounded_up(kSumsAt + kGroups * kTokens * 4, Shape::kAlignment);
+  static constexpr int kTurns = (kWeightBytes / kChunk + Shape::kThreads - 1) / Shape::kThreads;
 
   // 16 bytes of a stage's weights that a thread copies.
   struct WeightChunk {
@@ -33,13 +33,8 @@ struct QuantizedTile {
     int column;  // of the stage: it is copied if that is there
     bool is_code;
   };
-  // The sums of activations of a lane's tokens in a group.
-  struct Sums {
-    int32_t of[kTokenTiles][2];
-  };
 
-  __device__ QuantizedTile(const ProductCall& call, const Share& share, int64_t first_panel,
-                           int first_half, int first_token)
+  __device__ QuantizedStages(const ProductCall& call, const Share& share, int64_t first_panel)
       : rows(static_cast<const uint8_t*>(share.x.data) + share.first * share.x.stride),
         row_scales(share.x.scales + share.first * share.x.spans),
         row_sums(share.x.sums + share.first * share.x.groups),
@@ -49,9 +44,7 @@ struct QuantizedTile {
         panels(share.weights + first_panel * call.panel_bytes),
         panel_bytes(call.panel_bytes),
         there(static_cast<int>((call.rows + kPanel - 1) / kPanel - first_panel)),
-        limit(static_cast<int>(share.x.stride)),
-        half(first_half),
-        token(first_token) {
+        limit(static_cast<int>(share.x.stride)) {
     constexpr int kBlockChunks = kBlockBytes / kChunk, kHeader = Layout::kCodes / kChunk;
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
@@ -63,14 +56,15 @@ struct QuantizedTile {
       to.from = static_cast<int>(panel * panel_bytes + block * Layout::kBytes) + within * kChunk;
       to.place = panel * kPanelBytes + block * kBlockBytes +
                  (code >= 0 ? kHeader + Of::place(code) : within) * kChunk;
-      to.column = i >= kRowsAt / kChunk || panel >= there ? INT32_MAX / 2 : block * Of::kBlock;
+      to.column = i >= kWeightBytes / kChunk || panel >= there ? INT32_MAX / 2 : block * Of::kBlock;
       to.is_code = code >= 0;
     }
   }
 
   __device__ __forceinline__ void copy(unsigned char* stage, int column) const {
     const uint8_t* blocks = panels + static_cast<int64_t>(column / Of::kBlock) * Layout::kBytes;
-    const int codes = column % Of::kBlock / Of::kColumns * Of::kStepBytes;  // of the block, before
+    const int codes =  // of the block, before
+        Of::kBlock > kSpan ? column % Of::kBlock / Of::kColumns * Of::kStepBytes : 0;
 #pragma unroll
     for (const WeightChunk& chunk : chunks)
       if (column + chunk.column < limit)
@@ -90,6 +84,35 @@ struct QuantizedTile {
       copy_async<4>(stage + kScalesAt + thread * 4,
                     row_scales + int64_t{thread} * spans + column / kSpan);
   }
+
+  const uint8_t* const rows;  // of x, with their scales and sums
+  const float* const row_scales;
+  const int32_t* const row_sums;
+  const int count, spans, groups;
+  const uint8_t* const panels;
+  const int64_t panel_bytes;
+  const int there;  // panels from the first one on
+  const int limit;  // columns of x
+  WeightChunk chunks[kTurns];
+};
+
+// A warp's work on them.
+template <class Format, class ShapeOfTile>
+struct QuantizedTile : QuantizedStages<Format, ShapeOfTile> {
+  using Stages = QuantizedStages<Format, ShapeOfTile>;
+  using Stages::kBlockBytes, Stages::kGroups, Stages::kPanelBytes, Stages::kRowsAt,
+      Stages::kScalesAt, Stages::kSumsAt, Stages::kTokens, Stages::limit;
+  using typename Stages::Layout, typename Stages::Of, typename Stages::Shape;
+  static constexpr int kTokenTiles = Shape::kTokenTiles;
+
+  // The sums of activations of a lane's tokens in a group.
+  struct Sums {
+    int32_t of[kTokenTiles][2];
+  };
+
+  __device__ QuantizedTile(const ProductCall& call, const Share& share, int64_t first_panel,
+                           int first_half, int first_token)
+      : Stages(call, share, first_panel), half(first_half), token(first_token) {}
 
   __device__ __forceinline__ void add(const unsigned char* stage, int column) {
     const int t = threadIdx.x % 4;
@@ -191,16 +214,7 @@ struct QuantizedTile {
     }
   }
 
-  const uint8_t* const rows;  // of x, with their scales and sums
-  const float* const row_scales;
-  const int32_t* const row_sums;
-  const int count, spans, groups;
-  const uint8_t* const panels;
-  const int64_t panel_bytes;
-  const int there;  // panels from the first one on
-  const int limit;  // columns of x
   const int half, token;
-  WeightChunk chunks[kTurns];
   float sums[Shape::kHalves][kTilesEach][kTokenTiles][4] = {};
 };
 

@@ -14,15 +14,37 @@ template <int kHalvesOfWarp, int kTilesOfWarp>
 struct TileShape {
   static constexpr int kHalves = kHalvesOfWarp, kTokenTiles = kTilesOfWarp;
   static constexpr int kPanels = 2, kWarps = 8, kThreads = kWarps * kWarp;
+  static constexpr int kAlignment = 16;  // of rows of x in shared memory
   static constexpr int kRowWarps = kPanels * (kPanel / kHalf) / kHalves;
   static constexpr int kTokens = kWarps / kRowWarps * kTokenTiles * kTileTokens;  // of a block
 };
 using SmallTile = TileShape<1, 2>;  // 32 tokens
 using LargeTile = TileShape<2, 4>;  // 128 tokens
 
+constexpr int rounded_up(int value, int multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
 constexpr int kStageSteps = 4;  // products of the tensor cores in a stage, of 32 bytes of a row
-template <class Tile>
-constexpr int kStagesOf = kMostShared / Tile::kStageBytes < 4 ? kMostShared / Tile::kStageBytes : 4;
+template <class Tile, int kShared = kMostShared>
+constexpr int kStagesOf = kShared / Tile::kStageBytes < 4 ? kShared / Tile::kStageBytes : 4;
+
+// copy(i) asks for stage i of `steps`, and commits; add(i) uses it, when all threads have called
+// landed() after what they had asked for had landed. In the ring, kStages - 1 are on their way.
+template <int kStages, class Copy, class Landed, class Add>
+__device__ __forceinline__ void for_each_stage(int steps, const Copy& copy, const Landed& landed,
+                                               const Add& add) {
+  static_assert(kStages >= 2);
+  for (int step = 0; step < kStages - 1; ++step) copy(step);
+  for (int step = 0; step < steps; ++step) {
+    wait_for_copies<kStages - 2>();
+    landed();
+    __syncthreads();
+    copy(step + kStages - 1);  // in the place of what all warps have used
+    add(step);
+  }
+  wait_for_copies<0>();
+}
 
 // Tile is a thread's work on the stages:
 //   kStageBytes, kStageColumns
@@ -33,7 +55,6 @@ __global__ void __launch_bounds__(Tile::Shape::kThreads, 1)
     tiled_product_kernel(const ProductCall call) {
   using Shape = typename Tile::Shape;
   constexpr int kStages = kStagesOf<Tile>;
-  static_assert(kStages >= 2);
   after_earlier_kernels();
   Share share;
   if (!find_share<Shape::kTokens>(call, static_cast<int>(blockIdx.x), &share)) return;
@@ -51,14 +72,11 @@ __global__ void __launch_bounds__(Tile::Shape::kThreads, 1)
     if (step < steps) tile.copy(stage(step), step * Tile::kStageColumns);
     commit_copies();
   };
-  for (int step = 0; step < kStages - 1; ++step) copy(step);
-  for (int step = 0; step < steps; ++step) {
-    wait_for_copies<kStages - 2>();
-    __syncthreads();
-    copy(step + kStages - 1);  // in the place of what all warps have used
-    if (busy) tile.add(stage(step), step * Tile::kStageColumns);
-  }
-  wait_for_copies<0>();
+  for_each_stage<kStages>(
+      steps, copy, [] {},
+      [&](int step) {
+        if (busy) tile.add(stage(step), step * Tile::kStageColumns);
+      });
 
   if (!busy) return;
   const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;

@@ -33,16 +33,17 @@ struct Fetched {
 struct Device {
   const char* name;
   Schedule schedule;
+  bool warpgroups;                // whether it has their products
   std::unique_ptr<Graph> noting;  // while a graph is made
   std::vector<Fetched> fetched;
   std::deque<std::function<int()>> waiting;  // in the order of the calls
 };
 // The last warp of a block of eight often ends the sums of the others.
 Device devices[] = {
-    {"emulator", {}, {}, {}, {}},
-    {"emulator, late copies, warp 0 starved", {true, 0}, {}, {}, {}},
-    {"emulator, warp 1 starved", {false, 1}, {}, {}, {}},
-    {"emulator, late copies, warp 7 starved", {true, 7}, {}, {}, {}},
+    {"emulator", {}, false, {}, {}, {}},
+    {"emulator, late copies, warp 0 starved", {true, 0}, false, {}, {}, {}},
+    {"emulator, warpgroups, warp 1 starved", {false, 1}, true, {}, {}, {}},
+    {"emulator, warpgroups, late copies, warp 7 starved", {true, 7}, true, {}, {}, {}},
 };
 bool is_late = false;
 std::map<const char*, size_t> pinned;  // bytes of what allocate_host() gave
@@ -82,6 +83,9 @@ int run(void* device, const Call* call) {
   }
   return do_or_wait(device, [&of, noted = *call] {
     Machine::instance().set_schedule(of.schedule);
+    Machine::instance().set_most_shared(of.warpgroups ? Machine::kWarpgroupShared
+                                                      : Machine::kLeastShared);
+    puna::cuda::has_warpgroups = of.warpgroups;
     try {
       return kLaunch(noted, nullptr);
     } catch (const Fault& fault) {

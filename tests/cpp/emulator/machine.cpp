@@ -45,10 +45,9 @@ constexpr size_t kStackBytes = 256 << 10;
 constexpr size_t kStackBytes = 64 << 10;
 #endif
 constexpr int kSavedRegisters = 6;
-// What devices allow: in the second and third direction, and without being asked for more.
+// What devices allow in the second and third direction.
 constexpr unsigned kMostBlocks = 65535;
-constexpr size_t kMostShared = 99 << 10;  // of a block: the least of devices from sm_80 on
-constexpr size_t kSharedAlignment = 16;   // as shared_memory() promises
+constexpr size_t kSharedAlignment = 1024;  // as shared_memory() promises
 
 }  // namespace
 
@@ -65,6 +64,8 @@ void Machine::entry() {
 #endif
   try {
     (*machine.body_)();
+    if (!machine.warpgroup().open.empty() || !machine.warpgroup().groups.empty())
+      throw Fault("a thread ended with products on their way");
     if (!machine.fibres_[machine.current_].open.empty() ||
         !machine.fibres_[machine.current_].groups.empty())
       throw Fault("a thread ended with asynchronous copies on their way");
@@ -86,6 +87,13 @@ void Machine::start_block(size_t shared_bytes) {
   // Blocks are many: what they are made of is used again.
   warps_.resize(threads / kWarpLanes);
   for (Warp& warp : warps_) warp.barrier = {};
+  warpgroups_.resize((threads + kWarpgroupThreads - 1) / kWarpgroupThreads);
+  for (Warpgroup& group : warpgroups_) {
+    group.barrier = {};
+    group.fenced = false;
+    group.open.clear();
+    group.groups.clear();
+  }
   fibres_.resize(threads);
   block_barrier_ = {};
   alive_ = threads;
@@ -93,6 +101,7 @@ void Machine::start_block(size_t shared_bytes) {
     Fibre& fibre = fibres_[i];
     fibre.done = false;
     fibre.waited = false;
+    fibre.unfenced = false;
     fibre.waits_at = nullptr;
     fibre.fake_stack = nullptr;
     fibre.open.clear();
@@ -121,7 +130,7 @@ void Machine::run(Extent grid, Extent block, size_t shared_bytes,
   if (grid.y > kMostBlocks || grid.z > kMostBlocks)
     throw Fault("a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " +
                 std::to_string(grid.z) + " blocks");
-  if (shared_bytes > kMostShared)
+  if (shared_bytes > most_shared_)
     throw Fault(std::to_string(shared_bytes) + " bytes of shared memory");
   ++launches_;
   running_ = true;
@@ -233,10 +242,11 @@ void Machine::sync_block() {
 }
 
 void Machine::copy_async(void* to, const void* from, int bytes) {
-  if (schedule_.late_copies)
-    fibres_[current_].open.push_back({to, from, bytes});
-  else
+  if (!schedule_.late_copies) {
     std::memcpy(to, from, static_cast<size_t>(bytes));
+    bytes = 0;  // that are still to come
+  }
+  fibres_[current_].open.push_back({to, from, bytes});
 }
 
 void Machine::commit_copies() {
@@ -250,8 +260,73 @@ void Machine::wait_copies(int groups_left) {
   while (static_cast<int>(fibre.groups.size()) > groups_left) {
     for (const Copy& copy : fibre.groups.front())
       std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
+    if (!fibre.groups.front().empty()) fibre.unfenced = true;
     fibre.groups.pop_front();
   }
+}
+
+Machine::Warpgroup& Machine::warpgroup() {
+  return warpgroups_[fibres_[current_].warp * kWarpLanes / kWarpgroupThreads];
+}
+
+template <class Work>
+void Machine::with_warpgroup(const char* instruction, const Work& work) {
+  Warpgroup& group = warpgroup();
+  if (group.barrier.arrived == 0) group.instruction = instruction;
+  if (std::strcmp(group.instruction, instruction) != 0)
+    throw Fault(std::string("threads of a warpgroup are at ") + group.instruction + " and at " +
+                instruction);
+  if (++group.barrier.arrived == kWarpgroupThreads) {
+    work(group);
+    group.barrier.arrived = 0;
+    ++group.barrier.generation;
+  } else {
+    wait_at(group.barrier, instruction);
+  }
+}
+
+void Machine::fence_products() {
+  with_warpgroup("fence_products", [](Warpgroup& group) { group.fenced = true; });
+}
+
+void Machine::multiply(const char* instruction, void* c, const uint32_t* a, uint64_t b,
+                       CarryOut carry_out) {
+  Warpgroup& of = warpgroup();
+  const Fibre& fibre = fibres_[current_];
+  const int thread = (fibre.warp * kWarpLanes + fibre.lane) % kWarpgroupThreads;
+  if (of.barrier.arrived > 0 && of.operands.b != b)
+    throw Fault(std::string("threads of a warpgroup have different operands of ") + instruction);
+  of.operands.c[thread] = c;
+  of.operands.a[thread] = a;
+  of.operands.b = b;
+  with_warpgroup(instruction, [&](Warpgroup& group) {
+    if (!group.fenced)
+      throw Fault(std::string(instruction) + " without fence_products");
+    for (const Fibre& writer : fibres_)
+      if (writer.unfenced)
+        throw Fault(std::string(instruction) + " reads what was copied without a fence");
+    if (schedule_.late_copies)
+      group.open.push_back({group.operands, carry_out});
+    else
+      carry_out(group.operands);
+  });
+}
+
+void Machine::commit_products() {
+  with_warpgroup("commit_products", [](Warpgroup& group) {
+    group.groups.push_back(std::move(group.open));
+    group.open.clear();
+  });
+}
+
+void Machine::wait_products(int groups_left) {
+  with_warpgroup("wait_products", [&](Warpgroup& group) {
+    while (static_cast<int>(group.groups.size()) > groups_left) {
+      for (const Product& product : group.groups.front()) product.carry_out(product.operands);
+      group.groups.pop_front();
+    }
+    group.fenced = false;  // now the registers may be used
+  });
 }
 
 }  // namespace emulator

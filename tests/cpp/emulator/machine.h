@@ -3,10 +3,11 @@
 //
 // It is harsher than hardware where that finds bugs. Shared memory starts as NaN. A schedule may
 // starve one warp, which then runs only when nothing else can, so that a missing barrier is seen;
-// and asynchronous copies may land at once or not before they are waited for. Lanes that meet at
-// different instructions, threads that wait for ever and copies never waited for are errors with
-// the place where they happened. It sees neither weak memory ordering nor bank conflicts, and says
-// nothing about speed.
+// and asynchronous copies, and products of warpgroups, may be carried out at once or not before
+// they are waited for: then they read registers and memory as these are by then. Lanes that meet at
+// different instructions, threads that wait for ever, copies and products never waited for, and
+// products without the fences that they need are errors with the place where they happened. It sees
+// neither weak memory ordering beyond that nor bank conflicts, and says nothing about speed.
 #pragma once
 
 #include <array>
@@ -26,11 +27,12 @@ struct Extent {
   unsigned count() const { return x * y * z; }
 };
 
-constexpr int kWarpLanes = 32;
+constexpr int kWarpLanes = 32, kWarpgroupThreads = 128;
 
 struct Schedule {
-  bool late_copies = false;  // asynchronous copies land when they are waited for, not at once
-  int starved_warp = -1;     // of each block, modulo its warps; -1: none
+  // Asynchronous copies land, and products are carried out, when they are waited for, not at once.
+  bool late_copies = false;
+  int starved_warp = -1;  // of each block, modulo its warps; -1: none
 };
 
 // What went wrong in a kernel.
@@ -44,11 +46,21 @@ struct Barrier {
   unsigned generation = 0;
 };
 
+// Of a product of a warpgroup: where its threads have their registers, and the descriptor of what
+// comes from shared memory.
+struct WarpgroupOperands {
+  std::array<void*, kWarpgroupThreads> c;
+  std::array<const uint32_t*, kWarpgroupThreads> a;
+  uint64_t b;
+};
+
 class Machine {
  public:
   static Machine& instance();
 
   void set_schedule(const Schedule& schedule) { schedule_ = schedule; }
+  // Of a block, from the next launch on.
+  void set_most_shared(size_t bytes) { most_shared_ = bytes; }
   // Runs `body` once for every thread of every block. Throws Fault.
   void run(Extent grid, Extent block, size_t shared_bytes, const std::function<void()>& body);
   int64_t launches() const { return launches_; }
@@ -73,12 +85,35 @@ class Machine {
   void commit_copies();
   void wait_copies(int groups_left);
 
+  // Products of this thread's warpgroup, in groups; and what has to precede them.
+  using CarryOut = void (*)(const WarpgroupOperands&);
+  void fence_shared_operands() { fibres_[current_].unfenced = false; }
+  void fence_products();
+  void multiply(const char* instruction, void* c, const uint32_t* a, uint64_t b, CarryOut carry_out);
+  void commit_products();
+  void wait_products(int groups_left);
+
+  // What a block may have at least, on devices from sm_80 on; and on those with warpgroups.
+  static constexpr size_t kLeastShared = 99 << 10, kWarpgroupShared = 227 << 10;
+
  private:
   static constexpr size_t kSlotBytes = 128;  // of a lane's operands, and of its results
   struct Warp {
     Barrier barrier;
     const char* instruction = nullptr;
     alignas(16) std::array<std::array<unsigned char, kSlotBytes>, kWarpLanes> in, out;
+  };
+  struct Product {
+    WarpgroupOperands operands;
+    CarryOut carry_out;
+  };
+  struct Warpgroup {
+    Barrier barrier;
+    const char* instruction = nullptr;
+    WarpgroupOperands operands;  // of those that have arrived
+    bool fenced = false;
+    std::vector<Product> open;
+    std::deque<std::vector<Product>> groups;
   };
   struct Copy {
     void* to;
@@ -92,6 +127,7 @@ class Machine {
     int lane = 0, warp = 0;
     bool done = false;
     bool waited = false;                // for earlier launches
+    bool unfenced = false;              // its copies have landed, for itself
     const Barrier* waits_at = nullptr;  // until its generation is another than `seen`
     unsigned seen = 0;
     const char* place = "";  // what it waits for
@@ -106,6 +142,10 @@ class Machine {
     return !fibre.done && (fibre.waits_at == nullptr || fibre.waits_at->generation != fibre.seen);
   }
   bool run_fibres(int only_warp, int but_warp);
+  Warpgroup& warpgroup();
+  // `work` once, when all threads of the warpgroup are at the instruction.
+  template <class Work>
+  void with_warpgroup(const char* instruction, const Work& work);
   void resume(int fibre);
   void suspend();
   // Suspends the current fibre until the barrier's generation changes.
@@ -116,9 +156,11 @@ class Machine {
   Schedule schedule_;
   std::vector<Fibre> fibres_;
   std::vector<Warp> warps_;
+  std::vector<Warpgroup> warpgroups_;
   std::vector<std::unique_ptr<unsigned char[]>> stacks_;
   std::vector<unsigned char> shared_memory_;
   unsigned char* shared_ = nullptr;
+  size_t most_shared_ = kLeastShared;
   Barrier block_barrier_;
   int alive_ = 0, current_ = 0;
   void* scheduler_pointer_ = nullptr;
