@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 
 #include "text/incremental_bpe.h"
 
@@ -21,77 +22,90 @@ constexpr uint64_t kLong = ~uint64_t{0};
 PieceEncoder::PieceEncoder(const BpeModel& model)
     : model_(&model), lines_(kLines), tiny_(size_t{1} << kTinyBits) {}
 
-size_t PieceEncoder::encode_but(size_t spared, std::string_view text, IdBuffer& out) {
-  const Vocabulary& vocabulary = model_->vocabulary();
-  // One loop for each step: memory is asked for long before it is needed, and each loop does one
-  // thing. Places of memory that a look-up visits: a slot, the token's key, the line of a piece
-  // that is no token.
+// Pieces that follow each other in a text. One loop over them for each step: memory is asked for
+// long before it is needed, and each loop does one thing. Places of memory that a look-up visits: a
+// slot, the token's key, the line of a piece that is no token.
+struct PieceEncoder::Batch {
+  std::string_view text;
+  size_t at = 0, count = 0;  // where the first piece begins
   std::array<size_t, kPiecesAtOnce> ends;
   std::array<ShortKey, kPiecesAtOnce> keys;
-  std::array<uint64_t, kPiecesAtOnce> hashes;
-  std::array<int32_t, kPiecesAtOnce> ids;
-  std::array<uint16_t, kPiecesAtOnce> unknown;
-  for (size_t at = 0;;) {
-    const size_t found = next_pieces(text, at, ends.data(), ends.size());
-    if (found <= spared) return at;
-    const size_t count = found - spared;
-    const auto piece_at = [&](size_t i) {
-      const size_t begin = i == 0 ? at : ends[i - 1];
-      return text.substr(begin, ends[i] - begin);
-    };
-    size_t unknown_count = 0, unknown_bytes = 0;
-    const auto add_unknown = [&](size_t i) {
-      unknown[unknown_count++] = static_cast<uint16_t>(i);
-      unknown_bytes += piece_at(i).size();
-      __builtin_prefetch(&lines_[hashes[i] % kLines], 1);
-    };
-    if (ends[count - 1] - at <= kTinyBytes * count) {
-      // Numbers and signs.
-      for (size_t i = 0; i < count; ++i) {
-        const std::string_view piece = piece_at(i);
-        ids[i] = find_tiny(piece, text.data() + text.size(), hashes[i]);
-        if (ids[i] == Vocabulary::kNone) add_unknown(i);
-      }
+  std::array<uint64_t, kPiecesAtOnce> hashes;  // of those that are no token, if not of all
+  std::array<int32_t, kPiecesAtOnce> ids;      // or kNone
+
+  std::string_view piece(size_t i) const {
+    const size_t begin = i == 0 ? at : ends[i - 1];
+    return text.substr(begin, ends[i] - begin);
+  }
+  // Whether they are mostly numbers and signs.
+  bool is_tiny() const { return ends[count - 1] - at <= kTinyBytes * count; }
+};
+
+void PieceEncoder::find_tiny_tokens(Batch& batch) {
+  const char* const end = batch.text.data() + batch.text.size();
+  for (size_t i = 0; i < batch.count; ++i)
+    batch.ids[i] = find_tiny(batch.piece(i), end, batch.hashes[i]);
+}
+
+void PieceEncoder::find_tokens(Batch& batch) const {
+  const Vocabulary& vocabulary = model_->vocabulary();
+  for (size_t i = 0; i < batch.count; ++i) {
+    const std::string_view piece = batch.piece(i);
+    if (piece.size() <= ShortKey::kBytes) {
+      const auto left = static_cast<size_t>(batch.text.data() + batch.text.size() - piece.data());
+      batch.keys[i] = left >= sizeof(ShortKey) ? ShortKey::of_readable(piece.data(), piece.size())
+                                               : ShortKey::of(piece.data(), piece.size());
+      batch.hashes[i] = batch.keys[i].hash();
     } else {
-      size_t begin = at;
-      for (size_t i = 0; i < count; ++i) {
-        const size_t size = ends[i] - begin;
-        if (size <= ShortKey::kBytes) {
-          const char* bytes = text.data() + begin;
-          keys[i] = text.size() - begin >= sizeof(ShortKey) ? ShortKey::of_readable(bytes, size)
-                                                            : ShortKey::of(bytes, size);
-          hashes[i] = keys[i].hash();
-        } else {
-          keys[i].high = kLong;
-          hashes[i] = Vocabulary::hash_of(piece_at(i));
-        }
-        vocabulary.prefetch(hashes[i]);
-        begin = ends[i];
-      }
-      for (size_t i = 0; i < count; ++i) {
-        ids[i] = vocabulary.candidate(hashes[i]);
-        vocabulary.prefetch_key(ids[i]);
-      }
-      for (size_t i = 0; i < count; ++i) {
-        ids[i] = keys[i].high != kLong ? vocabulary.find(keys[i], hashes[i])
-                                       : vocabulary.find(piece_at(i), hashes[i]);
-        if (ids[i] == Vocabulary::kNone) {
-          add_unknown(i);
-        }
-      }
+      batch.keys[i].high = kLong;
+      batch.hashes[i] = Vocabulary::hash_of(piece);
     }
-    int32_t* end = out.room(count - unknown_count + unknown_bytes + kLineIds);
-    size_t done = 0;
-    for (size_t k = 0; k < unknown_count; ++k) {
-      const size_t i = unknown[k];
-      end = std::copy(ids.data() + done, ids.data() + i, end);
-      end = encode_unknown(piece_at(i), hashes[i], end);
-      done = i + 1;
-    }
-    end = std::copy(ids.data() + done, ids.data() + count, end);
-    out.set_end(end);
-    at = ends[count - 1];
-    if (found < ends.size()) return at;  // the text has no more
+    vocabulary.prefetch(batch.hashes[i]);
+  }
+  for (size_t i = 0; i < batch.count; ++i) {
+    batch.ids[i] = vocabulary.candidate(batch.hashes[i]);
+    vocabulary.prefetch_key(batch.ids[i]);
+  }
+  for (size_t i = 0; i < batch.count; ++i)
+    batch.ids[i] = batch.keys[i].high != kLong ? vocabulary.find(batch.keys[i], batch.hashes[i])
+                                               : vocabulary.find(batch.piece(i), batch.hashes[i]);
+}
+
+void PieceEncoder::append(const Batch& batch, IdBuffer& out) {
+  std::array<uint16_t, kPiecesAtOnce> unknown;
+  size_t unknown_count = 0, unknown_bytes = 0;
+  for (size_t i = 0; i < batch.count; ++i) {
+    if (batch.ids[i] != Vocabulary::kNone) continue;
+    unknown[unknown_count++] = static_cast<uint16_t>(i);
+    unknown_bytes += batch.piece(i).size();
+    __builtin_prefetch(&lines_[batch.hashes[i] % kLines], 1);
+  }
+  const int32_t* const ids = batch.ids.data();
+  int32_t* end = out.room(batch.count - unknown_count + unknown_bytes + kLineIds);
+  size_t done = 0;
+  for (size_t k = 0; k < unknown_count; ++k) {
+    const size_t i = unknown[k];
+    end = std::copy(ids + done, ids + i, end);
+    end = encode_unknown(batch.piece(i), batch.hashes[i], end);
+    done = i + 1;
+  }
+  out.set_end(std::copy(ids + done, ids + batch.count, end));
+}
+
+size_t PieceEncoder::encode_but(size_t spared, std::string_view text, IdBuffer& out) {
+  Batch batch;
+  batch.text = text;
+  for (;;) {
+    const size_t found = next_pieces(text, batch.at, batch.ends.data(), batch.ends.size());
+    if (found <= spared) return batch.at;
+    batch.count = found - spared;
+    if (batch.is_tiny())
+      find_tiny_tokens(batch);
+    else
+      find_tokens(batch);
+    append(batch, out);
+    batch.at = batch.ends[batch.count - 1];
+    if (found < batch.ends.size()) return batch.at;  // the text has no more
   }
 }
 
@@ -104,7 +118,7 @@ int32_t PieceEncoder::find_tiny(std::string_view piece, const char* end, uint64_
   uint32_t key;
   std::memcpy(&key, piece.data(), sizeof(key));
   const auto size = static_cast<uint32_t>(piece.size());
-  key = (key & (uint32_t{1} << 8 * size) - 1) | size << 8 * kTinyBytes;
+  key = (key & ((uint32_t{1} << 8 * size) - 1)) | size << 8 * kTinyBytes;
   Tiny& tiny = tiny_[key * 0x9e3779b1u >> (32 - kTinyBits)];
   if (tiny.key != key) {
     hash = Vocabulary::hash_of(piece);

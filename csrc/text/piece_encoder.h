@@ -58,8 +58,15 @@ class PieceEncoder {
 
   static LineKey line_key(std::string_view piece);
 
+  struct Batch;
+
   // All pieces of the text but the last `spared`; returns their bytes.
   size_t encode_but(size_t spared, std::string_view text, IdBuffer& out);
+  // The tokens of pieces.
+  void find_tiny_tokens(Batch& batch);
+  void find_tokens(Batch& batch) const;
+  // The ids of pieces whose tokens were looked for.
+  void append(const Batch& batch, IdBuffer& out);
   // The token of a piece of a text that ends at `end`, or kNone; then `hash` receives
   // Vocabulary::hash_of() it.
   int32_t find_tiny(std::string_view piece, const char* end, uint64_t& hash);
