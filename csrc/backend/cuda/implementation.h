@@ -74,7 +74,7 @@ class CudaBackend final : public Backend {
   };
   cuda::Operand prepare(const Source& source, WeightFormat format, CudaScratch& scratch);
   cuda::ProductCall product_call(Rows out, const cuda::Operand& x, int64_t rows,
-                                        const WeightRef& weight);
+                                 const WeightRef& weight);
   void multiply(const cuda::ProductCall& call) {
     device_->run("product", &cuda::DeviceTable::product, call);
   }

@@ -300,8 +300,7 @@ void Machine::multiply(const char* instruction, void* c, const uint32_t* a, uint
   of.operands.a[thread] = a;
   of.operands.b = b;
   with_warpgroup(instruction, [&](Warpgroup& group) {
-    if (!group.fenced)
-      throw Fault(std::string(instruction) + " without fence_products");
+    if (!group.fenced) throw Fault(std::string(instruction) + " without fence_products");
     for (const Fibre& writer : fibres_)
       if (writer.unfenced)
         throw Fault(std::string(instruction) + " reads what was copied without a fence");

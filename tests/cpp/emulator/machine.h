@@ -89,7 +89,8 @@ class Machine {
   using CarryOut = void (*)(const WarpgroupOperands&);
   void fence_shared_operands() { fibres_[current_].unfenced = false; }
   void fence_products();
-  void multiply(const char* instruction, void* c, const uint32_t* a, uint64_t b, CarryOut carry_out);
+  void multiply(const char* instruction, void* c, const uint32_t* a, uint64_t b,
+                CarryOut carry_out);
   void commit_products();
   void wait_products(int groups_left);
 
