@@ -243,8 +243,14 @@ struct TwoByteLetters {
     upper = last_upper | last_upper >> 1;
     lower = last_lower | last_lower >> 1;
   }
-  static bool may_begin_with(uint8_t byte) {
-    return byte == 0xc3 || byte == 0xce || byte == 0xcf || byte == 0xd0 || byte == 0xd1;
+  // Whether all characters that begin in these eight bytes may be such letters, or ASCII.
+  static bool may_be_all_of(uint64_t bytes) {
+    for (uint64_t first = bytes & bytes << 1 & 0x8080808080808080; first; first &= first - 1) {
+      const auto byte = static_cast<uint8_t>(bytes >> (std::countr_zero(first) - 7));
+      if (byte != 0xc3 && byte != 0xce && byte != 0xcf && byte != 0xd0 && byte != 0xd1)
+        return false;
+    }
+    return true;
   }
 };
 
@@ -358,10 +364,8 @@ size_t next_pieces(std::string_view text, size_t at, size_t* ends, size_t limit)
     // A window yields nothing much if a foreign character is near.
     uint64_t near = 0;
     std::memcpy(&near, text.data() + at, std::min(left, sizeof(near)));
-    const uint64_t foreign = near & 0x8080808080808080;
     uint64_t found = 0;
-    if (!foreign || TwoByteLetters::may_begin_with(
-                        static_cast<uint8_t>(near >> (std::countr_zero(foreign) - 7)))) {
+    if (TwoByteLetters::may_be_all_of(near)) {
       if (left >= ByteBlock::kBytes) {
         found = Window(text.data() + at).ends(ByteBlock::kBytes);
       } else {
