@@ -100,15 +100,20 @@ __global__ void __launch_bounds__(Tile::Shape::kThreads, 1)
     }
 }
 
-template <class Tile>
-int launch_tiled_product(const ProductCall& call, Stream stream) {
+// A block for each tile of some panels by some tokens, with a ring of as many stages as fit.
+template <class Tile, int kShared = kMostShared>
+int launch_tiles(void (*kernel)(ProductCall), const ProductCall& call, Stream stream) {
   using Shape = typename Tile::Shape;
-  constexpr int kStages = kStagesOf<Tile>;
+  constexpr int kStages = kStagesOf<Tile, kShared>;
   constexpr int64_t kRows = Shape::kPanels * kPanel;
   const dim3 grid{most_tiles<Shape::kTokens>(call),
                   static_cast<unsigned>((call.rows + kRows - 1) / kRows), 1};
-  return launch(tiled_product_kernel<Tile>, grid, Shape::kThreads, kStages * Tile::kStageBytes,
-                stream, call);
+  return launch(kernel, grid, Shape::kThreads, kStages * Tile::kStageBytes, stream, call);
+}
+
+template <class Tile>
+int launch_tiled_product(const ProductCall& call, Stream stream) {
+  return launch_tiles<Tile>(tiled_product_kernel<Tile>, call, stream);
 }
 
 }  // namespace puna::cuda

@@ -84,13 +84,7 @@ __global__ void __launch_bounds__(WarpgroupShape::kThreads, 1)
 
 template <class Tile>
 int launch_warpgroup_product(const ProductCall& call, Stream stream) {
-  using Shape = WarpgroupShape;
-  constexpr int kStages = kStagesOf<Tile, kMostWarpgroupShared>;
-  constexpr int64_t kRows = Shape::kPanels * kPanel;
-  const dim3 grid{most_tiles<Shape::kTokens>(call),
-                  static_cast<unsigned>((call.rows + kRows - 1) / kRows), 1};
-  return launch(warpgroup_product_kernel<Tile>, grid, Shape::kThreads, kStages * Tile::kStageBytes,
-                stream, call);
+  return launch_tiles<Tile, kMostWarpgroupShared>(warpgroup_product_kernel<Tile>, call, stream);
 }
 
 }  // namespace puna::cuda
