@@ -201,6 +201,44 @@ class Checks {
     }
   }
 
+  // The column of the largest element, and the candidates that a draw needs, of each row.
+  void choice() {
+    const int64_t rows = 5, cols = 202048;
+    std::vector<float> x = randoms(random_, rows * cols, 3);
+    for (int64_t r = 0; r < rows; ++r)  // ties
+      x[static_cast<size_t>(r * cols + cols / 2)] = x[static_cast<size_t>(r * cols + 77 * r)] = 20;
+    const auto largest = [&](Backend& backend) {
+      const Placed in(backend, rows, x);
+      std::vector<int32_t> columns(rows);
+      backend.argmax(columns, in.rows);
+      return std::vector<float>(columns.begin(), columns.end());
+    };
+    add("argmax", largest, cpu_, 0);
+    const double temperature = 0.6;
+    const Placed in(gpu_, rows, x);
+    const auto all = gpu_.candidates(in.rows, std::vector<double>(rows, temperature));
+    std::vector<float> got, expected;
+    for (int64_t r = 0; r < rows; ++r) {
+      std::vector<Candidate> found = all[static_cast<size_t>(r)].largest, order;
+      double total = 0;
+      for (int64_t c = 0; c < cols; ++c) {
+        const float logit = x[static_cast<size_t>(r * cols + c)];
+        order.push_back({logit, static_cast<int32_t>(c)});
+        total += std::exp((static_cast<double>(logit) - 20) / temperature);
+      }
+      std::sort(order.begin(), order.end(), is_likelier);
+      std::sort(found.begin(), found.end(), is_likelier);
+      const Candidates& of = all[static_cast<size_t>(r)];
+      got.push_back(std::abs(of.total - total) <= of.error * total && !found.empty() ? 1.0f : 0.0f);
+      expected.push_back(1);
+      for (size_t i = 0; i < found.size(); ++i) {
+        got.push_back(static_cast<float>(found[i].id));
+        expected.push_back(static_cast<float>(order[i].id));
+      }
+    }
+    compare("candidates", got, expected, "a sorted row", 0);
+  }
+
   int failures() const { return failures_; }
 
  private:
@@ -259,6 +297,25 @@ class Timings {
           static_cast<double>(size) + 4.0 * static_cast<double>(count * (rows + cols));
       row(report, name + " " + name_of(format), count, seconds, bytes,
           2.0 * static_cast<double>(count * rows * cols));
+    }
+  }
+
+  // Until the host has it: what a token is chosen by, beside the whole rows. Logits are as widely
+  // apart as a model's, so that there are candidates.
+  void choice(Report& report) {
+    const int64_t cols = small_ ? 3000 : 202048;
+    for (const int64_t count : {1, 8, 64}) {
+      const Placed x(gpu_, count, randoms(random_, count * cols, 3));
+      const auto in_rows = [&](const std::string& name, const std::function<void()>& run) {
+        const double seconds = seconds_each([&](int64_t) { run(); });
+        row(report, name, count, seconds, 4.0 * static_cast<double>(count * cols), 0);
+      };
+      std::vector<int32_t> columns(static_cast<size_t>(count));
+      in_rows("argmax", [&] { gpu_.argmax(columns, x.rows); });
+      const std::vector<double> temperatures(columns.size(), 0.6);
+      in_rows("candidates", [&] { gpu_.candidates(x.rows, temperatures); });
+      std::vector<float> host(static_cast<size_t>(count * cols));
+      in_rows("logits to the host", [&] { gpu_.to_host(host.data(), x.rows); });
     }
   }
 
@@ -370,7 +427,7 @@ int run_cuda(int argc, char** argv) {
       {{"device", "N", "which GPU (default: 0)"},
        {"check", nullptr, "only whether results are right"},
        {"time", nullptr, "only the timings, right or not"},
-       {"only", "NAME", "products, experts, norms or attention"},
+       {"only", "NAME", "products, experts, norms, attention or choice"},
        {"warpgroups", nullptr, "products of many rows by warpgroups (Hopper)"},
        {"small", nullptr, "tiny shapes, to see that it runs"},
        {"json", nullptr, "the timings as JSON"},
@@ -383,11 +440,11 @@ int run_cuda(int argc, char** argv) {
   const auto ordinal = static_cast<int>(arguments.integer("device", 0, 0, 1000));
   const std::string device = "cuda:" + std::to_string(ordinal);
   const std::string only = arguments.text("only", "");
-  for (const char* name : {"products", "experts", "norms", "attention", ""}) {
+  for (const char* name : {"products", "experts", "norms", "attention", "choice", ""}) {
     if (only == name) break;
     if (*name == '\0')
       fail(ErrorCode::kInvalidRequest, "--only is '", only,
-           "'; it must be products, experts, norms or attention");
+           "'; it must be products, experts, norms, attention or choice");
   }
   const auto wanted = [&](const char* name) { return only.empty() || only == name; };
   if (arguments.has("warpgroups")) setenv("PUNA_CUDA_PRODUCTS", "warpgroups", 1);
@@ -399,6 +456,7 @@ int run_cuda(int argc, char** argv) {
     if (wanted("experts")) checks.experts();
     if (wanted("norms")) checks.norms();
     if (wanted("attention")) checks.attention();
+    if (wanted("choice")) checks.choice();
     if (arguments.has("check") || checks.failures() > 0) return checks.failures() > 0 ? 1 : 0;
   }
 
@@ -425,6 +483,7 @@ int run_cuda(int argc, char** argv) {
       timings.attention(report, rows, depth, KvSeal::kNone);
     timings.attention(report, 2048, 131072, KvSeal::kInt8);
   }
+  if (wanted("choice")) timings.choice(report);
   report.print(std::cout, arguments.has("json"));
   return 0;
 }

@@ -110,12 +110,12 @@ measure() {
 
 if [ -x "$bench" ]; then
   # Each in a process of its own: an error of memory ends what a process may do with the GPU.
-  for what in products experts norms attention; do
+  for what in products experts norms attention choice; do
     step "check-$what" 90 "$bench" cuda --check --only "$what"
   done
   step check-warpgroups 90 "$bench" cuda --check --only products --warpgroups
   # What is timed first matters most; the timings do not wait for the checks to pass.
-  for what in products attention; do
+  for what in products attention choice; do
     measure "$what" 120 cuda --time --only "$what" "${small[@]}"
   done
   # The same products by the instructions of warpgroups, to compare with those of warps row by row.
@@ -134,7 +134,7 @@ if [ -x "$bench" ]; then
   fi
   if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
-      for what in products attention experts norms; do
+      for what in products attention experts norms choice; do
         step "$tool-$what" 45 compute-sanitizer --tool "$tool" --error-exitcode 1 "$bench" cuda --check --only "$what"
       done
     done

@@ -324,6 +324,28 @@ def test_logits_equal_transformers(
         assert_fp32_parity(result.logits, logits)
 
 
+def test_tokens_are_those_of_the_whole_row(
+    checkpoint: MakeCheckpoint, tmp_path: Path, library: str | None
+) -> None:
+    """What is chosen from the little that comes from the device; log-probabilities take it all."""
+    path = str(checkpoint("scout_like", dtype="float32").path)
+    ways: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"temperature": 0.6, "top_p": 0.9},
+        {"temperature": 1.0, "top_p": 1.0, "top_k": 20, "min_p": 0.1},
+        {"temperature": 0.2, "top_p": 1.0, "min_p": 0.02, "min_tokens": 3, "stop": [5]},
+    ]
+    jobs = [
+        Job(path, PROMPT, {"device": "cuda"}, continuation=8, beside=[[7, 8, 9]], sampling=options)
+        for seed, way in enumerate(ways)
+        for options in ({"seed": seed} | way, {"seed": seed, "logprobs": 2} | way)
+    ]
+    results = compute(jobs, tmp_path, library)
+    for few, whole in zip(results[::2], results[1::2], strict=True):
+        assert few.continuation == whole.continuation
+    assert len({tuple(result.continuation) for result in results}) == len(ways)
+
+
 @pytest.mark.parametrize("quant", [None, "int4", "fp8"])
 def test_greedy_tokens_are_those_of_the_cpu(
     checkpoint: MakeCheckpoint, tmp_path: Path, library: str | None, quant: str | None

@@ -68,6 +68,8 @@ FLOAT8 = Place("product.cu", "product.cu", "cuda_product_test", "float8")
 ROWS = Place("rows.cu", "rows.cu", "cuda_backend_test", "moe")
 NORMS = Place("rows.cu", "rows.cu", "cuda_backend_test", "norms")
 MOVES = Place("rows.cu", "rows.cu", "cuda_backend_test", "moves")
+CHOICE = Place("choice.cu", "choice.cu", "cuda_backend_test", "argmax")
+CANDIDATES = Place("choice.cu", "choice.cu", "cuda_backend_test", "candidates")
 VISION = Place("rows.cu", "rows.cu", "cuda_backend_test", "vision")
 OPERANDS = Place("rows.cu", "rows.cu", "cuda_product_test", "products_of_Int4")
 CODES = Place("operand.cuh", "rows.cu", "cuda_product_test", "products_of_Int4")
@@ -192,6 +194,20 @@ OTHERS = [
     Bug(EXPERTS, "shared ? call.shared.x : call.x", "call.x"),
     Bug(EXPERTS, "shared ? call.shared.out : call.out", "call.out"),
     Bug(EXPERTS, "shared ? call.shared.accumulate : call.accumulate", "call.accumulate"),
+    # --- choice.cu
+    Bug(CHOICE, "if (x != x) return place;", ""),
+    Bug(CHOICE, "x + 0.0f", "x"),
+    Bug(CHOICE, "static_cast<uint32_t>(~column)", "static_cast<uint32_t>(column)"),
+    Bug(CHOICE, "end < cols ? end : cols", "end"),
+    Bug(CHOICE, "__syncthreads();  // what was read of an earlier one", ""),
+    Bug(CHOICE, "call.arrived + r", "call.arrived"),
+    Bug(CANDIDATES, "__syncthreads();", "", behind="counts[threadIdx.x] = 0;"),
+    Bug(CANDIDATES, "__syncthreads();", "", behind="until += counts[threadIdx.x - step];"),
+    Bug(CANDIDATES, "exchange_shared(all_counts + threadIdx.x, 0)", "all_counts[threadIdx.x]"),
+    Bug(CANDIDATES, "if (until > kMostCandidates) call.bins[r] = 0;", ""),
+    Bug(CANDIDATES, "counts[threadIdx.x + 1] > kMostCandidates", "counts[threadIdx.x] > kMostCandidates"),
+    Bug(CANDIDATES, "bin_of(x, largest) >= bins", "bin_of(x, largest) > bins"),
+    Bug(CANDIDATES, "call.out[r].count = 0;", ""),
     # --- few_product.cuh
     Bug(FEW, "row + row_of(i) < call.rows", "true"),
     Bug(FEW, "call.bias[row + row_of(i)]", "call.bias[row_of(i)]"),

@@ -18,6 +18,7 @@
 #include "backend/buffer.h"
 #include "backend/kv_layout.h"
 #include "base/attention_mode.h"
+#include "base/candidate.h"
 #include "base/tensor.h"
 
 namespace puna {
@@ -111,6 +112,16 @@ struct MatrixOptions {
   const float* importance = nullptr;
 };
 
+// What a token is drawn from in place of a whole row of logits.
+struct Candidates {
+  // The row's largest elements, in whatever order: each of the others is smaller than all of them.
+  // Empty: there are too many that are near the largest, or the row holds what is no number.
+  std::vector<Candidate> largest;
+  // The sum of exp((x - the largest) / temperature) over the whole row, in double: of any order and
+  // any exp() that is right within its last places, as a share of the sum within `error`.
+  double total = 0, error = 0;
+};
+
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -170,6 +181,13 @@ class Backend {
   // fp32, or bfloat16, to which what goes into the two products may then be rounded.
   virtual void vision_attention(Rows out, Rows qkv, int64_t tiles, int64_t tokens, int64_t heads,
                                 const float* cos, const float* sin, DType operands) = 0;
+
+  // --- choosing tokens ---------------------------------------------------------------------------
+  // out[i] = the column of the largest element of row i (base/argmax.h); the host sees it at once.
+  virtual void argmax(std::span<int32_t> out, ConstRows x);
+  // Of each row by its temperature; of rows whose temperature is 0 nothing. None at all: rows are
+  // at the host's hand as they are.
+  virtual std::vector<Candidates> candidates(ConstRows x, std::span<const double> temperatures);
 
   // --- vision layout -----------------------------------------------------------------------------
   // pixels [tiles][3][size][size] -> out [tiles * (size / patch)^2][3 * patch^2]: column c *

@@ -315,6 +315,14 @@ void check_vision_attention(ConstRows out, ConstRows qkv, int64_t tiles, int64_t
   check_rows("vision_attention", "out", out, tiles * tokens, qkv.cols / 3);
 }
 
+void check_argmax(std::span<const int32_t> out, ConstRows x) {
+  check_rows("argmax", "x", x, std::ssize(out), std::max<int64_t>(x.cols, 1));
+}
+
+void check_candidates(ConstRows x, std::span<const double> temperatures) {
+  check_rows("candidates", "x", x, std::ssize(temperatures), std::max<int64_t>(x.cols, 1));
+}
+
 void check_unfold(ConstRows out, const float* pixels, int64_t tiles, int64_t size, int64_t patch) {
   if (tiles < 0 || patch < 1 || size < 1 || size % patch != 0 || (tiles > 0 && pixels == nullptr))
     fail(ErrorCode::kInternal, "[unfold] ", tiles, " tiles of ", size, " pixels in patches of ",

@@ -33,6 +33,8 @@ void check_experts(ConstRows out, ConstRows x, const Routing& routing,
 void check_attention(ConstRows out, const AttentionInput& input);
 void check_vision_attention(ConstRows out, ConstRows qkv, int64_t tiles, int64_t tokens,
                             int64_t heads, const float* cos, const float* sin, DType operands);
+void check_argmax(std::span<const int32_t> out, ConstRows x);
+void check_candidates(ConstRows x, std::span<const double> temperatures);
 void check_unfold(ConstRows out, const float* pixels, int64_t tiles, int64_t size, int64_t patch);
 void check_pixel_shuffle(ConstRows out, ConstRows x, int64_t tiles, int64_t grid, int64_t factor);
 

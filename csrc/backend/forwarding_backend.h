@@ -63,6 +63,10 @@ class ForwardingBackend : public Backend {
                         const float* cos, const float* sin, DType operands) override {
     backend_.vision_attention(out, qkv, tiles, tokens, heads, cos, sin, operands);
   }
+  void argmax(std::span<int32_t> out, ConstRows x) override { backend_.argmax(out, x); }
+  std::vector<Candidates> candidates(ConstRows x, std::span<const double> temperatures) override {
+    return backend_.candidates(x, temperatures);
+  }
   void unfold(Rows out, const float* pixels, int64_t tiles, int64_t size, int64_t patch) override {
     backend_.unfold(out, pixels, tiles, size, patch);
   }

@@ -6,6 +6,7 @@
 #include <numeric>
 #include <unordered_set>
 
+#include "base/argmax.h"
 #include "base/error.h"
 
 namespace puna {
@@ -100,9 +101,19 @@ Sampler::Sampler(const SamplingOptions& options) : options_(options) {}
 
 void Sampler::accept(int32_t token) { ++emitted_[token]; }
 
+bool Sampler::changes_logits(std::span<const int32_t> banned) const {
+  return options_.repetition_penalty != 1.0 || options_.presence_penalty != 0 ||
+         options_.frequency_penalty != 0 || !options_.logit_bias.empty() || !banned.empty();
+}
+
+Sampler::Choice Sampler::choice(std::span<const int32_t> banned) const {
+  if (changes_logits(banned)) return Choice::kOfWhole;
+  if (is_greedy()) return Choice::kLargest;
+  return is_cut() ? Choice::kOfCandidates : Choice::kOfWhole;
+}
+
 int32_t Sampler::sample(std::span<float> logits, const TokenList& context,
                         std::span<const int32_t> banned) {
-  const uint64_t index = drawn_++;
   if (options_.repetition_penalty != 1.0) {
     // Keskar et al. 2019 (CTRL): a seen token's logit is divided if positive and multiplied if
     // negative.
@@ -123,76 +134,93 @@ int32_t Sampler::sample(std::span<float> logits, const TokenList& context,
   for (const auto& [token, bias] : options_.logit_bias) logits[token] += static_cast<float>(bias);
   for (const int32_t token : banned) logits[token] = kMinusInfinity;
 
-  const auto better = [&](int32_t a, int32_t b) {
-    return logits[a] != logits[b] ? logits[a] > logits[b] : a < b;
-  };
-  if (options_.temperature == 0 || options_.top_k == 1) {
-    int32_t best = 0;
-    for (int32_t i = 1; i < static_cast<int32_t>(logits.size()); ++i) {
-      if (logits[i] > logits[best]) best = i;
-    }
-    return best;
-  }
+  if (is_greedy()) return argmax(logits);
+  if (!is_cut()) return draw(logits);
 
   const size_t vocab = logits.size();
-  if (options_.top_k == 0 && options_.top_p >= 1 && options_.min_p == 0) return draw(logits, index);
-  const size_t keep = options_.top_k > 0 ? std::min<size_t>(options_.top_k, vocab) : vocab;
-  order_.resize(vocab);
-  std::iota(order_.begin(), order_.end(), 0);
-  const auto worse = [&](int32_t a, int32_t b) { return better(b, a); };
+  heap_.resize(vocab);
+  for (size_t i = 0; i < vocab; ++i) heap_[i] = {logits[i], static_cast<int32_t>(i)};
+  double total = 0;
+  if (keep_of(vocab) == vocab) {
+    const float top = logits[argmax(logits)];
+    for (const float x : logits) total += weight_of(x, top);
+  }
+  return *draw_cut(vocab, {total, total});  // there is one: all candidates are there
+}
+
+std::optional<int32_t> Sampler::sample(const Candidates& candidates, int64_t vocab_size) {
+  if (candidates.largest.empty()) return std::nullopt;
+  heap_ = candidates.largest;
+  return draw_cut(static_cast<size_t>(vocab_size), {candidates.total * (1 - candidates.error),
+                                                    candidates.total * (1 + candidates.error)});
+}
+
+size_t Sampler::keep_of(size_t vocab) const {
+  return options_.top_k > 0 ? std::min<size_t>(options_.top_k, vocab) : vocab;
+}
+
+double Sampler::weight_of(float logit, float top) const {
+  return std::exp((static_cast<double>(logit) - top) / options_.temperature);
+}
+
+// From heap_, the likeliest of `vocab` tokens. The weights of all, summed as sample() does, are
+// within `total`: where a comparison is the same with both bounds, it is with that sum. None: it
+// takes more candidates, or a sum that is better known.
+std::optional<int32_t> Sampler::draw_cut(size_t vocab, Bounds total) {
+  const size_t keep = keep_of(vocab), size = heap_.size();
+  const auto worse = [](const Candidate& a, const Candidate& b) { return is_likelier(b, a); };
   // A heap gives the candidates in order and stops as soon as top_p or min_p is met: the nucleus is
   // usually a few hundred of 200,000 tokens.
-  std::make_heap(order_.begin(), order_.end(), worse);
-  const float top = logits[order_.front()];
-  const auto weight_of = [&](int32_t token) {
-    return std::exp((static_cast<double>(logits[token]) - top) / options_.temperature);
-  };
-  double total = 0;  // of what top_k leaves
-  if (keep == vocab) {
-    for (size_t i = 0; i < vocab; ++i) total += weight_of(static_cast<int32_t>(i));
-  }
-  const auto pop = [&](size_t taken) {
-    std::pop_heap(order_.begin(), order_.end() - static_cast<int64_t>(taken), worse);
-    return order_[vocab - 1 - taken];
+  std::make_heap(heap_.begin(), heap_.end(), worse);
+  const float top = heap_.front().logit;
+  // The one that comes after so many.
+  const auto pop = [&](size_t taken) -> const Candidate& {
+    std::pop_heap(heap_.begin(), heap_.end() - static_cast<int64_t>(taken), worse);
+    return heap_[size - 1 - taken];
   };
   weights_.clear();
-  if (keep < vocab) {
+  const bool is_top_k = keep < vocab;
+  if (is_top_k) {
+    if (keep > size) return std::nullopt;
+    double sum = 0;
     for (size_t taken = 0; taken < keep; ++taken) {
-      weights_.push_back(weight_of(pop(taken)));
-      total += weights_.back();
+      weights_.push_back(weight_of(pop(taken).logit, top));
+      sum += weights_.back();
     }
+    total = {sum, sum};
   }
   double kept = 0;
   size_t count = 0;
   while (count < keep) {
-    if (keep == vocab) weights_.push_back(weight_of(pop(count)));
+    if (count == size) return std::nullopt;
+    if (!is_top_k) weights_.push_back(weight_of(pop(count).logit, top));
     // The most likely token has weight 1, so min_p compares with the weights directly.
-    if (count > 0 && ((options_.top_p < 1 && kept >= options_.top_p * total) ||
-                      weights_[count] < options_.min_p)) {
-      break;
+    if (count > 0) {
+      if (weights_[count] < options_.min_p) break;
+      if (options_.top_p < 1) {
+        if (kept >= options_.top_p * total.high) break;
+        if (kept >= options_.top_p * total.low) return std::nullopt;
+      }
     }
     kept += weights_[count++];
   }
-  double left = uniform_random(options_.seed, index) * kept;
+  double left = uniform_random(options_.seed, drawn_++) * kept;
   for (size_t i = 0; i < count; ++i) {
     left -= weights_[i];
-    if (left < 0) return order_[vocab - 1 - i];
+    if (left < 0) return heap_[size - 1 - i].id;
   }
-  return order_[vocab - count];  // rounding left nothing over: the last candidate
+  return heap_[size - count].id;  // rounding left nothing over: the last candidate
 }
 
 // The whole distribution: no order is needed, so the draw walks the vocabulary by id.
-int32_t Sampler::draw(std::span<const float> logits, uint64_t index) const {
+int32_t Sampler::draw(std::span<const float> logits) {
   const float top = *std::max_element(logits.begin(), logits.end());
-  const auto weight_of = [&](float x) {
-    return std::exp((static_cast<double>(x) - top) / options_.temperature);
-  };
   double total = 0;
-  for (const float x : logits) total += weight_of(x);
-  double left = uniform_random(options_.seed, index) * total;
+  for (const float x : logits) total += weight_of(x, top);
+  double left = uniform_random(options_.seed, drawn_++) * total;
   int32_t last = 0;
   for (size_t i = 0; i < logits.size(); ++i) {
-    const double weight = weight_of(logits[i]);
+    const double weight = weight_of(logits[i], top);
     if (weight == 0) continue;
     last = static_cast<int32_t>(i);
     left -= weight;

@@ -8,10 +8,12 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <unordered_map>
 #include <vector>
 
+#include "backend/backend.h"
 #include "base/token_list.h"
 #include "puna/types.h"
 
@@ -25,6 +27,14 @@ class Sampler {
   Sampler() = default;
   explicit Sampler(const SamplingOptions& options);
 
+  // What sample() would look at: nothing but the largest logit (base/argmax.h), the likeliest ones,
+  // or the whole row. `banned` as there.
+  enum class Choice { kLargest, kOfCandidates, kOfWhole };
+  Choice choice(std::span<const int32_t> banned) const;
+
+  // Where choice() is kOfCandidates: the token that the whole row would give; none: only it can
+  // tell, and nothing has changed.
+  std::optional<int32_t> sample(const Candidates& candidates, int64_t vocab_size);
   // `context` are the tokens seen so far (prompt and output) for the repetition penalty; `banned`
   // ids are never drawn. `logits` is overwritten.
   int32_t sample(std::span<float> logits, const TokenList& context,
@@ -33,12 +43,21 @@ class Sampler {
   void accept(int32_t token);
 
  private:
-  int32_t draw(std::span<const float> logits, uint64_t index) const;
+  struct Bounds {
+    double low, high;
+  };
+  bool is_greedy() const { return options_.temperature == 0 || options_.top_k == 1; }
+  bool is_cut() const { return options_.top_k > 0 || options_.top_p < 1 || options_.min_p > 0; }
+  bool changes_logits(std::span<const int32_t> banned) const;
+  size_t keep_of(size_t vocab) const;
+  double weight_of(float logit, float top) const;
+  std::optional<int32_t> draw_cut(size_t vocab, Bounds total);
+  int32_t draw(std::span<const float> logits);
 
   SamplingOptions options_;
-  uint64_t drawn_ = 0;
+  uint64_t drawn_ = 0;  // random numbers: one for each token of a turn that is not greedy
   std::unordered_map<int32_t, int64_t> emitted_;
-  std::vector<int32_t> order_;
+  std::vector<Candidate> heap_;
   std::vector<double> weights_;
 };
 

@@ -195,22 +195,64 @@ ConstRows Engine::Impl::forward(std::span<const PassMember> members,
   return out;
 }
 
-StepResult Engine::Impl::emit(Session::State& session, std::span<float> row) {
+std::vector<Engine::Impl::Chosen> Engine::Impl::choose(ConstRows logits,
+                                                       std::span<Session::State* const> sessions) {
+  using Choice = Sampler::Choice;
+  const auto banned = [](const Session::State& session) {
+    return session.emitted < session.options.min_tokens ? std::span<const int32_t>(session.stop_ids)
+                                                        : std::span<const int32_t>();
+  };
+  const auto reports = [](const Session::State& session) {
+    return session.options.want_logprobs || session.options.logprobs > 0;
+  };
+  std::vector<Choice> choices;
+  std::vector<double> temperatures;  // of those that choose from candidates; else 0
+  for (const Session::State* session : sessions) {
+    choices.push_back(reports(*session) ? Choice::kOfWhole
+                                        : session->sampler.choice(banned(*session)));
+    temperatures.push_back(choices.back() == Choice::kOfCandidates ? session->options.temperature
+                                                                   : 0);
+  }
+  const auto any = [&](Choice choice) {
+    return std::find(choices.begin(), choices.end(), choice) != choices.end();
+  };
+  std::vector<int32_t> largest(sessions.size());
+  if (any(Choice::kLargest)) backend->argmax(largest, logits);
+  std::vector<Candidates> candidates;
+  if (any(Choice::kOfCandidates)) candidates = backend->candidates(logits, temperatures);
+
+  std::vector<Chosen> all(sessions.size());
+  for (size_t i = 0; i < sessions.size(); ++i) {
+    Session::State& session = *sessions[i];
+    if (choices[i] == Choice::kLargest) {
+      all[i].token = largest[i];
+      continue;
+    }
+    if (choices[i] == Choice::kOfCandidates && !candidates.empty()) {
+      if (const auto token = session.sampler.sample(candidates[i], logits.cols)) {
+        all[i].token = *token;
+        continue;
+      }
+    }
+    std::vector<float> row(static_cast<size_t>(logits.cols));
+    backend->to_host(row.data(), logits.slice(static_cast<int64_t>(i), 1));
+    if (reports(session)) all[i].logits = row;  // the sampler overwrites the row
+    all[i].token = session.sampler.sample(row, session.text.tokens, banned(session));
+  }
+  return all;
+}
+
+StepResult Engine::Impl::emit(Session::State& session, const Chosen& chosen) {
   StepResult result;
   const SamplingOptions& options = session.options;
-  const std::span<const int32_t> banned = session.emitted < options.min_tokens
-                                              ? std::span<const int32_t>(session.stop_ids)
-                                              : std::span<const int32_t>();
-  std::vector<float> raw;  // the sampler overwrites the row
-  if (options.want_logprobs || options.logprobs > 0) raw.assign(row.begin(), row.end());
-  const int32_t token = session.sampler.sample(row, session.text.tokens, banned);
+  const int32_t token = chosen.token;
   session.sampler.accept(token);
   session.text.tokens.push_back(token);
   ++session.emitted;
   result.token = token;
-  if (!raw.empty()) {
-    result.logprob = log_probability(raw, token);
-    if (options.logprobs > 0) result.top = top_log_probabilities(raw, options.logprobs);
+  if (!chosen.logits.empty()) {
+    result.logprob = log_probability(chosen.logits, token);
+    if (options.logprobs > 0) result.top = top_log_probabilities(chosen.logits, options.logprobs);
   }
   if (std::find(session.stop_ids.begin(), session.stop_ids.end(), token) !=
       session.stop_ids.end()) {
@@ -299,6 +341,7 @@ std::vector<StepResult> Engine::Impl::step(std::span<Session::State* const> sess
     // sequence whose last pending row is in the pass gets its logits and leaves.
     std::vector<PassMember> pass;
     std::vector<size_t> members, ending;
+    std::vector<Session::State*> choosing;  // of `ending`
     std::vector<int32_t> logit_rows;
     int64_t used = 0;
     for (const size_t i : waiting) {
@@ -313,6 +356,7 @@ std::vector<StepResult> Engine::Impl::step(std::span<Session::State* const> sess
       members.push_back(i);
       if (take == pending) {
         ending.push_back(i);
+        choosing.push_back(&session);
         logit_rows.push_back(static_cast<int32_t>(used - 1));
       }
     }
@@ -327,8 +371,8 @@ std::vector<StepResult> Engine::Impl::step(std::span<Session::State* const> sess
       std::erase_if(waiting, [&](size_t i) { return sessions[i]->cancelled.load(); });
       continue;
     }
-    std::vector<float> host(static_cast<size_t>(out.rows * out.cols));
-    backend->to_host(host.data(), out);
+    if (ending.empty()) backend->to_host(nullptr, out);  // waits for the pass
+    const std::vector<Chosen> chosen = choose(out, choosing);
     const double spent = seconds_since(start);
     for (size_t m = 0; m < members.size(); ++m) {
       Timings& timings = sessions[members[m]]->timings;
@@ -338,8 +382,7 @@ std::vector<StepResult> Engine::Impl::step(std::span<Session::State* const> sess
     }
     for (size_t e = 0; e < ending.size(); ++e) {
       Session::State& session = *sessions[ending[e]];
-      results[ending[e]] = emit(session, {host.data() + static_cast<int64_t>(e) * out.cols,
-                                          static_cast<size_t>(out.cols)});
+      results[ending[e]] = emit(session, chosen[e]);
       if (!session.prefilled) session.timings.first_token_seconds = session.timings.prefill_seconds;
       session.prefilled = true;
     }

@@ -167,7 +167,14 @@ struct Engine::Impl {
   std::shared_ptr<const ImageFeatures> features_of(const PlacedImage& image, const Poll& poll);
   std::vector<StepResult> step(std::span<Session::State* const> sessions, const Poll& poll);
   int64_t prefill(Session::State& session, int64_t most, const Poll& poll);
-  StepResult emit(Session::State& session, std::span<float> logits);
+  // The next token of each session, from its row of logits; of these as little as will do goes to
+  // the host.
+  struct Chosen {
+    int32_t token = 0;
+    std::vector<float> logits;  // if log-probabilities are wanted
+  };
+  std::vector<Chosen> choose(ConstRows logits, std::span<Session::State* const> sessions);
+  StepResult emit(Session::State& session, const Chosen& chosen);
 };
 
 // Attention leaves pages out for so many rows of a session at most: each of them looks for pages of

@@ -2,6 +2,7 @@
 // bits on 1, 2 and 3 threads, and for a row alone or among others. Attention has its own file.
 #include <algorithm>
 #include <functional>
+#include <limits>
 #include <numeric>
 
 #include "backend_fixture.h"
@@ -387,6 +388,49 @@ TEST(moves) {
     }
 }
 
+// Every row against a plain search, over widths around those of blocks, warps and lanes.
+TEST(argmax) {
+  std::mt19937 random(15);
+  const float inf = std::numeric_limits<float>::infinity(), nan = std::nanf("");
+  std::vector<Backend*> all = {&ref()};
+  for (std::vector<Named>& same_isa : subjects())
+    for (Named& subject : same_isa) all.push_back(subject.backend.get());
+  for (const int64_t cols : {1, 2, 31, 33, 255, 257, 2047, 2048, 2049, 4100, 9001}) {
+    constexpr int64_t kRows = 9;
+    const int64_t stride = cols + 3;  // what lies between rows is larger than they are
+    std::vector<float> x(kRows * stride, 100.0f);
+    std::vector<int32_t> expected;
+    for (int64_t r = 0; r < kRows; ++r) {
+      float* const row = x.data() + r * stride;
+      std::generate_n(row, cols, [&] { return static_cast<float>(random() % 1000) - 1e6f; });
+      const auto at = [&] { return static_cast<int64_t>(random()) % cols; };
+      if (r == 1) row[cols - 1] = row[at()] = row[at()] = 5;  // ties
+      if (r == 2) std::fill_n(row, cols, -3.0f);              // nothing but ties
+      if (r == 3) row[at()] = inf, row[at()] = inf, row[at()] = nan;
+      if (r == 4) std::fill_n(row, cols, -inf);
+      if (r == 5) std::fill_n(row, cols, nan);
+      if (r == 6) std::fill_n(row, cols, nan), row[at()] = -inf, row[at()] = -7;
+      if (r == 7) row[0] = nan, row[at()] = 2;
+      if (r == 8) {
+        std::fill_n(row, cols, -1.0f);
+        row[at()] = -0.0f, row[at()] = 0.0f, row[at()] = -0.0f;
+      }
+      int64_t best = -1;
+      for (int64_t c = 0; c < cols; ++c)
+        if (!std::isnan(row[c]) && (best < 0 || row[c] > row[best])) best = c;
+      expected.push_back(static_cast<int32_t>(std::max<int64_t>(best, 0)));
+    }
+    for (Backend* backend : all)
+      for (int repeat = 0; repeat < 2; ++repeat) {
+        std::vector<int32_t> got(kRows, -1);
+        backend->argmax(got, {x.data(), kRows, cols, stride});
+        CHECK(got == expected);
+        backend->argmax(std::span(got).first(1), {x.data() + 8 * stride, 1, cols, stride});
+        CHECK_EQ(got[0], expected[8]);
+      }
+  }
+}
+
 TEST(vision_layout) {
   std::mt19937 random(7);
   const int64_t tiles = 3, size = 24, patch = 4, grid = size / patch, dim = 10, factor = 2;
@@ -483,6 +527,10 @@ TEST(wrong_shapes_are_refused_before_work) {
     CHECK_THROWS(ErrorCode::kInvalidRequest, backend->embed({y.data(), 2, 5}, table, bad));
     CHECK_THROWS(ErrorCode::kInvalidRequest, backend->embed({y.data(), 2, 5}, table, negative));
     CHECK_THROWS(ErrorCode::kInternal, backend->gather({y.data(), 2, 5}, {x.data(), 10, 5}, bad));
+    std::vector<int32_t> columns(3);
+    CHECK_THROWS(ErrorCode::kInternal, backend->argmax(columns, {x.data(), 2, 5}));
+    const double temperatures[] = {1.0, 1.0, 1.0};
+    CHECK_THROWS(ErrorCode::kInternal, backend->candidates({x.data(), 2, 5}, temperatures));
     MatrixSource part = weight.source();
     part.dtype = DType::kI8;
     CHECK_THROWS(ErrorCode::kUnsupported, backend->load_matrix({&part, 1}));

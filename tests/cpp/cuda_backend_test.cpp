@@ -1,4 +1,7 @@
 // Every row-wise operation of the CUDA backend on the emulator:
+#include <algorithm>
+#include <limits>
+
 #include "cuda_subjects.h"
 
 // by the tests of every backend.
@@ -6,6 +9,66 @@
 
 // What the host computes is as near to the reference as what the device computes.
 TEST(experts_of_the_host_are_near_the_reference) { check_moe(true); }
+
+// The largest elements, and the weight of all, of rows of every kind.
+TEST(candidates_are_the_largest_elements) {
+  std::mt19937 random(16);
+  const float inf = std::numeric_limits<float>::infinity();
+  constexpr int64_t kRows = 8;
+  for (const int64_t cols : {1, 40, 2048, 2049, 5003, 9001})
+    for (Named& subject : subjects()[0]) {
+      const int64_t stride = cols + 1;
+      std::vector<float> x = randoms(random, kRows * stride, 4);
+      const auto row = [&](int64_t r) { return x.data() + r * stride; };
+      const auto at = [&] { return static_cast<int64_t>(random()) % cols; };
+      for (int64_t c = 0; c < cols; ++c) {
+        row(1)[c] *= 20;                        // few of 32 below the largest
+        row(2)[c] = std::floor(row(2)[c]) / 8;  // ties, at the ends of steps
+        row(3)[c] = -7;                         // all in one step: too many of them
+      }
+      row(4)[at()] = inf;
+      row(5)[at()] = std::nanf("");
+      row(6)[at()] = -inf;
+      const std::vector<double> temperatures = {0.6, 1.3, 0.2, 1, 1, 1, 50, 0};
+      std::vector<Candidates> all;
+      for (int repeat = 0; repeat < 2; ++repeat)
+        all = subject.backend->candidates({x.data(), kRows, cols, stride}, temperatures);
+      CHECK_EQ(std::ssize(all), kRows);
+      for (int64_t r = 0; r < kRows; ++r) {
+        std::vector<Candidate>& got = all[static_cast<size_t>(r)].largest;
+        const bool is_broken = r == 4 || r == 5 || (r == 6 && cols == 1);
+        if (is_broken || r == 7 || (r == 3 && cols > cuda::kMostCandidates)) {
+          CHECK(got.empty());
+          continue;
+        }
+        const Candidates& of = all[static_cast<size_t>(r)];
+        std::vector<Candidate> order;
+        for (int64_t c = 0; c < cols; ++c) order.push_back({row(r)[c], static_cast<int32_t>(c)});
+        std::sort(order.begin(), order.end(), is_likelier);
+        std::sort(got.begin(), got.end(), is_likelier);
+        const auto is_same = [](const Candidate& a, const Candidate& b) {
+          return a.id == b.id && a.logit == b.logit;
+        };
+        CHECK(got.size() <= order.size() && !got.empty());
+        CHECK(std::equal(got.begin(), got.end(), order.begin(), is_same));
+        // Another step would be too many.
+        const auto step = [&](size_t i) {
+          return (order[0].logit - order[i].logit) * cuda::kCandidateSteps;
+        };
+        size_t end = got.size();
+        while (end < order.size() && std::floor(step(end)) == std::floor(step(got.size()))) ++end;
+        CHECK(got.size() == order.size() || step(got.size()) >= cuda::kCandidateBins ||
+              end > cuda::kMostCandidates);
+        if (got.size() < order.size()) CHECK(order[got.size()].logit < got.back().logit);
+        double total = 0;
+        for (int64_t c = 0; c < cols; ++c)
+          total += std::exp((static_cast<double>(row(r)[c]) - order[0].logit) /
+                            temperatures[static_cast<size_t>(r)]);
+        CHECK(std::abs(of.total - total) <= of.error * total);
+        CHECK(of.error < 1e-10);
+      }
+    }
+}
 
 // Passes of which every one brings other tables, whose kernels are started one by one, in batches
 // of which some are cut anywhere, and at the end of the pass: the third time as graphs. Operations

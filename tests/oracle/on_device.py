@@ -28,6 +28,7 @@ class Job:
     pixels: str | None = None  # of an .npy file
     cuts: list[int] | None = None
     continuation: int = 0  # tokens
+    sampling: dict[str, Any] = field(default_factory=dict)  # of the continuation; greedy
     beside: list[list[int]] = field(default_factory=list)  # prompts continued in the same batch
     # A saved session, which is continued by the prompt instead, and where it is saved afterwards.
     session: str | None = None
@@ -113,9 +114,8 @@ def _run(job: Job) -> Result:
         if job.continuation:
             made = llm.generate(
                 [job.tokens, *job.beside],
-                temperature=0,
-                max_tokens=job.continuation,
-                ignore_eos=True,
+                **{"temperature": 0, "max_tokens": job.continuation, "ignore_eos": True}
+                | job.sampling,
             )
             assert isinstance(made, list)
             tokens = list(made[0].tokens)

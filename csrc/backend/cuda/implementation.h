@@ -54,6 +54,10 @@ class CudaBackend final : public Backend {
   void mlp(Rows residual, ConstRows x, const WeightRef& gate_up, const WeightRef& down) override;
   void moe(Rows residual, ConstRows x, const MoeWeights& weights) override;
 
+  // choice.cpp
+  void argmax(std::span<int32_t> out, ConstRows x) override;
+  std::vector<Candidates> candidates(ConstRows x, std::span<const double> temperatures) override;
+
   // attention.cpp
   void attention(Rows out, const AttentionInput& input) override;
   void vision_attention(Rows out, Rows qkv, int64_t tiles, int64_t tokens, int64_t heads,
@@ -89,6 +93,9 @@ class CudaBackend final : public Backend {
   // host_experts.cpp
   void moe_with_host(Rows residual, ConstRows x, const MoeWeights& weights);
 
+  // choice.cpp
+  const int32_t* find_largest(ConstRows x);
+
   // attention.cpp
   void append(const AttentionInput& input);
   void seal(const AttentionInput& input);
@@ -105,6 +112,8 @@ class CudaBackend final : public Backend {
   CudaScratch operand_, shared_operand_, hidden_, pixels_;
   CudaScratch routing_, arrived_routers_, routed_hidden_, routed_out_;
   CudaScratch states_, arrived_, window_;  // attention
+  CudaScratch choice_parts_, arrived_choices_, largest_;
+  CudaScratch candidates_, candidate_counts_, candidate_bins_;
   // What goes to the host's experts and what they make.
   CudaPinnedScratch fetched_routes_, fetched_rows_, host_made_;
   Routing host_routing_;

@@ -9,10 +9,12 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "base/candidate.h"
+
 namespace puna::cuda {
 
 // Of this file: both sides must have been compiled with the same.
-constexpr int32_t kTableVersion = 9;
+constexpr int32_t kTableVersion = 10;
 
 struct DeviceInfo {
   char name[256];
@@ -162,6 +164,43 @@ struct MoveCall {
   ConstFloatRows x;
   const int32_t *to, *from;
   int64_t rows, cols;
+};
+
+// --- choosing tokens -----------------------------------------------------------------------------
+
+constexpr int64_t kChoiceColumns = 2048;  // of a row, for each block
+constexpr int64_t choice_blocks(int64_t cols) {
+  return (cols + kChoiceColumns - 1) / kChoiceColumns;
+}
+
+// Of each row the column of its largest element, by the rule of base/argmax.h.
+struct ArgmaxCall {
+  ConstFloatRows x;
+  int64_t rows, cols;
+  uint64_t* parts;   // [rows][choice_blocks(cols)]
+  int32_t* arrived;  // [rows]: zero before and after
+  int32_t* out;      // [rows]
+};
+
+// Elements are counted by how far below the largest they are, in steps of 1 / kCandidateSteps; a
+// row's candidates are those of the first so many steps that are not too many.
+constexpr int32_t kCandidateSteps = 8, kCandidateBins = 256, kMostCandidates = 2048;
+struct RowCandidates {
+  double total;   // backend.h: Candidates
+  int32_t count;  // 0: there are too many, or elements that are no numbers
+  int32_t unused;
+  Candidate at[kMostCandidates];
+};
+struct CandidatesCall {
+  ConstFloatRows x;
+  int64_t rows, cols;
+  const int32_t* largest;     // [rows]: as ArgmaxCall has them
+  const double* temperature;  // [rows]; 0: nothing is wanted of the row
+  double* parts;              // [rows][choice_blocks(cols)]
+  int32_t* counts;            // [rows][kCandidateBins]: zero before and after
+  int32_t* arrived;           // [rows]: zero before and after
+  int32_t* bins;              // [rows]
+  RowCandidates* out;         // [rows]
 };
 
 // --- attention -----------------------------------------------------------------------------------

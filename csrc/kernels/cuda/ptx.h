@@ -219,6 +219,35 @@ __device__ __forceinline__ float load_float_shared_by_blocks(const float* from) 
   return *from;
 #endif
 }
+__device__ __forceinline__ uint64_t load_long_shared_by_blocks(const void* from) {
+  uint64_t value;
+#ifdef __CUDACC__
+  asm volatile("ld.global.cg.u64 %0, [%1];" : "=l"(value) : "l"(from));
+#else
+  memcpy(&value, from, sizeof(value));
+#endif
+  return value;
+}
+
+// Adds to a number that other threads add to, and gives it another value: both return what it was.
+__device__ __forceinline__ int32_t add_to_shared(int32_t* number, int32_t more) {
+#ifdef __CUDACC__
+  return atomicAdd(number, more);
+#else
+  const int32_t before = *number;
+  *number += more;
+  return before;
+#endif
+}
+__device__ __forceinline__ int32_t exchange_shared(int32_t* number, int32_t value) {
+#ifdef __CUDACC__
+  return atomicExch(number, value);
+#else
+  const int32_t before = *number;
+  *number = value;
+  return before;
+#endif
+}
 
 // Adds 1; what this thread wrote, or knows to be written, is there for whoever sees the new count.
 __device__ __forceinline__ int32_t add_after_writes(int32_t* count) {
