@@ -84,8 +84,13 @@ int64_t packed_bytes(const ModelSpec& spec, const QuantRecipe& recipe, int64_t h
   }
   const PackedBytes bytes = packed_bytes_of(spec, weights, recipe);
   int64_t device = bytes.text_packed;
-  for (const auto& [layer, experts] : bytes.experts)
-    if (host_layers-- > 0) device -= experts;
+  int64_t largest = 0;
+  for (const auto& [layer, experts] : bytes.experts) {
+    if (host_layers-- <= 0) break;
+    device -= experts.bytes;
+    largest = std::max(largest, experts.largest);
+  }
+  device += MoeWeights::kSentMatrices * largest;
   return device;
 }
 
@@ -264,7 +269,8 @@ int run_model(int argc, char** argv) {
   std::unique_ptr<TextModel> model;
   const double load_seconds = seconds_of([&] {
     model = std::make_unique<TextModel>(
-        spec, embedding_view, load_text(spec, source->weights().text, loader, host_layers),
+        spec, embedding_view,
+        load_text(spec, source->weights().text, loader, host_layers, /*send_experts=*/true),
         backend);
   });
   source.reset();

@@ -495,6 +495,35 @@ def test_a_model_has_the_same_bits_wherever_its_experts_lie(
     assert_near(whole, on_cpu, tolerance=0.02)
 
 
+@pytest.mark.parametrize("variant", ["scout_like", "top2"])
+def test_a_prompt_has_the_same_bits_whoever_computes_its_experts(
+    few_layers: FewLayers,
+    tmp_path: Path,
+    library: str | None,
+    variant: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Pieces of three tokens and more send experts to the GPU, others leave them to the CPU."""
+    monkeypatch.setenv("PUNA_CUDA_SENT_ROWS", "3")
+    path = few_layers(variant, "bfloat16")
+    places = [("gpu", None), ("cpu", None), (1, [3, 1, 4]), ("cpu", [2, 6]), ("cpu", [1] * 8)]
+    jobs = [
+        Job(
+            path,
+            PROMPT,
+            {"device": "cuda", "quant": "int4", "experts": experts},
+            continuation=4,
+            beside=[PROMPT[3:], [7]],
+            cuts=cuts,
+        )
+        for experts, cuts in places
+    ]
+    whole, *others = compute(jobs, tmp_path, library)
+    for result in others:
+        assert np.array_equal(result.logits, whole.logits)
+        assert result.continuation == whole.continuation
+
+
 @pytest.mark.parametrize("quant", [None, "fp8"])
 def test_floats_differ_by_roundings_where_their_experts_lie(
     checkpoint: MakeCheckpoint, tmp_path: Path, library: str | None, quant: str | None

@@ -129,6 +129,13 @@ HOST_EXPERTS = Place(
     "host_experts.cpp", "host_experts.cpp", "cuda_host_experts_test", "same_bits",
     folder="backend/cuda",
 )  # fmt: skip
+EXPERT_WINDOW = Place(
+    "expert_window.cpp", "expert_window.cpp", "cuda_expert_window_test", "the_window",
+    folder="backend/cuda",
+)  # fmt: skip
+SENT_EXPERTS = Place(
+    "products.cpp", "products.cpp", "cuda_host_experts_test", "", folder="backend/cuda"
+)
 WINDOW = Place(
     "page_window.cpp", "page_window.cpp", "cuda_kv_test", "pages_beyond", folder="backend/cuda"
 )
@@ -338,6 +345,16 @@ OTHERS = [
     Bug(HOST_EXPERTS, "feed_forward(residual, operand, weights.shared_gate_up, weights.shared_down);", ""),
     Bug(HOST_EXPERTS, "static_cast<size_t>(x.stride) * sizeof(float)", "static_cast<size_t>(x.cols) * sizeof(float)"),
     Bug(HOST_EXPERTS, "  device_->upload(sent, made.data, slots * static_cast<size_t>(x.cols) * sizeof(float));\n", ""),
+    # --- and sent to the device
+    Bug(EXPERT_WINDOW, "    device.wait_for(place.sent, cuda::kMainQueue);\n", ""),
+    Bug(EXPERT_WINDOW, "    device.wait_for(place.read, cuda::kSendQueue);\n", ""),
+    Bug(EXPERT_WINDOW, "    device.await(left_[piece_]);\n", ""),
+    Bug(EXPERT_WINDOW, "device.record(place.read, cuda::kMainQueue);", ";"),
+    Bug(EXPERT_WINDOW, "device.record(place.read, cuda::kMainQueue);  // starts", "; // starts"),
+    Bug(EXPERT_WINDOW, "begin_ + place_ * place_bytes_", "begin_"),
+    Bug(EXPERT_WINDOW, "device.send(to + at,", "device.send(to,"),
+    Bug(SENT_EXPERTS, "number + e", "number"),
+    Bug(SENT_EXPERTS, " || !host_->has_bits_of_devices()", ""),
     # --- reduce.cuh
     Bug(SUMS, "mask < kLanes; mask *= 2) value +=", "mask < kLanes / 2; mask *= 2) value +="),
     Bug(SUMS, BARRIER, "", behind="scratch[threadIdx.x / kWarp] = value;"),

@@ -102,6 +102,10 @@ struct MoeWeights {
   std::vector<WeightRef> gate_up, down;  // the same per expert
   int64_t top_k = 1;
   bool experts_on_host = false;  // gate_up and down are of the backend's host()
+  // Of a call with many rows they may come to the backend's own memory all the same, which then has
+  // room for so many of the matrices at a time, and the host's for so many bytes on their way.
+  bool experts_are_sent = false;
+  static constexpr int64_t kSentMatrices = 2, kStagedBytes = int64_t{16} << 20;
 };
 
 struct MatrixOptions {

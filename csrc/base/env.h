@@ -6,12 +6,16 @@
 //   PUNA_CUDA_LIBRARY  path of libpuna_cuda.so                      default: beside puna itself
 //   PUNA_CUDA_PRODUCTS  "warps" or "warpgroups": instructions of     default: warps
 //                       products of many rows, on Hopper
+//   PUNA_CUDA_SENT_ROWS  from how many rows on experts that the    default: by rates
+//                       host holds go to the GPU; 0: never           (expert_window.h)
 //   PUNA_THREADS  number of compute threads                         default: physical cores usable
 //
 // Header only, since kernels/cpu/dispatch.cpp is in a library of its own.
 #pragma once
 
+#include <cstdint>
 #include <cstdlib>
+#include <optional>
 #include <string>
 
 #include "base/error.h"
@@ -39,6 +43,20 @@ inline bool environment_cuda_warpgroups() {
     fail(ErrorCode::kInvalidRequest, "[env] PUNA_CUDA_PRODUCTS is '", products,
          "'; it must be warps or warpgroups");
   return products == "warpgroups";
+}
+
+// None if PUNA_CUDA_SENT_ROWS is not set or empty. Throws InvalidRequest unless it is a number from
+// 0 to 1,000,000,000.
+inline std::optional<int64_t> environment_cuda_sent_rows() {
+  const char* value = std::getenv("PUNA_CUDA_SENT_ROWS");
+  if (!value || !*value) return std::nullopt;
+  char* end = nullptr;
+  const long rows = std::strtol(value, &end, 10);
+  if (*end != '\0' || rows < 0 || rows > 1'000'000'000) {
+    fail(ErrorCode::kInvalidRequest, "[env] PUNA_CUDA_SENT_ROWS is '", value,
+         "'; it must be a number of rows, or 0 for never");
+  }
+  return rows;
 }
 
 // Where files may be kept that spare later processes work and can be made again, or "" if nowhere:

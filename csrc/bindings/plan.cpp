@@ -29,7 +29,8 @@ py::dict dict_of(const Plan& plan) {
       "step_memory_bytes"_a = plan.step_memory_bytes, "step_disk_bytes"_a = plan.step_disk_bytes,
       "step_host_bytes"_a = plan.step_host_bytes, "on_gpu"_a = plan.on_gpu,
       "expert_layers"_a = plan.expert_layers, "host_layers"_a = plan.host_layers,
-      "host_expert_bytes"_a = plan.host_expert_bytes, "host_needed"_a = plan.host_needed,
+      "host_expert_bytes"_a = plan.host_expert_bytes,
+      "expert_window_bytes"_a = plan.expert_window_bytes, "host_needed"_a = plan.host_needed,
       "host_bytes"_a = plan.host_memory, "kv_offloads"_a = plan.kv_offloads,
       "kv_host_bytes"_a = plan.kv_host_bytes, "step_link_bytes"_a = plan.step_link_bytes,
       "remedies"_a = remedies);

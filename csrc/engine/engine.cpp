@@ -101,9 +101,10 @@ std::shared_ptr<Engine> Engine::load(const LoadOptions& options) {
   PackingLoader packing(*impl->backend, recipe, impl->checkpoint.get(), progress);
   if (model.packed) model.packed->use(*impl->backend);
   WeightLoader& loader = model.packed ? static_cast<WeightLoader&>(*model.packed) : packing;
-  impl->text = std::make_unique<TextModel>(spec, weights.text.embed,
-                                           load_text(spec, weights.text, loader, plan.host_layers),
-                                           *impl->backend);
+  impl->text = std::make_unique<TextModel>(
+      spec, weights.text.embed,
+      load_text(spec, weights.text, loader, plan.host_layers, plan.expert_window_bytes > 0),
+      *impl->backend);
   if (vision)
     impl->vision =
         std::make_unique<VisionModel>(spec, load_vision(*weights.vision, loader), *impl->backend);

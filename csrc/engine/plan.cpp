@@ -57,8 +57,8 @@ int64_t layers_with_experts(const ModelSpec& spec) {
 }
 
 struct ExpertsOfLayer {
-  int64_t bytes = 0;
-  int64_t active = 0;  // that one token reads
+  LayerExpertBytes all;
+  int64_t active = 0;  // bytes that one token reads
 };
 
 // Of the layers that have routed experts, in order.
@@ -67,8 +67,8 @@ std::vector<ExpertsOfLayer> experts_by_layer(const ModelSpec& spec, const Packed
   for (size_t l = 0; l < spec.layers.size(); ++l) {
     if (!spec.layers[l].moe) continue;
     const auto found = sizes.experts.find(static_cast<int64_t>(l));
-    const int64_t bytes = found == sizes.experts.end() ? 0 : found->second;
-    layers.push_back({bytes, bytes / spec.layers[l].experts * spec.layers[l].top_k});
+    const LayerExpertBytes all = found == sizes.experts.end() ? LayerExpertBytes() : found->second;
+    layers.push_back({all, all.bytes / spec.layers[l].experts * spec.layers[l].top_k});
   }
   return layers;
 }
@@ -157,6 +157,13 @@ Plan Planner::evaluate(const LoadOptions& options, int64_t disk) const {
 }
 
 Plan Planner::evaluate(const LoadOptions& options, int64_t disk, int64_t host_layers) const {
+  const Plan plan = evaluate(options, disk, host_layers, true);
+  if (plan.context <= plan.largest_context || plan.expert_window_bytes == 0) return plan;
+  return evaluate(options, disk, host_layers, false);
+}
+
+Plan Planner::evaluate(const LoadOptions& options, int64_t disk, int64_t host_layers,
+                       bool with_window) const {
   const PackedBytes& sizes = weights(options);
   const KvFormat format = kv_format(options.kv, stored_type(weights_.text));
   const KvGeometry geometry = kv_geometry(spec_, format);
@@ -173,8 +180,9 @@ Plan Planner::evaluate(const LoadOptions& options, int64_t disk, int64_t host_la
   plan.disk_budget = disk;
   plan.host_layers = host_layers;
   plan.kv_offloads = on_gpu_ && (options.kv_host || disk > 0);
-  place_experts(plan, options);
-  const int64_t weight_bytes = plan.text_bytes + plan.vision_bytes - plan.host_expert_bytes;
+  place_experts(plan, options, with_window);
+  const int64_t weight_bytes =
+      plan.text_bytes + plan.vision_bytes - plan.host_expert_bytes + plan.expert_window_bytes;
   const int64_t room = usable(plan.memory_budget - weight_bytes, plan.memory_given);
 
   const auto pass = [this](int64_t tokens) { return std::min(tokens, batch_rows_); };
@@ -184,8 +192,10 @@ Plan Planner::evaluate(const LoadOptions& options, int64_t disk, int64_t host_la
   const int64_t ring = kv.read_ahead_bytes();
   const int64_t ahead = plan.kv_offloads ? KvStream::kHeld * page : !on_gpu_ && disk > 0 ? ring : 0;
   const auto host_beside = [&](int64_t tokens) {
-    const int64_t experts =
-        host_layers > 0 ? plan.host_expert_bytes + host_scratch_bytes(spec_, pass(tokens)) : 0;
+    int64_t experts = 0;
+    if (host_layers > 0)
+      experts = plan.host_expert_bytes + host_scratch_bytes(spec_, pass(tokens)) +
+                (plan.expert_window_bytes > 0 ? MoeWeights::kStagedBytes : 0);
     if (!plan.kv_offloads) return experts;
     return experts + ring + (disk > 0 ? KvStore::kMostCopied * kv.chunk_file_bytes() : 0);
   };
@@ -253,16 +263,19 @@ Plan Planner::evaluate(const LoadOptions& options, int64_t disk, int64_t host_la
 }
 
 // What lies where, and what a token reads of the weights.
-void Planner::place_experts(Plan& plan, const LoadOptions& options) const {
+void Planner::place_experts(Plan& plan, const LoadOptions& options, bool with_window) const {
   plan.on_gpu = on_gpu_;
   if (plan.host_layers > 0 || plan.kv_offloads)
     plan.host_memory = options.host_memory > 0 ? options.host_memory : available_memory_bytes();
   plan.step_memory_bytes = plan.text_bytes;
   for (const ExpertsOfLayer& layer : experts_by_layer(spec_, weights(options))) {
     const bool on_host = plan.expert_layers++ < plan.host_layers;
-    plan.step_memory_bytes -= on_host ? layer.bytes : layer.bytes - layer.active;
+    plan.step_memory_bytes -= on_host ? layer.all.bytes : layer.all.bytes - layer.active;
     if (!on_host) continue;
-    plan.host_expert_bytes += layer.bytes;
+    plan.host_expert_bytes += layer.all.bytes;
+    if (with_window && layer.all.quantized)
+      plan.expert_window_bytes =
+          std::max(plan.expert_window_bytes, MoeWeights::kSentMatrices * layer.all.largest);
     plan.step_host_bytes += layer.active;
   }
 }

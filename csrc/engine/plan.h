@@ -53,8 +53,11 @@ class Planner {
   };
   Plan evaluate(const LoadOptions& options, int64_t disk) const;
   // With the routed experts of the first `host_layers` layers that have any left to the host.
+  // Their matrices come through a window of a GPU's memory if the context fits beside it.
   Plan evaluate(const LoadOptions& options, int64_t disk, int64_t host_layers) const;
-  void place_experts(Plan& plan, const LoadOptions& options) const;
+  Plan evaluate(const LoadOptions& options, int64_t disk, int64_t host_layers,
+                bool with_window) const;
+  void place_experts(Plan& plan, const LoadOptions& options, bool with_window) const;
   std::vector<Choice> choices(const LoadOptions& options, const Plan& plan) const;
   std::vector<Remedy> remedies(const LoadOptions& options, const Plan& plan) const;
 

@@ -163,7 +163,7 @@ AdoptingLoader::AdoptingLoader(const Checkpoint& checkpoint) : checkpoint_(check
     const auto bytes = static_cast<int64_t>(packed_bytes(found.format, found.rows, found.cols));
     found.data = place(name, DType::kU8, bytes);
     (name.starts_with("vision.") ? vision_bytes_ : text_bytes_) += bytes;
-    add_expert(experts_, name, bytes);
+    add_expert(experts_, name, found.format, bytes);
     matrices_.emplace(name, found);
   }
   if (form.contains("embedding")) {

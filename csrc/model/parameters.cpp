@@ -68,7 +68,7 @@ void check_experts(const std::string& prefix, const MoeWeights& moe) {
 }  // namespace
 
 TextParameters load_text(const ModelSpec& spec, const TextWeights& weights, WeightLoader& loader,
-                         int64_t host_layers) {
+                         int64_t host_layers, bool send_experts) {
   TextParameters parameters;
   int64_t moe_layers = 0;
   const auto matrix = [&](const std::string& name, std::vector<MatrixSource> parts) {
@@ -94,6 +94,7 @@ TextParameters load_text(const ModelSpec& spec, const TextWeights& weights, Weig
           matrix(prefix + "shared_expert.gate_up", {linear(source.gate), linear(source.up)});
       layer.moe.shared_down = matrix(prefix + "shared_expert.down", {linear(source.down)});
       layer.moe.experts_on_host = moe_layers++ < host_layers;
+      layer.moe.experts_are_sent = layer.moe.experts_on_host && send_experts;
       loader.place_on_host(layer.moe.experts_on_host);
       for (int64_t e = 0; e < shape.experts; ++e) {
         const std::string expert = prefix + "experts." + std::to_string(e) + ".";

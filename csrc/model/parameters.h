@@ -40,9 +40,9 @@ struct VisionParameters {
 };
 
 // The routed experts of the first `host_layers` layers that have any go to the memory of the
-// backend's host().
+// backend's host(); `send_experts`: the backend's own has room for what is sent of them.
 TextParameters load_text(const ModelSpec& spec, const TextWeights& weights, WeightLoader& loader,
-                         int64_t host_layers = 0);
+                         int64_t host_layers = 0, bool send_experts = false);
 VisionParameters load_vision(const VisionWeights& weights, WeightLoader& loader);
 
 // Bytes of the matrices in the checkpoint, and once packed as the recipe says. The token embedding

@@ -1,5 +1,6 @@
 #include "model/weight_loader.h"
 
+#include <algorithm>
 #include <charconv>
 
 #include "backend/checks.h"
@@ -42,14 +43,18 @@ std::vector<Piece> pieces_of(const QuantRecipe& recipe, const std::string& name,
 
 }  // namespace
 
-void add_expert(ExpertBytes& experts, std::string_view name, int64_t bytes) {
+void add_expert(ExpertBytes& experts, std::string_view name, WeightFormat format, int64_t bytes) {
   constexpr std::string_view kLayers = "layers.", kExperts = ".experts.";
   if (!name.starts_with(kLayers)) return;
   name.remove_prefix(kLayers.size());
   int64_t layer = 0;
   const auto [end, error] = std::from_chars(name.data(), name.data() + name.size(), layer);
   name.remove_prefix(static_cast<size_t>(end - name.data()));
-  if (error == std::errc() && name.starts_with(kExperts)) experts[layer] += bytes;
+  if (error != std::errc() || !name.starts_with(kExperts)) return;
+  LayerExpertBytes& of = experts[layer];
+  of.bytes += bytes;
+  of.largest = std::max(of.largest, bytes);
+  of.quantized &= is_quantized(format);
 }
 
 std::vector<WeightRef> MeasuringLoader::matrices(const std::string& name,
@@ -62,7 +67,7 @@ std::vector<WeightRef> MeasuringLoader::matrices(const std::string& name,
         {format, shape.rows, shape.cols, packed_bytes(format, shape.rows, shape.cols), nullptr});
     const auto bytes = static_cast<int64_t>(weights.back().bytes);
     bytes_ += bytes;
-    add_expert(experts_, name, bytes);
+    add_expert(experts_, name, format, bytes);
     source_bytes_ += piece.source_bytes();
   }
   return weights;

@@ -44,9 +44,13 @@ class WeightLoader {
 };
 
 // Packed bytes of routed experts, by layer.
-using ExpertBytes = std::map<int64_t, int64_t>;
+struct LayerExpertBytes {
+  int64_t bytes = 0, largest = 0;  // of all matrices, and of one
+  bool quantized = true;           // all of them
+};
+using ExpertBytes = std::map<int64_t, LayerExpertBytes>;
 // Adds a matrix if, by its name (recipe.h), it is one of a routed expert's.
-void add_expert(ExpertBytes& experts, std::string_view name, int64_t bytes);
+void add_expert(ExpertBytes& experts, std::string_view name, WeightFormat format, int64_t bytes);
 
 // Packs nothing: adds up what PackingLoader would.
 class MeasuringLoader : public WeightLoader {

@@ -78,6 +78,7 @@ class _Plan(TypedDict):
     expert_layers: int
     host_layers: int
     host_expert_bytes: int
+    expert_window_bytes: int
     host_needed: int
     host_bytes: int
     kv_offloads: bool

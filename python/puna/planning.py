@@ -77,6 +77,8 @@ class Plan:
         host_layers: Of them, the first ones, whose experts a GPU leaves to the host's memory, where
             the CPU computes them.
         host_expert_bytes: Of the weights, those experts.
+        expert_window_bytes: Of the GPU's memory, for what is sent of them where a prompt has many
+            tokens; the GPU then computes them. 0 if the CPU computes all.
         host_needed: Bytes of the host's memory for them, for computing them, and for what of the KV
             cache must be there.
         host_bytes: The host's memory there is for all that; 0 if nothing is left to the host.
@@ -117,6 +119,7 @@ class Plan:
     expert_layers: int
     host_layers: int
     host_expert_bytes: int
+    expert_window_bytes: int
     host_needed: int
     host_bytes: int
     kv_offloads: bool
@@ -206,9 +209,14 @@ class Plan:
         if not self.host_layers:
             return f"those of all {self.expert_layers} layers on the GPU"
         there = self.expert_layers - self.host_layers
+        window = ""
+        if self.expert_window_bytes:
+            window = (
+                f", of long prompts by the GPU ({size(self.expert_window_bytes)} of its memory)"
+            )
         return (
             f"those of {there} of {self.expert_layers} layers on the GPU; of {self.host_layers}"
-            f" ({size(self.host_expert_bytes)}) in the host's memory, computed by the CPU"
+            f" ({size(self.host_expert_bytes)}) in the host's memory, computed by the CPU{window}"
         )
 
     def _elsewhere_speed(self) -> str:

@@ -97,7 +97,7 @@ struct MoeData {
       weights.down.push_back(pack(place, down[e]));
     }
     weights.top_k = top_k;
-    weights.experts_on_host = on_host;
+    weights.experts_on_host = weights.experts_are_sent = on_host;
     return weights;
   }
 };

@@ -55,6 +55,17 @@ Buffer CpuBackend::allocate(size_t bytes) {
   return Buffer(memory->data(), bytes, [memory](void*) {});
 }
 
+void CpuBackend::copy(void* to, const void* from, size_t bytes) {
+  constexpr size_t kEach = 4096;
+  const auto pages = static_cast<int64_t>((bytes + kEach - 1) / kEach);
+  for_rows(pages, kEach / sizeof(float), [&](int64_t begin, int64_t end) {
+    const size_t first = static_cast<size_t>(begin) * kEach;
+    const size_t last = std::min(static_cast<size_t>(end) * kEach, bytes);
+    std::memcpy(static_cast<char*>(to) + first, static_cast<const char*>(from) + first,
+                last - first);
+  });
+}
+
 WeightRef CpuBackend::load_matrix(std::span<const MatrixSource> parts,
                                   const MatrixOptions& options) {
   const MatrixShape shape = check_matrix_parts(parts, options);

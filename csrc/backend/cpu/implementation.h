@@ -28,7 +28,7 @@ class CpuBackend final : public HostBackend {
   std::string description() const override;
 
   Buffer allocate(size_t bytes) override;
-  void copy(void* to, const void* from, size_t bytes) override { std::memcpy(to, from, bytes); }
+  void copy(void* to, const void* from, size_t bytes) override;
   WeightRef load_matrix(std::span<const MatrixSource> parts, const MatrixOptions& options) override;
   WeightRef adopt_matrix(WeightFormat format, int64_t rows, int64_t cols,
                          std::shared_ptr<const void> data) override;
@@ -49,6 +49,8 @@ class CpuBackend final : public HostBackend {
   void moe(Rows residual, ConstRows x, const MoeWeights& weights) override;
   void experts(Rows out, ConstRows x, const Routing& routing, std::span<const WeightRef> gate_up,
                std::span<const WeightRef> down) override;
+  int threads() const override { return pool_.lanes(); }
+  bool has_bits_of_devices() const override { return std::strcmp(kernels_.isa, "scalar") != 0; }
 
   void attention(Rows out, const AttentionInput& input) override;
   void vision_attention(Rows out, Rows qkv, int64_t tiles, int64_t tokens, int64_t heads,

@@ -74,6 +74,14 @@ std::shared_ptr<void> CudaDevice::allocate_pinned(size_t bytes) {
           }};
 }
 
+CudaDevice::Event CudaDevice::make_event() {
+  void* event = nullptr;
+  check("event", table_.make_event(handle_, &event));
+  return {event, [device = shared_from_this()](void* event) {
+            device->table_.release_event(device->handle_, event);
+          }};
+}
+
 void CudaDevice::release_memory() {
   // In the order of the calls, so kernels under way may still use it.
   const std::lock_guard lock(mutex_);
@@ -112,6 +120,8 @@ void CudaDevice::start() {
   } const forget{*this};
   send_tables();
   if (kernels_ == 0) return;
+  // A graph of one kernel is no quicker than the kernel.
+  if (kernels_ == 1) return start_kernels();
   const auto found = graphs_.find(noted_);
   if (found == graphs_.end()) {
     start_kernels();

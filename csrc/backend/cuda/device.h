@@ -50,7 +50,7 @@ class CudaDevice : public std::enable_shared_from_this<CudaDevice> {
     start();
     check("copy", table_.copy(handle_, to, from, bytes));
   }
-  // Waits until all is done.
+  // Waits until all is done, what was sent, too.
   void finish() {
     start();
     check("finish", table_.synchronise(handle_));
@@ -68,6 +68,29 @@ class CudaDevice : public std::enable_shared_from_this<CudaDevice> {
     check("fetch", table_.fetch(handle_, to, from, bytes, stride, rows));
   }
   void await_fetched() { check("fetch", table_.await_fetched(handle_)); }
+
+  // --- beside them ---
+  // A copy from memory of allocate_pinned(), in the order of such copies alone: whoever uses what
+  // is there, or was there before, waits for events.
+  void send(void* to, const void* from, size_t bytes) {
+    check("send", table_.send(handle_, to, from, bytes));
+  }
+  using Event = std::shared_ptr<void>;
+  Event make_event();
+  // The event will be when all that the queue has been asked for so far is done.
+  void record(const Event& event, cuda::Queue queue) {
+    if (queue == cuda::kMainQueue) start();
+    check("event", table_.record_event(handle_, event.get(), queue));
+  }
+  // What the queue is asked for from here on waits for what was recorded last.
+  void wait_for(const Event& event, cuda::Queue queue) {
+    if (queue == cuda::kMainQueue) start();
+    check("event", table_.wait_for_event(handle_, event.get(), queue));
+  }
+  // The host waits.
+  void await(const Event& event) { check("event", table_.await_event(handle_, event.get())); }
+
+  // --- kernels, in the order of the calls ---
   template <class Call>
   using Kernel = int (*cuda::DeviceTable::*)(void* device, const Call*);
   // run("product", &cuda::DeviceTable::product, call): notes a kernel.

@@ -2,11 +2,13 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "backend/cuda/device.h"
+#include "backend/cuda/expert_window.h"
 #include "backend/cuda/page_window.h"
 #include "backend/host_backend.h"
 #include "base/env.h"
@@ -22,7 +24,8 @@ class CudaBackend final : public Backend {
         ordinal_(ordinal),
         host_(std::move(host)),
         product_form_(environment_cuda_warpgroups() ? cuda::kProductOfWarpgroups
-                                                    : cuda::kProductOfWarps) {}
+                                                    : cuda::kProductOfWarps),
+        sent_rows_(environment_cuda_sent_rows()) {}
 
   const char* name() const override { return "cuda"; }
   std::string description() const override;
@@ -87,6 +90,12 @@ class CudaBackend final : public Backend {
   void feed_forward(Rows residual, const cuda::Operand& x, const WeightRef& gate_up,
                     const WeightRef& down);
   cuda::RoutingCall route(ConstRows x, const MoeWeights& weights);
+  // Whether the device computes this call's routed experts: with matrices that are sent, if they
+  // lie in the host's memory.
+  bool sends_experts(const MoeWeights& weights, int64_t rows) const;
+  // The product of each expert's slots with its matrix.
+  void multiply_experts(cuda::ProductCall call, const cuda::RoutingCall& routing,
+                        std::span<const WeightRef> matrices, bool sent);
   // residual += what the routed experts made, by slot.
   void add_slots(Rows residual, ConstRows made, const cuda::RoutingCall& routing);
 
@@ -107,6 +116,7 @@ class CudaBackend final : public Backend {
   int ordinal_;
   std::unique_ptr<HostBackend> host_;
   const cuda::ProductForm product_form_;
+  const std::optional<int64_t> sent_rows_;  // instead of rows_worth_sending()
 
   CudaConstants expert_tables_;
   CudaScratch operand_, shared_operand_, hidden_, pixels_;
@@ -114,6 +124,7 @@ class CudaBackend final : public Backend {
   CudaScratch states_, arrived_, window_;  // attention
   CudaScratch choice_parts_, arrived_choices_, largest_;
   CudaScratch candidates_, candidate_counts_, candidate_bins_;
+  ExpertWindow expert_window_;
   // What goes to the host's experts and what they make.
   CudaPinnedScratch fetched_routes_, fetched_rows_, host_made_;
   Routing host_routing_;

@@ -1,5 +1,7 @@
 // Matrix products, the dense feed-forward block, and the mixture of experts.
 #include <algorithm>
+#include <numeric>
+#include <vector>
 
 #include "backend/checks.h"
 #include "backend/cuda/implementation.h"
@@ -208,19 +210,20 @@ cuda::RoutingCall CudaBackend::route(ConstRows x, const MoeWeights& weights) {
 void CudaBackend::moe(Rows residual, ConstRows x, const MoeWeights& weights) {
   check_moe(residual, x, weights);
   if (x.rows == 0) return;
-  if (weights.experts_on_host) {
+  const bool sent = sends_experts(weights, x.rows);
+  if (weights.experts_on_host && !sent) {
     moe_with_host(residual, x, weights);
     return;
   }
   const int64_t slots = x.rows * weights.top_k;
-  const int64_t places = std::min(std::ssize(weights.gate_up), slots);
   const WeightRef &gate_up = weights.gate_up[0], &down = weights.down[0];
 
   // Of few rows, the shared expert is part of the others' products: more weights are on their way
   // at a time. Its operand comes first, while the norm before may still make it, and what it makes
   // of its rows lies behind what the others make of theirs.
   constexpr int64_t kFewRows = 16;
-  const bool together = x.rows <= kFewRows && packed_alike(weights.shared_gate_up, gate_up) &&
+  const bool together = !sent && x.rows <= kFewRows &&
+                        packed_alike(weights.shared_gate_up, gate_up) &&
                         packed_alike(weights.shared_down, down);
   const int64_t rows = slots + (together ? x.rows : 0);
   const Rows hidden(routed_hidden_.reserve<float>(*device_, rows * gate_up.rows), rows,
@@ -238,27 +241,57 @@ void CudaBackend::moe(Rows residual, ConstRows x, const MoeWeights& weights) {
   cuda::Operand operand = prepare(scaled, gate_up.format, operand_);
 
   // The routed experts, of inputs times their scores. Which have rows only the device knows.
-  const auto pointers = [&](const std::vector<WeightRef>& matrices) {
-    std::vector<const void*> data;
-    for (const WeightRef& matrix : matrices) data.push_back(matrix.data.get());
-    return expert_tables_.of(*device_, data);
-  };
-  cuda::ProductCall up = product_call(hidden, operand, slots, gate_up);
-  up.experts = {routing.offsets, routing.occupied, pointers(weights.gate_up),
-                static_cast<int32_t>(places)};
-  up.shared = shared;
-  multiply(up);
+  cuda::ProductCall call = product_call(hidden, operand, slots, gate_up);
+  call.shared = shared;
+  multiply_experts(call, routing, weights.gate_up, sent);
   const Rows out(routed_out_.reserve<float>(*device_, slots * x.cols), slots, x.cols);
   operand =
       prepare({.x = hidden, .rows = rows, .cols = down.cols, .gated = true}, down.format, operand_);
-  cuda::ProductCall call = product_call(out, operand, slots, down);
-  call.experts = up.experts;
-  call.experts.matrices = pointers(weights.down);
+  call = product_call(out, operand, slots, down);
   if (together)
     call.shared = {weights.shared_down.data.get(), rows_from(operand, slots), x.rows,
                    device_rows(residual), 1};
-  multiply(call);
+  multiply_experts(call, routing, weights.down, sent);
   add_slots(residual, out, routing);
+}
+
+bool CudaBackend::sends_experts(const MoeWeights& weights, int64_t rows) const {
+  if (!weights.experts_are_sent) return false;
+  // Otherwise a row's bits would tell what other rows are in its call.
+  const WeightRef &gate_up = weights.gate_up[0], &down = weights.down[0];
+  if (!is_quantized(gate_up.format) || !is_quantized(down.format) || !host_->has_bits_of_devices())
+    return false;
+  if (sent_rows_) return *sent_rows_ > 0 && rows >= *sent_rows_;
+  double bytes = 0;
+  for (size_t e = 0; e < weights.gate_up.size(); ++e)
+    bytes += static_cast<double>(weights.gate_up[e].bytes + weights.down[e].bytes);
+  const int64_t multiply_adds =
+      weights.top_k * (gate_up.rows * gate_up.cols + down.rows * down.cols);
+  return rows >=
+         rows_worth_sending({}, bytes, static_cast<double>(multiply_adds), host_->threads());
+}
+
+void CudaBackend::multiply_experts(cuda::ProductCall call, const cuda::RoutingCall& routing,
+                                   std::span<const WeightRef> matrices, bool sent) {
+  const auto experts = static_cast<int64_t>(matrices.size());
+  if (!sent) {
+    std::vector<const void*> data;
+    for (const WeightRef& matrix : matrices) data.push_back(matrix.data.get());
+    call.experts = {routing.offsets, routing.occupied, expert_tables_.of(*device_, data),
+                    static_cast<int32_t>(std::min(experts, call.count))};
+    multiply(call);
+    return;
+  }
+  // One after the other, with rows or without.
+  std::vector<int32_t> numbers(matrices.size());
+  std::iota(numbers.begin(), numbers.end(), 0);
+  const int32_t* const number = device_->table(std::span<const int32_t>(numbers));
+  expert_window_.each(*device_, *host_, matrices, [&](size_t e, const void* place) {
+    call.weights = place;
+    call.experts = {routing.offsets, number + e,
+                    expert_tables_.of(*device_, std::vector(matrices.size(), place)), 1};
+    multiply(call);
+  });
 }
 
 void CudaBackend::add_slots(Rows residual, ConstRows made, const cuda::RoutingCall& routing) {

@@ -46,6 +46,9 @@ struct Plan {
   int64_t expert_layers = 0;  // with routed experts
   int64_t host_layers = 0;    // of them, the first ones, whose experts lie in the host's memory
   int64_t host_expert_bytes = 0;
+  // Of the GPU's memory, for what is sent of them where a pass has many rows; 0: the CPU computes
+  // all
+  int64_t expert_window_bytes = 0;
   // What they take with what is computed there, and keys and values; and what there is. Nothing if
   // nothing is left to the host.
   int64_t host_needed = 0, host_memory = 0;

@@ -1,9 +1,9 @@
 // The contract between the CUDA backend and its kernels: a C table of functions, which
 // libpuna_cuda.so hands out and, in the tests, the emulator. Freestanding.
 //
-// All functions of a Device are carried out in the order of the calls, asynchronously unless said
-// otherwise; pointers are to device memory unless said otherwise. They return 0 or a code for
-// describe().
+// All functions of a Device but send() are carried out in the order of the calls, asynchronously
+// unless said otherwise; pointers are to device memory unless said otherwise. They return 0 or a
+// code for describe().
 #pragma once
 
 #include <stddef.h>
@@ -363,6 +363,10 @@ struct ExerciseCall {
 };
 constexpr int32_t kExerciseWarps = 8;
 
+// A device does two things at a time: what is asked for otherwise, and copies of send(); each in
+// its own order, and neither waits for the other but by events.
+enum Queue : int32_t { kMainQueue, kSendQueue };
+
 struct DeviceTable {
   int32_t version;
 
@@ -372,7 +376,7 @@ struct DeviceTable {
   const char* (*describe)(int code);
   int (*open)(int ordinal, void** device);
   void (*close)(void* device);
-  int (*synchronise)(void* device);
+  int (*synchronise)(void* device);  // both queues
 
   // --- memory
   int (*allocate)(void* device, size_t bytes, void** memory);  // zeroed
@@ -393,6 +397,19 @@ struct DeviceTable {
   // which waits for no call after the last fetch().
   int (*fetch)(void* device, void* to, const void* from, size_t bytes, size_t stride, int64_t rows);
   int (*await_fetched)(void* device);
+
+  // --- copies beside all else, and events that they and others wait for
+  // From memory of allocate_host(), which is read after the call; in the order of kSendQueue.
+  // Memory that was just allocated is there for it once an event says so that was recorded since.
+  int (*send)(void* device, void* to, const void* from, size_t bytes);
+  int (*make_event)(void* device, void** event);
+  int (*release_event)(void* device, void* event);
+  // The event will be when all that this queue has been asked for so far is done.
+  int (*record_event)(void* device, void* event, int32_t queue);
+  // What this queue is asked for from here on waits until the event is, as last recorded; if it
+  // never was, for nothing.
+  int (*wait_for_event)(void* device, void* event, int32_t queue);
+  int (*await_event)(void* device, void* event);  // the host waits
 
   // --- graphs: kernels that are started between begin and end are not carried out, but noted; and
   // all of them each time that start_graph() is called

@@ -8,6 +8,7 @@ namespace {
 struct Device {
   int ordinal;
   cudaStream_t stream;
+  cudaStream_t sends;   // kSendQueue
   cudaEvent_t fetched;  // the last fetch()
   bool overlaps;        // kernels may wait for one another
   bool warpgroups;      // there are products of warpgroups
@@ -81,20 +82,28 @@ int open(int ordinal, void** device) {
     return code(error);
   bool overlaps = false, warpgroups = false;
   if (const cudaError_t error = architecture(&overlaps, &warpgroups)) return code(error);
-  cudaStream_t stream;
+  cudaStream_t stream, sends;
   if (const cudaError_t error = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking))
+    return code(error);
+  if (const cudaError_t error = cudaStreamCreateWithFlags(&sends, cudaStreamNonBlocking))
     return code(error);
   cudaEvent_t fetched;
   if (const cudaError_t error = cudaEventCreateWithFlags(&fetched, cudaEventDisableTiming))
     return code(error);
-  *device = new Device{ordinal, stream, fetched, overlaps, warpgroups};
+  *device = new Device{ordinal, stream, sends, fetched, overlaps, warpgroups};
   return 0;
+}
+
+cudaError_t wait_for_all(void* device, cudaStream_t stream) {
+  if (const cudaError_t error = cudaStreamSynchronize(device_of(device).sends)) return error;
+  return cudaStreamSynchronize(stream);
 }
 
 void close(void* device) {
   on(device, [&](cudaStream_t stream) {
-    const cudaError_t error = cudaStreamSynchronize(stream);
+    const cudaError_t error = wait_for_all(device, stream);
     cudaEventDestroy(device_of(device).fetched);
+    cudaStreamDestroy(device_of(device).sends);
     cudaStreamDestroy(stream);
     return error;
   });
@@ -102,7 +111,7 @@ void close(void* device) {
 }
 
 int synchronise(void* device) {
-  return on(device, [](cudaStream_t stream) { return cudaStreamSynchronize(stream); });
+  return on(device, [&](cudaStream_t stream) { return wait_for_all(device, stream); });
 }
 
 int allocate(void* device, size_t bytes, void** memory) {
@@ -144,7 +153,7 @@ int allocate_host(void* device, size_t bytes, void** memory) {
 // What is on its way from it or to it ends first.
 int release_host(void* device, void* memory) {
   return on(device, [&](cudaStream_t stream) {
-    if (const cudaError_t error = cudaStreamSynchronize(stream)) return error;
+    if (const cudaError_t error = wait_for_all(device, stream)) return error;
     return cudaFreeHost(memory);
   });
 }
@@ -158,6 +167,47 @@ int fetch(void* device, void* to, const void* from, size_t bytes, size_t stride,
 
 int await_fetched(void* device) {
   return on(device, [&](cudaStream_t) { return cudaEventSynchronize(device_of(device).fetched); });
+}
+
+int send(void* device, void* to, const void* from, size_t bytes) {
+  return on(device, [&](cudaStream_t) {
+    return cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, device_of(device).sends);
+  });
+}
+
+cudaEvent_t event_of(void* event) { return static_cast<cudaEvent_t>(event); }
+
+int make_event(void* device, void** event) {
+  return on(device, [&](cudaStream_t) {
+    cudaEvent_t made = nullptr;
+    const cudaError_t error = cudaEventCreateWithFlags(&made, cudaEventDisableTiming);
+    *event = made;
+    return error;
+  });
+}
+
+int release_event(void* device, void* event) {
+  return on(device, [&](cudaStream_t) { return cudaEventDestroy(event_of(event)); });
+}
+
+cudaStream_t stream_of(void* device, int32_t queue) {
+  return queue == kSendQueue ? device_of(device).sends : device_of(device).stream;
+}
+
+int record_event(void* device, void* event, int32_t queue) {
+  return on(device, [&](cudaStream_t) {
+    return cudaEventRecord(event_of(event), stream_of(device, queue));
+  });
+}
+
+int wait_for_event(void* device, void* event, int32_t queue) {
+  return on(device, [&](cudaStream_t) {
+    return cudaStreamWaitEvent(stream_of(device, queue), event_of(event), 0);
+  });
+}
+
+int await_event(void* device, void* event) {
+  return on(device, [&](cudaStream_t) { return cudaEventSynchronize(event_of(event)); });
 }
 
 int copy(void* device, void* to, const void* from, size_t bytes) {
@@ -205,10 +255,11 @@ int run(void* device, const Call* call) {
 }
 
 constexpr DeviceTable kTable = {
-    kTableVersion,  &device_count, &device_info,   &describe,     &open,
-    &close,         &synchronise,  &allocate,      &release,      &upload,
-    &download,      &copy,         &allocate_host, &release_host, &fetch,
-    &await_fetched, &begin_graph,  &end_graph,     &start_graph,  &release_graph,
+    kTableVersion,  &device_count,  &device_info,    &describe,      &open,        &close,
+    &synchronise,   &allocate,      &release,        &upload,        &download,    &copy,
+    &allocate_host, &release_host,  &fetch,          &await_fetched, &send,        &make_event,
+    &release_event, &record_event,  &wait_for_event, &await_event,   &begin_graph, &end_graph,
+    &start_graph,   &release_graph,
 #define PUNA_OPERATION(name, Call) &run<launch_##name, Call>,
 #include "kernels/cuda/operations.inc"
 #undef PUNA_OPERATION

@@ -30,13 +30,26 @@ struct Fetched {
   std::vector<char> bytes;
 };
 
+// How often it has been recorded, and how often that has come true.
+struct Event {
+  uint64_t recorded = 0, reached = 0;
+  puna::cuda::Queue queue = puna::cuda::kMainQueue;  // that it was recorded in
+};
+
+// What a queue was asked for: to wait for an event, or to do something.
+struct Task {
+  std::shared_ptr<Event> event;
+  uint64_t recorded = 0;  // that is waited for
+  std::function<int()> work;
+};
+
 struct Device {
   const char* name;
   Schedule schedule;
   bool warpgroups;                // whether it has their products
   std::unique_ptr<Graph> noting;  // while a graph is made
   std::vector<Fetched> fetched;
-  std::deque<std::function<int()>> waiting;  // in the order of the calls
+  std::deque<Task> waiting[2];  // by queue, in the order of the calls
 };
 // The last warp of a block of eight often ends the sums of the others.
 Device devices[] = {
@@ -46,29 +59,69 @@ Device devices[] = {
     {"emulator, warpgroups, late copies, warp 7 starved", {true, 7}, true, {}, {}, {}},
 };
 bool is_late = false;
-std::map<const char*, size_t> pinned;  // bytes of what allocate_host() gave
+int64_t sent = 0;
+using Blocks = std::map<const char*, size_t>;  // bytes of each
+Blocks pinned;                                 // what allocate_host() gave
+Blocks unborn;  // what allocate() gave, and the main queue has not come to yet
 
 Device& device_of(void* device) { return *static_cast<Device*>(device); }
 
+// Of two queues, one is as early as is legal, and the other as late: what it is asked for is done
+// when somebody waits for it. Late is the one of send(), or if it is said so (set_late) the main
+// one. So what reads memory before it has come, and what overwrites memory that is still read, are
+// both seen.
+int go_on(Device& device);
+
+// One step towards the end of a queue: its first task, or if that waits for an event, the next of
+// the other queue.
+int do_next(Device& device, puna::cuda::Queue queue) {
+  auto& waiting = device.waiting[queue];
+  if (const Event* const event = waiting.front().event.get())
+    if (event->reached < waiting.front().recorded) return do_next(device, event->queue);
+  const Task task = std::move(waiting.front());
+  waiting.pop_front();
+  if (task.event == nullptr)
+    if (const int code = task.work()) return code;
+  return is_late && queue == puna::cuda::kMainQueue ? go_on(device) : 0;
+}
+
+int do_all(Device& device, puna::cuda::Queue queue) {
+  while (!device.waiting[queue].empty())
+    if (const int code = do_next(device, queue)) return code;
+  return 0;
+}
+
+// The early queue: kernels at once, with what they wait for; what is sent only as far as it goes by
+// itself.
+int go_on(Device& device) {
+  if (!is_late) return do_all(device, puna::cuda::kMainQueue);
+  const auto& sends = device.waiting[puna::cuda::kSendQueue];
+  while (!sends.empty() &&
+         (sends.front().event == nullptr || sends.front().event->reached >= sends.front().recorded))
+    if (const int code = do_next(device, puna::cuda::kSendQueue)) return code;
+  return 0;
+}
+
+int ask(void* device, puna::cuda::Queue queue, Task task) {
+  device_of(device).waiting[queue].push_back(std::move(task));
+  return go_on(device_of(device));
+}
+
 int do_or_wait(void* device, std::function<int()> work) {
-  if (!is_late) return work();
-  device_of(device).waiting.push_back(std::move(work));
-  return 0;
+  return ask(device, puna::cuda::kMainQueue, {nullptr, 0, std::move(work)});
 }
 
-int catch_up(void* device) {
-  for (auto& waiting = device_of(device).waiting; !waiting.empty();) {
-    const auto work = std::move(waiting.front());
-    waiting.pop_front();
-    if (const int code = work()) return code;
-  }
-  return 0;
+int catch_up(void* device) { return do_all(device_of(device), puna::cuda::kMainQueue); }
+
+int synchronise(void* device) {
+  if (const int code = do_all(device_of(device), puna::cuda::kSendQueue)) return code;
+  return do_all(device_of(device), puna::cuda::kMainQueue);
 }
 
-bool is_pinned(const void* memory) {
+bool lies_in(const Blocks& blocks, const void* memory) {
   const auto* const at = static_cast<const char*>(memory);
-  const auto after = pinned.upper_bound(at);
-  if (after == pinned.begin()) return false;
+  const auto after = blocks.upper_bound(at);
+  if (after == blocks.begin()) return false;
   const auto& [begin, bytes] = *std::prev(after);
   return at < begin + bytes;
 }
@@ -136,10 +189,16 @@ int open_device(int ordinal, void** device) {
   return 0;
 }
 
-int allocate(void*, size_t bytes, void** memory) {
+int allocate(void* device, size_t bytes, void** memory) {
   // Of the size asked for, so that AddressSanitizer sees what lies beyond.
   *memory = std::calloc(bytes, 1);
-  return *memory == nullptr ? kFault : 0;
+  if (*memory == nullptr) return kFault;
+  const auto* const begin = static_cast<const char*>(*memory);
+  unborn[begin] = bytes;
+  return do_or_wait(device, [begin] {
+    unborn.erase(begin);
+    return 0;
+  });
 }
 
 int release(void* device, void* memory) {
@@ -157,7 +216,7 @@ int copy(void* device, void* to, const void* from, size_t bytes) {
 }
 
 int upload(void* device, void* to, const void* from, size_t bytes) {
-  if (!is_late || is_pinned(from)) return copy(device, to, from, bytes);
+  if (!is_late || lies_in(pinned, from)) return copy(device, to, from, bytes);
   const auto* const begin = static_cast<const char*>(from);
   return do_or_wait(device, [to, noted = std::vector<char>(begin, begin + bytes)] {
     std::memcpy(to, noted.data(), noted.size());
@@ -187,7 +246,7 @@ int allocate_host(void*, size_t bytes, void** memory) {
 
 // What is on its way from it or to it ends first.
 int release_host(void* device, void* memory) {
-  const int code = catch_up(device);
+  const int code = synchronise(device);
   pinned.erase(static_cast<const char*>(memory));
   std::free(memory);
   return code;
@@ -210,9 +269,63 @@ int await_fetched(void* device) {
   return 0;
 }
 
+int send(void* device, void* to, const void* from, size_t bytes) {
+  if (!lies_in(pinned, from)) {
+    last_fault = "send() of memory that allocate_host() did not give";
+    return kFault;
+  }
+  ++sent;
+  return ask(device, puna::cuda::kSendQueue, {nullptr, 0, [to, from, bytes] {
+                                                if (lies_in(unborn, to)) {
+                                                  last_fault =
+                                                      "send() to memory that is not there yet";
+                                                  return kFault;
+                                                }
+                                                std::memcpy(to, from, bytes);
+                                                return 0;
+                                              }});
+}
+
+std::shared_ptr<Event>& event_of(void* event) {
+  return *static_cast<std::shared_ptr<Event>*>(event);
+}
+
+int make_event(void*, void** event) {
+  *event = new std::shared_ptr<Event>(new Event);
+  return 0;
+}
+
+int release_event(void*, void* event) {
+  delete &event_of(event);
+  return 0;
+}
+
+int record_event(void* device, void* event, int32_t queue) {
+  const std::shared_ptr<Event>& of = event_of(event);
+  of->queue = static_cast<puna::cuda::Queue>(queue);
+  return ask(device, of->queue, {nullptr, 0, [of, recorded = ++of->recorded] {
+                                   of->reached = recorded;
+                                   return 0;
+                                 }});
+}
+
+int wait_for_event(void* device, void* event, int32_t queue) {
+  const std::shared_ptr<Event>& of = event_of(event);
+  return ask(device, static_cast<puna::cuda::Queue>(queue), {of, of->recorded, {}});
+}
+
+int await_event(void* device, void* event) {
+  const std::shared_ptr<Event>& of = event_of(event);
+  while (of->reached < of->recorded)
+    if (const int code = do_next(device_of(device), of->queue)) return code;
+  return 0;
+}
+
 }  // namespace
 
 void set_late(bool late) { is_late = late; }
+
+int64_t sends() { return sent; }
 
 const puna::cuda::DeviceTable& device_table() {
   using namespace puna::cuda;  // NOLINT
@@ -223,10 +336,10 @@ const puna::cuda::DeviceTable& device_table() {
       &describe,
       &open_device,
       [](void* device) {
-        catch_up(device);
+        synchronise(device);
         device_of(device).fetched.clear();
       },
-      &catch_up,
+      &synchronise,
       &allocate,
       &release,
       &upload,
@@ -236,6 +349,12 @@ const puna::cuda::DeviceTable& device_table() {
       &release_host,
       &fetch,
       &await_fetched,
+      &send,
+      &make_event,
+      &release_event,
+      &record_event,
+      &wait_for_event,
+      &await_event,
       &begin_graph,
       &end_graph,
       &start_graph,

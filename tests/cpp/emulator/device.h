@@ -9,7 +9,11 @@ namespace emulator {
 const puna::cuda::DeviceTable& device_table();
 
 // From now on what a device is asked for is done when the host waits for it, as late as is legal,
-// and not at once; nobody may look into its memory before.
+// and not at once, but what it is sent (device_table.h) as early; otherwise it is the other way
+// round. Nobody may look into its memory before.
 void set_late(bool late);
+
+// How often anything was sent so far, to whatever device.
+int64_t sends();
 
 }  // namespace emulator
