@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "platform": {"base"},
     "quant": {"base"},
     # Of base only what is freestanding: kernels are compiled once per instruction set.
-    "kernels": {"quant", "base/half.h", "base/float8.h", "base/dtype.h"},
+    "kernels": {"quant", "base/half.h", "base/float8.h", "base/dtype.h", "base/candidate.h"},
     "backend": {"base", "quant"},
     "backend/ref": _INTERFACES,
     "backend/cpu": _INTERFACES | {"kernels", "platform"},
