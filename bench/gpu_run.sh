@@ -132,8 +132,8 @@ if [ -x "$bench" ]; then
     measure scout-host-experts 60 "${int4[@]}" --prompt 512 --tokens 32 --host-experts 8
     # Those of a long prompt, computed by the CPU and sent to the GPU.
     host=(model --device cuda --dtype int4 --layers 8 --vocab 202048 --batch 4096 --host-experts 8)
-    for rows in 0 1; do
-      PUNA_CUDA_SENT_ROWS=$rows measure "scout-sent-experts-$rows" 45 "${host[@]}" --prompt 4096 --tokens 1 --rounds 2
+    for sent in 0 1; do
+      PUNA_CUDA_SENT_ROWS=$sent measure "scout-sent-experts-$sent" 45 "${host[@]}" --prompt 4096 --tokens 1 --rounds 2
     done
     measure vision 60 vision --device cuda --tiles 17
   fi
