@@ -11,13 +11,12 @@ constexpr int kWarps = kThreads / kWarp;
 static_assert(kCandidateBins == kThreads);
 
 // Of all threads of a block, by lanes and then by warps, in a fixed order; for all of them.
-// `scratch` is shared memory for a T a warp.
+// `scratch` is shared memory for a T a warp; there must be a barrier between one and the next.
 template <class T, class Combine>
 __device__ __forceinline__ T combine_block(T value, T* scratch, const Combine& combine) {
 #pragma unroll
   for (int mask = 1; mask < kWarp; mask *= 2)
     value = combine(value, __shfl_xor_sync(kAllLanes, value, mask));
-  __syncthreads();  // what was read of an earlier one
   if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = value;
   __syncthreads();
   value = scratch[0];
