@@ -69,6 +69,7 @@ ROWS = Place("rows.cu", "rows.cu", "cuda_backend_test", "moe")
 NORMS = Place("rows.cu", "rows.cu", "cuda_backend_test", "norms")
 MOVES = Place("rows.cu", "rows.cu", "cuda_backend_test", "moves")
 CHOICE = Place("choice.cu", "choice.cu", "cuda_backend_test", "argmax")
+CHOSEN_ROWS = Place("reduce.cuh", "choice.cu", "cuda_backend_test", "argmax")
 CANDIDATES = Place("choice.cu", "choice.cu", "cuda_backend_test", "candidates")
 VISION = Place("rows.cu", "rows.cu", "cuda_backend_test", "vision")
 OPERANDS = Place("rows.cu", "rows.cu", "cuda_product_test", "products_of_Int4")
@@ -133,6 +134,10 @@ EXPERT_WINDOW = Place(
     "expert_window.cpp", "expert_window.cpp", "cuda_expert_window_test", "the_window",
     folder="backend/cuda",
 )  # fmt: skip
+SENT_PLACES = Place(
+    "sent_places.h", "expert_window.cpp", "cuda_expert_window_test", "the_window",
+    folder="backend/cuda",
+)  # fmt: skip
 SENT_EXPERTS = Place(
     "products.cpp", "products.cpp", "cuda_host_experts_test", "", folder="backend/cuda"
 )
@@ -173,7 +178,7 @@ SAMPLE = [
     Bug(LARGE, "  " + BARRIER, "", behind="wait_for_copies<kStages - 2>();"),
     Bug(tiled("quantized_weights.cuh", "Int4G32"), "{first[0], first[1], last[0], last[1]}", "{first[0], last[0], first[1], last[1]}"),
     Bug(WARPGROUPS, "wait_for_products<1>(dots[0]);", "wait_for_products<2>(dots[0]);"),
-    Bug(SUMS, "  __syncthreads();  // what was read of an earlier sum\n", ""),
+    Bug(NORMS, "  __syncthreads();  // what was read of an earlier sum\n", ""),
     Bug(ROUTING, BARRIER, "", behind="places.chosen + r * call.top_k);"),
     Bug(PLAIN, BARRIER, "", behind="scores[t] = sums;"),
     Bug(TILE_PRODUCTS, "    __syncthreads();  // the tile is there, and the one before is not needed any more\n", ""),
@@ -206,7 +211,8 @@ OTHERS = [
     Bug(CHOICE, "x + 0.0f", "x"),
     Bug(CHOICE, "static_cast<uint32_t>(~column)", "static_cast<uint32_t>(column)"),
     Bug(CHOICE, "end < cols ? end : cols", "end"),
-    Bug(CHOICE, BARRIER, "", behind="= value;"),
+    Bug(CHOSEN_ROWS, BARRIER, "", behind="scratch[threadIdx.x / kWarp] = value;"),
+    Bug(CHOSEN_ROWS, "i < gridDim.x; i += kThreads", "i < 1; i += kThreads"),
     Bug(CANDIDATES, "__syncthreads();", "", behind="counts[threadIdx.x] = 0;"),
     Bug(CANDIDATES, "__syncthreads();", "", behind="until += counts[threadIdx.x - step];"),
     Bug(CANDIDATES, "exchange_shared(all_counts + threadIdx.x, 0)", "all_counts[threadIdx.x]"),
@@ -329,11 +335,12 @@ OTHERS = [
     Bug(VISION, "c / call.patch % call.patch;", "c % call.patch;"),
     Bug(VISION, "neighbour / call.factor;", "neighbour % call.factor;"),
     # --- pages that come through a window
-    Bug(WINDOW, "device_.finish();", ";"),
+    Bug(WINDOW, "device_.await(memory_.come[half]);", ";"),
+    Bug(WINDOW, "device_.record(memory_.come[half], cuda::kMainQueue);", ";"),
     Bug(WINDOW, "index % KvStream::kHeld", "index % (KvStream::kHeld / 2)"),
     Bug(WINDOW, "static_cast<int64_t>(stream) * KvStream::kHeld +", ""),
     Bug(WINDOW, "of.stream->restart(of.wanted);", ";"),
-    Bug(WINDOW, "if (streamed) pass(end);", ""),
+    Bug(WINDOW, "if (used()) pass(last_);", ""),
     Bug(WINDOW_TILES, "call.first_page + blockIdx.x", "blockIdx.x"),
     Bug(WINDOW_TILES, "call.first_page / kGroupPages + blockIdx.z", "blockIdx.z"),
     Bug(WINDOW_PAGES, "call.first_page + blockIdx.x", "blockIdx.x"),
@@ -345,17 +352,17 @@ OTHERS = [
     Bug(HOST_EXPERTS, "static_cast<size_t>(x.stride) * sizeof(float)", "static_cast<size_t>(x.cols) * sizeof(float)"),
     Bug(HOST_EXPERTS, "  device_->upload(sent, made.data, slots * static_cast<size_t>(x.cols) * sizeof(float));\n", ""),
     # --- and sent to the device
-    Bug(EXPERT_WINDOW, "    device.wait_for(place.sent, cuda::kMainQueue);\n", ""),
-    Bug(EXPERT_WINDOW, "    device.wait_for(place.read, cuda::kSendQueue);\n", ""),
     Bug(EXPERT_WINDOW, "    device.await(left_[piece_]);\n", ""),
-    Bug(EXPERT_WINDOW, "device.record(place.read, cuda::kMainQueue);", ";"),
-    Bug(EXPERT_WINDOW, "device.record(place.read, cuda::kMainQueue);  // starts", "; // starts"),
+    Bug(SENT_PLACES, "    device.wait_for(sent, cuda::kMainQueue);\n", ""),
+    Bug(SENT_PLACES, "    device.wait_for(read, cuda::kSendQueue);\n", ""),
+    Bug(SENT_PLACES, "device.record(place.read, cuda::kMainQueue);", ";"),
+    Bug(SENT_PLACES, "device.record(read, cuda::kMainQueue);  // starts", "; // starts"),
     Bug(EXPERT_WINDOW, "begin_ + place_ * place_bytes_", "begin_"),
     Bug(EXPERT_WINDOW, "device.send(to + at,", "device.send(to,"),
     Bug(SENT_EXPERTS, "number + e", "number"),
     Bug(SENT_EXPERTS, " || !host_->has_bits_of_devices()", ""),
     # --- reduce.cuh
-    Bug(SUMS, "mask < kLanes; mask *= 2) value +=", "mask < kLanes / 2; mask *= 2) value +="),
+    Bug(SUMS, "mask < kLanes; mask *= 2)", "mask < kLanes / 2; mask *= 2)"),
     Bug(SUMS, BARRIER, "", behind="scratch[threadIdx.x / kWarp] = value;"),
     Bug(SUMS, "scratch[threadIdx.x % kWarps]", "scratch[threadIdx.x % (kWarps / 2)]"),
     # --- routing.cu
@@ -375,7 +382,7 @@ OTHERS = [
     Bug(ROUTING, "if (column >= cols) break;", ""),
     Bug(ROUTING, "mask = 4; mask < kWarp", "mask = 8; mask < kWarp"),
     Bug(ROUTING, "if (!is_last(router.arrived, gridDim.x, first)) return;", "if (blockIdx.x > 0) return;"),
-    Bug(ROUTING, BARRIER, "", behind="load_float_shared_by_blocks(router.parts + i)"),
+    Bug(ROUTING, BARRIER, "", behind="load_number_shared_by_blocks(router.parts + i)"),
     Bug(ROUTING, BARRIER, "", behind="logit[i] = sum;"),
     Bug(ROUTING, "places.row[middle] <= r", "places.row[middle] < r"),
     Bug(ROUTING, "1.0 + exp(-logit)", "1.0 + exp(logit)"),

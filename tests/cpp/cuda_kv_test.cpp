@@ -230,7 +230,8 @@ TEST(pages_beyond_the_window) {
       Text same;
       sequences[i] = store->create();
       others[i] = twins->create();
-      const int64_t tokens = 9'300 - 4'300 * i;
+      // Once, files' pages are the last that come through the window.
+      const int64_t tokens = (seal == KvSeal::kNone ? 16'300 : 9'300) - 4'300 * i;
       const auto seed = static_cast<uint64_t>(i);
       CHECK_EQ(grow(shape, *store, *backend, sequences[i], texts[i], tokens, seed), tokens);
       CHECK_EQ(grow(shape, *twins, *backend, others[i], same, tokens, seed), tokens);

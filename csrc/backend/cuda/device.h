@@ -70,8 +70,8 @@ class CudaDevice : public std::enable_shared_from_this<CudaDevice> {
   void await_fetched() { check("fetch", table_.await_fetched(handle_)); }
 
   // --- beside them ---
-  // A copy from memory of allocate_pinned(), in the order of such copies alone: whoever uses what
-  // is there, or was there before, waits for events.
+  // A copy from memory of allocate_pinned() (other memory is read before it returns), in the order
+  // of such copies alone: whoever uses what is there, or was there before, waits for events.
   void send(void* to, const void* from, size_t bytes) {
     check("send", table_.send(handle_, to, from, bytes));
   }

@@ -13,17 +13,14 @@ int64_t rows_worth_sending(const ExpertRates& rates, double bytes, double multip
 }
 
 void ExpertWindow::reserve(CudaDevice& device, std::span<const WeightRef> matrices) {
-  if (left_[0] == nullptr) {
-    for (Place& place : places_) place = {device.make_event(), device.make_event()};
+  if (left_[0] == nullptr)
     for (CudaDevice::Event& left : left_) left = device.make_event();
-  }
   size_t bytes = 0;
   for (const WeightRef& matrix : matrices) bytes = std::max(bytes, matrix.bytes);
   if (bytes <= place_bytes_) return;
   place_bytes_ = bytes;
-  begin_ = memory_.reserve<char>(device, static_cast<int64_t>(bytes * kPlaces));
-  // The memory is there in the order of the kernels, not in that of what is sent.
-  for (const Place& place : places_) device.record(place.read, cuda::kMainQueue);
+  begin_ = memory_.reserve<char>(device, static_cast<int64_t>(bytes * SentPlaces::kCount));
+  places_.begin(device);
 }
 
 void ExpertWindow::send(CudaDevice& device, Backend& host, char* to, const WeightRef& matrix) {
@@ -45,15 +42,9 @@ void ExpertWindow::each(CudaDevice& device, Backend& host, std::span<const Weigh
   reserve(device, matrices);
   device.start();  // while the first one is on its way
   for (size_t i = 0; i < matrices.size(); ++i) {
-    const Place& place = places_[place_];
     char* const at = begin_ + place_ * place_bytes_;
-    place_ = (place_ + 1) % kPlaces;
-    device.wait_for(place.read, cuda::kSendQueue);
-    send(device, host, at, matrices[i]);
-    device.record(place.sent, cuda::kSendQueue);
-    device.wait_for(place.sent, cuda::kMainQueue);
-    use(i, at);
-    device.record(place.read, cuda::kMainQueue);  // starts them, so that they run beside the next
+    places_.turn(device, place_, [&] { send(device, host, at, matrices[i]); }, [&] { use(i, at); });
+    place_ = (place_ + 1) % SentPlaces::kCount;
   }
 }
 

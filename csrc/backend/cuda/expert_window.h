@@ -10,6 +10,7 @@
 
 #include "backend/backend.h"
 #include "backend/cuda/device.h"
+#include "backend/cuda/sent_places.h"
 
 namespace puna {
 
@@ -47,11 +48,7 @@ class ExpertWindow {
             const std::function<void(size_t i, const void* place)>& use);
 
  private:
-  static constexpr size_t kPlaces = MoeWeights::kSentMatrices;
-  struct Place {
-    CudaDevice::Event sent;  // what is there has come
-    CudaDevice::Event read;  // and is not needed any more
-  };
+  static_assert(SentPlaces::kCount == MoeWeights::kSentMatrices);
 
   void reserve(CudaDevice& device, std::span<const WeightRef> matrices);
   void send(CudaDevice& device, Backend& host, char* to, const WeightRef& matrix);
@@ -59,7 +56,7 @@ class ExpertWindow {
   CudaScratch memory_;
   char* begin_ = nullptr;
   size_t place_bytes_ = 0;
-  std::array<Place, kPlaces> places_;
+  SentPlaces places_;
   size_t place_ = 0;  // the next one
 
   CudaPinnedScratch staged_;

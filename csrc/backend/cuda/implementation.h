@@ -121,7 +121,8 @@ class CudaBackend final : public Backend {
   CudaConstants expert_tables_;
   CudaScratch operand_, shared_operand_, hidden_, pixels_;
   CudaScratch routing_, arrived_routers_, routed_hidden_, routed_out_;
-  CudaScratch states_, arrived_, window_;  // attention
+  CudaScratch states_, arrived_;  // attention
+  PageWindow::Memory window_;
   CudaScratch choice_parts_, arrived_choices_, largest_;
   CudaScratch candidates_, candidate_counts_, candidate_bins_;
   ExpertWindow expert_window_;

@@ -6,18 +6,20 @@
 
 namespace puna {
 
-static_assert(KvStream::kHeld % cuda::kGroupPages == 0);
-
-PageWindow::PageWindow(CudaDevice& device, CudaScratch& memory,
+PageWindow::PageWindow(CudaDevice& device, Memory& memory,
                        std::span<const AttentionSegment> segments, size_t page_bytes)
-    : device_(device), page_bytes_(page_bytes) {
+    : device_(device), memory_(memory), page_bytes_(page_bytes) {
+  static_assert(kHalf % cuda::kGroupPages == 0);
   for (const AttentionSegment& segment : segments) {
     const auto is_it = [&](const Streamed& other) { return other.stream == segment.stream; };
     if (segment.stream != nullptr && std::ranges::none_of(streams_, is_it))
       streams_.push_back({segment.stream});
   }
   const auto bytes = static_cast<int64_t>(page_bytes * streams_.size()) * KvStream::kHeld;
-  if (bytes > 0) memory_ = memory.reserve<char>(device, bytes);
+  if (bytes == 0) return;
+  pages_ = memory.pages.reserve<char>(device, bytes);
+  for (CudaDevice::Event& come : memory.come)
+    if (come == nullptr) come = device.make_event();
 }
 
 const void* PageWindow::place(KvStream* stream, int64_t index) {
@@ -32,7 +34,7 @@ const void* PageWindow::place(KvStream* stream, int64_t index) {
 
 char* PageWindow::place(size_t stream, int64_t index) const {
   const auto at = static_cast<int64_t>(stream) * KvStream::kHeld + index % KvStream::kHeld;
-  return memory_ + static_cast<size_t>(at) * page_bytes_;
+  return pages_ + static_cast<size_t>(at) * page_bytes_;
 }
 
 bool PageWindow::comes_from(int64_t first, int64_t end) const {
@@ -42,21 +44,23 @@ bool PageWindow::comes_from(int64_t first, int64_t end) const {
   return false;
 }
 
-// In the order of the calls, so what lay there before has been read.
 void PageWindow::bring(int64_t first, int64_t end) {
   for (size_t s = 0; s < streams_.size(); ++s) {
     const Streamed& of = streams_[s];
-    of.stream->passed(first);
     for (int64_t i = first; i < std::min(end, std::ssize(of.wanted)); ++i)
       if (of.wanted[static_cast<size_t>(i)] != 0)
-        device_.upload(place(s, i), of.stream->wait(i), page_bytes_);
+        device_.send(place(s, i), of.stream->wait(i), page_bytes_);
   }
 }
 
 // What does not last may be overwritten from here on: all of it must have come.
 void PageWindow::pass(int64_t end) {
-  const auto lasts = [&](const Streamed& of) { return of.stream->lasting() >= end; };
-  if (!std::ranges::all_of(streams_, lasts)) device_.finish();
+  const auto lasts = [&](const Streamed& of) {
+    return of.stream->lasting() >= std::min(end, std::ssize(of.wanted));
+  };
+  if (!std::ranges::all_of(streams_, lasts))
+    for (size_t half = 0; half < SentPlaces::kCount; ++half)
+      if (end_[half] <= end) device_.await(memory_.come[half]);
   for (const Streamed& of : streams_) of.stream->passed(end);
 }
 
@@ -66,19 +70,34 @@ void PageWindow::each(int64_t pages,
     for (const Streamed& of : streams_)
       if (!of.wanted.empty()) of.stream->restart(of.wanted);
   begun_ = true;
+  if (used()) memory_.halves.begin(device_);
   for (int64_t first = 0; first < pages;) {
     int64_t end = pages;  // of pages that are there
-    for (int64_t at = first; at < last_; at += KvStream::kHeld)
-      if (comes_from(at, at + KvStream::kHeld)) {
-        end = std::min(pages, at > first ? at : at + KvStream::kHeld);
+    for (int64_t at = first; at < last_; at += kHalf)
+      if (comes_from(at, at + kHalf)) {
+        end = std::min(pages, at > first ? at : at + kHalf);
         break;
       }
-    const bool streamed = comes_from(first, end);
-    if (streamed) bring(first, end);
-    attend(first, end - first);
-    if (streamed) pass(end);
+    if (comes_from(first, end)) {
+      const auto half = static_cast<size_t>(first / kHalf) % SentPlaces::kCount;
+      memory_.halves.turn(
+          device_, half,
+          [&] {
+            pass(first - kHalf);  // the other half is still on its way
+            end_[half] = std::min(end, last_);
+            bring(first, end);
+          },
+          [&] {
+            // In the order of the kernels: so that it is after a stream's own copies, too.
+            device_.record(memory_.come[half], cuda::kMainQueue);
+            attend(first, end - first);
+          });
+    } else {
+      attend(first, end - first);
+    }
     first = end;
   }
+  if (used()) pass(last_);
 }
 
 }  // namespace puna

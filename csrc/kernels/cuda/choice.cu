@@ -10,21 +10,6 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 static_assert(kCandidateBins == kThreads);
 
-// Of all threads of a block, by lanes and then by warps, in a fixed order; for all of them.
-// `scratch` is shared memory for a T a warp; there must be a barrier between one and the next.
-template <class T, class Combine>
-__device__ __forceinline__ T combine_block(T value, T* scratch, const Combine& combine) {
-#pragma unroll
-  for (int mask = 1; mask < kWarp; mask *= 2)
-    value = combine(value, __shfl_xor_sync(kAllLanes, value, mask));
-  if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  value = scratch[0];
-#pragma unroll
-  for (int warp = 1; warp < kWarps; ++warp) value = combine(value, scratch[warp]);
-  return value;
-}
-
 // Greater for what is chosen before: of equal elements the lower column, and NaN comes last.
 __device__ __forceinline__ uint64_t key_of(float x, int64_t column) {
   const auto place = static_cast<uint32_t>(~column);
@@ -49,20 +34,13 @@ __global__ void __launch_bounds__(kThreads) argmax_kernel(const ArgmaxCall call)
   after_earlier_kernels();
   auto* const scratch = reinterpret_cast<uint64_t*>(shared_memory());
   auto* const slot = reinterpret_cast<int32_t*>(scratch + kWarps);
-  const auto greater = [](uint64_t a, uint64_t b) { return a > b ? a : b; };
   const int64_t r = blockIdx.y;
   const Part part = part_of(call.x, call.cols);
   uint64_t best = 0;
   for (int64_t c = part.first + threadIdx.x; c < part.end; c += kThreads)
-    best = greater(best, key_of(part.x[c], c));
-  best = combine_block(best, scratch, greater);
+    best = Largest()(best, key_of(part.x[c], c));
   uint64_t* const parts = call.parts + r * gridDim.x;
-  if (threadIdx.x == 0) parts[blockIdx.x] = best;
-  if (!is_last(call.arrived + r, gridDim.x, slot)) return;
-  best = 0;
-  for (unsigned i = threadIdx.x; i < gridDim.x; i += kThreads)
-    best = greater(best, load_long_shared_by_blocks(parts + i));
-  best = combine_block(best, scratch, greater);
+  if (!combine_row<Largest, kThreads>(best, parts, call.arrived + r, scratch, slot)) return;
   if (threadIdx.x == 0) call.out[r] = static_cast<int32_t>(~static_cast<uint32_t>(best));
 }
 
@@ -79,7 +57,6 @@ __global__ void __launch_bounds__(kThreads) weigh_kernel(const CandidatesCall ca
   auto* const scratch = reinterpret_cast<double*>(shared_memory());
   auto* const counts = reinterpret_cast<int32_t*>(scratch + kWarps);
   int32_t* const slot = counts + kCandidateBins;
-  const auto plus = [](double a, double b) { return a + b; };
   const int64_t r = blockIdx.y;
   const double temperature = call.temperature[r];
   if (temperature == 0) return;  // all blocks of the row
@@ -93,20 +70,11 @@ __global__ void __launch_bounds__(kThreads) weigh_kernel(const CandidatesCall ca
     sum += exp((static_cast<double>(x) - largest) / temperature);
     if (const int bin = bin_of(x, largest); bin < kCandidateBins) add_to_shared(counts + bin, 1);
   }
-  sum = combine_block(sum, scratch, plus);  // and the block's counts are there
-  int32_t* const all_counts = call.counts + r * kCandidateBins;
-  if (counts[threadIdx.x] != 0) add_to_shared(all_counts + threadIdx.x, counts[threadIdx.x]);
   double* const parts = call.parts + r * gridDim.x;
-  if (threadIdx.x == 0) parts[blockIdx.x] = sum;
-  if (!is_last(call.arrived + r, gridDim.x, slot)) return;
-  sum = 0;
-  for (unsigned i = threadIdx.x; i < gridDim.x; i += kThreads) {
-    const uint64_t bits = load_long_shared_by_blocks(parts + i);
-    double more;
-    memcpy(&more, &bits, sizeof(more));
-    sum += more;
-  }
-  sum = combine_block(sum, scratch, plus);
+  int32_t* const all_counts = call.counts + r * kCandidateBins;
+  __syncthreads();  // the block's counts are there
+  if (counts[threadIdx.x] != 0) add_to_shared(all_counts + threadIdx.x, counts[threadIdx.x]);
+  if (!combine_row<Sum, kThreads>(sum, parts, call.arrived + r, scratch, slot)) return;
   // Of this bin and those before it, added up in steps twice as long each time.
   int32_t until = exchange_shared(all_counts + threadIdx.x, 0);
   for (int step = 1; step < kCandidateBins; step *= 2) {

@@ -210,24 +210,22 @@ __device__ __forceinline__ uint32_t load_word(const void* from) {
 #endif
   return value;
 }
-__device__ __forceinline__ float load_float_shared_by_blocks(const float* from) {
+// A number of what other blocks of the same kernel may have written.
 #ifdef __CUDACC__
-  float value;
-  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(from));
-  return value;
+#define PUNA_NUMBER_SHARED_BY_BLOCKS(T, type, letter)                                \
+  __device__ __forceinline__ T load_number_shared_by_blocks(const T* from) {         \
+    T value;                                                                         \
+    asm volatile("ld.global.cg." type " %0, [%1];" : "=" letter(value) : "l"(from)); \
+    return value;                                                                    \
+  }
 #else
-  return *from;
+#define PUNA_NUMBER_SHARED_BY_BLOCKS(T, type, letter) \
+  inline T load_number_shared_by_blocks(const T* from) { return *from; }
 #endif
-}
-__device__ __forceinline__ uint64_t load_long_shared_by_blocks(const void* from) {
-  uint64_t value;
-#ifdef __CUDACC__
-  asm volatile("ld.global.cg.u64 %0, [%1];" : "=l"(value) : "l"(from));
-#else
-  memcpy(&value, from, sizeof(value));
-#endif
-  return value;
-}
+PUNA_NUMBER_SHARED_BY_BLOCKS(float, "f32", "f")
+PUNA_NUMBER_SHARED_BY_BLOCKS(double, "f64", "d")
+PUNA_NUMBER_SHARED_BY_BLOCKS(uint64_t, "u64", "l")
+#undef PUNA_NUMBER_SHARED_BY_BLOCKS
 
 // Adds to a number that other threads add to, and gives it another value: both return what it was.
 __device__ __forceinline__ int32_t add_to_shared(int32_t* number, int32_t more) {

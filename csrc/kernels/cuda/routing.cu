@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(kThreads, 1) router_kernel(const RoutingCall c
   auto* const score = reinterpret_cast<float*>(chosen + 2 * slots);
   float *const logit = score + slots, *const parts = logit + logits;
   for (int i = threadIdx.x; i < logits * spans; i += kThreads)
-    parts[i] = load_float_shared_by_blocks(router.parts + i);
+    parts[i] = load_number_shared_by_blocks(router.parts + i);
   __syncthreads();
   for (int i = threadIdx.x; i < logits; i += kThreads) {
     const float* part = parts + i / call.experts * spans * call.experts + i % call.experts;

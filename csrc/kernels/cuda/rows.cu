@@ -114,7 +114,8 @@ __global__ void __launch_bounds__(kNormThreads, 1) norm_kernel(const NormCall ca
     kept([&](int k, int first) { take(values[k], first); });
     for (int first = begin + kKept * kStep; first < cols; first += kStep)
       take(load_four(x, first, cols), first);
-    return sum_block<kNormThreads>(sum, scratch);
+    __syncthreads();  // what was read of an earlier sum
+    return combine_block<Sum, kNormThreads>(sum, scratch);
   };
   kept([&](int k, int first) { values[k] = load_four(x, first, cols); });
   if (call.added.rows > 0) {

@@ -270,20 +270,20 @@ int await_fetched(void* device) {
 }
 
 int send(void* device, void* to, const void* from, size_t bytes) {
-  if (!lies_in(pinned, from)) {
-    last_fault = "send() of memory that allocate_host() did not give";
-    return kFault;
-  }
   ++sent;
-  return ask(device, puna::cuda::kSendQueue, {nullptr, 0, [to, from, bytes] {
-                                                if (lies_in(unborn, to)) {
-                                                  last_fault =
-                                                      "send() to memory that is not there yet";
-                                                  return kFault;
-                                                }
-                                                std::memcpy(to, from, bytes);
-                                                return 0;
-                                              }});
+  // Memory that is not pinned is read before the call returns.
+  std::vector<char> staged;
+  if (!lies_in(pinned, from))
+    staged.assign(static_cast<const char*>(from), static_cast<const char*>(from) + bytes);
+  return ask(device, puna::cuda::kSendQueue,
+             {nullptr, 0, [to, from, bytes, staged = std::move(staged)] {
+                if (lies_in(unborn, to)) {
+                  last_fault = "send() to memory that is not there yet";
+                  return kFault;
+                }
+                std::memcpy(to, staged.empty() ? from : staged.data(), bytes);
+                return 0;
+              }});
 }
 
 std::shared_ptr<Event>& event_of(void* event) {
