@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,16 @@ def build(folder: Path, *definitions: str, programs: Sequence[str] = PROGRAMS) -
     return folder
 
 
+def temporary_files_of(program: Path) -> dict[str, str]:
+    """In memory where there is room, unless a program is about disks: thousands of small files that
+    are written and replaced take a disk a minute."""
+    memory = Path("/dev/shm")
+    on_disk = program.name in {"file_test", "kv_disk_test"}
+    if on_disk or not os.access(memory, os.W_OK) or shutil.disk_usage(memory).free < 2**30:
+        return {}
+    return {"TMPDIR": str(memory)}
+
+
 def run(program: Path, *names: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """All tests of a program, or those that are named."""
     return subprocess.run(
@@ -43,7 +54,7 @@ def run(program: Path, *names: str, **environment: str) -> subprocess.CompletedP
         text=True,
         timeout=3600 if names else 900,
         check=False,
-        env={**os.environ, **environment},
+        env={**os.environ, **temporary_files_of(program), **environment},
     )
 
 
@@ -52,14 +63,30 @@ def check(done: subprocess.CompletedProcess[str]) -> None:
     assert " 0 failures" in done.stdout, done.stdout
 
 
+Runs = dict[str, Future[subprocess.CompletedProcess[str]]]
+
+
+@contextmanager
+def runs(folder: Path, **environment: str) -> Iterator[Runs]:
+    """Of every program, as many at once as there are cores: most compute on one thread."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {name: pool.submit(run, folder / name, **environment) for name in PROGRAMS}
+
+
 @pytest.fixture(scope="session")
 def programs() -> Path:
     return build(ROOT / "build" / "tests")
 
 
+@pytest.fixture(scope="module")
+def plain(programs: Path) -> Iterator[Runs]:
+    with runs(programs) as all_runs:
+        yield all_runs
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_program(programs: Path, name: str) -> None:
-    check(run(programs / name))
+def test_program(plain: Runs, name: str) -> None:
+    check(plain[name].result())
 
 
 @pytest.mark.nightly
@@ -68,9 +95,8 @@ def test_equal_bits_in_thousands_of_lives(programs: Path) -> None:
     check(run(programs / "kv_placement_test", "thousands_of_lives"))
 
 
-@pytest.fixture(scope="session")
-def sanitized() -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
-    """Runs of every program, begun together: most compute on one thread, for minutes in all."""
+@pytest.fixture(scope="module")
+def sanitized() -> Iterator[Runs]:
     # Sanitized kernels are slow to compile, those for AVX-512 five minutes a file: AVX2 has the
     # same templates and, without masked loads, more of the ends that may go wrong.
     runnable = [isa["name"] for isa in _core.isas() if isa["available"]]
@@ -83,16 +109,13 @@ def sanitized() -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]
         "-DCMAKE_CXX_FLAGS_DEBUG=-O1",
         programs=PROGRAMS,
     )
-    options = {"UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1"}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {name: pool.submit(run, folder / name, **options) for name in PROGRAMS}
+    with runs(folder, UBSAN_OPTIONS="halt_on_error=1:print_stacktrace=1") as all_runs:
+        yield all_runs
 
 
 @pytest.mark.sanitizers
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_sanitized_program(
-    sanitized: dict[str, Future[subprocess.CompletedProcess[str]]], name: str
-) -> None:
+def test_sanitized_program(sanitized: Runs, name: str) -> None:
     """Every C++ test, the fuzzers among them, under address and undefined-behaviour sanitizers."""
     check(sanitized[name].result())
 

@@ -40,7 +40,7 @@ class Watcher : public ForwardingBackend {
   std::vector<float> cos, sin, temperature;  // of the last layer that has them
 };
 
-ModelSpec spec_of(const LayerSpec& layer, int64_t head_dim) {
+ModelSpec spec_of(const LayerSpec& layer, int64_t head_dim, size_t layers = 1) {
   ModelSpec spec;
   spec.vocab_size = kVocab;
   spec.hidden = kHidden;
@@ -50,7 +50,7 @@ ModelSpec spec_of(const LayerSpec& layer, int64_t head_dim) {
   spec.max_position = 4 * kFp32End;
   spec.rope.llama3 = true;  // Scout's
   spec.rope.factor = 16;
-  spec.layers = {layer, layer};
+  spec.layers.assign(layers, layer);
   for (LayerSpec& each : spec.layers) each.intermediate = 16;
   return spec;
 }
@@ -63,7 +63,9 @@ class Model {
         spec_(std::move(spec)),
         embedding_(random_matrix(random_, kVocab, kHidden, DType::kF32)),
         text_(spec_, table(), parameters(), watcher),
-        kv_({{DType::kF32, spec_.kv_heads, spec_.head_dim}, {kChunk, kChunk}}, make_ram_tier(0)),
+        kv_({{DType::kBF16, spec_.kv_heads, spec_.head_dim},
+             std::vector<int64_t>(spec_.layers.size(), kChunk)},
+            make_ram_tier(0)),
         sequence_(kv_.create()) {}
 
   // Goes on to a later position; what lies between is taken to be zeros.
@@ -202,7 +204,7 @@ TEST(scores_of_chunked_layers_are_exact_at_any_position) {
 }
 
 TEST(a_forward_pass_has_the_same_bits_in_every_chunk) {
-  Model model(spec_of({.chunk = kChunk, .qk_norm = true}, 128));
+  Model model(spec_of({.chunk = kChunk, .qk_norm = true}, 128, 2));
   std::vector<int32_t> ids(300);
   std::mt19937 random(4);
   for (int32_t& id : ids) id = static_cast<int32_t>(random() % kVocab);
