@@ -50,20 +50,22 @@ Char look(std::string_view text, size_t at) {
 
 // Bytes of a block that are ASCII characters of these classes.
 uint64_t ascii_of(const ByteBlock& block, uint32_t classes) {
-  const auto wanted = [&](CharClass c) { return classes >> static_cast<int>(c) & 1; };
-  uint64_t known = 0, found = 0;
-  const auto add = [&](CharClass c, uint64_t bytes) {
-    known |= bytes;
-    if (wanted(c)) found |= bytes;
-  };
-  add(CharClass::kUpper, block.between('A', 'Z'));
-  add(CharClass::kLower, block.between('a', 'z'));
-  add(CharClass::kNumber, block.between('0', '9'));
-  const uint64_t newline = block.equal('\n') | block.equal('\r');
-  add(CharClass::kNewline, newline);
-  add(CharClass::kSpace, block.equal(' ') | (block.between('\t', '\r') & ~newline));
-  add(CharClass::kOther, ~known & ~block.beyond_ascii());
-  return found;
+  const auto wanted = [&](CharClass c) { return (classes >> static_cast<int>(c) & 1) != 0; };
+  // All that are not in the others, which are looked for then instead of those in the set.
+  const bool most = wanted(CharClass::kOther);
+  uint64_t found = most ? block.beyond_ascii() : 0;
+  const auto is_looked_for = [&](CharClass c) { return wanted(c) != most; };
+  if (is_looked_for(CharClass::kUpper)) found |= block.between('A', 'Z');
+  if (is_looked_for(CharClass::kLower)) found |= block.between('a', 'z');
+  if (is_looked_for(CharClass::kNumber)) found |= block.between('0', '9');
+  const bool newlines = is_looked_for(CharClass::kNewline);
+  const bool spaces = is_looked_for(CharClass::kSpace);
+  if (newlines | spaces) {
+    const uint64_t newline = block.equal('\n') | block.equal('\r');
+    if (newlines) found |= newline;
+    if (spaces) found |= block.equal(' ') | (block.between('\t', '\r') & ~newline);
+  }
+  return most ? ~found : found;
 }
 
 // (?i:'s|'t|'re|'ve|'m|'ll|'d)? at `at`: where it ends, or `at`. U+017F is a case of s.

@@ -222,6 +222,44 @@ TEST(classes_of_characters) {
   CHECK(puna::class_of(0x088f) == CharClass::kOther);  // a letter from Unicode 17 on
 }
 
+// Long runs are looked at 64 bytes at a time: with every set of classes, each of which a character
+// of the other classes ends, at places all over a block.
+TEST(runs_end_where_single_characters_say) {
+  const std::string ascii = [] {
+    std::string all;
+    for (char c = 0; c < 0x7f; ++c) all += c;
+    return all + '\x7f';
+  }();
+  const std::vector<std::string> wide = {"\u00e9", "\u00c9", "\u4e00", "\u0301",
+                                         "\u0663", "\u00a0", "\u2014"};
+  std::mt19937 random(5);
+  for (uint32_t classes = 1; classes < 256; ++classes) {
+    const auto is_in = [&](std::string_view character) {
+      int length = 0;
+      const uint32_t code = puna::decode_utf8(character, 0, &length);
+      return (classes >> static_cast<int>(puna::class_of(code)) & 1) != 0;
+    };
+    std::vector<std::string> inside, outside;
+    const auto sort_in = [&](const std::string& c) { (is_in(c) ? inside : outside).push_back(c); };
+    for (const char c : ascii) sort_in({c});
+    const size_t plain = inside.size();
+    for (const std::string& c : wide) sort_in(c);
+    for (const size_t length : {0, 1, 23, 24, 25, 87, 88, 89, 200, 300}) {
+      for (const bool all : {false, true}) {
+        const size_t choices = all ? inside.size() : plain;
+        if (choices == 0) continue;
+        std::string text = "x";
+        for (size_t i = 0; i < length; ++i) text += inside[random() % choices];
+        const size_t end = text.size();
+        if (!outside.empty()) text += outside[random() % outside.size()];
+        for (int i = 0; i < 80; ++i) text += inside[random() % inside.size()];
+        const size_t expected = outside.empty() ? text.size() : end;
+        CHECK_EQ(puna::after_classes(text, 1, classes), expected);
+      }
+    }
+  }
+}
+
 TEST(merges_are_those_of_the_definition) {
   const Tokenizer tokenizer = small();
   std::mt19937 random(1);
