@@ -1,6 +1,7 @@
 #include "text/incremental_bpe.h"
 
 #include <algorithm>
+#include <memory>
 
 #include "base/error.h"
 
@@ -70,9 +71,9 @@ void IncrementalBpe::push_many(std::string_view bytes, PairMemo& memo, std::vect
   if (dense_ || bytes.size() < kMany) return push_in_parts(bytes, memo, out);
   std::string text = bytes_;
   text += bytes;
-  std::vector<int32_t> ids(text.size());
+  const auto ids = std::make_unique_for_overwrite<int32_t[]>(text.size());
   const uint32_t before = emitted_;
-  const int32_t* const end = bpe_->encode(text, memo, dead, ids.data(), before);
+  const int32_t* const end = bpe_->encode(text, memo, dead, ids.get(), before);
   if (!end) {
     dense_ = true;
     return push_in_parts(bytes, memo, out);
@@ -82,17 +83,17 @@ void IncrementalBpe::push_many(std::string_view bytes, PairMemo& memo, std::vect
   const int32_t* settled = end;
   size_t place = text.size();
   for (const size_t margin : kMargins) {
-    while (settled != ids.data() && text.size() - place < margin) {
+    while (settled != ids.get() && text.size() - place < margin) {
       place -= bpe_->length(static_cast<uint32_t>(*--settled));
     }
-    if (settled == ids.data()) break;
+    if (settled == ids.get()) break;
     start_behind(static_cast<uint32_t>(settled[-1]));
     for (size_t at = first_open; at < place; ++at) {
       node_ = bpe_->step(node_, static_cast<uint8_t>(text[at]));
     }
     push_or_miss(std::string_view(text).substr(place), memo);
     if (all_open_are_reached()) {
-      out.insert(out.end(), static_cast<const int32_t*>(ids.data()), settled);
+      out.insert(out.end(), static_cast<const int32_t*>(ids.get()), settled);
       return drain(out);
     }
   }
