@@ -449,6 +449,22 @@ def short_texts(count: int) -> list[str]:
     return [*(text for text in EDGE_CASES if len(text) < 40), *fuzzed(count, special, seed=5)]
 
 
+def test_arrays_are_the_callers(tokenizer: puna.Tokenizer) -> None:
+    """Copied ones, and those that take over the memory of a long list."""
+    encoder = tokenizer.stream_encoder()
+    for repeats in (0, 1, 100, 10_000):
+        text = "One two three. " * repeats
+        for ids in (tokenizer.encode(text), encoder.feed(text)):
+            assert ids.dtype == np.uint32
+            assert ids.ndim == 1
+            assert ids.flags.c_contiguous
+            kept = ids.copy()
+            tokenizer.encode("Something else. " * (repeats + 1))
+            encoder.feed("Something else. " * (repeats + 1))
+            assert np.array_equal(ids, kept)
+            ids[:] = 0  # may be written
+
+
 @pytest.mark.parametrize("special", ["none", "all"])
 def test_streaming_at_every_cut(tokenizer: puna.Tokenizer, special: str) -> None:
     for text in short_texts(2000):

@@ -115,11 +115,12 @@ class Text {
 
 using Ids = py::array_t<uint32_t>;
 
+// The memory of a longer list becomes its array's; so few ids are cheaper to copy.
+constexpr size_t kCopiedIds = 4096;
+
 Ids array_of(IdBuffer ids) {
   const auto count = static_cast<py::ssize_t>(ids.size());
-  // The memory of a long list becomes the array's; a short one is cheaper to copy.
-  constexpr py::ssize_t kShort = 4096;
-  if (count <= kShort) {
+  if (ids.size() <= kCopiedIds) {
     Ids array(count);
     std::copy_n(ids.ids().data(), ids.size(), array.mutable_data());
     return array;
@@ -268,7 +269,7 @@ void bind_encoder(py::module_& module) {
           [](StreamEncoder& encoder, const py::object& text) {
             Text part(text);
             const std::string_view bytes = part.bytes();
-            IdBuffer ids;
+            IdBuffer ids(IdBuffer::kKeep, std::min(bytes.size(), kCopiedIds));
             {
               const py::gil_scoped_release release;
               encoder.feed(bytes, ids);
