@@ -111,8 +111,9 @@ TEST(reductions_reach_every_thread) {
       wrong += sum_lanes(thread()) != thread() / 32 * 32 * 32 + 496;
       wrong += sum_lanes<4>(1) != 4;
       wrong += max_lanes(value) != static_cast<float>(thread() | 31);
-      wrong += sum_block<128>(value, scratch) != 8128;
-      wrong += sum_block<128>(1, scratch) != 128;
+      wrong += combine_block<Sum, 128>(value, scratch) != 8128;
+      __syncthreads();
+      wrong += combine_block<Largest, 128>(value, scratch) != 127;
     });
     CHECK_EQ(told, "");
   }
