@@ -16,7 +16,7 @@ DeviceCeilings::DeviceCeilings(int ordinal, bool small)
   cuda::DeviceInfo info = {};
   int code = table_.device_info(ordinal, &info);
   multiprocessors_ = info.multiprocessors;
-  if (code == 0) code = table_.open(ordinal, &device_);
+  if (code == 0) code = table_.open(ordinal, nullptr, &device_);
   if (code == 0) code = table_.allocate(device_, static_cast<size_t>(bytes_), &memory_);
   if (code != 0) fail(ErrorCode::kDevice, "[cuda] ceilings: ", table_.describe(code));
   sample();  // what is compiled or fetched when it first runs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 import platform
 import shutil
 import subprocess
@@ -61,6 +62,22 @@ def with_fewer_layers(config: dict[str, Any], count: int) -> dict[str, Any]:
     text["moe_layers"] = [layer for layer in text["moe_layers"] if layer < count]
     more = {"num_hidden_layers": count, "max_position_embeddings": 16_384}
     return config | {"text_config": text | more}
+
+
+def share(path: Path, subject: str, library: str | None) -> dict[str, Any]:
+    """What came of it: oracle/sharing.py, on a device or (None) on the GPU of this machine."""
+    environment = dict(os.environ) | ({} if library is None else {"PUNA_CUDA_LIBRARY": library})
+    done = subprocess.run(
+        [sys.executable, "-m", "oracle.sharing", subject, str(path)],
+        cwd=ROOT / "tests",
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return report
 
 
 FewLayers = Callable[[str, str], str]
@@ -152,6 +169,81 @@ def test_logits_are_handed_out_by_dlpack(engine: MakeEngine) -> None:
     taken = np.from_dlpack(logits)
     assert np.shares_memory(taken, logits)
     assert np.array_equal(taken, logits)
+
+
+# --- a stream of somebody else's ------------------------------------------------------------------
+
+
+class FakeStream:
+    """What says that it is a stream."""
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+
+    def __cuda_stream__(self) -> Any:
+        return self.answer
+
+
+class OldStream:
+    __cuda_stream__ = (0, 4096)  # as it was before it became a method
+
+
+@pytest.mark.parametrize(
+    ("stream", "message"),
+    [
+        (4096, "which has no method __cuda_stream__"),
+        ("stream", "which has no method __cuda_stream__"),
+        (OldStream(), "which has no method __cuda_stream__"),
+        (FakeStream(4096), r"returned 4096; it must be \(0, address\)"),
+        (FakeStream([0, 4096]), r"it must be \(0, address\)"),
+        (FakeStream((0, 4096, 1)), r"it must be \(0, address\)"),
+        (FakeStream((0, "4096")), r"it must be \(0, address\)"),
+        (FakeStream((False, 4096)), r"it must be \(0, address\)"),
+        (FakeStream((1, 4096)), "is of version 1; this puna knows version 0"),
+        (FakeStream((0, -1)), "returned the address -1"),
+        (FakeStream((0, 1 << 64)), "returned the address 18446744073709551616"),
+        (FakeStream((0, 0)), "handle is 0, a default stream, .* create_stream"),
+        (FakeStream((0, 1)), "handle is 1, a default stream"),
+        (FakeStream((0, 2)), "handle is 2, a default stream"),
+    ],
+)
+def test_what_is_no_stream_to_compute_on_is_refused(stream: Any, message: str) -> None:
+    with pytest.raises(puna.InvalidRequest, match=message) as error:
+        puna.load("demo", device="cuda", stream=stream, progress=False)
+    assert error.value.param == "stream"
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "ref", "cpu:0", "cudaX"])
+def test_a_stream_is_for_a_gpu(device: str) -> None:
+    stream = FakeStream((0, 4096))
+    alive = sys.getrefcount(stream)
+    with pytest.raises(puna.InvalidRequest, match=f"a stream is for .* device is '{device}'"):
+        puna.load("demo", device=device, stream=stream, progress=False)
+    assert sys.getrefcount(stream) == alive
+
+
+def test_what_a_stream_raises_is_passed_on() -> None:
+    class Closed:
+        def __cuda_stream__(self) -> tuple[int, int]:
+            raise RuntimeError("the stream was closed")
+
+    with pytest.raises(RuntimeError, match="the stream was closed"):
+        puna.load("demo", device="cuda", stream=Closed(), progress=False)
+
+
+def test_an_engine_computes_on_the_stream_that_it_is_given(
+    checkpoint: MakeCheckpoint, library: str | None
+) -> None:
+    """With the same bits as on its own, which it keeps alive until it is closed."""
+    if library is None:
+        pytest.importorskip("cuda.core")
+    report = share(checkpoint("scout_like", dtype="float32").path, "stream", library)
+    assert report["same_logits"] and report["same_tokens"]
+    assert report["alive_while_open"] and not report["alive_when_closed"]
+    if library is not None:
+        assert report["asked"] > 100
+        assert report["asked_by_others"] == 0
+        assert "stream is of cuda:0 and the device is cuda:1; device='cuda:0'" in report["refused"]
 
 
 # --- the run on a machine with a GPU --------------------------------------------------------------

@@ -141,6 +141,7 @@ SENT_PLACES = Place(
 SENT_EXPERTS = Place(
     "products.cpp", "products.cpp", "cuda_host_experts_test", "", folder="backend/cuda"
 )
+STREAMS = Place("device.cpp", "device.cpp", "cuda_interop_test", "stream", folder="backend/cuda")
 WINDOW = Place(
     "page_window.cpp", "page_window.cpp", "cuda_kv_test", "pages_beyond", folder="backend/cuda"
 )
@@ -424,6 +425,10 @@ OTHERS = [
     Bug(GROUPS, "count = left < kGroupPages ? left : kGroupPages", "count = kGroupPages"),
     Bug(GROUPS, "call.most_pages + group", "call.most_pages"),
     Bug(GROUPS, "state[1] = static_cast<float>(merged.total)", "state[1] = sums[0]"),
+    # --- device.cpp
+    Bug(STREAMS, "table.open(ordinal, stream_.get(), &handle_)", "table.open(ordinal, nullptr, &handle_)"),
+    Bug(STREAMS, "if (of != ordinal)", "if (false)"),
+    Bug(STREAMS, "table_.close(handle_);", "stream_.reset(); table_.close(handle_);"),
     # --- tensor_attention.cu
     Bug(TENSOR, "float2*>(to + kStateHead + 8 * (kCount * warp + n) + 2 * t)", "float2*>(to + kStateHead + 8 * n + 2 * t)"),
     Bug(TENSOR, "if (pair < tile.pairs)\n", "if (pair + 1 < tile.pairs)\n"),

@@ -205,9 +205,10 @@ class Backend {
 };
 
 struct BackendOptions {
-  std::string isa;  // "" = the best supported
-  int threads = 0;  // 0 = physical cores allowed to this process
-  int ordinal = 0;  // which one, of several devices
+  std::string isa;               // "" = the best supported
+  int threads = 0;               // 0 = physical cores allowed to this process
+  int ordinal = 0;               // which one, of several devices
+  std::shared_ptr<void> stream;  // of a GPU, as LoadOptions has it
 };
 
 // One line of backends.inc: how to make it, and whether it can be made here.

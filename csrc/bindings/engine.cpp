@@ -112,13 +112,23 @@ std::function<void(int64_t, int64_t)> reporting(const py::object& progress) {
   };
 }
 
+// A pointer that keeps the object which owns what it points to; let go of on any thread.
+std::shared_ptr<void> kept_alive(py::object owner, uintptr_t pointer) {
+  PyObject* const kept = owner.release().ptr();
+  return {reinterpret_cast<void*>(pointer), [kept](void*) {
+            if (Py_IsInitialized() == 0) return;  // then nobody is left to be told
+            const py::gil_scoped_acquire gil;
+            Py_DECREF(kept);
+          }};
+}
+
 std::shared_ptr<Engine> load(const std::string& path, const std::string& mmproj,
                              const std::string& device, const std::string& isa, int threads,
                              const std::string& kv, bool kv_host, const std::string& kv_disk,
                              int64_t kv_disk_bytes, int64_t context, int64_t memory, bool vision,
                              const std::string& quant, QuantOverrides quant_overrides,
-                             int64_t device_experts, int64_t host_memory,
-                             const py::object& progress) {
+                             int64_t device_experts, int64_t host_memory, py::object stream,
+                             uintptr_t stream_handle, const py::object& progress) {
   LoadOptions options;
   options.quant = quant;
   options.quant_overrides = std::move(quant_overrides);
@@ -136,6 +146,7 @@ std::shared_ptr<Engine> load(const std::string& path, const std::string& mmproj,
   options.vision = vision;
   options.device_experts = device_experts;
   options.host_memory = host_memory;
+  if (!stream.is_none()) options.stream = kept_alive(std::move(stream), stream_handle);
   options.progress = reporting(progress);
   const py::gil_scoped_release release;
   return Engine::load(options);
@@ -401,7 +412,7 @@ void bind_engine(py::module_& module) {
   module.def("load", &load, py::kw_only(), "path"_a, "mmproj"_a, "device"_a, "isa"_a, "threads"_a,
              "kv"_a, "kv_host"_a, "kv_disk"_a, "kv_disk_bytes"_a, "context"_a, "memory"_a,
              "vision"_a, "quant"_a, "quant_overrides"_a, "device_experts"_a, "host_memory"_a,
-             "progress"_a, "Loads a checkpoint.");
+             "stream"_a, "stream_handle"_a, "progress"_a, "Loads a checkpoint.");
   module.def("quantize", &quantize_checkpoint, py::kw_only(), "path"_a, "mmproj"_a, "out"_a,
              "quant"_a, "quant_overrides"_a, "threads"_a, "calibration"_a, "progress"_a,
              "calibration_progress"_a,

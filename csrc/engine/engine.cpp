@@ -55,8 +55,10 @@ const char* version() { return PUNA_VERSION; }
 
 std::shared_ptr<Engine> Engine::load(const LoadOptions& options) {
   const auto start = std::chrono::steady_clock::now();
+  check_stream(options.device, options.stream);
   auto impl = std::make_unique<Impl>();
   impl->options = options;
+  impl->options.stream.reset();  // the backend keeps it
   OpenedModel model = open_model(options.path, options.mmproj);
   impl->spec = std::move(model.spec);
   impl->checkpoint = std::move(model.checkpoint);
@@ -73,7 +75,7 @@ std::shared_ptr<Engine> Engine::load(const LoadOptions& options) {
   std::optional<Planner> planner;
   for (const std::string& device : devices_to_try(options.device, gpu_will_do(options))) {
     impl->backend.reset();
-    impl->backend = make_backend(device, {options.isa, options.threads});
+    impl->backend = make_backend(device, {options.isa, options.threads, 0, options.stream});
     planner.emplace(spec, weights, model.packed_sizes(), impl->backend->device_memory());
     impl->plan = planner->plan(options_for(options), disk_budget(options));
     if (impl->plan.fits) break;

@@ -1,6 +1,7 @@
 #include "engine/factory.h"
 
 #include <charconv>
+#include <cstdint>
 
 #include "backend/cpu/cpu_backend.h"
 #include "backend/cuda/cuda_backend.h"
@@ -16,7 +17,8 @@ namespace puna {
 namespace {
 
 std::unique_ptr<Backend> make_cuda_backend(const BackendOptions& options) {
-  return make_cuda_backend(cuda_library(), options.ordinal, make_cpu_backend(options));
+  return make_cuda_backend(cuda_library(), options.ordinal, make_cpu_backend(options), 0,
+                           options.stream);
 }
 
 struct Entry {
@@ -63,6 +65,19 @@ std::unique_ptr<Backend> make_backend(const std::string& device, BackendOptions 
   }
   fail(ErrorCode::kInvalidRequest, "device is '", device, "'; it must be 'auto' or one of ", names,
        " (of several GPUs cuda:0, cuda:1, ...)");
+}
+
+void check_stream(const std::string& device, const std::shared_ptr<void>& stream) {
+  if (stream.use_count() == 0) return;
+  if (device.substr(0, device.find(':')) != "cuda")
+    fail(ErrorCode::kInvalidRequest, {.param = "stream"},
+         "[load] a stream is for device='cuda', or 'cuda:N'; device is '", device, "'");
+  // What CUDA calls null, cudaStreamLegacy and cudaStreamPerThread.
+  const auto handle = reinterpret_cast<uintptr_t>(stream.get());
+  if (handle <= 2)
+    fail(ErrorCode::kInvalidRequest, {.param = "stream"}, "[load] the stream's handle is ", handle,
+         ", a default stream, whose work cannot be captured into graphs; make one, as "
+         "cuda.core.Device().create_stream() does");
 }
 
 std::vector<std::string> devices_to_try(const std::string& device, bool gpu_will_do) {

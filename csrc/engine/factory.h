@@ -14,6 +14,10 @@ namespace puna {
 // that cannot run here.
 std::unique_ptr<Backend> make_backend(const std::string& device, BackendOptions options);
 
+// Throws InvalidRequest if there is a stream (LoadOptions::stream) that this device cannot compute
+// on; whether it is of the very device, making the backend tells.
+void check_stream(const std::string& device, const std::shared_ptr<void>& stream);
+
 // Where to load a model, the best first: the device itself, or of "auto" a GPU, if one is there and
 // will do, then the CPU, for models that do not fit the GPU's memory.
 std::vector<std::string> devices_to_try(const std::string& device, bool gpu_will_do);

@@ -335,6 +335,8 @@ def load(
     quant_overrides: Sequence[tuple[str, str]],
     device_experts: int,
     host_memory: int,
+    stream: object | None,
+    stream_handle: int,
     progress: Callable[[int, int], object] | None,
 ) -> Engine: ...
 def plan(

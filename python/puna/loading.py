@@ -18,6 +18,7 @@ from puna.gpus import gpu_of, is_gpu
 from puna.options import LOAD_NAMES, unknown_keyword
 from puna.planning import Plan, size
 from puna.progress import ProgressBar
+from puna.streams import StreamLike, stream_handle
 
 _DEMO_NAME = "demo"
 _LOGGER = logging.getLogger("puna")
@@ -32,6 +33,7 @@ def load(
     kv_offload: str = "auto",
     kv_disk: int | str | None = None,
     device: str = "auto",
+    stream: StreamLike | None = None,
     experts: str | int = "auto",
     memory: int | str | None = None,
     host_memory: int | str | None = None,
@@ -68,6 +70,10 @@ def load(
             reference. "auto" is the GPU if there is one whose memory, and what `kv_offload="host"`
             adds to it, holds the model and its context, and neither `isa` nor a disk is given;
             otherwise the CPU. `attention` can be other than exact on the CPU alone.
+        stream: With device="cuda", a stream of that GPU on which the engine asks for its work, as
+            `cuda.core.Device().create_stream()` makes them: whatever has `__cuda_stream__()`, but
+            no default stream. It is kept until the engine is closed, and must not be captured into
+            a graph meanwhile. None is a stream of the engine's own.
         experts: Where routed experts live if the device is a GPU. "auto" is its memory, and with
             device="cuda", for as many layers as it does not hold beside the context (None: 8,192
             tokens, or more if all fit), the host's, where the CPU computes them; `llm.plan` tells
@@ -103,6 +109,7 @@ def load(
             raise InvalidRequest(f"{name} is {value!r:.80}; it must be a string", param=name)
     to_host, disk_path = _offload(kv_offload)
     device_experts = _device_experts(experts, device)
+    handle = 0 if stream is None else stream_handle(stream)
     path = _path(model)
     bar = ProgressBar(f"Loading {path.name}", "B") if progress else None
     try:
@@ -116,6 +123,8 @@ def load(
             kv_disk_bytes=amount("kv_disk", kv_disk),
             device_experts=device_experts,
             host_memory=amount("host_memory", host_memory),
+            stream=stream,
+            stream_handle=handle,
             progress=bar.update if bar else None,
             **shared,
         )

@@ -39,6 +39,7 @@ LOAD_NAMES = (
     "kv",
     "kv_offload",
     "device",
+    "stream",
     "experts",
     "memory",
     "host_memory",

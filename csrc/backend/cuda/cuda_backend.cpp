@@ -9,9 +9,10 @@
 namespace puna {
 
 std::unique_ptr<Backend> make_cuda_backend(const cuda::DeviceTable& table, int ordinal,
-                                           std::unique_ptr<HostBackend> host,
-                                           size_t batch_kernels) {
-  return std::make_unique<CudaBackend>(table, ordinal, std::move(host), batch_kernels);
+                                           std::unique_ptr<HostBackend> host, size_t batch_kernels,
+                                           std::shared_ptr<void> stream) {
+  return std::make_unique<CudaBackend>(table, ordinal, std::move(host), batch_kernels,
+                                       std::move(stream));
 }
 
 std::string CudaBackend::description() const {

@@ -13,10 +13,12 @@ namespace puna {
 
 // `host` packs weights, decodes embeddings, and computes the experts that are left to it. Kernels
 // are started `batch_kernels` at a time (0: as many as are good for speed), or when a result is
-// asked for.
+// asked for. They and all else but copies beside them are asked for on `stream`, a cudaStream_t of
+// the device, unless it is null.
 std::unique_ptr<Backend> make_cuda_backend(const cuda::DeviceTable& table, int ordinal,
                                            std::unique_ptr<HostBackend> host,
-                                           size_t batch_kernels = 0);
+                                           size_t batch_kernels = 0,
+                                           std::shared_ptr<void> stream = {});
 
 // Whether libpuna_cuda.so and a device are there, and which, or what is missing.
 BackendStatus cuda_status();

@@ -13,8 +13,9 @@ constexpr size_t kMostGraphs = 512;
 
 }  // namespace
 
-CudaDevice::CudaDevice(const cuda::DeviceTable& table, int ordinal, size_t batch_kernels)
-    : table_(table), batch_kernels_(batch_kernels), ordinal_(ordinal) {
+CudaDevice::CudaDevice(const cuda::DeviceTable& table, int ordinal, size_t batch_kernels,
+                       std::shared_ptr<void> stream)
+    : table_(table), batch_kernels_(batch_kernels), ordinal_(ordinal), stream_(std::move(stream)) {
   int count = 0;
   const int code = table.device_count(&count);
   if (count == 0)
@@ -24,7 +25,14 @@ CudaDevice::CudaDevice(const cuda::DeviceTable& table, int ordinal, size_t batch
     fail(ErrorCode::kDevice, "[cuda] there is no device cuda:", ordinal, "; there are ", count,
          ", from cuda:0 on");
   check("device", table.device_info(ordinal, &info_));
-  check("device", table.open(ordinal, &handle_));
+  if (stream_ != nullptr) {
+    int of = 0;
+    check("stream", table.stream_device(stream_.get(), &of));
+    if (of != ordinal)
+      fail(ErrorCode::kInvalidRequest, {.param = "stream"}, "[cuda] the stream is of cuda:", of,
+           " and the device is cuda:", ordinal, "; device='cuda:", of, "' goes with it");
+  }
+  check("device", table.open(ordinal, stream_.get(), &handle_));
 }
 
 CudaDevice::~CudaDevice() {

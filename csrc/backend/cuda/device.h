@@ -25,8 +25,10 @@ class CudaDevice : public std::enable_shared_from_this<CudaDevice> {
   // while the host notes the next. A decoding pass of Scout has some hundreds.
   static constexpr size_t kBatchKernels = 128;
 
-  // Throws DeviceError, with the driver's words, if it cannot be opened.
-  CudaDevice(const cuda::DeviceTable& table, int ordinal, size_t batch_kernels);
+  // With the queue of all but sends on `stream`, if it is not null. Throws DeviceError, with the
+  // driver's words, if it cannot be opened, and InvalidRequest if the stream is another device's.
+  CudaDevice(const cuda::DeviceTable& table, int ordinal, size_t batch_kernels,
+             std::shared_ptr<void> stream = {});
   ~CudaDevice();
   CudaDevice(const CudaDevice&) = delete;
   CudaDevice& operator=(const CudaDevice&) = delete;
@@ -175,6 +177,7 @@ class CudaDevice : public std::enable_shared_from_this<CudaDevice> {
   const cuda::DeviceTable& table_;
   const size_t batch_kernels_;
   int ordinal_;
+  std::shared_ptr<void> stream_;  // kept until the device is closed
   void* handle_ = nullptr;
   cuda::DeviceInfo info_ = {};
 

@@ -18,9 +18,10 @@ namespace puna {
 class CudaBackend final : public Backend {
  public:
   CudaBackend(const cuda::DeviceTable& table, int ordinal, std::unique_ptr<HostBackend> host,
-              size_t batch_kernels)
+              size_t batch_kernels, std::shared_ptr<void> stream)
       : device_(std::make_shared<CudaDevice>(
-            table, ordinal, batch_kernels > 0 ? batch_kernels : CudaDevice::kBatchKernels)),
+            table, ordinal, batch_kernels > 0 ? batch_kernels : CudaDevice::kBatchKernels,
+            std::move(stream))),
         ordinal_(ordinal),
         host_(std::move(host)),
         product_form_(environment_cuda_warpgroups() ? cuda::kProductOfWarpgroups

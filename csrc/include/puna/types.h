@@ -23,6 +23,9 @@ struct LoadOptions {
   // Layers whose routed experts lie in the memory of a GPU, the last ones. The host has those of
   // the others, and the CPU computes them; "auto" takes a GPU for that only if a number is given.
   int64_t device_experts = kExpertsThatFit;
+  // A cudaStream_t of a GPU, on which all that it computes is asked for instead of on a stream of
+  // the engine's own; not a default one. Its owner is released when the engine is closed.
+  std::shared_ptr<void> stream;
   std::string isa;    // "" = the best this processor supports
   int threads = 0;    // 0 = the physical cores allowed to this process
   std::string quant;  // "" = weights as stored; else a recipe or format (model/recipe.h)

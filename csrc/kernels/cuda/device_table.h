@@ -14,7 +14,7 @@
 namespace puna::cuda {
 
 // Of this file: both sides must have been compiled with the same.
-constexpr int32_t kTableVersion = 10;
+constexpr int32_t kTableVersion = 11;
 
 struct DeviceInfo {
   char name[256];
@@ -374,7 +374,10 @@ struct DeviceTable {
   int (*device_count)(int* count);
   int (*device_info)(int ordinal, DeviceInfo* info);
   const char* (*describe)(int code);
-  int (*open)(int ordinal, void** device);
+  int (*stream_device)(void* stream, int* ordinal);  // a stream as CUDA has them: a cudaStream_t
+  // Work of kMainQueue is asked for on `stream`, which must outlive the device; null: on one of its
+  // own. A stream that is not of this device, see stream_device(), or a default one will not do.
+  int (*open)(int ordinal, void* stream, void** device);
   void (*close)(void* device);
   int (*synchronise)(void* device);  // both queues
 

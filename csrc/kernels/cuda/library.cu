@@ -7,7 +7,8 @@ namespace {
 
 struct Device {
   int ordinal;
-  cudaStream_t stream;
+  cudaStream_t stream;  // kMainQueue
+  bool borrowed;        // somebody else's
   cudaStream_t sends;   // kSendQueue
   cudaEvent_t fetched;  // the last fetch()
   bool overlaps;        // kernels may wait for one another
@@ -71,7 +72,18 @@ int device_info(int ordinal, DeviceInfo* info) {
 
 const char* describe(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
-int open(int ordinal, void** device) {
+int stream_device(void* stream, int* ordinal) {
+  return code(cudaStreamGetDevice(static_cast<cudaStream_t>(stream), ordinal));
+}
+
+// What a stream is asked for while it is captured would become part of somebody else's graph.
+cudaError_t require_free(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  if (const cudaError_t error = cudaStreamIsCapturing(stream, &status)) return error;
+  return status == cudaStreamCaptureStatusNone ? cudaSuccess : cudaErrorStreamCaptureUnsupported;
+}
+
+int open(int ordinal, void* given, void** device) {
   if (const cudaError_t error = cudaSetDevice(ordinal)) return code(error);
   // Released memory stays with the process, for the next allocation.
   cudaMemPool_t pool;
@@ -82,15 +94,19 @@ int open(int ordinal, void** device) {
     return code(error);
   bool overlaps = false, warpgroups = false;
   if (const cudaError_t error = architecture(&overlaps, &warpgroups)) return code(error);
-  cudaStream_t stream, sends;
-  if (const cudaError_t error = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking))
+  const bool borrowed = given != nullptr;
+  auto stream = static_cast<cudaStream_t>(given);
+  if (const cudaError_t error = borrowed
+                                    ? require_free(stream)
+                                    : cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking))
     return code(error);
+  cudaStream_t sends;
   if (const cudaError_t error = cudaStreamCreateWithFlags(&sends, cudaStreamNonBlocking))
     return code(error);
   cudaEvent_t fetched;
   if (const cudaError_t error = cudaEventCreateWithFlags(&fetched, cudaEventDisableTiming))
     return code(error);
-  *device = new Device{ordinal, stream, sends, fetched, overlaps, warpgroups};
+  *device = new Device{ordinal, stream, borrowed, sends, fetched, overlaps, warpgroups};
   return 0;
 }
 
@@ -104,7 +120,7 @@ void close(void* device) {
     const cudaError_t error = wait_for_all(device, stream);
     cudaEventDestroy(device_of(device).fetched);
     cudaStreamDestroy(device_of(device).sends);
-    cudaStreamDestroy(stream);
+    if (!device_of(device).borrowed) cudaStreamDestroy(stream);
     return error;
   });
   delete &device_of(device);
@@ -255,11 +271,11 @@ int run(void* device, const Call* call) {
 }
 
 constexpr DeviceTable kTable = {
-    kTableVersion,  &device_count,  &device_info,    &describe,      &open,        &close,
-    &synchronise,   &allocate,      &release,        &upload,        &download,    &copy,
-    &allocate_host, &release_host,  &fetch,          &await_fetched, &send,        &make_event,
-    &release_event, &record_event,  &wait_for_event, &await_event,   &begin_graph, &end_graph,
-    &start_graph,   &release_graph,
+    kTableVersion, &device_count,  &device_info,   &describe,       &stream_device, &open,
+    &close,        &synchronise,   &allocate,      &release,        &upload,        &download,
+    &copy,         &allocate_host, &release_host,  &fetch,          &await_fetched, &send,
+    &make_event,   &release_event, &record_event,  &wait_for_event, &await_event,   &begin_graph,
+    &end_graph,    &start_graph,   &release_graph,
 #define PUNA_OPERATION(name, Call) &run<launch_##name, Call>,
 #include "kernels/cuda/operations.inc"
 #undef PUNA_OPERATION

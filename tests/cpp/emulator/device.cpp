@@ -8,6 +8,7 @@
 #include <iterator>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -43,20 +44,32 @@ struct Task {
   std::function<int()> work;
 };
 
-struct Device {
+struct Kind {
   const char* name;
   Schedule schedule;
-  bool warpgroups;                // whether it has their products
-  std::unique_ptr<Graph> noting;  // while a graph is made
-  std::vector<Fetched> fetched;
-  std::deque<Task> waiting[2];  // by queue, in the order of the calls
+  bool warpgroups;  // whether it has their products
 };
 // The last warp of a block of eight often ends the sums of the others.
-Device devices[] = {
-    {"emulator", {}, false, {}, {}, {}},
-    {"emulator, late copies, warp 0 starved", {true, 0}, false, {}, {}, {}},
-    {"emulator, warpgroups, warp 1 starved", {false, 1}, true, {}, {}, {}},
-    {"emulator, warpgroups, late copies, warp 7 starved", {true, 7}, true, {}, {}, {}},
+constexpr Kind kinds[] = {
+    {"emulator", {}, false},
+    {"emulator, late copies, warp 0 starved", {true, 0}, false},
+    {"emulator, warpgroups, warp 1 starved", {false, 1}, true},
+    {"emulator, warpgroups, late copies, warp 7 starved", {true, 7}, true},
+};
+
+struct Stream {
+  int ordinal;
+  std::deque<Task> waiting;  // in the order of the calls
+  int64_t asked = 0;         // how often
+};
+std::set<const void*> streams;  // those that users made
+
+struct Device {
+  const Kind& kind;
+  Stream own, sends;
+  Stream* queues[2];              // by puna::cuda::Queue
+  std::unique_ptr<Graph> noting;  // while a graph is made
+  std::vector<Fetched> fetched;
 };
 bool is_late = false;
 int64_t sent = 0;
@@ -75,7 +88,7 @@ int go_on(Device& device);
 // One step towards the end of a queue: its first task, or if that waits for an event, the next of
 // the other queue.
 int do_next(Device& device, puna::cuda::Queue queue) {
-  auto& waiting = device.waiting[queue];
+  auto& waiting = device.queues[queue]->waiting;
   if (const Event* const event = waiting.front().event.get())
     if (event->reached < waiting.front().recorded) return do_next(device, event->queue);
   const Task task = std::move(waiting.front());
@@ -86,7 +99,7 @@ int do_next(Device& device, puna::cuda::Queue queue) {
 }
 
 int do_all(Device& device, puna::cuda::Queue queue) {
-  while (!device.waiting[queue].empty())
+  while (!device.queues[queue]->waiting.empty())
     if (const int code = do_next(device, queue)) return code;
   return 0;
 }
@@ -95,7 +108,7 @@ int do_all(Device& device, puna::cuda::Queue queue) {
 // itself.
 int go_on(Device& device) {
   if (!is_late) return do_all(device, puna::cuda::kMainQueue);
-  const auto& sends = device.waiting[puna::cuda::kSendQueue];
+  const auto& sends = device.sends.waiting;
   while (!sends.empty() &&
          (sends.front().event == nullptr || sends.front().event->reached >= sends.front().recorded))
     if (const int code = do_next(device, puna::cuda::kSendQueue)) return code;
@@ -103,7 +116,9 @@ int go_on(Device& device) {
 }
 
 int ask(void* device, puna::cuda::Queue queue, Task task) {
-  device_of(device).waiting[queue].push_back(std::move(task));
+  Stream& stream = *device_of(device).queues[queue];
+  ++stream.asked;
+  stream.waiting.push_back(std::move(task));
   return go_on(device_of(device));
 }
 
@@ -135,10 +150,10 @@ int run(void* device, const Call* call) {
     return 0;
   }
   return do_or_wait(device, [&of, noted = *call] {
-    Machine::instance().set_schedule(of.schedule);
-    Machine::instance().set_most_shared(of.warpgroups ? Machine::kWarpgroupShared
-                                                      : Machine::kLeastShared);
-    puna::cuda::has_warpgroups = of.warpgroups;
+    Machine::instance().set_schedule(of.kind.schedule);
+    Machine::instance().set_most_shared(of.kind.warpgroups ? Machine::kWarpgroupShared
+                                                           : Machine::kLeastShared);
+    puna::cuda::has_warpgroups = of.kind.warpgroups;
     try {
       return kLaunch(noted, nullptr);
     } catch (const Fault& fault) {
@@ -170,7 +185,7 @@ int release_graph(void*, void* graph) {
 }
 
 int device_count(int* count) {
-  *count = static_cast<int>(std::size(devices));
+  *count = static_cast<int>(std::size(kinds));
   return 0;
 }
 
@@ -178,15 +193,39 @@ int device_info(int ordinal, DeviceInfo* info) {
   const char* const given = std::getenv("EMULATOR_MEMORY");  // bytes
   const int64_t memory = given != nullptr ? std::atoll(given) : int64_t{1} << 32;
   *info = {{}, 9, 0, 1, memory, memory};
-  std::snprintf(info->name, sizeof(info->name), "%s", devices[ordinal].name);
+  std::snprintf(info->name, sizeof(info->name), "%s", kinds[ordinal].name);
   return 0;
 }
 
 const char* describe(int) { return last_fault.c_str(); }
 
-int open_device(int ordinal, void** device) {
-  *device = &devices[ordinal];
+int stream_device(void* stream, int* ordinal) {
+  if (streams.count(stream) == 0) {
+    last_fault = "there is no such stream";
+    return kFault;
+  }
+  *ordinal = static_cast<Stream*>(stream)->ordinal;
   return 0;
+}
+
+int open_device(int ordinal, void* stream, void** device) {
+  auto* const made = new Device{kinds[ordinal], {ordinal, {}}, {ordinal, {}}, {}, {}, {}};
+  made->queues[puna::cuda::kMainQueue] =
+      stream != nullptr ? static_cast<Stream*>(stream) : &made->own;
+  made->queues[puna::cuda::kSendQueue] = &made->sends;
+  *device = made;
+  return 0;
+}
+
+void close_device(void* device) {
+  Device& of = device_of(device);
+  const Stream* const main = of.queues[puna::cuda::kMainQueue];
+  if (main != &of.own && streams.count(main) == 0) {
+    std::fprintf(stderr, "a stream was destroyed before the device that works on it was closed\n");
+    std::abort();
+  }
+  synchronise(device);
+  delete &of;
 }
 
 int allocate(void* device, size_t bytes, void** memory) {
@@ -327,38 +366,27 @@ void set_late(bool late) { is_late = late; }
 
 int64_t sends() { return sent; }
 
+void* make_stream(int ordinal) {
+  auto* const stream = new Stream{ordinal, {}};
+  streams.insert(stream);
+  return stream;
+}
+
+void destroy_stream(void* stream) {
+  streams.erase(stream);
+  delete static_cast<Stream*>(stream);
+}
+
+int64_t asked(const void* stream) { return static_cast<const Stream*>(stream)->asked; }
+
 const puna::cuda::DeviceTable& device_table() {
   using namespace puna::cuda;  // NOLINT
   static const DeviceTable table = {
-      kTableVersion,
-      &device_count,
-      &device_info,
-      &describe,
-      &open_device,
-      [](void* device) {
-        synchronise(device);
-        device_of(device).fetched.clear();
-      },
-      &synchronise,
-      &allocate,
-      &release,
-      &upload,
-      &download,
-      &copy,
-      &allocate_host,
-      &release_host,
-      &fetch,
-      &await_fetched,
-      &send,
-      &make_event,
-      &release_event,
-      &record_event,
-      &wait_for_event,
-      &await_event,
-      &begin_graph,
-      &end_graph,
-      &start_graph,
-      &release_graph,
+      kTableVersion, &device_count,  &device_info,   &describe,       &stream_device, &open_device,
+      &close_device, &synchronise,   &allocate,      &release,        &upload,        &download,
+      &copy,         &allocate_host, &release_host,  &fetch,          &await_fetched, &send,
+      &make_event,   &release_event, &record_event,  &wait_for_event, &await_event,   &begin_graph,
+      &end_graph,    &start_graph,   &release_graph,
 #define PUNA_OPERATION(name, Call) &run<launch_##name, Call>,
 #include "kernels/cuda/operations.inc"
 #undef PUNA_OPERATION

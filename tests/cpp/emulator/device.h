@@ -13,6 +13,11 @@ const puna::cuda::DeviceTable& device_table();
 // round. Nobody may look into its memory before.
 void set_late(bool late);
 
+// A stream as users make them, and how often a device has asked it for something.
+void* make_stream(int ordinal);
+void destroy_stream(void* stream);
+int64_t asked(const void* stream);
+
 // How often anything was sent so far, to whatever device.
 int64_t sends();
 
