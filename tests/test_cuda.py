@@ -202,7 +202,7 @@ class OldStream:
         (FakeStream((1, 4096)), "is of version 1; this puna knows version 0"),
         (FakeStream((0, -1)), "returned the address -1"),
         (FakeStream((0, 1 << 64)), "returned the address 18446744073709551616"),
-        (FakeStream((0, 0)), "handle is 0, a default stream, .* create_stream"),
+        (FakeStream((0, 0)), "handle is 0, a default stream, .*create_stream"),
         (FakeStream((0, 1)), "handle is 1, a default stream"),
         (FakeStream((0, 2)), "handle is 2, a default stream"),
     ],
@@ -244,6 +244,31 @@ def test_an_engine_computes_on_the_stream_that_it_is_given(
         assert report["asked"] > 100
         assert report["asked_by_others"] == 0
         assert "stream is of cuda:0 and the device is cuda:1; device='cuda:0'" in report["refused"]
+
+
+def test_results_stay_on_the_device_for_others(
+    checkpoint: MakeCheckpoint, library: str | None
+) -> None:
+    """With the bits of those that come to the host, and as long as anybody has them."""
+    if library is None:
+        pytest.importorskip("cuda.core")
+    report = share(checkpoint("scout_like", dtype="float32").path, "array", library)
+    assert report["device"] == ["cuda:0", [2, 0]]
+    assert report["same_logits"] and report["same_hidden_states"]
+    # Its stream is alive as long as the engine's device is.
+    for when in ("while_held", "while_taken", "by_the_other"):
+        assert report[f"alive_{when}"], when
+    assert not report["alive_at_last"]
+    assert report["handed_out"] == [""] * 6
+    refused = report["refused"]
+    assert "stream is 0, which may be either default stream" in refused["stream 0"]
+    assert "stream is -2; it must be None, -1" in refused["stream -2"]
+    assert "it goes to the host's memory by a copy alone" in refused["host without a copy"]
+    assert "for the host's memory it must be None" in refused["stream of the host"]
+    assert "it cannot go to device (2, 1), but to (1, 0)" in refused["another"]
+    assert report["same_on_host"] and report["copied"] and report["copy_device"] == [2, 0]
+    for text in (*report["refused_when_closed"], report["refused_when_gone"]):
+        assert "the engine that would copy the array, which is on cuda:0, is closed" in text
 
 
 # --- the run on a machine with a GPU --------------------------------------------------------------

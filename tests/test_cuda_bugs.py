@@ -141,6 +141,10 @@ SENT_PLACES = Place(
 SENT_EXPERTS = Place(
     "products.cpp", "products.cpp", "cuda_host_experts_test", "", folder="backend/cuda"
 )
+SHARED = Place("device.cpp", "device.cpp", "cuda_interop_test", "shared", folder="backend/cuda")
+SHARING = Place(
+    "cuda_backend.cpp", "cuda_backend.cpp", "cuda_interop_test", "shared", folder="backend/cuda"
+)
 STREAMS = Place("device.cpp", "device.cpp", "cuda_interop_test", "stream", folder="backend/cuda")
 WINDOW = Place(
     "page_window.cpp", "page_window.cpp", "cuda_kv_test", "pages_beyond", folder="backend/cuda"
@@ -428,6 +432,11 @@ OTHERS = [
     # --- device.cpp
     Bug(STREAMS, "table.open(ordinal, stream_.get(), &handle_)", "table.open(ordinal, nullptr, &handle_)"),
     Bug(STREAMS, "if (of != ordinal)", "if (false)"),
+    Bug(SHARED, "table_.await_everybody(handle_) == 0", "true"),
+    Bug(SHARED, "given_back_by_others_.insert(given_back_by_others_.end(), others.begin(), others.end());", ""),
+    Bug(SHARED, "if (at_once) release_memory();", ""),
+    Bug(SHARED, "retired_ = true;", ""),
+    Bug(SHARING, "device_->allocate_shared(bytes)", "device_->allocate(bytes)"),
     Bug(STREAMS, "table_.close(handle_);", "stream_.reset(); table_.close(handle_);"),
     # --- tensor_attention.cu
     Bug(TENSOR, "float2*>(to + kStateHead + 8 * (kCount * warp + n) + 2 * t)", "float2*>(to + kStateHead + 8 * n + 2 * t)"),

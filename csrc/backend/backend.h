@@ -202,13 +202,20 @@ class Backend {
   // patches, row-major, joined channel-wise.
   virtual void pixel_shuffle(Rows out, ConstRows x, int64_t tiles, int64_t grid,
                              int64_t factor) = 0;
+
+  // --- sharing with others -----------------------------------------------------------------------
+  // The GPU that memory of allocate() is of, as CUDA counts them; none: it is the host's.
+  virtual std::optional<int> gpu() const { return std::nullopt; }
+  // As allocate(), for memory that others use, too, in an order of their own: it is given back when
+  // they have come to an end, and may be by any thread, and when the backend is gone.
+  virtual Buffer allocate_shared(size_t bytes) { return allocate(bytes); }
 };
 
 struct BackendOptions {
-  std::string isa;               // "" = the best supported
-  int threads = 0;               // 0 = physical cores allowed to this process
-  int ordinal = 0;               // which one, of several devices
-  std::shared_ptr<void> stream;  // of a GPU, as LoadOptions has it
+  std::string isa;                    // "" = the best supported
+  int threads = 0;                    // 0 = physical cores allowed to this process
+  int ordinal = 0;                    // which one, of several devices
+  std::shared_ptr<void> stream = {};  // of a GPU, as LoadOptions has it
 };
 
 // One line of backends.inc: how to make it, and whether it can be made here.

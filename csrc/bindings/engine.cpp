@@ -227,6 +227,18 @@ py::array_t<float> outputs(Engine& engine, const Ids& tokens, const std::vector<
                   kOutput == ModelOutput::kLogits ? info.vocab_size : info.hidden_size);
 }
 
+template <ModelOutput kOutput>
+py::object device_outputs(Engine& engine, const Ids& tokens, const std::vector<Pixels>& images,
+                          const std::vector<int64_t>& cuts) {
+  const Prompt prompt = prompt_of(vector_of(tokens), images);
+  DeviceRows rows;
+  {
+    const py::gil_scoped_release release;
+    rows = engine.device_outputs(kOutput, prompt, cuts, signal_poll());
+  }
+  return device_array(std::move(rows));
+}
+
 AttentionMode::Kind attention_kind(const std::string& name) {
   return name == "certified" ? AttentionMode::Kind::kCertified
          : name == "budget"  ? AttentionMode::Kind::kBudget
@@ -397,6 +409,10 @@ void bind_engine(py::module_& module) {
            "float32 [tokens, vocab].")
       .def("hidden_states", &outputs<ModelOutput::kHiddenStates>, "tokens"_a, "images"_a, "cuts"_a,
            "float32 [tokens, hidden]: after the last norm.")
+      .def("device_logits", &device_outputs<ModelOutput::kLogits>, "tokens"_a, "images"_a, "cuts"_a,
+           "The logits in the memory of the device: a DeviceArray.")
+      .def("device_hidden_states", &device_outputs<ModelOutput::kHiddenStates>, "tokens"_a,
+           "images"_a, "cuts"_a, "The hidden states in the memory of the device: a DeviceArray.")
       .def(
           "score",
           [](Engine& engine, const Ids& tokens) {

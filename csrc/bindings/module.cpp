@@ -8,6 +8,7 @@ PYBIND11_MODULE(_core, module) {
   puna::bindings::bind_text(module);
   puna::bindings::bind_image(module);
   puna::bindings::bind_system(module);
+  puna::bindings::bind_dlpack(module);
   puna::bindings::bind_engine(module);
   puna::bindings::bind_plan(module);
 }

@@ -46,6 +46,26 @@ bool gpu_will_do(const LoadOptions& options) {
   return options.kv_disk.empty() && options.isa.empty();
 }
 
+int64_t columns_of(ModelOutput output, const ModelSpec& spec) {
+  return output == ModelOutput::kLogits ? spec.vocab_size : spec.hidden;
+}
+
+size_t bytes_of(int64_t rows, int64_t columns) {
+  return static_cast<size_t>(rows * columns) * sizeof(float);
+}
+
+// Throws OutOfMemory if the host's does not hold the outputs of a prompt.
+void require_memory(ModelOutput output, const Prompt& prompt, int64_t columns) {
+  const auto rows = static_cast<int64_t>(prompt.tokens.size());
+  const auto bytes = rows * columns * static_cast<int64_t>(sizeof(float));
+  if (bytes <= available_memory_bytes()) return;
+  const bool logits = output == ModelOutput::kLogits;
+  fail(ErrorCode::kOutOfMemory, {.asked = bytes, .limit = available_memory_bytes()}, "[",
+       name_of(output), "] ", rows, " rows of ", columns, logits ? " logits" : " hidden states",
+       " need ", in_words(bytes), ", ", in_words(available_memory_bytes()), " is free; use ",
+       logits ? "score() or a shorter prompt" : "a shorter prompt");
+}
+
 }  // namespace
 
 Engine::Engine(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
@@ -187,18 +207,17 @@ std::vector<StepResult> Engine::step(std::span<Session* const> sessions, const P
   return impl_->step(states, poll);
 }
 
-std::vector<float> Engine::outputs(ModelOutput output, const Prompt& prompt,
-                                   std::span<const int64_t> cuts, const Poll& poll) {
+DeviceRows Engine::Impl::shared_rows(int64_t rows, int64_t columns, bool on_host) {
+  const size_t bytes = bytes_of(rows, columns);
+  const auto memory = std::make_shared<Buffer>(on_host ? backend->host().allocate(bytes)
+                                                       : backend->allocate_shared(bytes));
+  return {{memory, memory->floats()}, rows, columns, on_host ? std::nullopt : backend->gpu(), {}};
+}
+
+template <class Take>
+void Engine::compute(ModelOutput output, const Prompt& prompt, std::span<const int64_t> cuts,
+                     const Poll& poll, const Take& take) {
   const auto length = static_cast<int64_t>(prompt.tokens.size());
-  const bool logits = output == ModelOutput::kLogits;
-  const auto columns = static_cast<size_t>(logits ? impl_->spec.vocab_size : impl_->spec.hidden);
-  const int64_t bytes = static_cast<int64_t>(prompt.tokens.size() * columns * sizeof(float));
-  if (bytes > available_memory_bytes()) {
-    fail(ErrorCode::kOutOfMemory, {.asked = bytes, .limit = available_memory_bytes()}, "[",
-         name_of(output), "] ", length, " rows of ", columns, logits ? " logits" : " hidden states",
-         " need ", in_words(bytes), ", ", in_words(available_memory_bytes()), " is free; use ",
-         logits ? "score() or a shorter prompt" : "a shorter prompt");
-  }
   const std::shared_ptr<Session> one = session();
   one->prompt(prompt);
   int64_t cut_total = 0;
@@ -212,17 +231,65 @@ std::vector<float> Engine::outputs(ModelOutput output, const Prompt& prompt,
     fail(ErrorCode::kInvalidRequest, "[", name_of(output), "] the cuts add up to ", cut_total,
          ", the prompt has ", length, " tokens");
   }
-  std::vector<float> all;
-  all.reserve(prompt.tokens.size() * columns);
   const std::array<int64_t, 1> whole{length};
   for (int64_t cut : cuts.empty() ? std::span<const int64_t>(whole) : cuts) {
     while (cut > 0) {
-      const std::vector<float> rows = one->outputs(output, cut, poll);
-      all.insert(all.end(), rows.begin(), rows.end());
-      cut -= static_cast<int64_t>(rows.size() / columns);
+      const std::lock_guard turn(impl_->turn);
+      impl_->require_open();
+      impl_->release_dropped();
+      const ConstRows rows = impl_->next_outputs(one->state_->text, output, cut, poll);
+      take(rows);
+      cut -= rows.rows;
     }
   }
+}
+
+std::vector<float> Engine::outputs(ModelOutput output, const Prompt& prompt,
+                                   std::span<const int64_t> cuts, const Poll& poll) {
+  const int64_t columns = columns_of(output, impl_->spec);
+  require_memory(output, prompt, columns);
+  std::vector<float> all(prompt.tokens.size() * static_cast<size_t>(columns));
+  float* to = all.data();
+  compute(output, prompt, cuts, poll, [&](ConstRows rows) {
+    impl_->backend->to_host(to, rows);
+    to += rows.rows * columns;
+  });
   return all;
+}
+
+DeviceRows Engine::device_outputs(ModelOutput output, const Prompt& prompt,
+                                  std::span<const int64_t> cuts, const Poll& poll) {
+  const int64_t columns = columns_of(output, impl_->spec);
+  DeviceRows all;
+  {
+    const std::lock_guard turn(impl_->turn);
+    impl_->require_open();
+    if (!impl_->backend->gpu()) require_memory(output, prompt, columns);
+    all = impl_->shared_rows(static_cast<int64_t>(prompt.tokens.size()), columns, false);
+  }
+  all.engine = weak_from_this();
+  float* to = all.data.get();
+  compute(output, prompt, cuts, poll, [&](ConstRows rows) {
+    impl_->backend->copy(to, rows.data, bytes_of(rows.rows, columns));
+    impl_->backend->to_host(nullptr, rows.slice(0, 0));  // waits for it
+    to += rows.rows * columns;
+  });
+  return all;
+}
+
+DeviceRows Engine::copy(const DeviceRows& rows, bool to_host) {
+  const std::lock_guard turn(impl_->turn);
+  impl_->require_open();
+  DeviceRows made = impl_->shared_rows(rows.rows, rows.columns, to_host);
+  made.engine = rows.engine;
+  const ConstRows from(rows.data.get(), rows.rows, rows.columns);
+  if (to_host) {
+    impl_->backend->to_host(made.data.get(), from);
+  } else {
+    impl_->backend->copy(made.data.get(), from.data, bytes_of(rows.rows, rows.columns));
+    impl_->backend->to_host(nullptr, from.slice(0, 0));  // waits for it
+  }
+  return made;
 }
 
 std::vector<double> Engine::score(std::span<const int32_t> tokens, const Poll& poll) {

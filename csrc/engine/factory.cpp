@@ -76,7 +76,7 @@ void check_stream(const std::string& device, const std::shared_ptr<void>& stream
   const auto handle = reinterpret_cast<uintptr_t>(stream.get());
   if (handle <= 2)
     fail(ErrorCode::kInvalidRequest, {.param = "stream"}, "[load] the stream's handle is ", handle,
-         ", a default stream, whose work cannot be captured into graphs; make one, as "
+         ", a default stream, which is everybody's or each thread's own; make one, as "
          "cuda.core.Device().create_stream() does");
 }
 

@@ -1,6 +1,7 @@
 // Packing sequences into forward passes, and turning logits into steps of sessions.
 #include <algorithm>
 #include <chrono>
+#include <numeric>
 
 #include "engine/state.h"
 
@@ -193,6 +194,20 @@ ConstRows Engine::Impl::forward(std::span<const PassMember> members,
                 *kv, out, poll);
   kv->commit(plan);
   return out;
+}
+
+ConstRows Engine::Impl::next_outputs(TokenSequence& text, ModelOutput output, int64_t most,
+                                     const Poll& poll) {
+  const int64_t pending = text.tokens.size() - kv->length(text.sequence);
+  if (pending == 0) return {};
+  const int64_t rows = std::min({most, pending, kv->room(text.sequence), kEvaluationRows});
+  std::vector<int32_t> wanted(static_cast<size_t>(rows));
+  std::iota(wanted.begin(), wanted.end(), 0);
+  const PassMember one{&text, rows};
+  return forward({&one, 1}, wanted, output, [&] {
+    require_open();
+    if (poll) poll();
+  });
 }
 
 std::vector<Engine::Impl::Chosen> Engine::Impl::choose(ConstRows logits,

@@ -1,6 +1,5 @@
 // Session: one sequence of tokens and the turn that is being generated on it.
 #include <algorithm>
-#include <numeric>
 
 #include "engine/state.h"
 #include "platform/system.h"
@@ -191,19 +190,9 @@ std::vector<float> Session::outputs(ModelOutput output, int64_t most, const Poll
   const std::lock_guard turn(impl.turn);
   impl.require_open();
   impl.release_dropped();
-  TokenSequence& text = state_->text;
-  const int64_t pending = text.tokens.size() - impl.kv->length(text.sequence);
-  if (pending == 0) return {};
-  const int64_t rows = std::min({most, pending, impl.kv->room(text.sequence), kEvaluationRows});
-  std::vector<int32_t> wanted(static_cast<size_t>(rows));
-  std::iota(wanted.begin(), wanted.end(), 0);
-  const PassMember one{&text, rows};
-  const ConstRows out = impl.forward({&one, 1}, wanted, output, [&] {
-    impl.require_open();
-    if (poll) poll();
-  });
+  const ConstRows out = impl.next_outputs(state_->text, output, most, poll);
   std::vector<float> host(static_cast<size_t>(out.rows * out.cols));
-  impl.backend->to_host(host.data(), out);
+  if (out.rows > 0) impl.backend->to_host(host.data(), out);
   return host;
 }
 

@@ -167,6 +167,11 @@ struct Engine::Impl {
   std::shared_ptr<const ImageFeatures> features_of(const PlacedImage& image, const Poll& poll);
   std::vector<StepResult> step(std::span<Session::State* const> sessions, const Poll& poll);
   int64_t prefill(Session::State& session, int64_t most, const Poll& poll);
+  // Outputs at each of the next tokens of a text, at most `most` of them and what one pass holds.
+  // They are the backend's until the next pass.
+  ConstRows next_outputs(TokenSequence& text, ModelOutput output, int64_t most, const Poll& poll);
+  // engine.cpp: rows for whoever will have them, in the memory of the device or of the host.
+  DeviceRows shared_rows(int64_t rows, int64_t columns, bool on_host);
   // The next token of each session, from its row of logits; of these as little as will do goes to
   // the host.
   struct Chosen {

@@ -7,7 +7,7 @@ print(llm.chat("Tell me a story about a fox."))
 """
 
 from puna import errors
-from puna._core import StreamDecoder, StreamEncoder, Tokenizer, backends, isas
+from puna._core import DeviceArray, StreamDecoder, StreamEncoder, Tokenizer, backends, isas
 from puna._core import version as _version
 from puna.attention import Attention, AttentionReport
 from puna.engine import Engine
@@ -49,6 +49,7 @@ __all__ = [
     "Comparison",
     "Completion",
     "ContextOverflow",
+    "DeviceArray",
     "DeviceError",
     "Engine",
     "EngineClosed",

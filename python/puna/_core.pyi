@@ -3,7 +3,7 @@ from typing import Any, Literal, TypeAlias, TypedDict, final, overload, type_che
 
 import numpy as np
 from numpy.typing import NDArray
-from typing_extensions import Never
+from typing_extensions import CapsuleType, Never
 
 _Ids: TypeAlias = NDArray[np.integer[Any]] | Sequence[int]
 
@@ -295,6 +295,25 @@ class Session(metaclass=_PybindType):
     def timings(self) -> _Timings: ...
 
 @final
+class DeviceArray(metaclass=_PybindType):
+    def __init__(self, *args: Never, **kwargs: Never) -> None: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def dtype(self) -> np.dtype[np.float32]: ...
+    @property
+    def device(self) -> str: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+    def __dlpack__(
+        self,
+        *,
+        stream: int | None = ...,
+        max_version: tuple[int, int] | None = ...,
+        dl_device: tuple[int, int] | None = ...,
+        copy: bool | None = ...,
+    ) -> CapsuleType: ...
+
+@final
 class Engine(metaclass=_PybindType):
     def __init__(self, *args: Never, **kwargs: Never) -> None: ...
     def info(self) -> _Info: ...
@@ -312,6 +331,12 @@ class Engine(metaclass=_PybindType):
     def hidden_states(
         self, tokens: _Ids, images: Sequence[NDArray[np.float32]], cuts: Sequence[int]
     ) -> NDArray[np.float32]: ...
+    def device_logits(
+        self, tokens: _Ids, images: Sequence[NDArray[np.float32]], cuts: Sequence[int]
+    ) -> DeviceArray: ...
+    def device_hidden_states(
+        self, tokens: _Ids, images: Sequence[NDArray[np.float32]], cuts: Sequence[int]
+    ) -> DeviceArray: ...
     def score(self, tokens: _Ids) -> list[float]: ...
     def close(self) -> None: ...
     @property

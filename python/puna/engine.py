@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,6 +21,7 @@ from puna.arguments import (
     is_ids,
     tiles_array,
     token_ids,
+    truth,
     whole,
 )
 from puna.attention import report_of
@@ -306,12 +307,32 @@ class Engine:
 
     # --- evaluation ------------------------------------------------------------------------------
 
+    @overload
     def logits(
         self,
         tokens: ArrayLike,
         pixel_values: ArrayLike | None = None,
         cuts: Sequence[int] | None = None,
-    ) -> NDArray[np.float32]:
+        *,
+        on_device: Literal[False] = False,
+    ) -> NDArray[np.float32]: ...
+    @overload
+    def logits(
+        self,
+        tokens: ArrayLike,
+        pixel_values: ArrayLike | None = None,
+        cuts: Sequence[int] | None = None,
+        *,
+        on_device: Literal[True],
+    ) -> _core.DeviceArray: ...
+    def logits(
+        self,
+        tokens: ArrayLike,
+        pixel_values: ArrayLike | None = None,
+        cuts: Sequence[int] | None = None,
+        *,
+        on_device: bool = False,
+    ) -> NDArray[np.float32] | _core.DeviceArray:
         """Logits at every position of a prompt.
 
         Args:
@@ -319,32 +340,58 @@ class Engine:
             pixel_values: [tiles, 3, S, S] normalised tiles in the order of their places.
             cuts: Lengths, summing to T, of the pieces in which the prompt is computed; 1 is a
                 decode step. The result does not depend on them.
+            on_device: True leaves them in the memory of the device that computes, for
+                `torch.from_dlpack(llm.logits(ids, on_device=True))` and whatever else takes DLPack,
+                without a copy. A GPU needs room for them beside the model: see `memory` of `load`.
 
         Returns:
-            float32 [T, vocab], in the host's memory whatever the device; other libraries take it
-            without a copy by DLPack, as `torch.from_dlpack(llm.logits(ids))`.
+            float32 [T, vocab], in the host's memory unless `on_device` says otherwise.
 
         Raises:
             InvalidRequest: Ids outside the vocabulary, cuts that do not add up, or more or fewer
                 image places than rows.
+            OutOfMemory: They do not fit where they are to be.
         """
-        return self._core_engine().logits(*self._pieces(tokens, pixel_values, cuts))
+        core, pieces = self._core_engine(), self._pieces(tokens, pixel_values, cuts)
+        return (core.device_logits if truth("on_device", on_device) else core.logits)(*pieces)
 
+    @overload
     def hidden_states(
         self,
         tokens: ArrayLike,
         pixel_values: ArrayLike | None = None,
         cuts: Sequence[int] | None = None,
-    ) -> NDArray[np.float32]:
+        *,
+        on_device: Literal[False] = False,
+    ) -> NDArray[np.float32]: ...
+    @overload
+    def hidden_states(
+        self,
+        tokens: ArrayLike,
+        pixel_values: ArrayLike | None = None,
+        cuts: Sequence[int] | None = None,
+        *,
+        on_device: Literal[True],
+    ) -> _core.DeviceArray: ...
+    def hidden_states(
+        self,
+        tokens: ArrayLike,
+        pixel_values: ArrayLike | None = None,
+        cuts: Sequence[int] | None = None,
+        *,
+        on_device: bool = False,
+    ) -> NDArray[np.float32] | _core.DeviceArray:
         """What the head multiplies, at every position of a prompt: the last layer's, normed.
 
         Args and errors are those of `logits`.
 
         Returns:
-            float32 [T, hidden], as `logits` in the host's memory; `logits(ids)` is this times the
-            head's matrix.
+            float32 [T, hidden], where `logits` has its own; `logits(ids)` is this times the head's
+            matrix.
         """
-        return self._core_engine().hidden_states(*self._pieces(tokens, pixel_values, cuts))
+        core, pieces = self._core_engine(), self._pieces(tokens, pixel_values, cuts)
+        on_device = truth("on_device", on_device)
+        return (core.device_hidden_states if on_device else core.hidden_states)(*pieces)
 
     def _pieces(
         self, tokens: ArrayLike, pixel_values: ArrayLike | None, cuts: Sequence[int] | None

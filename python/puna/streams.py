@@ -40,7 +40,7 @@ def stream_handle(stream: Any) -> int:
             f"stream.__cuda_stream__() returned {got!r:.80}; it must be (0, address), two ints",
             param="stream",
         )
-    version, handle = got
+    version, handle = (int(part) for part in got)
     if version != _VERSION:
         raise InvalidRequest(
             f"stream.__cuda_stream__() is of version {version}; this puna knows version {_VERSION}",

@@ -1,5 +1,5 @@
 // What the CUDA backend shares with others in its process, on the emulator: a stream of theirs that
-// its work is asked for on.
+// its work is asked for on, and memory of its own that they read.
 #include <memory>
 #include <string>
 
@@ -86,4 +86,93 @@ TEST(a_stream_of_another_device_is_refused) {
   // Nor what is no stream.
   int nothing = 0;
   CHECK_THROWS(ErrorCode::kDevice, backend_on(0, {&nothing, [](void*) {}}));
+}
+
+namespace {
+
+// Memory that is watched: whether it was released, and whether before its reader had come to it.
+struct Watched {
+  const void* memory = nullptr;
+  bool was_read = false, released = false, too_early = false;
+  float seen = 0;
+} watched;
+
+const cuda::DeviceTable& watching_table() {
+  static const cuda::DeviceTable table = [] {
+    cuda::DeviceTable made = emulator::device_table();
+    made.release = [](void* device, void* memory) {
+      if (memory == watched.memory) {
+        watched.released = true;
+        watched.too_early = !watched.was_read;
+      }
+      return emulator::device_table().release(device, memory);
+    };
+    return made;
+  }();
+  return table;
+}
+
+std::unique_ptr<Backend> watched_backend() {
+  return make_cuda_backend(watching_table(), 0, make_cpu_backend({"", 1}));
+}
+
+// Memory that others use, with a value.
+Buffer shared_memory(Backend& backend, float value) {
+  Buffer memory = backend.allocate_shared(sizeof(float));
+  backend.from_host({memory.floats(), 1, 1}, &value);
+  backend.to_host(nullptr, {});
+  watched = {memory.data()};
+  return memory;
+}
+
+// What a user asks a stream for, who then may let go of the memory.
+void read_on(void* stream) {
+  emulator::ask_stream(stream, [] {
+    watched.was_read = true;
+    watched.seen = *static_cast<const float*>(watched.memory);
+  });
+}
+
+}  // namespace
+
+TEST(shared_memory_is_released_when_its_users_have_come_to_it) {
+  void* const stream = emulator::make_stream(0);
+  const auto backend = watched_backend();
+  CHECK(backend->gpu() == 0);
+  Buffer memory = shared_memory(*backend, 42);
+  read_on(stream);
+  memory = {};
+  CHECK(!watched.released && !watched.was_read);
+  // While they cannot be waited for, it stays.
+  emulator::set_everybody_fails(true);
+  backend->to_host(nullptr, {});
+  CHECK(!watched.released);
+  emulator::set_everybody_fails(false);
+  backend->to_host(nullptr, {});
+  CHECK(watched.released && !watched.too_early);
+  CHECK_EQ(watched.seen, 42.0f);
+  emulator::destroy_stream(stream);
+}
+
+TEST(shared_memory_outlives_the_backend_and_nothing_else_does) {
+  void* const stream = emulator::make_stream(0);
+  auto backend = watched_backend();
+  Buffer memory = shared_memory(*backend, 7);
+  Buffer ours = backend->allocate(64);
+  // Noted, and never started.
+  const Rows rows(ours.floats(), 1, 8);
+  backend->gather(rows, rows, std::vector<int32_t>{0});
+  backend.reset();
+  CHECK(!watched.released);
+  CHECK_EQ(*memory.floats(), 7.0f);
+  const Watched shared = watched;
+  watched = {ours.data(), true};
+  ours = {};
+  CHECK(watched.released);
+  watched = shared;
+  read_on(stream);
+  memory = {};
+  CHECK(watched.released && !watched.too_early);
+  CHECK_EQ(watched.seen, 7.0f);
+  emulator::destroy_stream(stream);
 }

@@ -26,6 +26,11 @@ Buffer CudaBackend::allocate(size_t bytes) {
   return Buffer(memory.get(), bytes, [memory](void*) {});
 }
 
+Buffer CudaBackend::allocate_shared(size_t bytes) {
+  const std::shared_ptr<void> memory = device_->allocate_shared(bytes);
+  return Buffer(memory.get(), bytes, [memory](void*) {});
+}
+
 Buffer CudaBackend::allocate_host(size_t bytes) {
   const std::shared_ptr<void> memory = device_->allocate_pinned(bytes);
   return Buffer(memory.get(), bytes, [memory](void*) {});

@@ -40,7 +40,7 @@ CudaDevice::~CudaDevice() {
   for (const auto& [noted, graph] : graphs_)
     if (graph.handle != nullptr) table_.release_graph(handle_, graph.handle);
   for (const TableChunk& chunk : tables_) table_.release(handle_, chunk.memory);
-  release_memory();
+  release_memory();  // what cannot be waited for stays with the process
   table_.close(handle_);
 }
 
@@ -52,7 +52,7 @@ int64_t CudaDevice::free_memory() const {
   return info.free_memory;
 }
 
-std::shared_ptr<void> CudaDevice::allocate(size_t bytes) {
+std::shared_ptr<void> CudaDevice::allocate(size_t bytes, Users users) {
   if (bytes == 0) return {};
   void* memory = nullptr;
   if (kernels_ == 0) release_memory();
@@ -65,11 +65,8 @@ std::shared_ptr<void> CudaDevice::allocate(size_t bytes) {
     fail(ErrorCode::kOutOfMemory, {.asked = static_cast<int64_t>(bytes), .limit = info_.memory},
          "[cuda] ", info_.name, " with ", info_.memory, " bytes has no ", bytes,
          " bytes left: ", table_.describe(code));
-  return {memory, [device = shared_from_this()](void* memory) {
-            // Kernels that are noted may still use it.
-            const std::lock_guard lock(device->mutex_);
-            device->given_back_.push_back(memory);
-          }};
+  return {memory,
+          [device = shared_from_this(), users](void* memory) { device->give_back(memory, users); }};
 }
 
 std::shared_ptr<void> CudaDevice::allocate_pinned(size_t bytes) {
@@ -90,11 +87,43 @@ CudaDevice::Event CudaDevice::make_event() {
           }};
 }
 
+void CudaDevice::give_back(void* memory, Users users) {
+  bool at_once = false;
+  {
+    // Kernels that are noted may still use it.
+    const std::lock_guard lock(mutex_);
+    (users == Users::kWe ? given_back_ : given_back_by_others_).push_back(memory);
+    at_once = retired_;
+  }
+  if (at_once) release_memory();
+}
+
 void CudaDevice::release_memory() {
+  std::vector<void*> ours, others;
+  {
+    const std::lock_guard lock(mutex_);
+    ours.swap(given_back_);
+    others.swap(given_back_by_others_);
+  }
   // In the order of the calls, so kernels under way may still use it.
-  const std::lock_guard lock(mutex_);
-  for (void* memory : given_back_) table_.release(handle_, memory);
-  given_back_.clear();
+  for (void* memory : ours) table_.release(handle_, memory);
+  if (others.empty()) return;
+  if (table_.await_everybody(handle_) == 0) {
+    for (void* memory : others) table_.release(handle_, memory);
+  } else {  // the next time
+    const std::lock_guard lock(mutex_);
+    given_back_by_others_.insert(given_back_by_others_.end(), others.begin(), others.end());
+  }
+}
+
+void CudaDevice::retire() {
+  noted_.clear();
+  kernels_ = 0;
+  {
+    const std::lock_guard lock(mutex_);
+    retired_ = true;
+  }
+  release_memory();
 }
 
 // --- kernels -------------------------------------------------------------------------------------

@@ -38,7 +38,10 @@ class CudaDevice : public std::enable_shared_from_this<CudaDevice> {
   int32_t multiprocessors() const { return info_.multiprocessors; }
 
   // Zeroed; OutOfMemory with the numbers. Lives as long as what was handed out.
-  std::shared_ptr<void> allocate(size_t bytes);
+  std::shared_ptr<void> allocate(size_t bytes) { return allocate(bytes, Users::kWe); }
+  // The same, for memory that others use in streams of their own: they may have asked for more
+  // before they let go of it than the device has done.
+  std::shared_ptr<void> allocate_shared(size_t bytes) { return allocate(bytes, Users::kOthers); }
   // Memory of the host that the device reads and writes by itself: uploads from it and fetches to
   // it go on while the host does something else. OutOfMemory.
   std::shared_ptr<void> allocate_pinned(size_t bytes);
@@ -128,6 +131,10 @@ class CudaDevice : public std::enable_shared_from_this<CudaDevice> {
   // Starts what is noted; tables take the places of earlier ones from here on.
   void next_pass();
 
+  // Nobody will start anything any more: what is noted is forgotten, and memory, what others still
+  // hold included, goes back at once when it is let go of.
+  void retire();
+
  private:
   // A kernel as noted, followed by the bytes that start() takes.
   struct Noted {
@@ -169,6 +176,9 @@ class CudaDevice : public std::enable_shared_from_this<CudaDevice> {
   const void* table(const void* data, size_t bytes);
   void send_tables();
   void start_kernels() const;
+  enum class Users { kWe, kOthers };
+  std::shared_ptr<void> allocate(size_t bytes, Users users);
+  void give_back(void* memory, Users users);
   void release_memory();
   void check(const char* what, int code) const {
     if (code != 0) fail(ErrorCode::kDevice, "[cuda] ", what, ": ", table_.describe(code));
@@ -187,8 +197,10 @@ class CudaDevice : public std::enable_shared_from_this<CudaDevice> {
   std::vector<TableChunk> tables_;
   size_t chunk_ = 0;  // of tables, in use
 
-  std::mutex mutex_;               // memory may be given back by any thread
-  std::vector<void*> given_back_;  // until what is noted has been started
+  std::mutex mutex_;  // memory may be given back by any thread
+  // Until what is noted has been started; and what others used, until they have come to an end.
+  std::vector<void*> given_back_, given_back_by_others_;
+  bool retired_ = false;
 };
 
 // Memory that grows as it is needed and whose contents last for one operation.

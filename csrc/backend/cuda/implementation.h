@@ -28,12 +28,16 @@ class CudaBackend final : public Backend {
                                                     : cuda::kProductOfWarps),
         sent_rows_(environment_cuda_sent_rows()) {}
 
+  ~CudaBackend() override { device_->retire(); }
+
   const char* name() const override { return "cuda"; }
   std::string description() const override;
   std::optional<int64_t> device_memory() const override { return device_->free_memory(); }
 
   // cuda_backend.cpp: memory, weights, rows
   Buffer allocate(size_t bytes) override;
+  Buffer allocate_shared(size_t bytes) override;
+  std::optional<int> gpu() const override { return ordinal_; }
   Buffer allocate_host(size_t bytes) override;
   void copy(void* to, const void* from, size_t bytes) override { device_->copy(to, from, bytes); }
   Backend& host() override { return *host_; }

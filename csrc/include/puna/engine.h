@@ -12,6 +12,7 @@
 
 #include <atomic>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -23,6 +24,7 @@
 namespace puna {
 
 class Tokenizer;
+class Engine;
 class Session;
 
 // A prompt as the model sees it: `tokens` holds the image token at each place of an image row, and
@@ -30,6 +32,14 @@ class Session;
 struct Prompt {
   std::vector<int32_t> tokens;
   std::vector<std::shared_ptr<const PreparedPixels>> images;
+};
+
+// Rows of fp32 in the memory of the device that computed them, which is done with them.
+struct DeviceRows {
+  std::shared_ptr<float> data;  // [rows][columns]; lasts as long as it is shared, engine or not
+  int64_t rows = 0, columns = 0;
+  std::optional<int> gpu;        // whose memory it is, as CUDA counts them; none: the host's
+  std::weak_ptr<Engine> engine;  // that computed them
 };
 
 // Called between layers; what it throws ends the step and leaves the session as it was before.
@@ -68,6 +78,11 @@ class Engine : public std::enable_shared_from_this<Engine> {
   // lengths `cuts` (empty: one piece; 1 = a decode step).
   std::vector<float> outputs(ModelOutput output, const Prompt& prompt,
                              std::span<const int64_t> cuts, const Poll& poll = {});
+  // The same, left in the memory of the device.
+  DeviceRows device_outputs(ModelOutput output, const Prompt& prompt, std::span<const int64_t> cuts,
+                            const Poll& poll = {});
+  // Another of the same, in the memory of the device or of the host.
+  DeviceRows copy(const DeviceRows& rows, bool to_host);
   // Log-probability of each token given those before it; the first has none (0).
   std::vector<double> score(std::span<const int32_t> tokens, const Poll& poll = {});
 
@@ -81,6 +96,10 @@ class Engine : public std::enable_shared_from_this<Engine> {
  private:
   friend class Session;
   explicit Engine(std::unique_ptr<Impl> impl);
+  // Computes a prompt; `take` has the rows of each pass, in their order and in the engine's turn.
+  template <class Take>
+  void compute(ModelOutput output, const Prompt& prompt, std::span<const int64_t> cuts,
+               const Poll& poll, const Take& take);
   std::unique_ptr<Impl> impl_;
 };
 

@@ -380,6 +380,8 @@ struct DeviceTable {
   int (*open)(int ordinal, void* stream, void** device);
   void (*close)(void* device);
   int (*synchronise)(void* device);  // both queues
+  // Waits for all that the device has been asked for, by whomever, in whatever stream.
+  int (*await_everybody)(void* device);
 
   // --- memory
   int (*allocate)(void* device, size_t bytes, void** memory);  // zeroed

@@ -8,7 +8,10 @@ namespace {
 struct Device {
   int ordinal;
   cudaStream_t stream;  // kMainQueue
-  bool borrowed;        // somebody else's
+  // Where kernels of graphs are noted. In a stream of somebody else's, whatever its owner asks it
+  // for meanwhile, from another thread, would become part of the graph.
+  cudaStream_t captures;
+  bool capturing;
   cudaStream_t sends;   // kSendQueue
   cudaEvent_t fetched;  // the last fetch()
   bool overlaps;        // kernels may wait for one another
@@ -43,7 +46,7 @@ int on(void* device, const Work& work) {
   if (const cudaError_t error = cudaSetDevice(of.ordinal)) return code(error);
   launches_overlap = of.overlaps;
   has_warpgroups = of.warpgroups;
-  return code(work(of.stream));
+  return code(work(of.capturing ? of.captures : of.stream));
 }
 
 int device_count(int* count) {
@@ -94,19 +97,23 @@ int open(int ordinal, void* given, void** device) {
     return code(error);
   bool overlaps = false, warpgroups = false;
   if (const cudaError_t error = architecture(&overlaps, &warpgroups)) return code(error);
-  const bool borrowed = given != nullptr;
   auto stream = static_cast<cudaStream_t>(given);
-  if (const cudaError_t error = borrowed
-                                    ? require_free(stream)
-                                    : cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking))
+  cudaStream_t captures, sends;
+  int priority = 0;  // also of the kernels of graphs
+  if (given != nullptr) {
+    if (const cudaError_t error = require_free(stream)) return code(error);
+    if (const cudaError_t error = cudaStreamGetPriority(stream, &priority)) return code(error);
+  }
+  if (const cudaError_t error =
+          cudaStreamCreateWithPriority(&captures, cudaStreamNonBlocking, priority))
     return code(error);
-  cudaStream_t sends;
+  if (given == nullptr) stream = captures;
   if (const cudaError_t error = cudaStreamCreateWithFlags(&sends, cudaStreamNonBlocking))
     return code(error);
   cudaEvent_t fetched;
   if (const cudaError_t error = cudaEventCreateWithFlags(&fetched, cudaEventDisableTiming))
     return code(error);
-  *device = new Device{ordinal, stream, borrowed, sends, fetched, overlaps, warpgroups};
+  *device = new Device{ordinal, stream, captures, false, sends, fetched, overlaps, warpgroups};
   return 0;
 }
 
@@ -120,7 +127,7 @@ void close(void* device) {
     const cudaError_t error = wait_for_all(device, stream);
     cudaEventDestroy(device_of(device).fetched);
     cudaStreamDestroy(device_of(device).sends);
-    if (!device_of(device).borrowed) cudaStreamDestroy(stream);
+    cudaStreamDestroy(device_of(device).captures);
     return error;
   });
   delete &device_of(device);
@@ -128,6 +135,17 @@ void close(void* device) {
 
 int synchronise(void* device) {
   return on(device, [&](cudaStream_t stream) { return wait_for_all(device, stream); });
+}
+
+int await_everybody(void* device) {
+  return on(device, [](cudaStream_t) {
+    // Otherwise it would end what another thread is capturing.
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    if (const cudaError_t error = cudaThreadExchangeStreamCaptureMode(&mode)) return error;
+    const cudaError_t error = cudaDeviceSynchronize();
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    return error;
+  });
 }
 
 int allocate(void* device, size_t bytes, void** memory) {
@@ -233,13 +251,16 @@ int copy(void* device, void* to, const void* from, size_t bytes) {
 }
 
 int begin_graph(void* device) {
-  return on(device, [](cudaStream_t stream) {
+  device_of(device).capturing = true;
+  const int error = on(device, [](cudaStream_t stream) {
     return cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal);
   });
+  device_of(device).capturing = error == 0;
+  return error;
 }
 
 int end_graph(void* device, void** graph) {
-  return on(device, [&](cudaStream_t stream) {
+  const int error = on(device, [&](cudaStream_t stream) {
     cudaGraph_t noted = nullptr;
     cudaError_t error = cudaStreamEndCapture(stream, &noted);
     if (error != cudaSuccess) return error;
@@ -249,6 +270,8 @@ int end_graph(void* device, void** graph) {
     *graph = made;
     return error;
   });
+  device_of(device).capturing = false;
+  return error;
 }
 
 int start_graph(void* device, void* graph) {
@@ -271,11 +294,11 @@ int run(void* device, const Call* call) {
 }
 
 constexpr DeviceTable kTable = {
-    kTableVersion, &device_count,  &device_info,   &describe,       &stream_device, &open,
-    &close,        &synchronise,   &allocate,      &release,        &upload,        &download,
-    &copy,         &allocate_host, &release_host,  &fetch,          &await_fetched, &send,
-    &make_event,   &release_event, &record_event,  &wait_for_event, &await_event,   &begin_graph,
-    &end_graph,    &start_graph,   &release_graph,
+    kTableVersion, &device_count, &device_info,     &describe,      &stream_device,  &open,
+    &close,        &synchronise,  &await_everybody, &allocate,      &release,        &upload,
+    &download,     &copy,         &allocate_host,   &release_host,  &fetch,          &await_fetched,
+    &send,         &make_event,   &release_event,   &record_event,  &wait_for_event, &await_event,
+    &begin_graph,  &end_graph,    &start_graph,     &release_graph,
 #define PUNA_OPERATION(name, Call) &run<launch_##name, Call>,
 #include "kernels/cuda/operations.inc"
 #undef PUNA_OPERATION

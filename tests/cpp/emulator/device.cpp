@@ -62,7 +62,8 @@ struct Stream {
   std::deque<Task> waiting;  // in the order of the calls
   int64_t asked = 0;         // how often
 };
-std::set<const void*> streams;  // those that users made
+std::set<Stream*> streams;  // those that users made
+bool everybody_fails = false;
 
 struct Device {
   const Kind& kind;
@@ -133,6 +134,17 @@ int synchronise(void* device) {
   return do_all(device_of(device), puna::cuda::kMainQueue);
 }
 
+// What users ask streams for waits for nothing.
+int await_everybody(void* device) {
+  if (const int code = synchronise(device)) return code;
+  if (everybody_fails) return kFault;
+  for (Stream* const stream : streams) {
+    if (stream->ordinal != device_of(device).own.ordinal) continue;
+    for (; !stream->waiting.empty(); stream->waiting.pop_front()) stream->waiting.front().work();
+  }
+  return 0;
+}
+
 bool lies_in(const Blocks& blocks, const void* memory) {
   const auto* const at = static_cast<const char*>(memory);
   const auto after = blocks.upper_bound(at);
@@ -200,7 +212,7 @@ int device_info(int ordinal, DeviceInfo* info) {
 const char* describe(int) { return last_fault.c_str(); }
 
 int stream_device(void* stream, int* ordinal) {
-  if (streams.count(stream) == 0) {
+  if (streams.count(static_cast<Stream*>(stream)) == 0) {
     last_fault = "there is no such stream";
     return kFault;
   }
@@ -219,7 +231,7 @@ int open_device(int ordinal, void* stream, void** device) {
 
 void close_device(void* device) {
   Device& of = device_of(device);
-  const Stream* const main = of.queues[puna::cuda::kMainQueue];
+  Stream* const main = of.queues[puna::cuda::kMainQueue];
   if (main != &of.own && streams.count(main) == 0) {
     std::fprintf(stderr, "a stream was destroyed before the device that works on it was closed\n");
     std::abort();
@@ -366,6 +378,8 @@ void set_late(bool late) { is_late = late; }
 
 int64_t sends() { return sent; }
 
+void set_everybody_fails(bool fails) { everybody_fails = fails; }
+
 void* make_stream(int ordinal) {
   auto* const stream = new Stream{ordinal, {}};
   streams.insert(stream);
@@ -373,8 +387,15 @@ void* make_stream(int ordinal) {
 }
 
 void destroy_stream(void* stream) {
-  streams.erase(stream);
+  streams.erase(static_cast<Stream*>(stream));
   delete static_cast<Stream*>(stream);
+}
+
+void ask_stream(void* stream, std::function<void()> work) {
+  static_cast<Stream*>(stream)->waiting.push_back({nullptr, 0, [work = std::move(work)] {
+                                                     work();
+                                                     return 0;
+                                                   }});
 }
 
 int64_t asked(const void* stream) { return static_cast<const Stream*>(stream)->asked; }
@@ -382,11 +403,13 @@ int64_t asked(const void* stream) { return static_cast<const Stream*>(stream)->a
 const puna::cuda::DeviceTable& device_table() {
   using namespace puna::cuda;  // NOLINT
   static const DeviceTable table = {
-      kTableVersion, &device_count,  &device_info,   &describe,       &stream_device, &open_device,
-      &close_device, &synchronise,   &allocate,      &release,        &upload,        &download,
-      &copy,         &allocate_host, &release_host,  &fetch,          &await_fetched, &send,
-      &make_event,   &release_event, &record_event,  &wait_for_event, &await_event,   &begin_graph,
-      &end_graph,    &start_graph,   &release_graph,
+      kTableVersion,    &device_count,  &device_info,    &describe,
+      &stream_device,   &open_device,   &close_device,   &synchronise,
+      &await_everybody, &allocate,      &release,        &upload,
+      &download,        &copy,          &allocate_host,  &release_host,
+      &fetch,           &await_fetched, &send,           &make_event,
+      &release_event,   &record_event,  &wait_for_event, &await_event,
+      &begin_graph,     &end_graph,     &start_graph,    &release_graph,
 #define PUNA_OPERATION(name, Call) &run<launch_##name, Call>,
 #include "kernels/cuda/operations.inc"
 #undef PUNA_OPERATION

@@ -2,6 +2,8 @@
 // device runs kernels by a schedule of its own.
 #pragma once
 
+#include <functional>
+
 #include "kernels/cuda/device_table.h"
 
 namespace emulator {
@@ -17,6 +19,10 @@ void set_late(bool late);
 void* make_stream(int ordinal);
 void destroy_stream(void* stream);
 int64_t asked(const void* stream);
+// What a user asks it for; done as late as is legal.
+void ask_stream(void* stream, std::function<void()> work);
+// Whether it cannot be waited for everybody, as when somebody captures.
+void set_everybody_fails(bool fails);
 
 // How often anything was sent so far, to whatever device.
 int64_t sends();

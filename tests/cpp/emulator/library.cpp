@@ -13,3 +13,6 @@ extern "C" __attribute__((visibility("default"))) void* emulator_make_stream(int
 extern "C" __attribute__((visibility("default"))) int64_t emulator_asked(const void* stream) {
   return emulator::asked(stream);
 }
+extern "C" __attribute__((visibility("default"))) void emulator_set_late(bool late) {
+  emulator::set_late(late);
+}
