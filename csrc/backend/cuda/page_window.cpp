@@ -83,7 +83,7 @@ void PageWindow::each(int64_t pages,
       memory_.halves.turn(
           device_, half,
           [&] {
-            pass(first - kHalf);  // the other half is still on its way
+            pass(std::max<int64_t>(first - kHalf, 0));  // the other half is still on its way
             end_[half] = std::min(end, last_);
             bring(first, end);
           },
