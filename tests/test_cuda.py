@@ -66,6 +66,8 @@ def with_fewer_layers(config: dict[str, Any], count: int) -> dict[str, Any]:
 
 def share(path: Path, subject: str, library: str | None) -> dict[str, Any]:
     """What came of it: oracle/sharing.py, on a device or (None) on the GPU of this machine."""
+    if library is None:
+        pytest.importorskip("cuda.core")
     environment = dict(os.environ) | ({} if library is None else {"PUNA_CUDA_LIBRARY": library})
     done = subprocess.run(
         [sys.executable, "-m", "oracle.sharing", subject, str(path)],
@@ -235,8 +237,6 @@ def test_an_engine_computes_on_the_stream_that_it_is_given(
     checkpoint: MakeCheckpoint, library: str | None
 ) -> None:
     """With the same bits as on its own, which it keeps alive until it is closed."""
-    if library is None:
-        pytest.importorskip("cuda.core")
     report = share(checkpoint("scout_like", dtype="float32").path, "stream", library)
     assert report["same_logits"] and report["same_tokens"]
     assert report["alive_while_open"] and not report["alive_when_closed"]
@@ -250,8 +250,6 @@ def test_results_stay_on_the_device_for_others(
     checkpoint: MakeCheckpoint, library: str | None
 ) -> None:
     """With the bits of those that come to the host, and as long as anybody has them."""
-    if library is None:
-        pytest.importorskip("cuda.core")
     report = share(checkpoint("scout_like", dtype="float32").path, "array", library)
     assert report["device"] == ["cuda:0", [2, 0]]
     assert report["same_logits"] and report["same_hidden_states"]
