@@ -49,7 +49,12 @@ struct Packed {
 
 void check_products(WeightFormat format) {
   std::mt19937 random(1);
+  // One row: the last of its columns are a part of a unit, of a span of it, or whole spans; more
+  // units than a warp has stages.
   for (const auto& [rows, cols, count] : {std::array<int64_t, 3>{70, 300, 1},
+                                          {40, 33, 1},
+                                          {33, 470, 1},
+                                          {130, 5216, 1},
                                           {64, 5200, 8},
                                           {130, 520, 21},
                                           {70, 700, 66}}) {  // the last: more spans than stages
@@ -165,9 +170,10 @@ TEST(quantized_experts_are_near_the_cpu) {
     backend.moe({out.data(), rows, hidden}, {x.data(), rows, hidden}, weights);
     return out;
   };
-  // Few rows, with which the shared expert is part of the others' products, more, and large tiles.
+  // One row, few, with which the shared expert is part of the others' products, more, and large
+  // tiles.
   for (const auto& [rows, top_k] :
-       {std::pair<int64_t, int64_t>{3, 1}, {9, 3}, {20, 1}, {20, 3}, {340, 1}}) {
+       {std::pair<int64_t, int64_t>{1, 1}, {3, 1}, {9, 3}, {20, 1}, {20, 3}, {340, 1}}) {
     const std::vector<float> expected = run(cpu(), rows, top_k);
     // An activation may round to the other of two codes: 1/127 of the largest, times a weight.
     const std::vector<double> bound(expected.size(), 0.01 * static_cast<double>(top_k + 1));

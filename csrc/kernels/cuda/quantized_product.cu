@@ -5,26 +5,17 @@
 namespace puna::cuda {
 namespace {
 
-// A stage is of a span: codes of the half's rows [step][2 slabs]; of each block their scales and
-// offsets; all small numbers of the block; rows of x, their sums by group, and their scales.
+// A stage is of a span: its weights; rows of x, their sums by group, and their scales.
 template <class Format>
 struct QuantizedWeights : Steps<Format> {
   using Of = Steps<Format>;
-  using Layout = typename Of::Layout;
+  using Stage = StagedWeights<Format, kSpan>;
   static constexpr bool kScaled = true;
   static constexpr int kRows = kHalf, kWarps = 8, kResident = 2;
   static constexpr int kStages = Format::kBits > 4 ? 2 : 3;  // 50 KB of a block or more
 
   static constexpr int kGroups = kSpan / Of::kGroup;  // of a span
-  static constexpr int kBlocks = Of::kBlock < kSpan ? kSpan / Of::kBlock : 1;
-  static constexpr int kStepBytes = 2 * static_cast<int>(Layout::kSlab);
-  static constexpr int kFactorBytes = 2 * kHalf, kNumberBytes = kHalf;
-  static constexpr int kSubPlanes = static_cast<int>(Layout::kSubPlanes);
-  static constexpr int kScalesAt = kSpan / Of::kColumns * kStepBytes;
-  static constexpr int kOffsetsAt = kScalesAt + kBlocks * kFactorBytes;
-  static constexpr int kNumbersAt = kOffsetsAt + (Format::kOffset ? kBlocks * kFactorBytes : 0);
-  static constexpr int kRowsAt = kNumbersAt + kSubPlanes * kNumberBytes;
-  static_assert(kSubPlanes == 0 || kBlocks == 1);
+  static constexpr int kRowsAt = Stage::kBytes;
 
   static __host__ __device__ int stage_bytes(int tokens) {
     const int end = kRowsAt + tokens * (kRowBytes + 4 * kGroups + 4);
@@ -48,44 +39,8 @@ struct QuantizedWeights : Steps<Format> {
           row_sums(share.x.sums + share.first * share.x.groups),
           row_scales(share.x.scales + share.first * share.x.spans) {}
 
-    // Chunks of 16 bytes that lie one after the other, from those of every part on.
-    template <int kParts, int kBytes>
-    __device__ __forceinline__ void copy_parts(unsigned char* to, const uint8_t* from,
-                                               int64_t apart, int there) const {
-      constexpr int kEach = kBytes / kChunk;
-#pragma unroll
-      for (int first = 0; first < kParts * kEach; first += kWarp) {
-        const int i = first + lane, part = i / kEach;
-        if (i < kParts * kEach && part < there)
-          copy_async<kChunk>(to + i * kChunk, from + part * apart + i % kEach * kChunk);
-      }
-    }
-
     __device__ __forceinline__ void copy_weights(unsigned char* stage, int span) const {
-      const int column = span * kSpan, within = column % Of::kBlock;
-      const uint8_t* block = panel + static_cast<int64_t>(column / Of::kBlock) * Layout::kBytes;
-      // A step is a part of what lies in memory, a block has some of them.
-      constexpr int kBlockSteps = (Of::kBlock < kSpan ? Of::kBlock : kSpan) / Of::kColumns;
-      constexpr int kChunks = kStepBytes / kChunk;  // of a step
-#pragma unroll
-      for (int first = 0; first < kScalesAt / kChunk; first += kWarp) {
-        const int i = first + lane, step = i / kChunks, chunk = i % kChunks;
-        if (i >= kScalesAt / kChunk || column + step * Of::kColumns >= limit) continue;
-        const uint8_t* from = block + step / kBlockSteps * Layout::kBytes + Layout::kCodes +
-                              (within / Of::kColumns + step % kBlockSteps) * Of::kStepBytes +
-                              half * kStepBytes + chunk * kChunk;
-        copy_async<kChunk>(stage + Of::place(i) * kChunk, from);
-      }
-      const int blocks = (limit - column + Of::kBlock - 1) / Of::kBlock;  // that there are
-      copy_parts<kBlocks, kFactorBytes>(
-          stage + kScalesAt, block + Layout::kScale + half * kFactorBytes, Layout::kBytes, blocks);
-      if constexpr (Format::kOffset)
-        copy_parts<kBlocks, kFactorBytes>(stage + kOffsetsAt,
-                                          block + Layout::kOffsets + half * kFactorBytes,
-                                          Layout::kBytes, blocks);
-      if constexpr (kSubPlanes > 0)
-        copy_parts<kSubPlanes, kNumberBytes>(
-            stage + kNumbersAt, block + Layout::kSub + half * kNumberBytes, kPanel, kSubPlanes);
+      Stage::copy(stage, panel, half, span * kSpan, limit);
     }
 
     __device__ __forceinline__ void copy_activations(unsigned char* stage, int span) const {
@@ -106,7 +61,7 @@ struct QuantizedWeights : Steps<Format> {
 
     __device__ __forceinline__ void multiply(const unsigned char* stage, int span,
                                              Part& part) const {
-      const int g = lane / 4, t = lane % 4;
+      const int t = lane % 4;
       uint32_t x[2][4];  // of pairs of steps
       const int token = lane % 8 < tokens ? lane % 8 : tokens - 1;
 #pragma unroll
@@ -133,17 +88,8 @@ struct QuantizedWeights : Steps<Format> {
 #pragma unroll
         for (int i = 0; i < Of::kStepsEach; ++i) {
           const int step = first / Of::kColumns + i;
-          const unsigned char* slab =
-              stage + step * kStepBytes + g / 4 * static_cast<int>(Layout::kSlab);
-          LaneCodes<Format::kBits> loaded;
-          loaded.load(
-              [&](int plane) {
-                return *reinterpret_cast<const uint4*>(slab +
-                                                       Of::place(4 * plane + g % 4) * kChunk);
-              },
-              t);
           Codes codes;
-          unpack<Format>(codes, loaded, t);
+          Stage::load_codes(codes, stage, step);
           const uint32_t* operand = x[step / 2] + step % 2 * 2;
 #pragma unroll
           for (int each = 0; each < Of::kGroupsEach; ++each)
@@ -154,14 +100,9 @@ struct QuantizedWeights : Steps<Format> {
         }
 #pragma unroll
         for (int each = 0; each < Of::kGroupsEach; ++each) {
-          const int factors = first / Of::kBlock * kFactorBytes + 8 * g;
-          const unsigned char* numbers = stage + kNumbersAt + 4 * g;
           const int group = (span * kSpan + first) % Of::kBlock / Of::kGroup + each;  // of a block
           float scales[4], offsets[4] = {};
-          load_scales<Format, kNumberBytes>(scales, stage + kScalesAt + factors, numbers, group);
-          if constexpr (Format::kOffset)
-            load_scales<Format, kNumberBytes>(offsets, stage + kOffsetsAt + factors, numbers,
-                                              static_cast<int>(Layout::kGroups) + group);
+          Stage::load_factors(scales, offsets, stage, first / Of::kBlock, group);
 #pragma unroll
           for (int j = 0; j < kTilesEach; ++j)
 #pragma unroll
@@ -192,6 +133,7 @@ struct QuantizedWeights : Steps<Format> {
 }  // namespace
 
 int launch_quantized_product(const ProductCall& call, Stream stream) {
+  if (is_one_row(call)) return launch_quantized_one_row(call, stream);
   switch (size_of(call)) {
     case kFewRows:
       break;

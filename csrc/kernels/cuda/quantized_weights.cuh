@@ -84,22 +84,25 @@ struct LaneCodes<kBits, true> {
   }
 };
 
-// kTable16 of four codes.
-__device__ __forceinline__ uint32_t look_up(uint32_t codes) {
+// kTable16 of the codes in the lower halves of a word's bytes, and of those in the upper ones.
+__device__ __forceinline__ void look_up(uint32_t codes, uint32_t& low, uint32_t& high) {
   constexpr auto word = [](int i) {
     return static_cast<uint32_t>(kTable16[i]) | static_cast<uint32_t>(kTable16[i + 1]) << 8 |
            static_cast<uint32_t>(kTable16[i + 2]) << 16 |
            static_cast<uint32_t>(kTable16[i + 3]) << 24;
   };
   constexpr uint32_t kWords[4] = {word(0), word(4), word(8), word(12)};
-  // A nibble for each code, with the top bit of the code, which chooses the half of the table,
-  // apart.
-  const uint32_t low = codes & 0x07070707u, upper = (codes >> 3 & 0x01010101u) * 0xffu;
-  const uint32_t selector =
-      (low & 7u) | (low >> 4 & 0x70u) | (low >> 8 & 0x700u) | (low >> 12 & 0x7000u);
-  const uint32_t first = __byte_perm(kWords[0], kWords[1], selector);
-  const uint32_t second = __byte_perm(kWords[2], kWords[3], selector);
-  return (first & ~upper) | (second & upper);
+  // An instruction picks four of eight bytes by the lowest three bits of nibbles, as codes are; the
+  // highest bit of a code picks one of the two that were found in the halves of the table.
+  const uint32_t at = codes & 0x77777777u, half = (codes >> 1 & 0x44444444u) | 0x32103210u;
+  const auto of_two_bytes = [&](int shift) {
+    const uint32_t lower = __byte_perm(kWords[0], kWords[1], at >> shift);
+    const uint32_t upper = __byte_perm(kWords[2], kWords[3], at >> shift);
+    return __byte_perm(lower, upper, half >> shift);
+  };
+  const uint32_t first = of_two_bytes(0), last = of_two_bytes(16);
+  low = __byte_perm(first, last, 0x6420);
+  high = __byte_perm(first, last, 0x7531);
 }
 
 // How groups of columns, which have a scale of their own, and the products' steps of 32 columns fit
@@ -119,22 +122,22 @@ struct Steps {
   // Where chunk `chunk` of 16 bytes of slabs lies in shared memory. Lanes of one g load from planes
   // of 64 bytes at a time: of every other pair of planes, pairs of chunks change places, so that
   // planes 128 bytes apart do not meet in a bank.
-  static __device__ __forceinline__ int place(int chunk) {
+  static __device__ __forceinline__ unsigned place(unsigned chunk) {
     return Format::kBits % 4 == 0 ? chunk ^ (chunk >> 2 & 2) : chunk;
   }
 };
 
-// kTable16 where the format has it.
+// kTable16 of them where the format has it.
 template <class Format>
 __device__ __forceinline__ void unpack(Codes& codes, const LaneCodes<Format::kBits>& loaded,
                                        int t) {
-  loaded.unpack(codes, t);
   if constexpr (Format::kTable) {
+    static_assert(Format::kBits == 4);
 #pragma unroll
-    for (int row = 0; row < 4; ++row) {
-      codes.low[row] = look_up(codes.low[row]);
-      codes.high[row] = look_up(codes.high[row]);
-    }
+    for (int row = 0; row < 4; ++row)
+      look_up(loaded.row_of(loaded.words[0], row), codes.low[row], codes.high[row]);
+  } else {
+    loaded.unpack(codes, t);
   }
 }
 
@@ -208,11 +211,114 @@ __device__ __forceinline__ void load_scales(float (&scales)[4], const unsigned c
 // part += scale * sum of the group, then + offset * sum of the activations, for row `row` of a
 // lane's four.
 template <class Format>
-__device__ __forceinline__ float fold(float part, int32_t sums, float scale, float offset,
+__device__ __forceinline__ float fold(float part, float sum, float scale, float offset,
                                       int32_t activations) {
-  part = fmaf(float_of_sums(sums), scale, part);
+  part = fmaf(sum, scale, part);
   if constexpr (Format::kOffset) part = fmaf(offset, static_cast<float>(activations), part);
   return part;
 }
+template <class Format>
+__device__ __forceinline__ float fold(float part, int32_t sums, float scale, float offset,
+                                      int32_t activations) {
+  return fold<Format>(part, float_of_sums(sums), scale, offset, activations);
+}
+
+// The weights of a stage in shared memory, of kStageColumns columns of a half of a panel: codes
+// [step][2 slabs]; of each block the scales and offsets; all small numbers of the block.
+template <class Format, int kStageColumns>
+struct StagedWeights {
+  using Of = Steps<Format>;
+  using Layout = PanelLayout<Format>;
+  static constexpr int kBlocks = Of::kBlock < kStageColumns ? kStageColumns / Of::kBlock : 1;
+  static constexpr int kStepBytes = 2 * static_cast<int>(Layout::kSlab);
+  static constexpr int kFactorBytes = 2 * kHalf, kNumberBytes = kHalf;
+  static constexpr int kSubPlanes = static_cast<int>(Layout::kSubPlanes);
+  static constexpr int kScalesAt = kStageColumns / Of::kColumns * kStepBytes;
+  static constexpr int kOffsetsAt = kScalesAt + kBlocks * kFactorBytes;
+  static constexpr int kNumbersAt = kOffsetsAt + (Format::kOffset ? kBlocks * kFactorBytes : 0);
+  static constexpr int kBytes = kNumbersAt + kSubPlanes * kNumberBytes;
+  static_assert(kSubPlanes == 0 || kBlocks == 1);
+
+  // Of kParts parts, as far as these are there, kBytesEach bytes from `from` and `apart` on.
+  template <int kParts, int kBytesEach, bool kAll>
+  static __device__ __forceinline__ void copy_parts(unsigned char* to, const uint8_t* from,
+                                                    int apart, int there) {
+    constexpr unsigned kEach = kBytesEach / kChunk;
+#pragma unroll
+    for (unsigned first = 0; first < kParts * kEach; first += kWarp) {
+      const unsigned i = first + threadIdx.x % kWarp, part = i / kEach;
+      if (i < kParts * kEach && (kAll || static_cast<int>(part) < there))
+        copy_async<kChunk>(to + i * kChunk, from + part * apart + i % kEach * kChunk);
+    }
+  }
+  template <bool kAll>
+  static __device__ __forceinline__ void copy_columns(unsigned char* stage, const uint8_t* panel,
+                                                      int half, int column, int limit) {
+    const int within = column % Of::kBlock;
+    const uint8_t* block = panel + static_cast<int64_t>(column / Of::kBlock) * Layout::kBytes;
+    // A step is a part of what lies in memory, a block has some of them.
+    constexpr unsigned kBlockSteps =
+        (Of::kBlock < kStageColumns ? Of::kBlock : kStageColumns) / Of::kColumns;
+    constexpr unsigned kChunks = kStepBytes / kChunk;  // of a step
+    static_assert(kScalesAt / kChunk % kWarp == 0);
+    const unsigned lane = threadIdx.x % kWarp;
+    unsigned char* const place = stage + Of::place(lane) * kChunk;  // the same for each turn
+    const uint8_t* codes =
+        block + Layout::kCodes + within / Of::kColumns * Of::kStepBytes + half * kStepBytes;
+#pragma unroll
+    for (unsigned first = 0; first < kScalesAt / kChunk; first += kWarp) {
+      const unsigned i = first + lane, step = i / kChunks, chunk = i % kChunks;
+      if (!kAll && column + static_cast<int>(step) * Of::kColumns >= limit) continue;
+      copy_async<kChunk>(place + first * kChunk,
+                         codes + step / kBlockSteps * static_cast<unsigned>(Layout::kBytes) +
+                             step % kBlockSteps * Of::kStepBytes + chunk * kChunk);
+    }
+    constexpr int kApart = static_cast<int>(Layout::kBytes);
+    const int blocks = (limit - column + Of::kBlock - 1) / Of::kBlock;  // that there are
+    copy_parts<kBlocks, kFactorBytes, kAll>(
+        stage + kScalesAt, block + Layout::kScale + half * kFactorBytes, kApart, blocks);
+    if constexpr (Format::kOffset)
+      copy_parts<kBlocks, kFactorBytes, kAll>(
+          stage + kOffsetsAt, block + Layout::kOffsets + half * kFactorBytes, kApart, blocks);
+    if constexpr (kSubPlanes > 0)
+      copy_parts<kSubPlanes, kNumberBytes, true>(
+          stage + kNumbersAt, block + Layout::kSub + half * kNumberBytes, kPanel, kSubPlanes);
+  }
+  // Columns from `column` on, below `limit`, of half `half`; by a warp.
+  static __device__ __forceinline__ void copy(unsigned char* stage, const uint8_t* panel, int half,
+                                              int column, int limit) {
+    if (column + kStageColumns <= limit)
+      copy_columns<true>(stage, panel, half, column, limit);
+    else
+      copy_columns<false>(stage, panel, half, column, limit);
+  }
+
+  // A lane's codes of a step.
+  static __device__ __forceinline__ void load_codes(Codes& codes, const unsigned char* stage,
+                                                    int step) {
+    const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
+    const unsigned char* slab = stage + step * kStepBytes + g / 4 * static_cast<int>(Layout::kSlab);
+    LaneCodes<Format::kBits> loaded;
+    loaded.load(
+        [&](int plane) {
+          return *reinterpret_cast<const uint4*>(slab + Of::place(4 * plane + g % 4) * kChunk);
+        },
+        t);
+    unpack<Format>(codes, loaded, t);
+  }
+  // The scales, and the offsets if there are any, of a lane's four rows in group `group` of block
+  // `block` of the stage.
+  static __device__ __forceinline__ void load_factors(float (&scales)[4], float (&offsets)[4],
+                                                      const unsigned char* stage, int block,
+                                                      int group) {
+    const int g = threadIdx.x % kWarp / 4;
+    const int factors = block * kFactorBytes + 8 * g;
+    const unsigned char* numbers = stage + kNumbersAt + 4 * g;
+    load_scales<Format, kNumberBytes>(scales, stage + kScalesAt + factors, numbers, group);
+    if constexpr (Format::kOffset)
+      load_scales<Format, kNumberBytes>(offsets, stage + kOffsetsAt + factors, numbers,
+                                        static_cast<int>(Layout::kGroups) + group);
+  }
+};
 
 }  // namespace puna::cuda
