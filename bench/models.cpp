@@ -7,6 +7,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -19,6 +20,7 @@
 #include "model/parameters.h"
 #include "model/text_model.h"
 #include "platform/system.h"
+#include "profile.h"
 #include "routing_probe.h"
 #include "synthetic.h"
 
@@ -205,6 +207,26 @@ struct Phase {
   std::vector<double> seconds;
 };
 
+void print_profile(Profile& profile, std::span<const Phase> phases, const std::string& device,
+                   bool json) {
+  Report report;
+  report.fact("device", device);
+  profile.take();
+  for (const Phase& phase : phases) {
+    phase.run();
+    const auto times = profile.take();
+    double seconds = 0;
+    for (const auto& [kernel, time] : times) seconds += time.seconds;
+    for (const auto& [kernel, time] : times)
+      report.row({{"phase", phase.name},
+                  {"kernel", kernel},
+                  {"calls", time.calls},
+                  {"us each", 1e6 * time.seconds / static_cast<double>(time.calls)},
+                  {"% of the phase", 100 * time.seconds / seconds}});
+  }
+  report.print(std::cout, json);
+}
+
 }  // namespace
 
 int run_model(int argc, char** argv) {
@@ -225,6 +247,7 @@ int run_model(int argc, char** argv) {
        {"threads", "N", "compute threads (default: the usable cores)"},
        {"isa", "NAME", "instruction set (default: the best)"},
        {"rounds", "N", "rounds of which the medians are taken (default 3)"},
+       {"profile", nullptr, "time each kernel of the first GPU instead"},
        {"json", nullptr, "print JSON"}},
       argc, argv);
   if (arguments.wants_help()) {
@@ -246,8 +269,11 @@ int run_model(int argc, char** argv) {
   const int64_t vocab = arguments.integer("vocab", kVocabulary, 1, kWholeVocabulary);
   const int64_t batch = arguments.integer("batch", kBatchRows, 1, 1 << 20);
 
+  std::unique_ptr<Profile> profile;
+  if (arguments.has("profile")) profile = std::make_unique<Profile>();
   const std::unique_ptr<Backend> device =
-      make_backend(arguments.text("device", "cpu"), {isa, threads});
+      profile ? profile->make_backend(0)
+              : make_backend(arguments.text("device", "cpu"), {isa, threads});
   const bool on_gpu = device->device_memory().has_value();
   const int64_t host_layers = on_gpu ? arguments.integer("host-experts", 0, 0, 48) : 0;
   // Beside the weights: what the ceilings read, the block of random numbers, activations and cache.
@@ -287,6 +313,10 @@ int run_model(int argc, char** argv) {
   Phase phases[] = {
       {"prefill", prompt, batch, 1, [&] { runner.prefill(prompt, batch); }, {}},
       {"decode", tokens, 1, sequences, [&] { runner.decode(tokens, sequences); }, {}}};
+  if (profile) {
+    print_profile(*profile, phases, device->description(), arguments.has("json"));
+    return 0;
+  }
   for (int64_t round = 0; round < rounds; ++round) {
     for (Phase& phase : phases) {
       ceilings.sample();

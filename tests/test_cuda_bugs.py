@@ -167,6 +167,23 @@ def tiled(file: str, *formats: str) -> Place:
     return quantized(*formats, file=file, source="quantized_small_tiles.cu")
 
 
+def staged(*formats: str) -> Place:
+    """Where weights come to a warp's stages."""
+    return quantized(*formats, file="quantized_weights.cuh")
+
+
+def one_row(*formats: str) -> Place:
+    """The same for one row."""
+    return quantized(*formats, file="quantized_one_row.cu", source="quantized_one_row.cu")
+
+
+ONE_ROW_EXPERTS = Place(
+    "quantized_one_row.cu",
+    "quantized_one_row.cu",
+    "cuda_product_test",
+    "experts_of_one_row",
+    ("Int8G32",),
+)
 LARGE = quantized("Int4G64", file="tiled_product.cuh", source="quantized_large_tiles.cu")
 WARPGROUPS = quantized("Int4G64", file="quantized_warpgroups.cu", source="quantized_warpgroups.cu")
 WARPGROUP_RING = quantized(
@@ -284,24 +301,47 @@ OTHERS = [
     Bug(tiled("quantized_weights.cuh", "Int6K"), "codes.high[row] |= upper.high[row] << kLow;", ""),
     Bug(tiled("quantized_weights.cuh", "Int3K"), "kLow = kLowBits<kBits>", "kLow = kBits == 3 ? 1 : 4"),
     Bug(tiled("quantized_weights.cuh", "Int5K"), "read(kLow + plane)", "read(plane)"),
-    Bug(tiled("quantized_weights.cuh", "Table4G32"), "(codes >> 3 & 0x01010101u) * 0xffu", "0"),
-    Bug(tiled("quantized_weights.cuh", "Table4K"), "low >> 8 & 0x700u", "low >> 4 & 0x700u"),
+    Bug(tiled("quantized_weights.cuh", "Table4G32"), "(codes >> 1 & 0x44444444u) | ", ""),
+    Bug(tiled("quantized_weights.cuh", "Table4K"), "0x7531", "0x6420"),
     Bug(tiled("quantized_weights.cuh", "Int6K"), "last[0], last[1], high, c", "last[0], last[1], low, c"),
     Bug(tiled("quantized_weights.cuh", "Int4G32"), "codes.high + 2 * j", "codes.high"),
     Bug(tiled("quantized_weights.cuh", "Int4G32"), "static_cast<uint32_t>(Format::kZero) *", "0u *"),
     Bug(tiled("quantized_weights.cuh", "Int4G32"), "16 * (row % 2)", "16 * (row / 2)"),
     Bug(tiled("quantized_weights.cuh", "Int4K"), "static_cast<Number>(numbers >> 8 * row)", "static_cast<Number>(numbers)"),
     Bug(tiled("quantized_weights.cuh", "Int4MinG32"), "if constexpr (Format::kOffset) part = fmaf", "if constexpr (false) part = fmaf"),
-    # --- quantized_product.cu: stages of a warp
-    Bug(quantized("Int4G64"), "step / kBlockSteps * Layout::kBytes", "0"),
-    Bug(quantized("Int4G128"), "half * kStepBytes + chunk", "chunk"),
-    Bug(quantized("Int4G128"), "block + Layout::kScale + half * kFactorBytes", "block + Layout::kScale"),
-    Bug(quantized("Int4MinG64"), "block + Layout::kOffsets + half", "block + Layout::kScale + half"),
-    Bug(quantized("Int4K"), "Layout::kSub + half * kNumberBytes", "Layout::kSub"),
+    # --- quantized_weights.cuh: stages of a warp
+    Bug(staged("Int4G64"), "step / kBlockSteps * static_cast<unsigned>(Layout::kBytes)", "0u"),
+    Bug(staged("Int4G128"), "Of::kStepBytes + half * kStepBytes;", "Of::kStepBytes;"),
+    Bug(staged("Int4G128"), "block + Layout::kScale + half * kFactorBytes", "block + Layout::kScale"),
+    Bug(staged("Int4MinG64"), "block + Layout::kOffsets + half", "block + Layout::kScale + half"),
+    Bug(staged("Int4K"), "Layout::kSub + half * kNumberBytes", "Layout::kSub"),
+    Bug(staged("Int4K"), "block + Layout::kCodes + within / Of::kColumns * Of::kStepBytes", "block + Layout::kCodes"),
+    Bug(staged("Int4G32"), "stage + step * kStepBytes + g / 4", "stage + g / 4"),
+    # --- quantized_product.cu
     Bug(quantized("Int4G32"), "token < tokens && group < groups", "token + 1 < tokens && group < groups"),
     Bug(quantized("Int4G32"), "if (span * kSpan + first >= limit) break;", ""),
     Bug(quantized("Int4G32"), "first / Of::kGroup + each]", "each]"),
-    Bug(quantized("Int4G32"), "stage + step * kStepBytes + g / 4", "stage + g / 4"),
+    # --- quantized_one_row.cu
+    Bug(one_row("Int4G32"), "4 * span + group / kOwn * 2", "4 * span"),
+    Bug(one_row("Int4G64"), "column / 4 * kSpanSteps + group", "group"),
+    Bug(one_row("Int6K"), "lane * kOwn : column % 4", "0 : column % 4"),
+    Bug(one_row("Int6K"), "/ Of::kGroup % kOwn / 2;", "/ Of::kGroup / 4;"),
+    Bug(one_row("Int4G32"), "Column::kLanes > 1 ? t % 2 * kOwn : 0", "0"),
+    Bug(one_row("Int4G64"), "sums[(2 * set + i % 2) % kOwn]", "sums[0]"),
+    Bug(one_row("Int4G32"), "if (i < groups)", "if (true)"),
+    Bug(one_row("Int4G32"), "sum = __shfl_xor_sync(kAllLanes, sum, 1);", "sum = 0;"),
+    Bug(one_row("Int4G128"), "t % 2 == Column::kLanes - 1", "t % 2 == 1"),
+    Bug(one_row("Int4G32"), "(unit * kUnitSpans + span) * kHalf + 4 * g", "(unit * kUnitSpans + span) * kHalf + 4 * t"),
+    Bug(one_row("Int4G32"), "wait_for_copies<kStages - 1>();", "wait_for_copies<kStages>();"),
+    Bug(one_row("Int4G32"), "    wait_for_copies<0>();\n  else", "    wait_for_copies<1>();\n  else"),
+    Bug(one_row("Int4G128"), "__syncwarp();  // the stage has been read", ""),
+    Bug(one_row("Int4G32"), BARRIER, "", behind="wait_for_copies<kStages>();"),
+    Bug(one_row("Int4G32"), BARRIER, "", behind="commit_copies();\n    stage ="),
+    Bug(one_row("Int4G32"), "row + lane < call.rows", "true"),
+    Bug(one_row("Int4G32"), "call.bias[row + lane]", "call.bias[lane]"),
+    Bug(ONE_ROW_EXPERTS, "    wait_for_copies<kStages>();", "    wait_for_copies<kStages + 1>();"),
+    Bug(ONE_ROW_EXPERTS, "share.accumulate ? *out : 0.0f", "0.0f"),
+    Bug(ONE_ROW_EXPERTS, "if (!known) after_earlier_kernels();", ""),
     # --- quantized_tiles.cuh: stages of a block
     Bug(tiled("quantized_tiles.cuh", "Int4G64"), "panel * panel_bytes + block * Layout::kBytes", "panel * panel_bytes"),
     Bug(tiled("quantized_tiles.cuh", "Int4K"), "chunk.is_code ? codes : 0", "0"),

@@ -141,48 +141,72 @@ TEST(odd_activations_have_the_bits_of_the_cpu) {
                     expected.size());
 }
 
-// Experts of quantised weights: as the CPU's, but for the roundings of silu.
-TEST(quantized_experts_are_near_the_cpu) {
-  std::mt19937 random(3);
-  const int64_t hidden = 96, width = 80, experts = 5, most = 340;
-  const Matrix router = random_matrix(random, experts, hidden, DType::kF32);
-  std::vector<Matrix> ups, downs;
-  for (int64_t e = 0; e <= experts; ++e) {  // the last one is shared
-    ups.push_back(random_matrix(random, 2 * width, hidden, DType::kF32));
-    downs.push_back(random_matrix(random, hidden, width, DType::kF32));
+namespace {
+
+// A layer's experts in int8, the last of them the shared one.
+struct QuantizedExperts {
+  QuantizedExperts(std::mt19937& random, int64_t hidden, int64_t width, int64_t experts)
+      : hidden(hidden), router(random_matrix(random, experts, hidden, DType::kF32)) {
+    for (int64_t e = 0; e <= experts; ++e) {
+      ups.push_back(random_matrix(random, 2 * width, hidden, DType::kF32));
+      downs.push_back(random_matrix(random, hidden, width, DType::kF32));
+    }
   }
-  const std::vector<float> x = randoms(random, most * hidden);
-  const auto run = [&](Backend& backend, int64_t rows, int64_t top_k) {
+  // What they add to ones, from the first rows of x.
+  std::vector<float> run(Backend& backend, const std::vector<float>& x, int64_t rows,
+                         int64_t top_k) const {
     const auto load = [&](const Matrix& matrix) {
       const MatrixSource part = matrix.source();
       return backend.load_matrix({&part, 1}, {WeightFormat::kInt8G32});
     };
     MoeWeights weights;
     weights.router = router.load(backend, true);
-    weights.shared_gate_up = load(ups[experts]);
-    weights.shared_down = load(downs[experts]);
-    for (int64_t e = 0; e < experts; ++e) {
+    weights.shared_gate_up = load(ups.back());
+    weights.shared_down = load(downs.back());
+    for (size_t e = 0; e + 1 < ups.size(); ++e) {
       weights.gate_up.push_back(load(ups[e]));
       weights.down.push_back(load(downs[e]));
     }
     weights.top_k = top_k;
-    std::vector<float> out(rows * hidden);
+    std::vector<float> out(rows * hidden, 1.0f);
     backend.moe({out.data(), rows, hidden}, {x.data(), rows, hidden}, weights);
     return out;
-  };
-  // One row, few, with which the shared expert is part of the others' products, more, and large
-  // tiles.
-  for (const auto& [rows, top_k] :
-       {std::pair<int64_t, int64_t>{1, 1}, {3, 1}, {9, 3}, {20, 1}, {20, 3}, {340, 1}}) {
-    const std::vector<float> expected = run(cpu(), rows, top_k);
+  }
+  // On every subject near the CPU's, but for the roundings of silu, and the same bits.
+  void check(const std::vector<float>& x, int64_t rows, int64_t top_k) const {
+    const std::vector<float> expected = run(cpu(), x, rows, top_k);
     // An activation may round to the other of two codes: 1/127 of the largest, times a weight.
     const std::vector<double> bound(expected.size(), 0.01 * static_cast<double>(top_k + 1));
     std::vector<float> first;
     for (Named& subject : subjects()[0]) {
-      const std::vector<float> got = run(*subject.backend, rows, top_k);
+      const std::vector<float> got = run(*subject.backend, x, rows, top_k);
       check_close("experts on " + subject.name, got, expected, bound);
       if (first.empty()) first = got;
       check_same_bits("experts on " + subject.name, got.data(), first.data(), got.size());
     }
   }
+
+  int64_t hidden;
+  Matrix router;
+  std::vector<Matrix> ups, downs;
+};
+
+}  // namespace
+
+// One row, few, with which the shared expert is part of the others' products, more, and large
+// tiles.
+TEST(quantized_experts_are_near_the_cpu) {
+  std::mt19937 random(3);
+  const QuantizedExperts experts(random, 96, 80, 5);
+  const std::vector<float> x = randoms(random, 340 * experts.hidden);
+  for (const auto& [rows, top_k] :
+       {std::pair<int64_t, int64_t>{1, 1}, {3, 1}, {9, 3}, {20, 1}, {20, 3}, {340, 1}})
+    experts.check(x, rows, top_k);
+}
+
+// Of so many columns that several warps fetch parts of the row for all of them.
+TEST(experts_of_one_row_are_near_the_cpu) {
+  std::mt19937 random(5);
+  const QuantizedExperts experts(random, 1120, 1056, 2);
+  experts.check(randoms(random, experts.hidden), 1, 1);
 }

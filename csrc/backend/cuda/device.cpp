@@ -81,7 +81,7 @@ std::shared_ptr<void> CudaDevice::allocate_pinned(size_t bytes) {
 
 CudaDevice::Event CudaDevice::make_event() {
   void* event = nullptr;
-  check("event", table_.make_event(handle_, &event));
+  check("event", table_.make_event(handle_, 0, &event));
   return {event, [device = shared_from_this()](void* event) {
             device->table_.release_event(device->handle_, event);
           }};

@@ -14,7 +14,7 @@
 namespace puna::cuda {
 
 // Of this file: both sides must have been compiled with the same.
-constexpr int32_t kTableVersion = 11;
+constexpr int32_t kTableVersion = 12;
 
 struct DeviceInfo {
   char name[256];
@@ -407,7 +407,8 @@ struct DeviceTable {
   // From memory of allocate_host(), which is read after the call; in the order of kSendQueue.
   // Memory that was just allocated is there for it once an event says so that was recorded since.
   int (*send)(void* device, void* to, const void* from, size_t bytes);
-  int (*make_event)(void* device, void** event);
+  // Timed ones are for elapsed().
+  int (*make_event)(void* device, int32_t timed, void** event);
   int (*release_event)(void* device, void* event);
   // The event will be when all that this queue has been asked for so far is done.
   int (*record_event)(void* device, void* event, int32_t queue);
@@ -415,6 +416,8 @@ struct DeviceTable {
   // never was, for nothing.
   int (*wait_for_event)(void* device, void* event, int32_t queue);
   int (*await_event)(void* device, void* event);  // the host waits
+  // From one event to another; both are.
+  int (*elapsed)(void* device, void* from, void* to, float* milliseconds);
 
   // --- graphs: kernels that are started between begin and end are not carried out, but noted; and
   // all of them each time that start_graph() is called

@@ -211,10 +211,11 @@ int send(void* device, void* to, const void* from, size_t bytes) {
 
 cudaEvent_t event_of(void* event) { return static_cast<cudaEvent_t>(event); }
 
-int make_event(void* device, void** event) {
+int make_event(void* device, int32_t timed, void** event) {
   return on(device, [&](cudaStream_t) {
     cudaEvent_t made = nullptr;
-    const cudaError_t error = cudaEventCreateWithFlags(&made, cudaEventDisableTiming);
+    const cudaError_t error =
+        cudaEventCreateWithFlags(&made, timed != 0 ? cudaEventDefault : cudaEventDisableTiming);
     *event = made;
     return error;
   });
@@ -242,6 +243,12 @@ int wait_for_event(void* device, void* event, int32_t queue) {
 
 int await_event(void* device, void* event) {
   return on(device, [&](cudaStream_t) { return cudaEventSynchronize(event_of(event)); });
+}
+
+int elapsed(void* device, void* from, void* to, float* milliseconds) {
+  return on(device, [&](cudaStream_t) {
+    return cudaEventElapsedTime(milliseconds, event_of(from), event_of(to));
+  });
 }
 
 int copy(void* device, void* to, const void* from, size_t bytes) {
@@ -294,11 +301,11 @@ int run(void* device, const Call* call) {
 }
 
 constexpr DeviceTable kTable = {
-    kTableVersion, &device_count, &device_info,     &describe,      &stream_device,  &open,
-    &close,        &synchronise,  &await_everybody, &allocate,      &release,        &upload,
-    &download,     &copy,         &allocate_host,   &release_host,  &fetch,          &await_fetched,
-    &send,         &make_event,   &release_event,   &record_event,  &wait_for_event, &await_event,
-    &begin_graph,  &end_graph,    &start_graph,     &release_graph,
+    kTableVersion, &device_count, &device_info,     &describe,     &stream_device,  &open,
+    &close,        &synchronise,  &await_everybody, &allocate,     &release,        &upload,
+    &download,     &copy,         &allocate_host,   &release_host, &fetch,          &await_fetched,
+    &send,         &make_event,   &release_event,   &record_event, &wait_for_event, &await_event,
+    &elapsed,      &begin_graph,  &end_graph,       &start_graph,  &release_graph,
 #define PUNA_OPERATION(name, Call) &run<launch_##name, Call>,
 #include "kernels/cuda/operations.inc"
 #undef PUNA_OPERATION

@@ -45,7 +45,8 @@ struct Columns {
 };
 
 // Shared memory of a block: the ring; x; the spans' sums, of kHalf rows each; the sums of x by
-// group, and its scales. What x has not, to the end of its last unit, is zero.
+// group, and its scales. Columns that x has not belong to groups that it has not, whose sums, of
+// whatever lies there, nobody takes.
 template <class Format>
 struct Memory {
   using Stage = StagedWeights<Format, kUnit>;
@@ -95,16 +96,14 @@ __device__ __forceinline__ void multiply_unit(const Memory<Format>& memory,
       for (int i = 0; i < 4; ++i)
         dots[set][j][i] = start_of_sums<Format>(sums[(2 * set + i % 2) % kOwn]);
 
-  // What column g has of x: the halves of its steps, or one half of each.
+  // What column g has of x: the halves of its steps, of which it may use one.
   uint32_t own[Column::kOwnSteps][2];
   const unsigned char* x = memory.x + unit * kUnit + Column::first_step(g) * Of::kColumns + 4 * t;
 #pragma unroll
   for (int i = 0; i < Column::kOwnSteps; ++i)
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int at = Of::kGroupsEach > 1 ? g % 2 : half;
-      own[i][half] = *reinterpret_cast<const uint32_t*>(x + i * Of::kColumns + at * 16);
-    }
+    for (int half = 0; half < 2; ++half)
+      own[i][half] = *reinterpret_cast<const uint32_t*>(x + i * Of::kColumns + half * 16);
 #pragma unroll
   for (int step = 0; step < kUnitSteps; ++step) {
     Codes codes;
@@ -193,8 +192,6 @@ __global__ void __launch_bounds__(kThreads, 3) one_row_kernel(const ProductCall 
     for (int i = threadIdx.x; i < spans; i += kThreads)
       copy_async<4>(memory.scales + i, scales + i);
     commit_copies();
-    for (int i = limit / kChunk + threadIdx.x; i < units * kUnit / kChunk; i += kThreads)
-      *reinterpret_cast<uint4*>(memory.x + i * kChunk) = {0, 0, 0, 0};
   };
   // Weights that are known come before earlier kernels have ended, and are there when x is.
   if (known) {

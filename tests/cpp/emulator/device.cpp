@@ -1,5 +1,6 @@
 #include "emulator/device.h"
 
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -35,6 +36,7 @@ struct Fetched {
 struct Event {
   uint64_t recorded = 0, reached = 0;
   puna::cuda::Queue queue = puna::cuda::kMainQueue;  // that it was recorded in
+  std::chrono::steady_clock::time_point at;          // when it was reached
 };
 
 // What a queue was asked for: to wait for an event, or to do something.
@@ -341,7 +343,7 @@ std::shared_ptr<Event>& event_of(void* event) {
   return *static_cast<std::shared_ptr<Event>*>(event);
 }
 
-int make_event(void*, void** event) {
+int make_event(void*, int32_t, void** event) {
   *event = new std::shared_ptr<Event>(new Event);
   return 0;
 }
@@ -356,6 +358,7 @@ int record_event(void* device, void* event, int32_t queue) {
   of->queue = static_cast<puna::cuda::Queue>(queue);
   return ask(device, of->queue, {nullptr, 0, [of, recorded = ++of->recorded] {
                                    of->reached = recorded;
+                                   of->at = std::chrono::steady_clock::now();
                                    return 0;
                                  }});
 }
@@ -369,6 +372,14 @@ int await_event(void* device, void* event) {
   const std::shared_ptr<Event>& of = event_of(event);
   while (of->reached < of->recorded)
     if (const int code = do_next(device_of(device), of->queue)) return code;
+  return 0;
+}
+
+int elapsed(void* device, void* from, void* to, float* milliseconds) {
+  for (void* event : {from, to})
+    if (const int code = await_event(device, event)) return code;
+  *milliseconds =
+      std::chrono::duration<float, std::milli>(event_of(to)->at - event_of(from)->at).count();
   return 0;
 }
 
@@ -409,7 +420,8 @@ const puna::cuda::DeviceTable& device_table() {
       &download,        &copy,          &allocate_host,  &release_host,
       &fetch,           &await_fetched, &send,           &make_event,
       &release_event,   &record_event,  &wait_for_event, &await_event,
-      &begin_graph,     &end_graph,     &start_graph,    &release_graph,
+      &elapsed,         &begin_graph,   &end_graph,      &start_graph,
+      &release_graph,
 #define PUNA_OPERATION(name, Call) &run<launch_##name, Call>,
 #include "kernels/cuda/operations.inc"
 #undef PUNA_OPERATION
