@@ -125,6 +125,9 @@ if [ -x "$bench" ]; then
     int4=(model --device cuda --dtype int4 --layers 48 --vocab 202048 --batch 4096)
     measure scout 60 "${int4[@]}" --prompt 8192 --tokens 128
     PUNA_CUDA_PRODUCTS=warpgroups measure scout-warpgroups 60 "${int4[@]}" --prompt 8192 --tokens 16
+    # Kernel by kernel, of as many layers as tell.
+    measure profile 45 model --device cuda --dtype int4 --layers 8 --vocab 202048 --batch 4096 --depth 2048 \
+      --prompt 4096 --tokens 8 --profile
     measure scout-2k 60 "${int4[@]}" --prompt 2048 --tokens 128 --depth 2048
     measure scout-64-sequences 60 "${int4[@]}" --prompt 512 --tokens 16 --sequences 64
     measure maverick 90 "${int4[@]}" --shape maverick --prompt 2048 --tokens 128
