@@ -210,6 +210,15 @@ __device__ __forceinline__ uint32_t load_word(const void* from) {
 #endif
   return value;
 }
+// Brings the kCacheLine bytes there to the second cache, and waits for nothing.
+constexpr int kCacheLine = 128;
+__device__ __forceinline__ void fetch_to_cache(const void* from) {
+#ifdef __CUDACC__
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+#else
+  static_cast<void>(*static_cast<const volatile char*>(from));
+#endif
+}
 // A number of what other blocks of the same kernel may have written.
 #ifdef __CUDACC__
 #define PUNA_NUMBER_SHARED_BY_BLOCKS(T, type, letter)                                \

@@ -193,9 +193,19 @@ __global__ void __launch_bounds__(kThreads, 3) one_row_kernel(const ProductCall 
       copy_async<4>(memory.scales + i, scales + i);
     commit_copies();
   };
-  // Weights that are known come before earlier kernels have ended, and are there when x is.
+  // What the ring has no room for, to the second cache: of both halves a block takes a half.
+  const auto fetch_others = [&] {
+    constexpr int64_t kUnitBytes = kUnit / Format::kBlock * Stage::Layout::kBytes;
+    const int64_t begin = int64_t{kStages * kWarps} * kUnitBytes;
+    const int64_t each = (call.panel_bytes - begin) / 2, first = begin + half * each;
+    for (int64_t at = threadIdx.x * kCacheLine; at < each; at += kThreads * kCacheLine)
+      fetch_to_cache(panel + first + at);
+  };
+  // Weights that are known come before earlier kernels have ended, most of which leave the memory
+  // with little to do; they are there when x is.
   if (known) {
     request_weights();
+    fetch_others();
     after_earlier_kernels();
     request_row();
   } else {
