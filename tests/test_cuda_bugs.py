@@ -579,7 +579,7 @@ def _format_lines(formats: tuple[str, ...]) -> Iterator[str]:
     for line in (ROOT / "csrc" / "quant" / "formats.inc").read_text().splitlines():
         if line.startswith("PUNA_FORMAT("):
             traits = line.removeprefix("PUNA_FORMAT(").split(",")[0]
-            yield f"{line}\n" if traits in formats else "nullptr,\n"
+            yield f"{line}\n" if traits in formats else "{},\n"
 
 
 def _is_found(bug: Bug, folder: Path, programs: Path) -> bool:

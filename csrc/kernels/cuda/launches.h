@@ -13,6 +13,7 @@ namespace puna::cuda {
 // row, with some, and with many by the products of warps or of warpgroups.
 int launch_bf16_product(const ProductCall& call, Stream stream);
 int launch_quantized_product(const ProductCall& call, Stream stream);
+bool is_for_one_row(const ProductCall& call);
 int launch_quantized_one_row(const ProductCall& call, Stream stream);
 int launch_quantized_small_tiles(const ProductCall& call, Stream stream);
 int launch_quantized_large_tiles(const ProductCall& call, Stream stream);

@@ -63,13 +63,6 @@ inline ProductSize size_of(const ProductCall& call) {
   return rows > 64 && tiles >= multiprocessors() ? kManyRows : kSomeRows;
 }
 
-// Whether there is one row for each matrix, of few enough columns for a kernel that has all of it
-// in shared memory.
-inline bool is_one_row(const ProductCall& call) {
-  constexpr int64_t kMostColumns = 16384;
-  return call.count == 1 && call.shared.count <= 1 && call.x.stride <= kMostColumns;
-}
-
 // Whether the products of many rows are those of warpgroups.
 inline bool by_warpgroups(const ProductCall& call) {
   return has_warpgroups && call.form == kProductOfWarpgroups;

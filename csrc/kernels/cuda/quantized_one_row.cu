@@ -250,16 +250,27 @@ int launch_one_row(const ProductCall& call, Stream stream) {
   return launch(one_row_kernel<Format>, grid, kThreads, bytes, stream, call);
 }
 
-}  // namespace
-
-int launch_quantized_one_row(const ProductCall& call, Stream stream) {
-  using Launch = int (*)(const ProductCall&, Stream);
-  constexpr Launch kLaunches[] = {
-#define PUNA_FORMAT(Traits, name) &launch_one_row<Traits>,
+struct OfFormat {
+  int (*bytes)(int limit);
+  int (*launch)(const ProductCall&, Stream);
+};
+constexpr OfFormat kFormats[] = {
+#define PUNA_FORMAT(Traits, name) {&Memory<Traits>::bytes, &launch_one_row<Traits>},
 #include "quant/formats.inc"
 #undef PUNA_FORMAT
-  };
-  return kLaunches[call.format](call, stream);
+};
+
+}  // namespace
+
+// One row for each matrix, of which there is room for all in shared memory.
+bool is_for_one_row(const ProductCall& call) {
+  constexpr int64_t kMostColumns = int64_t{1} << 20;  // of which the bytes are an int
+  return call.count == 1 && call.shared.count <= 1 && call.x.stride <= kMostColumns &&
+         kFormats[call.format].bytes(static_cast<int>(call.x.stride)) <= kMostShared;
+}
+
+int launch_quantized_one_row(const ProductCall& call, Stream stream) {
+  return kFormats[call.format].launch(call, stream);
 }
 
 }  // namespace puna::cuda

@@ -133,7 +133,7 @@ struct QuantizedWeights : Steps<Format> {
 }  // namespace
 
 int launch_quantized_product(const ProductCall& call, Stream stream) {
-  if (is_one_row(call)) return launch_quantized_one_row(call, stream);
+  if (is_for_one_row(call)) return launch_quantized_one_row(call, stream);
   switch (size_of(call)) {
     case kFewRows:
       break;
