@@ -214,6 +214,11 @@ DeviceRows Engine::Impl::shared_rows(int64_t rows, int64_t columns, bool on_host
   return {{memory, memory->floats()}, rows, columns, on_host ? std::nullopt : backend->gpu(), {}};
 }
 
+void Engine::Impl::copy_on_device(float* to, ConstRows rows) {
+  backend->copy(to, rows.data, bytes_of(rows.rows, rows.cols));
+  backend->to_host(nullptr, rows.slice(0, 0));  // waits
+}
+
 template <class Take>
 void Engine::compute(ModelOutput output, const Prompt& prompt, std::span<const int64_t> cuts,
                      const Poll& poll, const Take& take) {
@@ -270,8 +275,7 @@ DeviceRows Engine::device_outputs(ModelOutput output, const Prompt& prompt,
   all.engine = weak_from_this();
   float* to = all.data.get();
   compute(output, prompt, cuts, poll, [&](ConstRows rows) {
-    impl_->backend->copy(to, rows.data, bytes_of(rows.rows, columns));
-    impl_->backend->to_host(nullptr, rows.slice(0, 0));  // waits for it
+    impl_->copy_on_device(to, rows);
     to += rows.rows * columns;
   });
   return all;
@@ -283,12 +287,10 @@ DeviceRows Engine::copy(const DeviceRows& rows, bool to_host) {
   DeviceRows made = impl_->shared_rows(rows.rows, rows.columns, to_host);
   made.engine = rows.engine;
   const ConstRows from(rows.data.get(), rows.rows, rows.columns);
-  if (to_host) {
+  if (to_host)
     impl_->backend->to_host(made.data.get(), from);
-  } else {
-    impl_->backend->copy(made.data.get(), from.data, bytes_of(rows.rows, rows.columns));
-    impl_->backend->to_host(nullptr, from.slice(0, 0));  // waits for it
-  }
+  else
+    impl_->copy_on_device(made.data.get(), from);
   return made;
 }
 

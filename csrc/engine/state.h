@@ -172,6 +172,8 @@ struct Engine::Impl {
   ConstRows next_outputs(TokenSequence& text, ModelOutput output, int64_t most, const Poll& poll);
   // engine.cpp: rows for whoever will have them, in the memory of the device or of the host.
   DeviceRows shared_rows(int64_t rows, int64_t columns, bool on_host);
+  // Rows without gaps, within the memory of the device; waits for it.
+  void copy_on_device(float* to, ConstRows rows);
   // The next token of each session, from its row of logits; of these as little as will do goes to
   // the host.
   struct Chosen {
