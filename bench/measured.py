@@ -107,6 +107,19 @@ def _vision(path: Path) -> Iterator[str]:
         )
 
 
+# What the steps of gpu_run.sh with these endings do otherwise than those without.
+NOTES = {
+    "-warpgroups": ", by warpgroups",
+    "-host-experts": ", experts of the host by the CPU",
+    "-sent-experts-0": ", experts of the host by the CPU",
+    "-sent-experts-1": ", experts of the host sent to the GPU",
+}
+
+
+def _note(step: str) -> str:
+    return next((note for ending, note in NOTES.items() if step.endswith(ending)), "")
+
+
 def _cuda(path: Path) -> Iterator[str]:
     result = json.loads(path.read_text(encoding="utf-8"))
     facts = result["products"]["facts"]
@@ -120,7 +133,7 @@ def _cuda(path: Path) -> Iterator[str]:
     yield "|---|---|---|---|"
     for name, model in result.items():
         for row in model.get("rows", []) if isinstance(model, dict) else []:
-            if "phase" not in row:
+            if "phase" not in row or "tokens/s" not in row:
                 continue
             what = f"{row['phase']} {row['tokens']} at {row['depth']}"
             if row["phase"] == "decode":
@@ -132,23 +145,25 @@ def _cuda(path: Path) -> Iterator[str]:
                 share = f"{row['% of bf16 peak']:.0f} % of bf16 peak"
             yield (
                 f"| {model['facts']['shape']}, {model['facts']['layers made']} layers, "
-                f"{model['facts'].get('experts made', 'dense')} | {what} "
+                f"{model['facts'].get('experts made', 'dense')}{_note(name)} | {what} "
                 f"| {row['tokens/s']:,.0f} | {share} |"
             )
-    for row in result.get("vision", {}).get("rows", []):
-        yield (
-            f"| vision tower, bfloat16 | {row['tiles']} tiles | {row['tiles/s']:,.0f} tiles/s "
-            f"| {row['% of bf16 peak']:.0f} % of bf16 peak |"
-        )
+    for step in ("vision", "vision-warpgroups"):
+        for row in result.get(step, {}).get("rows", []):
+            yield (
+                f"| vision tower, bfloat16{_note(step)} | {row['tiles']} tiles "
+                f"| {row['tiles/s']:,.0f} tiles/s | {row['% of bf16 peak']:.0f} % of bf16 peak |"
+            )
     yield ""
     yield "| operation | rows | us | | share of the nearer ceiling |"
     yield "|---|---|---|---|---|"
-    for row in [*result["products"]["rows"], *result["attention"]["rows"]]:
-        if row["% of read"] >= row["% of int8"]:
-            rate = f"{row['GB/s']:,.0f} GB/s | {row['% of read']:.0f} % of read bandwidth"
-        else:
-            rate = f"{row['TOP/s']:.0f} TOP/s | {row['% of int8']:.0f} % of int8"
-        yield f"| {row['operation']} | {row['rows']} | {row['us']:,.1f} | {rate} |"
+    for step in ("products", "products-warpgroups", "attention", "choice"):
+        for row in result.get(step, {}).get("rows", []):
+            if row["% of read"] >= row["% of int8"]:
+                rate = f"{row['GB/s']:,.0f} GB/s | {row['% of read']:.0f} % of read bandwidth"
+            else:
+                rate = f"{row['TOP/s']:.0f} TOP/s | {row['% of int8']:.0f} % of int8"
+            yield f"| {row['operation']}{_note(step)} | {row['rows']} | {row['us']:,.1f} | {rate} |"
 
 
 def _kv_decode(paths: list[Path]) -> Iterator[str]:
