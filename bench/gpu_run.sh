@@ -153,7 +153,7 @@ else
 fi
 
 {
-  printf '{"failed": %d, "steps": [\n' "$failed"
+  printf '{"date": "%s", "failed": %d, "steps": [\n' "$(date -u +%F)" "$failed"
   (IFS=$'\n' && printf '%s\n' "${rows[*]}" | sed '$!s/$/,/')
   printf ']'
   for name in "${measured[@]}"; do
