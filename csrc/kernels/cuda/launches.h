@@ -9,9 +9,10 @@ namespace puna::cuda {
 #define PUNA_OPERATION(name, Call) int launch_##name(const Call& call, Stream stream);
 #include "kernels/cuda/operations.inc"
 #undef PUNA_OPERATION
-// Parts of launch_product: of kWeightsBF16, of kWeightsQuantized, and those of the latter with
-// some rows, and with many by the products of warps or of warpgroups.
+// Parts of launch_product: of kWeightsBF16, those of it by warpgroups, of kWeightsQuantized, and
+// those of the latter with some rows, and with many by the products of warps or of warpgroups.
 int launch_bf16_product(const ProductCall& call, Stream stream);
+int launch_bf16_warpgroups(const ProductCall& call, Stream stream);
 int launch_quantized_product(const ProductCall& call, Stream stream);
 int launch_quantized_small_tiles(const ProductCall& call, Stream stream);
 int launch_quantized_large_tiles(const ProductCall& call, Stream stream);
