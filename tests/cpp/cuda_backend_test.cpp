@@ -224,8 +224,8 @@ TEST(rows_rounded_where_they_are_made_have_the_bits_of_rows_rounded_apart) {
   std::vector<Matrix> matrices;
   for (const auto& [rows, cols] : {std::array<int64_t, 2>{3 * kCols, kCols},
                                    {2 * kCols, kCols},
-                                   {kCols, 2 * kCols},
-                                   {40, kCols}})
+                                   {2 * kCols, 2 * kCols},
+                                   {40, 2 * kCols}})
     matrices.push_back(random_matrix(random, rows, cols, DType::kBF16));
   const std::vector<float> x = randoms(random, kRows * kCols), bias = randoms(random, 2 * kCols);
   const std::vector<float> angles(kTokens * kDim / 2, 0.7f);
@@ -241,7 +241,7 @@ TEST(rows_rounded_where_they_are_made_have_the_bits_of_rows_rounded_apart) {
       return Rows(memory.back().floats(), kRows, cols);
     };
     const Rows in = rows(kCols), qkv = rows(3 * kCols), attended = rows(kCols);
-    const Rows inner = rows(2 * kCols), hidden = rows(kCols), out = rows(40);
+    const Rows inner = rows(2 * kCols), hidden = rows(2 * kCols), out = rows(40);
     backend->from_host(in, x.data());
     backend->matmul(qkv, in, weights[0], {.many_rows = true});
     backend->vision_attention(attended, qkv, kRows / kTokens, kTokens, kHeads, angles.data(),
@@ -257,6 +257,7 @@ TEST(rows_rounded_where_they_are_made_have_the_bits_of_rows_rounded_apart) {
     }
     return all;
   };
+  setenv("PUNA_CUDA_PRODUCTS", "warpgroups", 1);  // as for subjects()
   const auto apart = results(0, 1);
   for (const int ordinal : {0, 2, 3}) CHECK(results(ordinal, 0) == apart);
 }
