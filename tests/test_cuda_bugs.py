@@ -547,7 +547,7 @@ OTHERS = [
     Bug(TILES, "if (part < 2) {", "if (part < 1) {"),
     Bug(TILES, "number % call.heads", "0"),
     Bug(TILES, "2 * pair < call.dim", "true"),
-    Bug(TILES, "part == 0 ? call.scale : 1.0f", "call.scale"),
+    Bug(VISION_ROUNDINGS, "part == 0 ? call.scale : 1.0f", "call.scale"),
     Bug(VISION_ROUNDINGS, "part == 0 ? kLog2E : 1.0f", "1.0f"),
     Bug(TILES, "of.first + token < of.tokens", "true"),
     Bug(TILES, "if (there < kTileTokens) hide(", "if (false) hide("),
