@@ -17,6 +17,7 @@
 
 #include "backend/backend.h"
 #include "base/error.h"
+#include "base/half.h"
 #include "bench.h"
 #include "device_ceilings.h"
 #include "engine/factory.h"
@@ -106,6 +107,41 @@ class Checks {
         add(std::string("product ") + name_of(format) + " x " + std::to_string(count), run,
             exact ? cpu_ : ref_, exact ? 0 : 1e-5);
       }
+    }
+    // bfloat16, of calls that say that they have many rows, and of the same rows in calls that do
+    // not: whether the bits are equal decides whether every product may be by warpgroups.
+    const Source source(random_, 1300, 520);
+    std::vector<uint16_t> halves;
+    for (const float value : source.values) halves.push_back(bf16_of_float(value));
+    const int64_t count = 2000;
+    std::vector<float> x = randoms(random_, count * source.cols);
+    for (float& value : x) value = float_of_bf16(bf16_of_float(value));
+    const auto run = [&](Backend& backend, int64_t each, bool many_rows) {
+      const MatrixSource part{DType::kBF16, halves.data(), source.rows,
+                              source.cols,  source.cols,   1};
+      const WeightRef weight = backend.load_matrix({&part, 1}, {WeightFormat::kBF16});
+      const Placed in(backend, count, x), out(backend, count, source.rows);
+      for (int64_t first = 0; first < count; first += each) {
+        const int64_t rows = std::min(each, count - first);
+        backend.matmul(out.rows.slice(first, rows), in.rows.slice(first, rows), weight,
+                       {.many_rows = many_rows});
+      }
+      return out.values();
+    };
+    const std::vector<float> many = run(gpu_, count, true), expected = run(ref_, count, false);
+    compare("product bf16 x 2000, of many rows", many, expected, ref_.name(), 1e-5);
+    for (const int64_t each : {int64_t{16}, int64_t{64}, int64_t{577}, count}) {
+      const std::string calls = "product bf16 in calls of " + std::to_string(each);
+      if (each > 16) compare(calls + ", of many rows", run(gpu_, each, true), many, "one call", 0);
+      const std::vector<float> plain = run(gpu_, each, false);
+      compare(calls, plain, expected, ref_.name(), 1e-5);
+      int64_t other = 0;
+      for (size_t i = 0; i < many.size(); ++i) other += plain[i] != many[i];
+      std::cerr << "       its bits and those of many rows are "
+                << (other == 0 ? "equal"
+                               : "not equal in " + std::to_string(other) + " of " +
+                                     std::to_string(many.size()))
+                << "\n";
     }
   }
 

@@ -67,11 +67,12 @@ double DeviceCeilings::copy() const { return median(copy_); }
 double DeviceCeilings::int8() const { return median(int8_); }
 double DeviceCeilings::bf16() const { return median(bf16_); }
 
-MachineCeilings::MachineCeilings(const Backend& backend, const std::string& isa, int threads) {
+MachineCeilings::MachineCeilings(const Backend& backend, const std::string& isa, int threads,
+                                 bool small) {
   if (backend.device_memory()) {
     // "cuda:1 (name)"
     const std::string device = backend.description();
-    gpu_ = std::make_unique<DeviceCeilings>(std::stoi(device.substr(device.find(':') + 1)), false);
+    gpu_ = std::make_unique<DeviceCeilings>(std::stoi(device.substr(device.find(':') + 1)), small);
   } else {
     pool_ = std::make_unique<ThreadPool>(threads);
     cpu_ = std::make_unique<Ceilings>(resolve_isa(isa), *pool_);

@@ -43,10 +43,10 @@ class DeviceCeilings {
 };
 
 // Of whatever `backend` computes on: the processor, with those instructions and threads, or the
-// GPU.
+// GPU, of that with hardly any work if `small`.
 class MachineCeilings {
  public:
-  MachineCeilings(const Backend& backend, const std::string& isa, int threads);
+  MachineCeilings(const Backend& backend, const std::string& isa, int threads, bool small = false);
 
   void sample();
   double read() const { return gpu_ != nullptr ? gpu_->read() : cpu_->read(); }

@@ -120,6 +120,11 @@ if [ -x "$bench" ]; then
   done
   # The same products by the instructions of warpgroups, to compare with those of warps row by row.
   measure products-warpgroups 120 cuda --time --only products --warpgroups "${small[@]}"
+  # Where the time of the vision tower goes, in both forms: four layers' weights are in no cache.
+  parts=(vision --device cuda --parts --layers 4 --tiles 17)
+  [ -n "${SMALL:-}" ] && parts=(vision --device cuda --parts --tiles 2 --small)
+  measure vision-parts 30 "${parts[@]}"
+  measure vision-parts-warpgroups 30 "${parts[@]}" --warpgroups
   if [ -z "${SMALL:-}" ]; then
     # Whole models of the true shapes; the second with as many of its experts as fit.
     int4=(model --device cuda --dtype int4 --layers 48 --vocab 202048 --batch 4096)
@@ -138,7 +143,8 @@ if [ -x "$bench" ]; then
     for sent in 0 1; do
       PUNA_CUDA_SENT_ROWS=$sent measure "scout-sent-experts-$sent" 45 "${host[@]}" --prompt 4096 --tokens 1 --rounds 2
     done
-    measure vision 60 vision --device cuda --tiles 17
+    measure vision 45 vision --device cuda --tiles 17
+    PUNA_CUDA_PRODUCTS=warpgroups measure vision-warpgroups 45 vision --device cuda --tiles 17
   fi
   if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do

@@ -1,5 +1,6 @@
 // puna-bench vision: the vision tower of Llama 4, in its true size, with random weights.
 #include <algorithm>
+#include <cstdlib>
 #include <iostream>
 #include <memory>
 #include <string>
@@ -13,6 +14,7 @@
 #include "model/vision_model.h"
 #include "platform/system.h"
 #include "synthetic.h"
+#include "vision_parts.h"
 
 namespace puna::bench {
 namespace {
@@ -31,6 +33,15 @@ double tile_operations(const VisionSpec& vision, int64_t text_hidden) {
   return static_cast<double>(patch_embedding + vision.layers * layer + adapter);
 }
 
+// As few operations as show that all of it runs.
+void make_small(VisionSpec& vision) {
+  vision.image_size = 4 * vision.patch_size;
+  vision.hidden = 2 * vision.hidden / vision.heads;
+  vision.heads = 2;
+  vision.layers = 1;
+  vision.intermediate = vision.adapter_width = vision.output_width = 100;
+}
+
 }  // namespace
 
 int run_vision(int argc, char** argv) {
@@ -41,6 +52,9 @@ int run_vision(int argc, char** argv) {
                              {"threads", "N", "compute threads (default: the usable cores)"},
                              {"isa", "NAME", "instruction set (default: the best)"},
                              {"rounds", "N", "rounds of which the medians are taken (default 3)"},
+                             {"parts", nullptr, "each kind of its operations instead"},
+                             {"warpgroups", nullptr, "products by warpgroups (Hopper)"},
+                             {"small", nullptr, "a tiny tower, to see that it runs"},
                              {"json", nullptr, "print JSON"}},
                             argc, argv);
   if (arguments.wants_help()) {
@@ -53,17 +67,33 @@ int run_vision(int argc, char** argv) {
 
   // The text model is of no account: one layer, none of it loaded.
   ModelSpec spec = published_spec("guard", {.layers = 1, .vocab = 1});
-  spec.vision->layers = arguments.integer("layers", spec.vision->layers, 1, spec.vision->layers);
+  const bool small = arguments.has("small");
+  if (small) make_small(*spec.vision);
+  const int64_t all_layers = spec.vision->layers;
+  spec.vision->layers = arguments.integer("layers", all_layers, 1, all_layers);
+  if (arguments.has("warpgroups")) setenv("PUNA_CUDA_PRODUCTS", "warpgroups", 1);
   const VisionSpec& vision = *spec.vision;
   const std::unique_ptr<Backend> backend =
       make_backend(arguments.text("device", "cpu"), {isa, threads});
   auto source = std::make_unique<SyntheticWeights>(spec);
   const QuantRecipe recipe;
   SyntheticLoader loader(*backend, recipe, *source);
-  const auto model =
-      std::make_unique<VisionModel>(spec, load_vision(*source->weights().vision, loader), *backend);
+  VisionParameters parameters = load_vision(*source->weights().vision, loader);
   source.reset();
-  MachineCeilings ceilings(*backend, isa, threads);
+  MachineCeilings ceilings(*backend, isa, threads, small);
+  if (arguments.has("parts")) {
+    Report report;
+    report.fact("device", backend->description());
+    if (!backend->device_memory()) ceilings.sample();
+    report.fact("read GB/s", ceilings.read() / 1e9);
+    report.fact("bf16 TFLOP/s", ceilings.bf16() / 1e12);
+    const int64_t tiles = arguments.integer("tiles", 1, 1, 1000);
+    report.fact("tiles", tiles);
+    time_vision_parts(report, *backend, spec, parameters, ceilings, tiles, all_layers, small);
+    report.print(std::cout, arguments.has("json"));
+    return 0;
+  }
+  const auto model = std::make_unique<VisionModel>(spec, std::move(parameters), *backend);
 
   std::vector<Case> cases;
   std::vector<int64_t> tile_counts = {1, 5};
@@ -95,8 +125,9 @@ int run_vision(int argc, char** argv) {
   report.fact("isa", backend->device_memory() ? "" : std::string(resolve_isa(isa).isa));
   report.fact("memory GiB", static_cast<double>(total_memory_bytes()) / (1 << 30));
   report.fact("rounds", rounds);
-  report.fact("tower", std::to_string(vision.layers) +
-                           " layers of 1408, tiles of 336 pixels, random bfloat16 weights");
+  report.fact("tower", std::to_string(vision.layers) + " layers of " +
+                           std::to_string(vision.hidden) + ", tiles of " +
+                           std::to_string(vision.image_size) + " pixels, random bfloat16 weights");
   report.fact("weights GiB", static_cast<double>(loader.bytes()) / (1 << 30));
   report.fact("peak resident GiB, ceilings' 1 GiB included",
               static_cast<double>(peak_resident_bytes()) / (1 << 30));

@@ -63,6 +63,21 @@ FLOAT_PRODUCT = Place("product.cuh", "product.cu", "cuda_backend_test", "matmul"
 EXPERTS = Place("product.cuh", "bf16_product.cu", "cuda_backend_test", "moe")
 FEW = Place("few_product.cuh", "bf16_product.cu", "cuda_backend_test", "matmul")
 BF16 = Place("bf16_product.cu", "bf16_product.cu", "cuda_backend_test", "matmul")
+BF16_WARPGROUPS = Place(
+    "bf16_warpgroups.cu", "bf16_warpgroups.cu", "cuda_backend_test", "by_warpgroups"
+)
+BF16_PAIRS = Place("bf16_weights.cuh", "bf16_warpgroups.cu", "cuda_backend_test", "by_warpgroups")
+MADE_ROWS = Place(
+    "bf16_warpgroups.cu", "bf16_warpgroups.cu", "cuda_backend_test", "where_they_are_made"
+)
+MADE_PATCHES = Place(
+    "vision_attention.cu", "vision_attention.cu", "cuda_backend_test", "where_they_are_made"
+)
+MADE_APART = Place("bf16_product.cu", "bf16_product.cu", "cuda_backend_test", "where_they_are_made")
+MADE_OPERANDS = Place(
+    "products.cpp", "products.cpp", "cuda_backend_test", "where_they_are_made",
+    folder="backend/cuda",
+)  # fmt: skip
 FLOATS = Place("product.cu", "product.cu", "cuda_backend_test", "matmul")
 FLOAT8 = Place("product.cu", "product.cu", "cuda_product_test", "float8")
 ROWS = Place("rows.cu", "rows.cu", "cuda_backend_test", "moe")
@@ -71,6 +86,8 @@ MOVES = Place("rows.cu", "rows.cu", "cuda_backend_test", "moves")
 CHOICE = Place("choice.cu", "choice.cu", "cuda_backend_test", "argmax")
 CHOSEN_ROWS = Place("reduce.cuh", "choice.cu", "cuda_backend_test", "argmax")
 CANDIDATES = Place("choice.cu", "choice.cu", "cuda_backend_test", "candidates")
+ROUNDED_ROWS = Place("rows.cu", "rows.cu", "cuda_backend_test", "rounded_by_a_norm")
+ROUNDED_SPANS = Place("operand.cuh", "rows.cu", "cuda_backend_test", "matmul")
 VISION = Place("rows.cu", "rows.cu", "cuda_backend_test", "vision")
 OPERANDS = Place("rows.cu", "rows.cu", "cuda_product_test", "products_of_Int4")
 CODES = Place("operand.cuh", "rows.cu", "cuda_product_test", "products_of_Int4")
@@ -284,6 +301,45 @@ OTHERS = [
     Bug(BF16, "t + 4 * i) * kPairBytes", "t) * kPairBytes"),
     Bug(BF16, "(half + h) % 2 * (kHalf / 4) + g", "g"),
     Bug(BF16, "part[h][j][n][i] = 0;", ""),
+    # --- bf16_warpgroups.cu, bf16_weights.cuh
+    Bug(BF16_WARPGROUPS, "static constexpr int kAhead = kPieces - 2;", "static constexpr int kAhead = kPieces - 1;"),
+    Bug(BF16_WARPGROUPS, "wait_for_copies<kAhead - 1>();", "wait_for_copies<kAhead>();"),
+    Bug(BF16_WARPGROUPS, "      fence_shared_operands();\n", ""),
+    Bug(BF16_WARPGROUPS, "      __syncthreads();  // the piece is there", "      // the piece is there"),
+    Bug(BF16_WARPGROUPS, "          wait_for_products<0>(dots[1]);\n          add(kParts - 1);\n", "          add(kParts - 1);\n          wait_for_products<0>(dots[1]);\n"),
+    Bug(BF16_WARPGROUPS, "if (span > 0) {", "if (span > 1) {"),
+    Bug(BF16_WARPGROUPS, "fence_products();", ";"),
+    Bug(BF16_WARPGROUPS, "commit_products();", ";"),
+    Bug(BF16_WARPGROUPS, "wait_for_products<1>(dots[(part - 1) % 2]);", "wait_for_products<2>(dots[(part - 1) % 2]);"),
+    Bug(BF16_WARPGROUPS, "if (step == 0)", "if (step < 0)"),
+    Bug(BF16_WARPGROUPS, ".after(step % kEach)", ".after(0)"),
+    Bug(BF16_WARPGROUPS, "step / kEach * kHalfBytes", "0"),
+    Bug(BF16_WARPGROUPS, "span + (part + kAhead) / kParts", "span + kAhead / kParts"),
+    Bug(BF16_WARPGROUPS, "row / 4 ^ 2 * t", "row / 4"),
+    Bug(BF16_WARPGROUPS, "row % 4 * 4;", "0;"),
+    Bug(BF16_WARPGROUPS, "to[step][2 * i + 1] = two.y;", "to[step][2 * i + 1] = two.x;"),
+    Bug(BF16_WARPGROUPS, "(span, part) + half * kHalfBytes", "(span, part)"),
+    Bug(BF16_WARPGROUPS, "+ half * kRowBytes);", ");"),
+    Bug(BF16_WARPGROUPS, "rows + int64_t{first} * row_bytes", "rows"),
+    Bug(BF16_WARPGROUPS, "sums[4 * n + 2 + column]", "sums[4 * n + 1 + column]"),
+    Bug(BF16_WARPGROUPS, "  __syncwarp();\n", "", behind="sums[4 * n + 2 + column]"),
+    Bug(BF16_WARPGROUPS, "  __syncwarp();\n}", "}", behind="to[i] = result[i];"),
+    Bug(BF16_WARPGROUPS, "if (token >= count) break;", ""),
+    Bug(BF16_WARPGROUPS, "row + 4 <= call.rows && ", ""),
+    Bug(BF16_WARPGROUPS, "if (row + i < call.rows) to[i]", "to[i]"),
+    Bug(BF16_WARPGROUPS, "if (call.accumulate && whole) before =", "if (false) before ="),
+    Bug(BF16_WARPGROUPS, "apart ? to[i] : was[i]", "was[i]"),
+    Bug(MADE_ROWS, "bf16_pair(result[0], result[1])", "bf16_pair(result[1], result[0])"),
+    Bug(MADE_ROWS, "(first_token + token) * call.operand.stride", "token * call.operand.stride"),
+    Bug(MADE_PATCHES, "operand + 8 * n) =", "operand) ="),
+    Bug(MADE_APART, "if (error != 0 || call.operand.data == nullptr) return error;", "return error;"),
+    Bug(MADE_OPERANDS, "if (product->x.data == operand.data)", "if (false)"),
+    Bug(MADE_OPERANDS, "product->operand = operand;", ""),
+    Bug(MADE_OPERANDS, "passing_ == product->out.data", "true"),
+    Bug(BF16_WARPGROUPS, "(call.cols + 1) / 2 * 2", "call.cols / 2 * 2"),
+    Bug(BF16_PAIRS, "2 * first < left", "true"),
+    Bug(BF16_PAIRS, "if (panel < there)", "if (panel < 1)"),
+    Bug(BF16_PAIRS, "chunk ^ 2 * (pair % 4)", "chunk"),
     # --- product.cu: weights that are floats, without the tensor cores
     Bug(FLOATS, "i * (kWarp / kLanes) + lane / kLanes", "i * (kWarp / kLanes)"),
     Bug(FLOATS, "if (span * kSpan + own >= cols) break;", ""),
@@ -372,6 +428,13 @@ OTHERS = [
     Bug(NORMS, "/ count + call.eps", "/ count"),
     Bug(NORMS, "fmaf(at - mean, at - mean, sum)", "fmaf(at, at, sum)"),
     Bug(NORMS, "four.at[i] += call.bias[first + i];", ";"),
+    Bug(NORMS, "static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp", "blockIdx.x", behind="layer_norm_kernel"),
+    Bug(NORMS, "if (first + i < cols) sum = term(sum, values[span].at[i]);", "sum = term(sum, values[span].at[i]);"),
+    Bug(NORMS, "squares + call.eps", "squares", behind="layer_norm_kernel"),
+    Bug(NORMS, "* weight.at[i] + bias.at[i];", "* weight.at[i];"),
+    Bug(NORMS, "(call.rows + kWarps - 1) / kWarps", "call.rows / kWarps"),
+    Bug(ROUNDED_ROWS, "if (span * kOperandSpan >= end) return;", ";", behind="layer_norm_kernel"),
+    Bug(ROUNDED_SPANS, "bf16_pair(x[2], x[3])", "bf16_pair(x[3], x[2])"),
     Bug(PASSES, "store_four(residual, first, cols, values[k]);", ""),
     Bug(PASSES, "i < call.added.top_k", "i < 1"),
     Bug(MOVES, "if (c < call.cols) out[c]", "if (c <= call.cols) out[c]"),
@@ -518,7 +581,13 @@ OTHERS = [
     Bug(SEALED_TILES, "line += call.closed.lower", "line += 0"),
     Bug(SEALED_TILES, "(of.number * kTileTokens + warp * 8) * 2;", "(of.number * kTileTokens) * 2;"),
     # --- vision_attention.cu
+    Bug(TILES, "r % call.tokens * (call.dim / 2)", "r * (call.dim / 2)"),
+    Bug(TILES, "< call.heads ? call.scale : 1.0f", "< 0 ? call.scale : 1.0f"),
     Bug(TILES, "angles = token * (call.dim / 2)", "angles = r * (call.dim / 2)"),
+    Bug(TILES, "if (part < 2) {", "if (part < 1) {"),
+    Bug(TILES, "number % call.heads", "0"),
+    Bug(TILES, "2 * pair < call.dim", "true"),
+    Bug(VISION_ROUNDINGS, "part == 0 ? call.scale : 1.0f", "call.scale"),
     Bug(VISION_ROUNDINGS, "part == 0 ? kLog2E : 1.0f", "1.0f"),
     Bug(TILES, "of.first + token < of.tokens", "true"),
     Bug(TILES, "if (there < kTileTokens) hide(", "if (false) hide("),

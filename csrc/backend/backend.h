@@ -27,6 +27,11 @@ struct MatmulOptions {
   const VectorRef* bias = nullptr;  // [out.cols], added to each row
   bool gelu = false;                // exact (erf) GELU after the bias
   bool accumulate = false;          // out += instead of out =
+  // For matrices whose calls have many rows. It may change bits, which then, too, depend on no
+  // other row: a matrix should have it always or never.
+  bool many_rows = false;
+  // Nobody reads `out` but the very next matmul, as its x: afterwards it may hold anything.
+  bool passing = false;
 };
 
 // Sealed pages on their way through memory from a slower medium, in order.

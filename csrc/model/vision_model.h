@@ -25,12 +25,15 @@ class VisionModel {
   int64_t tokens_per_tile() const { return tokens_per_tile_; }
 
  private:
-  // What is computed of a tile on the way: rows are patches, these and the class token, or joined
-  // patches.
+  // What is computed of tiles on the way: rows are patches, these and the class token, or joined
+  // patches, tile by tile.
   struct Activations {
     Rows unfolded, hidden, normed, qkv, attended, inner, joined, adapted1, adapted2;
   };
-  void encode_tile(Rows out, const float* pixels, const Activations& memory, const LayerPoll& poll);
+  // How many of so many tiles are encoded together. No bit depends on it.
+  int64_t tiles_together(int64_t tiles) const;
+  void encode_tiles(Rows out, const float* pixels, int64_t tiles, const Activations& memory,
+                    const LayerPoll& poll);
   VectorRef start_rows();
 
   const VisionSpec& spec_;

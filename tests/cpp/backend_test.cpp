@@ -294,7 +294,8 @@ TEST(moe_ties_go_to_the_lower_expert_and_nan_harms_its_row_only) {
 
 TEST(norms) {
   std::mt19937 random(5);
-  for (const auto& [rows, n] : {std::array<int64_t, 2>{1, 72}, {40, 73}, {3, 1}, {33, 1100}}) {
+  for (const auto& [rows, n] :
+       {std::array<int64_t, 2>{1, 72}, {40, 73}, {3, 1}, {33, 1100}, {2, 1700}}) {
     const std::vector<float> x = randoms(random, rows * n), weight = randoms(random, n),
                              bias = randoms(random, n);
     const float eps = 1e-5f;

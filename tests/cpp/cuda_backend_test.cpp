@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "cuda_subjects.h"
+#include "model/vision_model.h"
 
 // by the tests of every backend.
 #include "backend_test.cpp"
@@ -154,4 +155,201 @@ TEST(attention_in_batches_has_the_bits_of_single_kernels) {
     return values;
   };
   CHECK(result(0) == result(1));
+}
+
+// Products of bfloat16 by warpgroups have the bits of those of warps: here, where both add up one
+// term after the other. A row alone, some that share a part with none, one more than a small tile
+// has and than a large one; rows of W and columns that end anywhere; more spans than the ring has.
+TEST(products_of_bfloat16_by_warpgroups_have_the_bits_of_warps) {
+  std::mt19937 random(17);
+  const int64_t shapes[][3] = {{1, 72, 50},    {64, 1, 1},      {65, 300, 70}, {129, 700, 130},
+                               {128, 128, 64}, {257, 1100, 60}, {300, 20, 200}};
+  for (const auto& [rows, k, n] : shapes) {
+    const Matrix weight = random_matrix(random, n, k, DType::kBF16);
+    const std::vector<float> x = randoms(random, rows * k), bias = randoms(random, n);
+    const std::vector<float> start = randoms(random, rows * (n + 3));
+    for (const int epilogue : {0, 1, 2}) {
+      std::vector<float> expected;
+      for (Named& subject : subjects()[0])
+        for (const bool many_rows : {false, true}) {
+          const VectorRef bias_ref = load_vector(*subject.backend, bias);
+          std::vector<float> out = start;
+          subject.backend->matmul(
+              {out.data(), rows, n, n + epilogue}, {x.data(), rows, k},
+              weight.load(*subject.backend),
+              {epilogue > 0 ? &bias_ref : nullptr, epilogue == 1, epilogue == 2, many_rows});
+          if (expected.empty()) expected = out;
+          check_same_bits("product of " + std::to_string(rows) + " x " + std::to_string(k) + " x " +
+                              std::to_string(n) + " on " + subject.name,
+                          out.data(), expected.data(), expected.size());
+        }
+    }
+  }
+}
+
+// A layer norm makes the operand of the product behind it, where both are noted together.
+TEST(rows_rounded_by_a_norm_have_the_bits_of_rows_rounded_apart) {
+  std::mt19937 random(18);
+  constexpr int64_t kRows = 11, kOut = 40;
+  for (const int64_t cols : {60, 300, 1536, 1700}) {
+    const Matrix weight = random_matrix(random, kOut, cols, DType::kBF16);
+    const std::vector<float> x = randoms(random, kRows * cols), scale = randoms(random, cols),
+                             bias = randoms(random, cols);
+    const auto result = [&](size_t batch_kernels) {
+      const auto backend =
+          make_cuda_backend(emulator::device_table(), 1, make_cpu_backend({"", 1}), batch_kernels);
+      const WeightRef packed = weight.load(*backend);
+      const VectorRef norm = load_vector(*backend, scale), norm_bias = load_vector(*backend, bias);
+      const Buffer memory[] = {backend->allocate(kRows * cols * 4),
+                               backend->allocate(kRows * cols * 4),
+                               backend->allocate(kRows * kOut * 4)};
+      const Rows in(memory[0].floats(), kRows, cols), normed(memory[1].floats(), kRows, cols);
+      const Rows out(memory[2].floats(), kRows, kOut);
+      backend->from_host(in, x.data());
+      backend->layer_norm(normed, in, norm, norm_bias, 1e-5f);
+      backend->matmul(out, normed, packed);
+      std::vector<float> values(kRows * kOut);
+      backend->to_host(values.data(), out);
+      return values;
+    };
+    CHECK(result(0) == result(1));
+  }
+}
+
+// Likewise what a product makes of its rows for the next one, and attention among patches: by
+// warpgroups, and on a device that has none.
+TEST(rows_rounded_where_they_are_made_have_the_bits_of_rows_rounded_apart) {
+  std::mt19937 random(21);
+  constexpr int64_t kRows = 150, kTokens = 75, kHeads = 8, kDim = 16, kCols = kHeads * kDim;
+  std::vector<Matrix> matrices;
+  for (const auto& [rows, cols] : {std::array<int64_t, 2>{3 * kCols, kCols},
+                                   {2 * kCols, kCols},
+                                   {2 * kCols, 2 * kCols},
+                                   {40, 2 * kCols}})
+    matrices.push_back(random_matrix(random, rows, cols, DType::kBF16));
+  const std::vector<float> x = randoms(random, kRows * kCols), bias = randoms(random, 2 * kCols);
+  const std::vector<float> angles(kTokens * kDim / 2, 0.7f);
+  const auto results = [&](int ordinal, size_t batch_kernels) {
+    const auto backend = make_cuda_backend(emulator::device_table(), ordinal,
+                                           make_cpu_backend({"", 1}), batch_kernels);
+    std::vector<WeightRef> weights;
+    for (const Matrix& matrix : matrices) weights.push_back(matrix.load(*backend));
+    const VectorRef added = load_vector(*backend, bias);
+    std::vector<Buffer> memory;
+    const auto rows = [&](int64_t cols) {
+      memory.push_back(backend->allocate(kRows * cols * sizeof(float)));
+      return Rows(memory.back().floats(), kRows, cols);
+    };
+    const Rows in = rows(kCols), qkv = rows(3 * kCols), attended = rows(kCols);
+    const Rows inner = rows(2 * kCols), hidden = rows(2 * kCols), out = rows(40);
+    backend->from_host(in, x.data());
+    backend->matmul(qkv, in, weights[0], {.many_rows = true});
+    backend->vision_attention(attended, qkv, kRows / kTokens, kTokens, kHeads, angles.data(),
+                              angles.data(), DType::kBF16);
+    backend->matmul(inner, attended, weights[1],
+                    {.bias = &added, .gelu = true, .many_rows = true, .passing = true});
+    backend->matmul(hidden, inner, weights[2], {.accumulate = true, .many_rows = true});
+    backend->matmul(out, hidden, weights[3], {.many_rows = true});
+    std::vector<std::vector<float>> all;
+    for (const Rows& each : {attended, hidden, out}) {
+      all.emplace_back(static_cast<size_t>(each.rows * each.cols));
+      backend->to_host(all.back().data(), each);
+    }
+    return all;
+  };
+  setenv("PUNA_CUDA_PRODUCTS", "warpgroups", 1);  // as for subjects()
+  const auto apart = results(0, 1);
+  for (const int ordinal : {0, 2, 3}) CHECK(results(ordinal, 0) == apart);
+}
+
+namespace {
+
+ModelSpec tiny_tower() {
+  ModelSpec spec;
+  spec.hidden = 40;
+  VisionSpec& vision = spec.vision.emplace();
+  vision.image_size = 8;
+  vision.patch_size = 2;
+  vision.hidden = 48;
+  vision.heads = 2;
+  vision.layers = 2;
+  vision.intermediate = 70;
+  vision.adapter_width = 60;
+  vision.output_width = 52;
+  return spec;
+}
+
+VisionParameters tower_parameters(const ModelSpec& spec, Backend& backend, DType dtype) {
+  std::mt19937 random(19);
+  const VisionSpec& of = *spec.vision;
+  const auto matrix = [&](int64_t rows, int64_t cols) {
+    return random_matrix(random, rows, cols, dtype).load(backend);
+  };
+  const auto vector = [&](int64_t count) { return load_vector(backend, randoms(random, count)); };
+  VisionParameters made;
+  made.patch_embedding = matrix(of.hidden, 3 * of.patch_size * of.patch_size);
+  made.adapter1 = matrix(of.adapter_width, 4 * of.hidden);
+  made.adapter2 = matrix(of.output_width, of.adapter_width);
+  made.projector = matrix(spec.hidden, of.output_width);
+  made.positions = vector((of.grid() * of.grid() + 1) * of.hidden);
+  for (VectorRef* const each : {&made.class_embedding, &made.pre_norm, &made.pre_norm_bias,
+                                &made.post_norm, &made.post_norm_bias})
+    *each = vector(of.hidden);
+  for (int64_t i = 0; i < of.layers; ++i) {
+    VisionParameters::Layer& layer = made.layers.emplace_back();
+    for (VectorRef* const each : {&layer.input_norm, &layer.input_norm_bias, &layer.post_norm,
+                                  &layer.post_norm_bias, &layer.output_bias, &layer.fc2_bias})
+      *each = vector(of.hidden);
+    layer.qkv_bias = vector(3 * of.hidden);
+    layer.fc1_bias = vector(of.intermediate);
+    layer.qkv = matrix(3 * of.hidden, of.hidden);
+    layer.output = matrix(of.hidden, of.hidden);
+    layer.fc1 = matrix(of.intermediate, of.hidden);
+    layer.fc2 = matrix(of.hidden, of.intermediate);
+  }
+  return made;
+}
+
+}  // namespace
+
+// A GPU encodes tiles together, as many as there is memory for: a tile's bits do not tell.
+TEST(tiles_encoded_together_have_the_bits_of_tiles_alone) {
+  std::mt19937 random(20);
+  const ModelSpec spec = tiny_tower();
+  const int64_t tiles = 5, pixels = 3 * spec.vision->image_size * spec.vision->image_size;
+  const std::vector<float> image = randoms(random, tiles * pixels);
+  // In calls of so many tiles.
+  const auto encoded = [&](Backend& backend, DType dtype, int64_t each) {
+    VisionModel model(spec, tower_parameters(spec, backend, dtype), backend);
+    const int64_t rows = model.tokens_per_tile();
+    const Buffer out = backend.allocate(tiles * rows * spec.hidden * sizeof(float));
+    for (int64_t first = 0; first < tiles; first += each) {
+      const int64_t count = std::min(each, tiles - first);
+      model.encode({out.floats() + first * rows * spec.hidden, count * rows, spec.hidden},
+                   std::span(image).subspan(first * pixels, count * pixels), count, {});
+    }
+    std::vector<float> values(tiles * rows * spec.hidden);
+    backend.to_host(values.data(), {out.floats(), tiles * rows, spec.hidden});
+    return values;
+  };
+  const std::vector<float> expected = encoded(ref(), DType::kF32, tiles);
+  double largest = 0;
+  for (const float value : expected) largest = std::max(largest, std::abs(double{value}));
+  for (Named& subject : subjects()[0]) {
+    Backend& backend = *subject.backend;
+    // A few hundred roundings of fp32 deep.
+    check_close("tiles on " + subject.name, encoded(backend, DType::kF32, tiles), expected,
+                std::vector<double>(expected.size(), 1e-4 * largest));
+    const std::vector<float> together = encoded(backend, DType::kBF16, tiles);
+    check_same_bits("tiles alone on " + subject.name, encoded(backend, DType::kBF16, 1).data(),
+                    together.data(), together.size());
+    // Memory for two tiles at a time, then for one.
+    for (const char* const memory : {"400000", "1"}) {
+      setenv("EMULATOR_MEMORY", memory, 1);
+      check_same_bits("tiles in little memory on " + subject.name,
+                      encoded(backend, DType::kBF16, tiles).data(), together.data(),
+                      together.size());
+      unsetenv("EMULATOR_MEMORY");
+    }
+  }
 }

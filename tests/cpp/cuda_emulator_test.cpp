@@ -201,6 +201,52 @@ TEST(late_copies_land_when_they_are_waited_for) {
              "ended with asynchronous copies on their way");
 }
 
+// 64 x 16 x 64 of bfloat16, added to what is there or not.
+TEST(warpgroups_multiply_bfloat16) {
+  const auto a = [](int row, int k) { return (row * 5 + k * 3) % 50 - 20; };
+  const auto b = [](int n, int k) { return (n * 7 + k) % 90 - 45; };
+  const auto pair = [](int low, int high) {
+    return bf16_pair(static_cast<float>(low), static_cast<float>(high));
+  };
+  int wrong = 0;
+  for (const bool late : {false, true})
+    CHECK_EQ(run(kWarpgroup, kWarpgroupColumns * 128, {late, -1, late},
+                 [&] {
+                   constexpr int kStep = 3;  // of 16 columns
+                   auto* const rows = reinterpret_cast<uint32_t*>(shared_memory());
+                   for (int i = thread(); i < kWarpgroupColumns * 32; i += kWarpgroup) {
+                     const int n = i / 32, word = i % 32, chunk = (word / 4) ^ (n % 8);
+                     rows[n * 32 + chunk * 4 + word % 4] = pair(b(n, 2 * word), b(n, 2 * word + 1));
+                   }
+                   fence_shared_operands();
+                   __syncthreads();
+                   const int row = thread() / 32 * 16 + thread() % 32 / 4, t = thread() % 4;
+                   uint32_t left[4];
+                   for (int i = 0; i < 4; ++i) {
+                     const int k = i / 2 * 8 + 2 * t;
+                     left[i] = pair(a(row + i % 2 * 8, k), a(row + i % 2 * 8, k + 1));
+                   }
+                   float added[kWarpgroupSums], set[kWarpgroupSums];
+                   for (int i = 0; i < kWarpgroupSums; ++i) added[i] = set[i] = 9;
+                   fence_products();
+                   const SharedOperand operand = shared_operand(rows).after(kStep);
+                   warpgroup_mma_bf16<true>(added, left, operand);
+                   warpgroup_mma_bf16<false>(set, left, operand);
+                   commit_products();
+                   wait_for_products<0>(added);
+                   for (int i = 0; i < kWarpgroupSums; ++i) {
+                     int sum = 0;
+                     for (int k = 0; k < 16; ++k)
+                       sum +=
+                           a(row + i % 4 / 2 * 8, k) * b(i / 4 * 8 + 2 * t + i % 2, kStep * 16 + k);
+                     wrong += added[i] != static_cast<float>(9 + sum);
+                     wrong += set[i] != static_cast<float>(sum);
+                   }
+                 }),
+             "");
+  CHECK_EQ(wrong, 0);
+}
+
 namespace {
 
 // What one product of a warpgroup does wrong, and what it says: 64 x 32 x 64 of whole numbers.
@@ -216,7 +262,7 @@ struct WarpgroupProduct {
     std::vector<int8_t> source(kWarpgroupColumns * 128);
     for (int n = 0; n < kWarpgroupColumns; ++n)
       for (int k = 0; k < 128; ++k) source[n * 128 + k] = static_cast<int8_t>(b(n, k));
-    return run(kWarpgroup, source.size() + 1024, {late}, [&] {
+    return run(kWarpgroup, source.size() + 1024, {late, -1, late}, [&] {
       unsigned char* const rows = shared_memory() + first_byte;
       for (int i = thread(); i < kWarpgroupColumns * 8; i += kWarpgroup) {
         const int n = i / 8, chunk = i % 8;

@@ -121,10 +121,11 @@ class CudaBackend final : public Backend {
   int ordinal_;
   std::unique_ptr<HostBackend> host_;
   const cuda::ProductForm product_form_;
+  const float* passing_ = nullptr;  // what the last matmul made, if only the next one reads it
   const std::optional<int64_t> sent_rows_;  // instead of rows_worth_sending()
 
   CudaConstants expert_tables_;
-  CudaScratch operand_, shared_operand_, hidden_, pixels_;
+  CudaScratch operand_, shared_operand_, made_operand_, hidden_, pixels_;
   CudaScratch routing_, arrived_routers_, routed_hidden_, routed_out_;
   CudaScratch states_, arrived_;  // attention
   PageWindow::Memory window_;

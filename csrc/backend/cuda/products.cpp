@@ -105,6 +105,28 @@ cuda::Operand CudaBackend::prepare(const Source& source, WeightFormat format,
       attend->operand = operand;
       return operand;
     }
+    // Or from what rounds to whole spans as well: attention among patches, and products by
+    // warpgroups. These may read the operand of their own from the same memory.
+    const bool is_whole = operand.kind == cuda::kOperandBF16 && operand.stride == source.cols;
+    cuda::VisionAttentionCall* const vision = device_->last(&cuda::DeviceTable::vision_attention);
+    if (is_whole && vision != nullptr && vision->out.data == source.x.data &&
+        vision->out.stride == source.x.stride && vision->rounded != nullptr &&
+        vision->tiles * vision->tokens == source.rows &&
+        int64_t{vision->heads} * vision->dim == source.cols && vision->operand.data == nullptr) {
+      vision->operand = operand;
+      return operand;
+    }
+    cuda::ProductCall* const product = device_->last(&cuda::DeviceTable::product);
+    if (is_whole && product != nullptr && product->kind == cuda::kWeightsBF16 &&
+        product->form == cuda::kProductOfWarpgroups && product->out.data == source.x.data &&
+        product->out.stride == source.x.stride && product->count == source.rows &&
+        product->rows == source.cols && product->operand.data == nullptr) {
+      if (product->x.data == operand.data)
+        operand.data = made_operand_.reserve<uint16_t>(*device_, source.rows * operand.stride);
+      product->operand = operand;
+      product->passing = passing_ == product->out.data;
+      return operand;
+    }
   }
   // Of few rows by the routing that chose them, if that has just been noted: it is one block.
   constexpr int64_t kFewRows = 4;
@@ -134,7 +156,8 @@ cuda::ProductCall CudaBackend::product_call(Rows out, const cuda::Operand& x, in
   call.x = x;
   call.count = rows;
   call.out = device_rows(out);
-  call.form = product_form_;
+  // Bits of products with bfloat16 may depend on it: matmul() has it on demand.
+  if (weight.format != WeightFormat::kBF16) call.form = product_form_;
   return call;
 }
 
@@ -147,6 +170,8 @@ void CudaBackend::matmul(Rows out, ConstRows x, const WeightRef& weight,
   if (options.bias != nullptr) call.bias = options.bias->get();
   call.gelu = options.gelu;
   call.accumulate = options.accumulate;
+  if (options.many_rows) call.form = product_form_;
+  passing_ = options.passing ? out.data : nullptr;
   multiply(call);
 }
 

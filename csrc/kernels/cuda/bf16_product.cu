@@ -1,13 +1,9 @@
 // Products with weights that are bfloat16.
+#include "kernels/cuda/bf16_weights.cuh"
 #include "kernels/cuda/few_product.cuh"
-#include "kernels/cuda/tiled_product.cuh"
 
 namespace puna::cuda {
 namespace {
-
-// A panel is words [pair of columns][kPanel]. The products of a span are added up in the tensor
-// cores, 16 columns at a time.
-constexpr int kPairBytes = 4 * kPanel, kStepColumns = 16;
 
 // A stage is of a span: pairs of columns of the half's rows, and two times kRowBytes of rows of x.
 // Chunk c of 16 bytes of pair p lies at c ^ 2 * (p % 4): the lanes of one g load from four pairs.
@@ -85,14 +81,13 @@ struct BF16Weights {
   };
 };
 
-// A stage is half a span: of each panel 32 pairs of columns, and rows of x. Chunk c of 16 bytes of
-// pair p lies at c ^ 2 * (p % 4): lanes of one t load from pairs that are 256 bytes apart.
+// A stage is half a span: of each panel 32 pairs of columns, and rows of x.
 template <class ShapeOfTile>
 struct BF16Tile {
   using Shape = ShapeOfTile;
   static constexpr int kStageColumns = kSpan / 2;
   static constexpr int kTokens = Shape::kTokens, kTokenTiles = Shape::kTokenTiles;
-  static constexpr int kPairs = kStageColumns / 2, kPairChunks = kPairBytes / kChunk;
+  static constexpr int kPairs = kStageColumns / 2;
   static constexpr int kRowsAt = Shape::kPanels * kPairs * kPairBytes;
   static constexpr int kStageBytes = kRowsAt + Shape::kTokens * kRowBytes;
 
@@ -109,20 +104,8 @@ struct BF16Tile {
         token(first_token) {}
 
   __device__ __forceinline__ void copy(unsigned char* stage, int column) const {
-    constexpr int kTurn = Shape::kThreads / kPairChunks;  // pairs that are copied together
-    const int pair = threadIdx.x / kPairChunks, chunk = threadIdx.x % kPairChunks;
-    unsigned char* to = stage + pair * kPairBytes + (chunk ^ 2 * (pair % 4)) * kChunk;
-    const uint8_t* from =
-        panels + static_cast<int64_t>(column / 2 + pair) * kPairBytes + chunk * kChunk;
-    const int left = limit - column - 2 * pair;  // columns
-    static_assert(kTurn % 4 == 0);
-#pragma unroll
-    for (int panel = 0; panel < Shape::kPanels; ++panel)
-      if (panel < there)
-#pragma unroll
-        for (int first = 0; first < kPairs; first += kTurn)
-          copy_async(to + (panel * kPairs + first) * kPairBytes,
-                     from + panel * panel_bytes + first * kPairBytes, 2 * first < left);
+    copy_pairs<Shape::kPanels, kPairs, Shape::kThreads>(stage, panels, panel_bytes, there, column,
+                                                        limit);
     copy_rows<kTokens, Shape::kThreads>(stage + kRowsAt, threadIdx.x, rows, count, row_bytes,
                                         2 * column);
   }
@@ -186,14 +169,20 @@ struct BF16Tile {
 }  // namespace
 
 int launch_bf16_product(const ProductCall& call, Stream stream) {
-  switch (size_of(call)) {
-    case kFewRows:
-      return launch_few_product<BF16Weights>(call, stream);
-    case kSomeRows:
-      return launch_tiled_product<BF16Tile<SmallTile>>(call, stream);
-    default:
-      return launch_tiled_product<BF16Tile<LargeTile>>(call, stream);
-  }
+  // Never by the number of rows: a tensor core may add up what warpgroups multiply in another way.
+  if (by_warpgroups(call) && call.experts.offsets == nullptr && call.shared.count == 0)
+    return launch_bf16_warpgroups(call, stream);
+  const ProductSize size = size_of(call);
+  const int error = size == kFewRows    ? launch_few_product<BF16Weights>(call, stream)
+                    : size == kSomeRows ? launch_tiled_product<BF16Tile<SmallTile>>(call, stream)
+                                        : launch_tiled_product<BF16Tile<LargeTile>>(call, stream);
+  if (error != 0 || call.operand.data == nullptr) return error;
+  OperandCall made = {};
+  made.operand = call.operand;
+  made.x = {call.out.data, call.out.stride};
+  made.rows = call.count;
+  made.cols = call.rows;
+  return launch_prepare_operand(made, stream);
 }
 
 }  // namespace puna::cuda

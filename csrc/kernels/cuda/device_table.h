@@ -84,7 +84,9 @@ struct SharedExpert {
 // How weights are packed, in panels of kPanelRows rows (quant/format.h).
 enum WeightKind : int32_t { kWeightsF32, kWeightsBF16, kWeightsFP8, kWeightsQuantized };
 
-// By which instructions products of many rows are computed; no bit depends on it.
+// By which instructions products are computed. With quantised weights no bit depends on it, and it
+// is for products of many rows; with bfloat16 bits may, and it is for any number of rows, but not
+// for experts.
 enum ProductForm : int32_t {
   kProductOfWarps,
   kProductOfWarpgroups,  // where the device has them
@@ -105,6 +107,10 @@ struct ProductCall {
   ExpertRows experts;
   SharedExpert shared;
   int32_t form;
+  // Of kWeightsBF16 without experts: out, too, as an operand of products, of bfloat16 and with as
+  // many columns as W has rows; none if its data is null. If there is one, `out` may not be wanted.
+  Operand operand;
+  int32_t passing;
 };
 
 // --- mixture of experts --------------------------------------------------------------------------
@@ -333,6 +339,8 @@ struct VisionAttentionCall {
   uint16_t* rounded;
   // In fp32: [tiles * tokens][heads][ceil(tokens / kPageTokens)][kStateHead + dim, rounded up to 4]
   float* states;
+  // If rounded: out, too, as an operand of bfloat16 with as many columns; none if its data is null.
+  Operand operand;
 };
 struct UnfoldCall {
   FloatRows out;

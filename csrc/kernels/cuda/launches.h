@@ -9,9 +9,11 @@ namespace puna::cuda {
 #define PUNA_OPERATION(name, Call) int launch_##name(const Call& call, Stream stream);
 #include "kernels/cuda/operations.inc"
 #undef PUNA_OPERATION
-// Parts of launch_product: of kWeightsBF16, of kWeightsQuantized, and those of the latter with one
-// row, with some, and with many by the products of warps or of warpgroups.
+// Parts of launch_product: of kWeightsBF16, those of it by warpgroups, of kWeightsQuantized, and
+// those of the latter with one row, with some, and with many by the products of warps or of
+// warpgroups.
 int launch_bf16_product(const ProductCall& call, Stream stream);
+int launch_bf16_warpgroups(const ProductCall& call, Stream stream);
 int launch_quantized_product(const ProductCall& call, Stream stream);
 bool is_for_one_row(const ProductCall& call);
 int launch_quantized_one_row(const ProductCall& call, Stream stream);

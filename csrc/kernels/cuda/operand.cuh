@@ -60,16 +60,16 @@ __device__ __forceinline__ void store_operand(const Operand& to, int64_t r, int6
     quantize_span(to, r, span, x);
     return;
   }
+  static_assert(kLaneColumns == 4);
   const int64_t first = span * kOperandSpan + threadIdx.x % kWarp * kLaneColumns;
-#pragma unroll
-  for (int i = 0; i < kLaneColumns; ++i) {
-    if (first + i >= to.stride) break;
-    const int64_t at = r * to.stride + first + i;
-    if (to.kind == kOperandF32)
-      static_cast<float*>(to.data)[at] = x[i];
-    else
-      static_cast<uint16_t*>(to.data)[at] = static_cast<uint16_t>(bf16_of_float(x[i]));
+  if (to.kind == kOperandBF16) {  // whose rows are a whole number of spans
+    *reinterpret_cast<uint2*>(static_cast<uint16_t*>(to.data) + r * to.stride + first) = {
+        bf16_pair(x[0], x[1]), bf16_pair(x[2], x[3])};
+    return;
   }
+#pragma unroll
+  for (int i = 0; i < kLaneColumns; ++i)
+    if (first + i < to.stride) static_cast<float*>(to.data)[r * to.stride + first + i] = x[i];
 }
 
 }  // namespace puna::cuda

@@ -394,6 +394,12 @@ void emulated_mma(const char* name, Accumulator (&c)[4], const uint32_t (&a)[4],
 }
 #endif
 
+#ifndef __CUDACC__
+inline float bf16_operand(uint32_t word, int i, bool) {
+  return float_of_bf16(word >> 16 * i & 0xffffu);
+}
+#endif
+
 // K = 16 of bfloat16, sums in fp32.
 __device__ __forceinline__ void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
                                          uint32_t b1) {
@@ -404,9 +410,7 @@ __device__ __forceinline__ void mma_bf16(float (&c)[4], const uint32_t (&a)[4], 
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #else
-  emulated_mma<16>("mma_bf16", c, a, b0, b1, [](uint32_t word, int i, bool) {
-    return float_of_bf16(word >> 16 * i & 0xffffu);
-  });
+  emulated_mma<16>("mma_bf16", c, a, b0, b1, bf16_operand);
 #endif
 }
 
@@ -533,7 +537,7 @@ inline const unsigned char* element_of(uint64_t descriptor, int n, int byte) {
   at ^= at >> 3 & 0x70;
   return emulator::Machine::instance().shared() + at;
 }
-template <int kDepth, class Accumulator, class Element>
+template <int kDepth, class Accumulator, bool kAdds = true, class Element>
 void emulated_warpgroup_mma(const emulator::WarpgroupOperands& operands, Element element) {
   constexpr int kEach = kDepth / 8, kBytes = 32 / kDepth;  // elements of a register; their size
   static Accumulator left[64][kDepth], right[kDepth][kWarpgroupColumns];
@@ -553,7 +557,7 @@ void emulated_warpgroup_mma(const emulator::WarpgroupOperands& operands, Element
       const int row = thread / 32 * 16 + thread % 32 / 4 + i % 4 / 2 * 8;
       const int column = i / 4 * 8 + thread % 4 * 2 + i % 2;
       auto* const c = static_cast<Accumulator*>(operands.c[thread]) + i;
-      Accumulator sum = *c;
+      Accumulator sum = kAdds ? *c : 0;
       for (int k = 0; k < kDepth; ++k) sum += left[row][k] * right[k][column];
       *c = sum;
     }
@@ -571,6 +575,26 @@ void emulated_warpgroup_mma(const emulator::WarpgroupOperands& operands, Element
                : PUNA_EIGHT(kind, c, 0), PUNA_EIGHT(kind, c, 8), PUNA_EIGHT(kind, c, 16),    \
                  PUNA_EIGHT(kind, c, 24)                                                     \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor))
+
+// K = 16 of bfloat16, sums in fp32. kAdds = false: c = A B.
+template <bool kAdds>
+__device__ __forceinline__ void warpgroup_mma_bf16(float (&c)[kWarpgroupSums],
+                                                   const uint32_t (&a)[4], SharedOperand b) {
+#ifdef __CUDACC__
+  // What follows whether to add: neither operand is negated, and B is not transposed.
+  if constexpr (kAdds)
+    PUNA_WARPGROUP_MMA("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16", "f", "1, 1, 1, 0", c,
+                       a, b);
+  else
+    PUNA_WARPGROUP_MMA("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16", "f", "0, 1, 1, 0", c,
+                       a, b);
+#else
+  emulator::Machine::instance().multiply(
+      "warpgroup_mma_bf16", c, a, b.descriptor, [](const emulator::WarpgroupOperands& operands) {
+        emulated_warpgroup_mma<16, float, kAdds>(operands, bf16_operand);
+      });
+#endif
+}
 
 // K = 32 of bytes, A without and B with sign; exact.
 __device__ __forceinline__ void warpgroup_mma_u8s8(int32_t (&c)[kWarpgroupSums],

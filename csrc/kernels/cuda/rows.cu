@@ -156,6 +156,51 @@ __global__ void __launch_bounds__(kNormThreads, 1) norm_kernel(const NormCall ca
     finish(load_four(x, first, cols), load_four(call.weight, first, cols), first);
 }
 
+// A layer norm of rows that a warp's registers hold, each its own: so many more are on their way
+// than with a row to a block, and nothing waits for a block.
+constexpr int kRowSpans = 12;
+__global__ void __launch_bounds__(kThreads, 2) layer_norm_kernel(const NormCall call) {
+  after_earlier_kernels();
+  const int64_t r = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+  if (r >= call.rows) return;
+  const auto cols = static_cast<int>(call.cols);
+  const float* x = call.x.data + r * call.x.stride;
+  float* out = call.out.data + r * call.out.stride;
+  const auto each = [&](const auto& of) {
+#pragma unroll
+    for (int span = 0; span < kRowSpans; ++span)
+      of(span, span * kOperandSpan + threadIdx.x % kWarp * kLaneColumns);
+  };
+  Four values[kRowSpans];
+  each([&](int span, int first) { values[span] = load_four(x, first, cols); });
+  const auto sum_of = [&](const auto& term) {
+    float sum = 0;
+    each([&](int span, int first) {
+#pragma unroll
+      for (int i = 0; i < kLaneColumns; ++i)
+        if (first + i < cols) sum = term(sum, values[span].at[i]);
+    });
+    return sum_lanes(sum) / static_cast<float>(cols);
+  };
+  const float mean = sum_of([](float sum, float at) { return sum + at; });
+  const float squares =
+      sum_of([&](float sum, float at) { return fmaf(at - mean, at - mean, sum); });
+  const float factor = 1.0f / sqrtf(squares + call.eps);
+  const bool prepares = call.operand.data != nullptr;
+  const int end = prepares ? static_cast<int>(call.operand.stride) : cols;
+  each([&](int span, int first) {
+    if (span * kOperandSpan >= end) return;  // a whole warp
+    const Four weight = load_four(call.weight, first, cols);
+    const Four bias = load_four(call.bias, first, cols);
+    Four four;
+#pragma unroll
+    for (int i = 0; i < kLaneColumns; ++i)
+      four.at[i] = (values[span].at[i] - mean) * factor * weight.at[i] + bias.at[i];
+    store_four(out, first, cols, four);
+    if (prepares) store_operand(call.operand, r, span, four.at);
+  });
+}
+
 __global__ void __launch_bounds__(kThreads) move_kernel(const MoveCall call) {
   after_earlier_kernels();
   const int64_t r = blockIdx.y;
@@ -213,6 +258,11 @@ int launch_prepare_operand(const OperandCall& call, Stream stream) {
                 kThreads, 0, stream, call);
 }
 int launch_norm(const NormCall& call, Stream stream) {
+  // By the columns alone: a row's bits depend on nothing beside it.
+  if (call.bias != nullptr && call.added.rows == 0 && call.cols <= kRowSpans * kOperandSpan)
+    return launch(layer_norm_kernel,
+                  dim3{static_cast<unsigned>((call.rows + kWarps - 1) / kWarps), 1, 1}, kThreads, 0,
+                  stream, call);
   return launch(norm_kernel, dim3{static_cast<unsigned>(call.rows), 1, 1}, kNormThreads,
                 kNormWarps * sizeof(float), stream, call);
 }

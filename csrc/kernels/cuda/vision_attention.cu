@@ -34,23 +34,46 @@ __device__ __forceinline__ uint16_t* rounded(const VisionAttentionCall& call, in
          ((tile * 3 + part) * call.heads + head) * call.tokens * int64_t{kMostVisionDim};
 }
 
-// A warp turns a head of queries or keys, and rounds it, or one of values.
+// A warp turns a head of queries or keys.
 __global__ void __launch_bounds__(kWarp) turn_vision_kernel(const VisionAttentionCall call) {
   after_earlier_kernels();
-  const int64_t r = blockIdx.x, token = r % call.tokens, angles = token * (call.dim / 2);
-  const int part = blockIdx.y / call.heads, head = blockIdx.y % call.heads;
-  float* x = call.qkv.data + r * call.qkv.stride + static_cast<int64_t>(blockIdx.y) * call.dim;
-  if (part < 2)
-    turn(x, call.dim, call.cos + angles, call.sin + angles, false, 0,
-         part == 0 ? call.scale : 1.0f);
-  if (call.rounded == nullptr) return;
-  const float factor = part == 0 ? kLog2E : 1.0f;
-  auto* to = reinterpret_cast<uint32_t*>(rounded(call, r / call.tokens, part, head) +
-                                         token * kMostVisionDim);
-  // As turn() divides it: a lane reads what it wrote.
-  for (int pair = threadIdx.x; pair < kMostVisionDim / 2; pair += kWarp)
-    to[pair] =
-        2 * pair < call.dim ? rounded_bf16_pair(x[2 * pair] * factor, x[2 * pair + 1] * factor) : 0;
+  const int64_t r = blockIdx.x, angles = r % call.tokens * (call.dim / 2);
+  turn(call.qkv.data + r * call.qkv.stride + static_cast<int64_t>(blockIdx.y) * call.dim, call.dim,
+       call.cos + angles, call.sin + angles, false, 0,
+       static_cast<int>(blockIdx.y) < call.heads ? call.scale : 1.0f);
+}
+
+// A block rounds a row: queries and keys turned as turn() does, and values. Its warps take heads.
+constexpr int kRoundThreads = 256, kRoundWarps = kRoundThreads / kWarp;
+__global__ void __launch_bounds__(kRoundThreads)
+    round_vision_kernel(const VisionAttentionCall call) {
+  after_earlier_kernels();
+  const int64_t r = blockIdx.x, tile = r / call.tokens, token = r % call.tokens;
+  const int64_t angles = token * (call.dim / 2);
+  const float* row = call.qkv.data + r * call.qkv.stride;
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll 3
+  for (int number = threadIdx.x / kWarp; number < 3 * call.heads; number += kRoundWarps) {
+    const int part = number / call.heads, head = number % call.heads;
+    auto* to =
+        reinterpret_cast<uint32_t*>(rounded(call, tile, part, head) + token * kMostVisionDim);
+    const float scale = part == 0 ? call.scale : 1.0f;
+    const float factor = part == 0 ? kLog2E : 1.0f;
+#pragma unroll
+    for (int first = 0; first < kMostVisionDim / 2; first += kWarp) {
+      const int pair = first + lane;
+      if (pair >= kMostVisionDim / 2) continue;
+      float2 x = {};
+      if (2 * pair < call.dim) {
+        x = *reinterpret_cast<const float2*>(row + number * call.dim + 2 * pair);
+        if (part < 2) {
+          const float c = call.cos[angles + pair], s = call.sin[angles + pair];
+          x = {fmaf(x.x, c, -(x.y * s)) * scale, fmaf(x.x, s, x.y * c) * scale};
+        }
+      }
+      to[pair] = rounded_bf16_pair(x.x * factor, x.y * factor);
+    }
+  }
 }
 
 // Up to kPageTokens keys of a tile, kMostQueries neighbouring queries, one head.
@@ -169,14 +192,19 @@ __global__ void __launch_bounds__(kTileThreads)
                                 add_values);
   for (int i = 0; i < 2; ++i) {
     if (first + g + 8 * i >= tokens) continue;
-    float* out = call.out.data +
-                 (static_cast<int64_t>(blockIdx.z) * tokens + first + g + 8 * i) * call.out.stride +
-                 head * dim + 2 * t;
+    const int64_t row = static_cast<int64_t>(blockIdx.z) * tokens + first + g + 8 * i;
+    const int column = head * dim + 2 * t;
+    float* out = call.out.data + row * call.out.stride + column;
+    auto* operand = static_cast<uint16_t*>(call.operand.data) + row * call.operand.stride + column;
 #pragma unroll
-    for (int n = 0; n < kMostVisionDim / 8; ++n)
-      if (8 * n + 2 * t < dim)
-        *reinterpret_cast<float2*>(out + 8 * n) = {state.sums[n][2 * i] / state.total[i],
-                                                   state.sums[n][2 * i + 1] / state.total[i]};
+    for (int n = 0; n < kMostVisionDim / 8; ++n) {
+      if (8 * n + 2 * t >= dim) continue;
+      const float2 two = {state.sums[n][2 * i] / state.total[i],
+                          state.sums[n][2 * i + 1] / state.total[i]};
+      *reinterpret_cast<float2*>(out + 8 * n) = two;
+      if (call.operand.data != nullptr)
+        *reinterpret_cast<uint32_t*>(operand + 8 * n) = bf16_pair(two.x, two.y);
+    }
   }
 }
 
@@ -187,9 +215,11 @@ unsigned extent(int64_t count) { return static_cast<unsigned>(count); }
 int launch_vision_attention(const VisionAttentionCall& call, Stream stream) {
   const int64_t rows = call.tiles * call.tokens;
   const int64_t pages = (call.tokens + kPageTokens - 1) / kPageTokens;
-  int error = launch(turn_vision_kernel,
-                     dim3{extent(rows), extent((call.rounded != nullptr ? 3 : 2) * call.heads), 1},
-                     kWarp, 0, stream, call);
+  int error =
+      call.rounded != nullptr
+          ? launch(round_vision_kernel, dim3{extent(rows), 1, 1}, kRoundThreads, 0, stream, call)
+          : launch(turn_vision_kernel, dim3{extent(rows), extent(2 * call.heads), 1}, kWarp, 0,
+                   stream, call);
   if (error != 0) return error;
   if (call.rounded != nullptr)
     return launch(attend_vision_tensor_kernel,

@@ -55,8 +55,9 @@ struct Kind {
 constexpr Kind kinds[] = {
     {"emulator", {}, false},
     {"emulator, late copies, warp 0 starved", {true, 0}, false},
-    {"emulator, warpgroups, warp 1 starved", {false, 1}, true},
-    {"emulator, warpgroups, late copies, warp 7 starved", {true, 7}, true},
+    // What is overwritten before products have read it is seen where only these are late.
+    {"emulator, warpgroups, late products, warp 1 starved", {false, 1, true}, true},
+    {"emulator, warpgroups, late copies and products, warp 7 starved", {true, 7, true}, true},
 };
 
 struct Stream {

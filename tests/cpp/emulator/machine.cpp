@@ -304,7 +304,7 @@ void Machine::multiply(const char* instruction, void* c, const uint32_t* a, uint
     for (const Fibre& writer : fibres_)
       if (writer.unfenced)
         throw Fault(std::string(instruction) + " reads what was copied without a fence");
-    if (schedule_.late_copies)
+    if (schedule_.late_products)
       group.open.push_back({group.operands, carry_out});
     else
       carry_out(group.operands);

@@ -30,9 +30,9 @@ struct Extent {
 constexpr int kWarpLanes = 32, kWarpgroupThreads = 128;
 
 struct Schedule {
-  // Asynchronous copies land, and products are carried out, when they are waited for, not at once.
-  bool late_copies = false;
-  int starved_warp = -1;  // of each block, modulo its warps; -1: none
+  bool late_copies = false;    // they land when they are waited for, not at once
+  int starved_warp = -1;       // of each block, modulo its warps; -1: none
+  bool late_products = false;  // of warpgroups: likewise
 };
 
 // What went wrong in a kernel.
