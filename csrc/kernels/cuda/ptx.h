@@ -141,6 +141,20 @@ __device__ __forceinline__ uint32_t fma_bf16_pair(uint32_t a, uint32_t b, uint32
   return half(0) | half(16) << 16;
 #endif
 }
+// The lesser of both halves.
+__device__ __forceinline__ uint32_t min_bf16_pair(uint32_t a, uint32_t b) {
+#ifdef __CUDACC__
+  uint32_t result;
+  asm("min.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+#else
+  const auto half = [&](int shift) {
+    const auto of = [&](uint32_t x) { return float_of_bf16(x >> shift & 0xffffu); };
+    return (of(b) < of(a) ? b : a) >> shift & 0xffffu;
+  };
+  return half(0) | half(16) << 16;
+#endif
+}
 __device__ __forceinline__ uint32_t masked_or(uint32_t word, uint32_t mask, uint32_t bits) {
 #ifdef __CUDACC__
   uint32_t result;

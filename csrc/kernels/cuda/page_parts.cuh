@@ -1,0 +1,201 @@
+// Parts of pages that come to shared memory as they lie in the page, one after the other, for
+// attention that takes as long as they take to arrive. Sealed ones stay codes until products need
+// them: each value is an operand once, and is unsealed to the register that it is.
+//
+// A form of parts has
+//   kTokens, kBytes      of a part of keys, or of values; of its place
+//   kInterleaved         whether the columns of two products take turns, as load_wide() has them
+//   copy_keys, copy_values (part, page, place)
+//   keys(place), values(place, tile)   right operands, as Chunks
+#pragma once
+
+#include "kernels/cuda/page_tiles.cuh"
+
+namespace puna::cuda {
+
+struct PartOfPage {
+  const void* page;
+  int number, tokens;  // of the part; that the page has
+};
+
+template <int kDim>
+struct OpenParts {
+  using Tiles = OpenTiles<kDim>;
+  static constexpr bool kOpen = true, kInterleaved = false;
+  static constexpr int kTokens = kTileTokens, kBytes = tile_part_bytes(kDim);
+
+  Tiles tiles;
+  __device__ OpenParts(const AttendCall& call, int kv_head) : tiles{call, kv_head} {}
+
+  __device__ void copy_keys(const PartOfPage& of, unsigned char* place) const {
+#pragma unroll
+    for (int piece = 0; piece < Tiles::kCopies; ++piece)
+      tiles.copy_keys(piece, {of.page, of.number, of.tokens}, place);
+  }
+  __device__ void copy_values(const PartOfPage& of, unsigned char* place) const {
+#pragma unroll
+    for (int piece = 0; piece < Tiles::kCopies; ++piece)
+      tiles.copy_values(piece, {of.page, of.number, of.tokens}, place);
+  }
+  static __device__ auto keys(unsigned char* place) { return Tiles::keys(place); }
+  static __device__ auto values(unsigned char* place, int) { return Tiles::values(place); }
+};
+
+// --- sealed pages --------------------------------------------------------------------------------
+
+// A pair of numbers 2 t and 2 t + 1, with t = lane % 4, of the eight of a key's or a value's
+// scales, and of their zero points.
+struct ScalePair {
+  uint32_t scales, zeros;
+};
+// They come to lie side by side. The zero points are so many bytes behind the scales.
+template <int kPairs>
+__device__ __forceinline__ void copy_scales(unsigned char* to, const unsigned char* scales,
+                                            int zeros) {
+  static_assert(2 * kPairs <= kTileThreads);
+  const int pair = threadIdx.x % kPairs, which = threadIdx.x / kPairs;
+  if (which < 2) copy_async<4>(to + pair * 8 + which * 4, scales + which * zeros + pair * 4);
+}
+__device__ __forceinline__ ScalePair scale_pair(const unsigned char* from, int octet) {
+  const uint2 pair =
+      *reinterpret_cast<const uint2*>(from + (4 * octet + threadIdx.x % 4) * sizeof(ScalePair));
+  return {pair.x, pair.y};
+}
+// Bytes 2 t and 2 t + 1, modulo 4, of `first` in the even bytes, of `second` in the odd ones.
+__device__ __forceinline__ uint32_t own_bytes(uint32_t first, uint32_t second) {
+  return __byte_perm(first, second, threadIdx.x % 2 == 0 ? 0x5140u : 0x7362u);
+}
+// The lane's values of two words, of the codes that own_bytes() gives: of bytes, or of the lower
+// halves of bytes.
+template <int kBits>
+__device__ __forceinline__ uint2 values_of_own(uint32_t codes, const ScalePair& by) {
+  if constexpr (kBits == 8)
+    return {values_of_bytes(codes, 0, 2, by.scales, by.zeros),
+            values_of_bytes(codes, 1, 3, by.scales, by.zeros)};
+  else
+    return {values_of_nibbles(codes, by.scales, by.zeros),
+            values_of_nibbles(codes >> 8, by.scales, by.zeros)};
+}
+
+// Columns [n, n + 8) and [n + 8, n + 16) of two products are rows n, n + 2, ... and n + 1, n + 3,
+// ...: a lane loads both at once.
+template <int kDim, int kBits>
+struct SealedParts {
+  static constexpr bool kOpen = false, kInterleaved = true;
+  static constexpr int kPlanes = kBits / 4;
+  static constexpr int kTokens = kPageTokens / kPlanes;  // as many bytes of either
+  static constexpr int kLineTokens = 4 * (8 / kBits);    // of a line of values
+  static constexpr int kOctets = kDim / 8, kBlocks = kDim / kLineRows;
+  static constexpr int kLines = kTokens / kLineTokens;  // of a block of values
+  static constexpr int kPlaneBytes = kTokens * kDim / 2, kCodeBytes = kPlanes * kPlaneBytes;
+  static constexpr int kBytes = kCodeBytes + larger(kDim, kTokens) * 4;
+  static_assert(kLines * kSealedLine == kTileThreads * 16 &&
+                kPlaneBytes % (kTileThreads * 16) == 0);
+
+  const AttendCall& call;
+  int kv_head;
+  __device__ SealedParts(const AttendCall& call, int kv_head) : call(call), kv_head(kv_head) {}
+
+  __device__ void copy_keys(const PartOfPage& of, unsigned char* place) const {
+    const SealedPages& at = call.closed;
+    const unsigned char* codes = of_head(of, 0, at.plane_bytes) + of.number * kPlaneBytes;
+#pragma unroll
+    for (int plane = 0; plane < kPlanes; ++plane, codes += at.lower)
+#pragma unroll
+      for (int i = 0; i < kPlaneBytes; i += kTileThreads * 16) {
+        const int byte = i + static_cast<int>(threadIdx.x) * 16;
+        copy_async<16>(place + plane * kPlaneBytes + byte, codes + byte);
+      }
+    const unsigned char* scales = of_head(of, at.key_scales, at.key_scale_bytes);
+    copy_scales<kDim / 2>(place + kCodeBytes, scales, kDim * 2);
+  }
+  __device__ void copy_values(const PartOfPage& of, unsigned char* place) const {
+    const SealedPages& at = call.closed;
+    const int line = threadIdx.x / 8, chunk = threadIdx.x % 8;
+    const unsigned char* codes = of_head(of, at.values, at.code_bytes) +
+                                 (of.number * kLines + line) * kSealedLine + chunk * 16;
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block)
+      copy_async<16>(place + (block * kLines + line) * kSealedLine + (chunk * 16 ^ turned(line)),
+                     codes + block * (kPageTokens / kLineTokens) * kSealedLine);
+    const unsigned char* scales =
+        of_head(of, at.value_scales, at.value_scale_bytes) + of.number * kTokens * 2;
+    copy_scales<kTokens / 2>(place + kCodeBytes, scales, kPageTokens * 2);
+  }
+  // Where the lanes of a load have two lines, their bytes lie in different banks.
+  static __device__ int turned(int line) { return kBits == 8 ? line % 2 * (kSealedLine / 2) : 0; }
+
+  // The head's share of a region. Offsets fit 32 bits, whose products take one instruction.
+  __device__ const unsigned char* of_head(const PartOfPage& of, int64_t region,
+                                          int64_t head_bytes) const {
+    return static_cast<const unsigned char*>(of.page) + static_cast<int32_t>(region) +
+           kv_head * static_cast<int32_t>(head_bytes);
+  }
+
+  struct Keys {
+    const unsigned char* place;
+    // Products sum over channels, columns are tokens.
+    __device__ void load_wide(uint32_t (&b)[4], int k, int n) const {
+      const int g = threadIdx.x % kWarp / 4, shift = threadIdx.x % 4 / 2 * 4;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int octet = k / 8 + half;
+        const unsigned char* line =
+            place + (n / kLineRows * kOctets + octet) * kSealedLine + (n % kLineRows + 2 * g) * 4;
+        const auto bytes = [&](int plane) {
+          const uint2 words = *reinterpret_cast<const uint2*>(line + plane * kPlaneBytes);
+          return own_bytes(words.x, words.y);
+        };
+        const uint32_t codes = kBits == 8
+                                   ? joined_halves(bytes(0) << (4 - shift), bytes(1) >> shift)
+                                   : bytes(0) >> shift;
+        const uint2 values = values_of_own<kBits>(codes, scale_pair(place + kCodeBytes, octet));
+        b[half] = values.x;
+        b[2 + half] = values.y;
+      }
+    }
+  };
+  struct Values {
+    const unsigned char* place;
+    int first;  // octet of tokens
+    // Products sum over tokens, columns are channels.
+    __device__ void load_wide(uint32_t (&b)[4], int k, int n) const {
+      const int g = threadIdx.x % kWarp / 4;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int octet = first + k / 8 + half;
+        const uint2 words = *reinterpret_cast<const uint2*>(at(octet, n + 2 * g));
+        const uint2 values = of_words(words.x, words.y, octet);
+        b[half] = values.x;
+        b[2 + half] = values.y;
+      }
+    }
+    __device__ void load_deep(uint32_t (&b)[4], int k, int n) const {
+      const int g = threadIdx.x % kWarp / 4;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int octet = first + k / 8 + i;
+        const uint32_t word = *reinterpret_cast<const uint32_t*>(at(octet, n + g));
+        b[i] = of_words(word, word, octet).x;
+      }
+    }
+
+   private:
+    __device__ const unsigned char* at(int octet, int channel) const {
+      const int t = threadIdx.x % 4, line = kBits == 8 ? octet * 2 + t / 2 : octet;
+      return place + (channel / kLineRows * kLines + line) * kSealedLine +
+             (channel % kLineRows * 4 ^ turned(line));
+    }
+    __device__ uint2 of_words(uint32_t first_word, uint32_t second, int octet) const {
+      const ScalePair by = scale_pair(place + kCodeBytes, octet);
+      const uint32_t bytes = own_bytes(first_word, second);
+      return values_of_own<kBits>(kBits == 8 ? bytes : bytes >> threadIdx.x % 4 / 2 * 4, by);
+    }
+  };
+  static __device__ Keys keys(unsigned char* place) { return {place}; }
+  static __device__ Values values(unsigned char* place, int tile) {
+    return {place, tile * (kTileTokens / 8)};
+  }
+};
+
+}  // namespace puna::cuda
