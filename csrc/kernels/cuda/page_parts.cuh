@@ -61,20 +61,23 @@ __device__ __forceinline__ ScalePair scale_pair(const unsigned char* from, int o
       *reinterpret_cast<const uint2*>(from + (4 * octet + threadIdx.x % 4) * sizeof(ScalePair));
   return {pair.x, pair.y};
 }
-// Bytes 2 t and 2 t + 1, modulo 4, of `first` in the even bytes, of `second` in the odd ones.
-__device__ __forceinline__ uint32_t own_bytes(uint32_t first, uint32_t second) {
-  return __byte_perm(first, second, threadIdx.x % 2 == 0 ? 0x5140u : 0x7362u);
-}
-// The lane's values of two words, of the codes that own_bytes() gives: of bytes, or of the lower
-// halves of bytes.
+// Of words of codes the lane has numbers 2 t and 2 t + 1, modulo 4: of bytes, or of halves of them,
+// the lower ones, or the upper ones once the word is shifted by half_shift(). Its values of two
+// words:
+__device__ __forceinline__ int half_shift() { return threadIdx.x % 4 / 2 * 4; }
 template <int kBits>
-__device__ __forceinline__ uint2 values_of_own(uint32_t codes, const ScalePair& by) {
-  if constexpr (kBits == 8)
-    return {values_of_bytes(codes, 0, 2, by.scales, by.zeros),
-            values_of_bytes(codes, 1, 3, by.scales, by.zeros)};
-  else
+__device__ __forceinline__ uint2 own_values(uint32_t first, uint32_t second, const ScalePair& by) {
+  const bool even = threadIdx.x % 2 == 0;
+  if constexpr (kBits == 8) {
+    const uint32_t own = even ? kFirstBytes : kLastBytes;
+    return {values_of_bytes(first, own, by.scales, by.zeros),
+            values_of_bytes(second, own, by.scales, by.zeros)};
+  } else {
+    // The first one's in even bytes, the second one's in odd ones.
+    const uint32_t codes = __byte_perm(first, second, even ? 0x5140u : 0x7362u) >> half_shift();
     return {values_of_nibbles(codes, by.scales, by.zeros),
             values_of_nibbles(codes >> 8, by.scales, by.zeros)};
+  }
 }
 
 // Columns [n, n + 8) and [n + 8, n + 16) of two products are rows n, n + 2, ... and n + 1, n + 3,
@@ -136,20 +139,25 @@ struct SealedParts {
     const unsigned char* place;
     // Products sum over channels, columns are tokens.
     __device__ void load_wide(uint32_t (&b)[4], int k, int n) const {
-      const int g = threadIdx.x % kWarp / 4, shift = threadIdx.x % 4 / 2 * 4;
+      const int g = threadIdx.x % kWarp / 4;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int octet = k / 8 + half;
         const unsigned char* line =
             place + (n / kLineRows * kOctets + octet) * kSealedLine + (n % kLineRows + 2 * g) * 4;
-        const auto bytes = [&](int plane) {
-          const uint2 words = *reinterpret_cast<const uint2*>(line + plane * kPlaneBytes);
-          return own_bytes(words.x, words.y);
+        const auto words = [&](int plane) {
+          return *reinterpret_cast<const uint2*>(line + plane * kPlaneBytes);
         };
-        const uint32_t codes = kBits == 8
-                                   ? joined_halves(bytes(0) << (4 - shift), bytes(1) >> shift)
-                                   : bytes(0) >> shift;
-        const uint2 values = values_of_own<kBits>(codes, scale_pair(place + kCodeBytes, octet));
+        const ScalePair by = scale_pair(place + kCodeBytes, octet);
+        uint2 codes = words(0);
+        if constexpr (kBits == 8) {
+          const uint2 lower = words(1);
+          const auto join = [](uint32_t high, uint32_t low) {
+            return joined_halves(high << (4 - half_shift()), low >> half_shift());
+          };
+          codes = {join(codes.x, lower.x), join(codes.y, lower.y)};
+        }
+        const uint2 values = own_values<kBits>(codes.x, codes.y, by);
         b[half] = values.x;
         b[2 + half] = values.y;
       }
@@ -165,7 +173,7 @@ struct SealedParts {
       for (int half = 0; half < 2; ++half) {
         const int octet = first + k / 8 + half;
         const uint2 words = *reinterpret_cast<const uint2*>(at(octet, n + 2 * g));
-        const uint2 values = of_words(words.x, words.y, octet);
+        const uint2 values = own_values<kBits>(words.x, words.y, scales(octet));
         b[half] = values.x;
         b[2 + half] = values.y;
       }
@@ -176,7 +184,7 @@ struct SealedParts {
       for (int i = 0; i < 4; ++i) {
         const int octet = first + k / 8 + i;
         const uint32_t word = *reinterpret_cast<const uint32_t*>(at(octet, n + g));
-        b[i] = of_words(word, word, octet).x;
+        b[i] = own_values<kBits>(word, word, scales(octet)).x;
       }
     }
 
@@ -186,11 +194,7 @@ struct SealedParts {
       return place + (channel / kLineRows * kLines + line) * kSealedLine +
              (channel % kLineRows * 4 ^ turned(line));
     }
-    __device__ uint2 of_words(uint32_t first_word, uint32_t second, int octet) const {
-      const ScalePair by = scale_pair(place + kCodeBytes, octet);
-      const uint32_t bytes = own_bytes(first_word, second);
-      return values_of_own<kBits>(kBits == 8 ? bytes : bytes >> threadIdx.x % 4 / 2 * 4, by);
-    }
+    __device__ ScalePair scales(int octet) const { return scale_pair(place + kCodeBytes, octet); }
   };
   static __device__ Keys keys(unsigned char* place) { return {place}; }
   static __device__ Values values(unsigned char* place, int tile) {

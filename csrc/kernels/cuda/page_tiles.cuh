@@ -81,19 +81,22 @@ __device__ __forceinline__ uint32_t values_of_nibbles(uint32_t codes, uint32_t s
   const uint32_t code = fma_bf16_pair(masked_or(codes, kMask, k128), k1, kMinus128);  // exact
   return fma_bf16_pair(code, scales, zeros);
 }
-// The same of codes of 8 bits, bytes `first` and `second` of the word.
-__device__ __forceinline__ uint32_t values_of_bytes(uint32_t word, uint32_t first, uint32_t second,
+// The same of codes of 8 bits, the bytes of the word that the selector numbers: kFirstBytes,
+// kLastBytes.
+constexpr uint32_t kFirstBytes = 0x4140u, kLastBytes = 0x4342u;
+__device__ __forceinline__ uint32_t values_of_bytes(uint32_t word, uint32_t selector,
                                                     uint32_t scales, uint32_t zeros) {
-  // Behind the byte 0x43 a code n below 128 makes 128 + n, and any other 2 n.
-  const uint32_t folded = __byte_perm(word, 0x43434343u, 0x4040u | first | second << 8);
-  constexpr uint32_t k1 = 0x3f803f80u, kMinus128 = 0xc300c300u, kHalf = 0x3f003f00u;
-  const uint32_t code = min_bf16_pair(fma_bf16_pair(folded, k1, kMinus128),
-                                      fma_bf16_pair(folded, kHalf, 0));  // exact
-  return fma_bf16_pair(code, scales, zeros);
+  // Behind the byte 0x43 a code n below 128 makes 128 + n, and any other 2 n. Twice the code is
+  // that less what it lacks of 256, if it does.
+  const uint32_t folded = __byte_perm(word, 0x43434343u, selector);
+  constexpr uint32_t kMinusHalf = 0xbf00bf00u, k128 = 0x43004300u, kSigns = 0x80008000u;
+  const uint32_t lacking = fma_relu_bf16_pair(folded, kMinusHalf, k128);
+  const uint32_t minus_code = fma_bf16_pair(folded, kMinusHalf, lacking);  // exact
+  return fma_bf16_pair(minus_code, scales ^ kSigns, zeros);
 }
 // The bits of `a` where the upper halves of bytes are, and those of `b` where the lower ones are.
 __device__ __forceinline__ uint32_t joined_halves(uint32_t a, uint32_t b) {
-  return (a & 0xf0f0f0f0u) | (b & 0x0f0f0f0fu);
+  return select_bits(0xf0f0f0f0u, a, b);
 }
 // Eight values of a word of codes, which lie as in kv_layout.h: numbers 0 .. 3 in the lower halves
 // of the bytes, 4 .. 7 in the upper ones.
@@ -108,10 +111,10 @@ __device__ __forceinline__ uint4 values_of_nibble_word(uint32_t word, const uint
 // Eight values of two words of bytes.
 __device__ __forceinline__ uint4 values_of_byte_words(uint32_t first, uint32_t second,
                                                       const uint4& scale, const uint4& zero) {
-  return {values_of_bytes(first, 0, 1, scale.x, zero.x),
-          values_of_bytes(first, 2, 3, scale.y, zero.y),
-          values_of_bytes(second, 0, 1, scale.z, zero.z),
-          values_of_bytes(second, 2, 3, scale.w, zero.w)};
+  return {values_of_bytes(first, kFirstBytes, scale.x, zero.x),
+          values_of_bytes(first, kLastBytes, scale.y, zero.y),
+          values_of_bytes(second, kFirstBytes, scale.z, zero.z),
+          values_of_bytes(second, kLastBytes, scale.w, zero.w)};
 }
 
 // A thread takes the words of a token's keys, and of a channel's values.
