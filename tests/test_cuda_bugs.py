@@ -124,17 +124,26 @@ SEALED_PRODUCTS = Place(
 TENSOR_GROUPS = Place(
     "tensor_attention.cu", "tensor_attention.cu", "cuda_attention_test", "groups_of_pages"
 )
-TENSOR_SEALED = Place(
-    "tensor_attention.cu", "tensor_attention.cu", "cuda_sealed_attention_test", "where_pages_lie"
-)
 OPEN_TILES = Place(
     "page_tiles.cuh", "tensor_attention.cu", "cuda_attention_test", "attention_is_near"
 )
 OPEN_NAN_TILES = Place(
     "page_tiles.cuh", "tensor_attention.cu", "cuda_attention_test", "groups_of_pages"
 )
-SEALED_TILES = Place(
+PARTS = Place(
+    "page_parts.cuh", "tensor_attention.cu", "cuda_sealed_attention_test", "runs_of_pages"
+)
+RUNS = Place(
+    "tensor_attention.cu", "tensor_attention.cu", "cuda_sealed_attention_test", "runs_of_pages"
+)
+RUN_STATES = Place(
+    "attention.cuh", "tensor_attention.cu", "cuda_sealed_attention_test", "runs_of_pages"
+)
+UNSEALING = Place(
     "page_tiles.cuh", "tensor_attention.cu", "cuda_sealed_attention_test", "sealed_attention"
+)
+SEALED_TILES = Place(
+    "page_tiles.cuh", "tensor_attention.cu", "cuda_sealed_attention_test", "runs_of_pages"
 )
 VISION_ROUNDINGS = Place(
     "vision_attention.cu", "vision_attention.cu", "cuda_attention_test", "roundings"
@@ -449,7 +458,7 @@ OTHERS = [
     Bug(WINDOW, "static_cast<int64_t>(stream) * KvStream::kHeld +", ""),
     Bug(WINDOW, "of.stream->restart(of.wanted);", ";"),
     Bug(WINDOW, "if (used()) pass(last_);", ""),
-    Bug(WINDOW_TILES, "call.first_page + blockIdx.x", "blockIdx.x"),
+    Bug(WINDOW_TILES, "call.first_page + static_cast<int64_t>(blockIdx.x)", "static_cast<int64_t>(blockIdx.x)"),
     Bug(WINDOW_TILES, "call.first_page / kGroupPages + blockIdx.z", "blockIdx.z"),
     Bug(WINDOW_PAGES, "call.first_page + blockIdx.x", "blockIdx.x"),
     # --- experts in the host's memory
@@ -542,7 +551,7 @@ OTHERS = [
     Bug(SHARING, "device_->allocate_shared(bytes)", "device_->allocate(bytes)"),
     Bug(STREAMS, "table_.close(handle_);", "stream_.reset(); table_.close(handle_);"),
     # --- tensor_attention.cu
-    Bug(TENSOR, "float2*>(to + kStateHead + 8 * (kCount * warp + n) + 2 * t)", "float2*>(to + kStateHead + 8 * n + 2 * t)"),
+    Bug(TENSOR, "to += kStateHead + 8 * kCount * warp;", "to += kStateHead;"),
     Bug(TENSOR, "if (pair < tile.pairs)\n", "if (pair + 1 < tile.pairs)\n"),
     Bug(TENSOR, "first + lane % 16, 2 * step + lane / 16", "first + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2"),
     Bug(TILE_PRODUCTS, "2 * t + i % 2 >= seen[i / 2]", "2 * t + i % 2 > seen[i / 2]"),
@@ -551,15 +560,28 @@ OTHERS = [
     Bug(TILE_PRODUCTS, "total[row] *= factor[row];", ""),
     Bug(TILE_PRODUCTS, "sums[n][i] *= factor[i / 2]", "sums[n][i] *= factor[i % 2]"),
     Bug(TILE_PRODUCTS, "total[1] = totals[2];", "total[1] = totals[1];"),
-    Bug(TENSOR, "if (own) {", "if (false) {"),
-    Bug(TENSOR_CUT, "seen_by(call, tile, kv_head, g + 8)}", "seen_by(call, tile, kv_head, g)}"),
-    Bug(TENSOR_CUT, "memory.most[2 * i][g + 8 * row], memory.most[2 * i + 1]", "memory.most[2 * i][g + 8 * row], memory.most[2 * i]"),
-    Bug(TENSOR, "    __syncthreads();  // the largest are known, and keys not needed any more\n", ""),
-    Bug(TENSOR, "    __syncthreads();  // weights and values are there\n", ""),
-    Bug(TENSOR, "    __syncthreads();  // keys and queries are there\n", ""),
-    Bug(TENSOR, "wait_for_all_but<1>", "wait_for_all_but<2>"),
-    Bug(TENSOR, "i <= own_tile", "i < own_tile"),
-    Bug(TENSOR_CUT, "parts[tile == 0 ? kPageTiles : tile - 1]", "parts[tile == 0 ? kPageTiles : 0]"),
+    Bug(TENSOR, "Parts::kOpen && has_own && page + 1 == count", "false"),
+    Bug(TENSOR_CUT, "seen_by(call, tile, kv_head, g + 8 * row)", "seen_by(call, tile, kv_head, g)"),
+    Bug(TENSOR_CUT, "most[tile * kTileUnits + i]", "most[tile * kTileUnits]"),
+    Bug(TENSOR, "      __syncthreads();  // the largest are known\n", ""),
+    Bug(TENSOR, "      __syncthreads();  // the part is there, and the one before is not needed any more\n", ""),
+    Bug(RUNS, "fmaxf(so_far.most[row], top[row])", "top[row]"),
+    Bug(RUNS, "  __syncthreads();\n", "", behind="has_own && i + 1 == count"),
+    Bug(RUNS, "wait_for_copies<Ring::kPlaces - 2>", "wait_for_copies<Ring::kPlaces - 1>"),
+    Bug(RUNS, "      __syncthreads();  // the part is there, and the one before is not needed any more\n", ""),
+    Bug(RUNS, "i + 1 < Ring::kPlaces; ++i) request()", "i < Ring::kPlaces; ++i) request()"),
+    Bug(RUNS, "place_asked + 1 == Ring::kPlaces ? 0", "place_asked + 1 == Ring::kPlaces ? 1"),
+    Bug(RUNS, "place + 1 == Ring::kPlaces ? 0", "place + 2 == Ring::kPlaces ? 0", behind="const auto next_part"),
+    Bug(RUNS, "last ? last_parts : kPageParts", "kPageParts"),
+    Bug(RUNS, "last ? tokens : kPageTokens}", "tokens}"),
+    Bug(RUNS, "part_asked - (values ? there : 0)", "part_asked % kPageParts"),
+    Bug(RUNS, "      __syncthreads();  // the places of closed pages are not needed any more\n", ""),
+    Bug(RUNS, "8 * (i - i % 2) + 4 * t + i % 2 * 2", "8 * i + 2 * t"),
+    Bug(RUNS, "tile.own : call.pages[tile.first_page + first + i]", "tile.own : call.pages[first + i]"),
+    Bug(RUNS, "left < call.run_pages ? left : call.run_pages", "call.run_pages"),
+    Bug(RUN_STATES, "(count + call.run_pages - 1) / call.run_pages", "count"),
+    Bug(RUN_STATES, "(count + call.run_pages - 1) / call.run_pages", "count / call.run_pages"),
+    Bug(RUN_STATES, "__syncthreads();  // the block reads what its threads wrote", ";"),
     Bug(TENSOR, "from.page == tile.own", "false"),
     Bug(TENSOR, "from.number * kTileTokens", "0", behind="attend_groups_kernel"),
     Bug(TENSOR, "from.number + 1 < tiles_of(from.tokens)", "from.number + 1 < kPageTiles"),
@@ -573,13 +595,32 @@ OTHERS = [
     Bug(OPEN_TILES, "2 * block + half)", "2 * block + 1 - half)"),
     Bug(OPEN_NAN_TILES, "of.number * kTileTokens + token < of.tokens)", "true)"),
     Bug(OPEN_TILES, "wait_for_copies<kLeft>();", "wait_for_copies<kLeft + 1>();"),
-    Bug(SEALED_TILES, "kMinus2176 = 0xc508c508u", "kMinus2176 = 0xc500c500u"),
+    Bug(UNSEALING, "kMinusHalf = 0xbf00bf00u", "kMinusHalf = 0xbf80bf80u"),
+    Bug(UNSEALING, "kLastBytes = 0x4342u", "kLastBytes = 0x4243u"),
+    Bug(SEALED_TILES, "joined_halves(upper, lower >> 4)", "joined_halves(upper, lower)"),
     Bug(SEALED_TILES, "kNeighbours = 0x3120u", "kNeighbours = 0x3210u"),
-    Bug(SEALED_TILES, "pair(4, scale.z, zero.z)", "pair(4, scale.z, zero.y)"),
+    Bug(SEALED_TILES, "word >> 4, scale.z, zero.z", "word >> 4, scale.z, zero.y"),
     Bug(SEALED_TILES, "scales + octet * 16", "scales + warp * 16"),
-    Bug(SEALED_TILES, "(value[block][1] & ~kLow)", "(value[block][1] & kLow)"),
+    Bug(SEALED_TILES, "values_of_bytes(second, kFirstBytes", "values_of_bytes(first, kFirstBytes"),
     Bug(SEALED_TILES, "line += call.closed.lower", "line += 0"),
     Bug(SEALED_TILES, "(of.number * kTileTokens + warp * 8) * 2;", "(of.number * kTileTokens) * 2;"),
+    # --- page_parts.cuh
+    Bug(PARTS, "scales + which * zeros", "scales"),
+    Bug(PARTS, "(4 * octet + threadIdx.x % 4)", "(4 * octet)"),
+    Bug(PARTS, "0x5140u : 0x7362u", "0x5140u : 0x5140u"),
+    Bug(PARTS, "values_of_bytes(second, own", "values_of_bytes(first, own"),
+    Bug(PARTS, "values_of_nibbles(codes >> 8", "values_of_nibbles(codes"),
+    Bug(PARTS, "codes += at.lower", "codes += 0"),
+    Bug(PARTS, "of.number * kPlaneBytes", "0"),
+    Bug(PARTS, "(of.number * kLines + line)", "line"),
+    Bug(PARTS, "of.number * kTokens * 2", "0"),
+    Bug(PARTS, "(chunk * 16 ^ turned(line))", "chunk * 16"),
+    Bug(PARTS, "high << (4 - half_shift())", "high << half_shift()"),
+    Bug(PARTS, "even ? kFirstBytes : kLastBytes", "kFirstBytes"),
+    Bug(PARTS, "(n / kLineRows * kOctets + octet)", "octet"),
+    Bug(PARTS, "octet * 2 + t / 2", "octet * 2"),
+    Bug(PARTS, "at(octet, n + g)", "at(octet, n)"),
+    Bug(PARTS, "tile * (kTileTokens / 8)", "0"),
     # --- vision_attention.cu
     Bug(TILES, "r % call.tokens * (call.dim / 2)", "r * (call.dim / 2)"),
     Bug(TILES, "< call.heads ? call.scale : 1.0f", "< 0 ? call.scale : 1.0f"),

@@ -41,3 +41,92 @@ TEST(odd_pages_are_sealed_as_the_reference_does) {
       for (Named& subject : subjects()[0]) CHECK(sealed(*subject.backend) == expected);
     }
 }
+
+// How many pages in a row blocks take, instead of what the backend chooses.
+int32_t forced_run = 1;
+int attend_by_forced_runs(void* device, const cuda::AttendCall* call) {
+  cuda::AttendCall forced = *call;
+  if (call->kind == cuda::kAttendPages) forced.run_pages = forced_run;
+  return emulator::device_table().attend(device, &forced);
+}
+
+// The pages of a cache that holds so many full pages, and part of one, with any contents: codes of
+// all kinds, and what nobody has written is no number.
+void fill(std::mt19937& random, Cache& cache, int64_t pages, int64_t tokens) {
+  const Shape& shape = *cache.shape;
+  const std::vector<float> values = randoms(random, 1009);
+  cache.length = pages * kPageTokens + tokens;
+  for (int64_t page = 0; page <= pages; ++page) {
+    const bool open = page == pages;
+    const size_t bytes = open ? shape.open().page_bytes() : shape.sealed_bytes();
+    auto& of = *(open ? cache.open : cache.sealed)
+                    .emplace_back(std::make_shared<std::vector<char>>(bytes));
+    auto* const words = reinterpret_cast<uint16_t*>(of.data());
+    const size_t codes = open || shape.seal == KvSeal::kNone
+                             ? 0
+                             : shape.sealed().key_scale_offset(0) / sizeof(uint16_t);
+    for (size_t i = 0; i < bytes / sizeof(uint16_t); ++i)
+      words[i] = i < codes ? static_cast<uint16_t>(random())
+                           : bf16_of_float(values[random() % values.size()]);
+    const KvPageLayout layout = shape.open();
+    for (int64_t token = tokens; open && token < kPageTokens; ++token)
+      for (int64_t head = 0; head < shape.kv_heads; ++head)
+        for (int64_t c = 0; c < shape.head_dim; ++c) {
+          const auto at = [&](size_t offset, int64_t index) -> uint16_t& {
+            return reinterpret_cast<uint16_t*>(of.data() + offset)[index];
+          };
+          at(layout.key_offset(head), layout.key_index(token, c)) = bf16_of_float(NAN);
+          at(layout.value_offset(head), layout.value_index(token, c)) = bf16_of_float(NAN);
+        }
+  }
+}
+
+// A block may take any number of pages in a row, which ends at the end of a group of pages or of a
+// sequence; a last page that is open may be beside others or alone. The bits are those of many
+// rows, which have a kernel of their own.
+TEST(runs_of_pages_change_nothing) {
+  std::mt19937 random(8);
+  cuda::DeviceTable table = emulator::device_table();
+  table.attend = attend_by_forced_runs;
+  const int64_t many = 10, few = 3;
+  for (const auto& [dim, seal] : {std::pair<int64_t, KvSeal>{64, KvSeal::kNone},
+                                  {64, KvSeal::kInt8},
+                                  {64, KvSeal::kInt4},
+                                  {128, KvSeal::kNone},
+                                  {128, KvSeal::kInt8},
+                                  {128, KvSeal::kInt4}}) {
+    const Shape shape{5, 1, dim, DType::kBF16, seal};
+    // Full pages, beyond the end of a group and within one, and tokens of the last page.
+    std::vector<std::pair<int64_t, int64_t>> lengths = {{2, 240}};
+    if (dim == 64) lengths = {{18, 77}, {1, 64}};
+    std::vector<Sequence> sequences;
+    std::vector<Cache> caches;
+    for (const auto& [pages, tokens] : lengths) {
+      sequences.emplace_back(random, shape, pages * kPageTokens + tokens);
+      fill(random, caches.emplace_back(shape), pages, tokens - many);
+    }
+    const auto last = [&](Backend& backend, int64_t rows) {
+      std::vector<Piece> pieces;
+      for (size_t i = 0; i < caches.size(); ++i) {
+        caches[i].length = sequences[i].tokens - rows;
+        pieces.push_back({&sequences[i], &caches[i], rows});
+      }
+      return attend(backend, shape, pieces);
+    };
+    const std::vector<float> whole = last(*subjects()[0][0].backend, many);
+    std::vector<float> expected;
+    for (size_t i = 0; i < caches.size(); ++i) {
+      const auto end = whole.begin() + static_cast<int64_t>(i + 1) * many * shape.out_cols();
+      expected.insert(expected.end(), end - few * shape.out_cols(), end);
+    }
+    for (int ordinal = 0; ordinal < 4; ++ordinal) {
+      const auto backend = make_cuda_backend(table, ordinal, make_cpu_backend({"", 1}), 1);
+      // The longest first: states that are not there yet would be found from the runs before.
+      for (const int32_t run : {16, 8, 4, 2, 1}) {
+        forced_run = run;
+        check_same_bits("runs of " + std::to_string(run) + " on " + backend->description(),
+                        last(*backend, few).data(), expected.data(), expected.size());
+      }
+    }
+  }
+}

@@ -15,8 +15,11 @@ constexpr int64_t kStateBytes = int64_t{256} << 20;
 // A device's limit for all but the first direction of a grid.
 constexpr int64_t kMostTiles = 65535;
 // What a multiprocessor of an H200 takes for a page, in microseconds, as measured: with a tile of
-// kAttendPages, and with one of kAttendGroups.
+// kAttendPages (when a block had a single page), and with one of kAttendGroups.
 constexpr double kPagesMicroseconds = 8, kGroupsMicroseconds = 9;
+// Blocks of kAttendPages on a multiprocessor; what one takes to begin and to end, in pages.
+constexpr int64_t kPagesBlocks = 2;
+constexpr double kRunOverhead = 0.5;
 
 cuda::OpenPages open_pages(const KvPageLayout& layout) {
   return {static_cast<int64_t>(layout.head_bytes()), static_cast<int64_t>(layout.part_bytes()),
@@ -99,6 +102,28 @@ void divide(std::span<const cuda::AttentionTile> runs, const cuda::AttendCall& c
   const bool groups = by_groups / multiprocessors + longest < by_pages / multiprocessors;
   for (const cuda::AttentionTile& run : runs)
     cut(run, groups && is_wide(run) ? cuda::kAttendGroups : cuda::kAttendPages, run.pairs);
+}
+
+// Pages that a block of kAttendPages takes in a row. Of long runs little is lost to their ends,
+// where nothing is on its way; but there must be as many as blocks find a place, and none be late.
+int32_t run_pages(std::span<const cuda::AttentionTile> tiles, const cuda::AttendCall& call,
+                  int multiprocessors) {
+  const auto turns = [&](int64_t run) {
+    int64_t blocks = 0, longest = 0;
+    for (const cuda::AttentionTile& tile : tiles) {
+      const int64_t pages =
+          std::clamp<int64_t>(tile.before + 1 - call.first_page, 0, call.page_count);
+      blocks += (pages + run - 1) / run * call.heads.key_value;
+      longest = std::max(longest, std::min(run, pages));
+    }
+    const int64_t places = multiprocessors * kPagesBlocks;
+    return static_cast<double>((blocks + places - 1) / places) *
+           (static_cast<double>(longest) + kRunOverhead);
+  };
+  int64_t best = 1;
+  for (int64_t run = 2; run <= cuda::kGroupPages; run *= 2)
+    if (turns(run) < turns(best)) best = run;
+  return static_cast<int32_t>(best);
 }
 
 }  // namespace
@@ -218,6 +243,11 @@ void CudaBackend::attend_tiles(cuda::AttendCall call, std::span<const cuda::Atte
       window.each(call.most_pages, [&](int64_t first_page, int64_t count) {
         call.first_page = first_page;
         call.page_count = count;
+        call.run_pages = call.kind == cuda::kAttendPages
+                             ? run_pages(tiles.subspan(static_cast<size_t>(first),
+                                                       static_cast<size_t>(call.count)),
+                                         call, device_->multiprocessors())
+                             : 1;
         device_->run("attend", &cuda::DeviceTable::attend, call);
       });
     } catch (...) {

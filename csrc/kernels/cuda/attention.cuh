@@ -128,13 +128,18 @@ __device__ __forceinline__ void finish_groups(const AttendCall& call, const Atte
               });
 }
 
-// The same from the states of pages, of which a block has written that of `page`.
+// The same from the states of pages, of which a block has written those of a run, `page` among
+// them; runs of call.run_pages make up a group.
 __device__ __forceinline__ void finish_pages(const AttendCall& call, const AttentionTile& tile,
                                              int kv_head, int64_t page, const States& states,
                                              int32_t* slot) {
   const int64_t group = page / kGroupPages, first = group * kGroupPages;
   const int64_t left = tile.before + 1 - first, count = left < kGroupPages ? left : kGroupPages;
-  if (!is_last(states.arrived + 1 + group, count, slot)) return;
+  const int64_t runs = (count + call.run_pages - 1) / call.run_pages;
+  if (runs == 1)
+    __syncthreads();  // the block reads what its threads wrote
+  else if (!is_last(states.arrived + 1 + group, runs, slot))
+    return;
   merge_parts(states, tile.pairs, call.heads.dim, first, count,
               [&](int pair, int channel, const Merged& merged, const float (&sums)[4]) {
                 float* state = states.of(pair, call.most_pages + group);

@@ -280,7 +280,7 @@ struct AttentionTile {
 // How tiles are worked on. A pair has the same bits in both of the last two.
 enum AttendKind : int32_t {
   kAttendPlain,   // in fp32: a block for each page; a tile is of one query
-  kAttendPages,   // on the tensor cores: a block for each page
+  kAttendPages,   // on the tensor cores: a block for some pages in a row
   kAttendGroups,  // on the tensor cores: a block for each group of pages
 };
 // Of one tile.
@@ -305,6 +305,7 @@ struct AttendCall {
   OpenPages open;
   SealedPages closed;
   int32_t kind;
+  int32_t run_pages;  // of a block of kAttendPages, a power of two up to kGroupPages; else 1
   // The states of each page (kAttendGroups: none), then of each group of pages:
   // [count][KV heads][most_pairs][parts][kStateHead + dim, rounded up to 4].
   float* states;

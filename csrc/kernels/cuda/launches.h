@@ -6,6 +6,9 @@
 
 namespace puna::cuda {
 
+// Of a block, so that it fits the devices with the least shared memory.
+constexpr int kMostShared = 99 << 10;
+
 #define PUNA_OPERATION(name, Call) int launch_##name(const Call& call, Stream stream);
 #include "kernels/cuda/operations.inc"
 #undef PUNA_OPERATION

@@ -19,7 +19,6 @@ constexpr int tiles_of(int tokens) { return (tokens + kTileTokens - 1) / kTileTo
 
 template <int kDim>
 struct OpenTiles {
-  static constexpr bool kInRegisters = false;  // what is on its way
   using Keys = Chunks<kDim, true>;
   using Values = Chunks<kTileTokens, true>;
   static __device__ Keys keys(unsigned char* part) { return {part}; }
@@ -51,16 +50,6 @@ struct OpenTiles {
                start(of) + call.open.part_bytes + (token * kOctets + octet) * 16,
                of.number * kTileTokens + token < of.tokens);
   }
-  __device__ void request_keys(const TileOfPage& of, unsigned char* part) const {
-#pragma unroll
-    for (int piece = 0; piece < kCopies; ++piece) copy_keys(piece, of, part);
-    commit_copies();
-  }
-  __device__ void request_values(const TileOfPage& of, unsigned char* part) const {
-#pragma unroll
-    for (int piece = 0; piece < kCopies; ++piece) copy_values(piece, of, part);
-    commit_copies();
-  }
   // One of kPieces that a tile is requested in.
   __device__ void request(int piece, const TileOfPage& of, StagedTile<kDim>& tile) const {
     if (piece < kCopies)
@@ -84,32 +73,53 @@ struct OpenTiles {
   }
 };
 
-// Eight values, scale * code + zero, of the upper and lower four bits of their codes, which lie as
-// in kv_layout.h: numbers 0 .. 3 in the lower halves of the bytes, 4 .. 7 in the upper ones.
-template <int kBits>
-__device__ __forceinline__ uint4 values_of_codes(uint32_t upper, uint32_t lower, const uint4& scale,
-                                                 const uint4& zero) {
+// Two values, scale * code + zero, of codes of 4 bits, the last ones of the halves of the word.
+__device__ __forceinline__ uint32_t values_of_nibbles(uint32_t codes, uint32_t scales,
+                                                      uint32_t zeros) {
   constexpr uint32_t kMask = 0x000f000fu, k128 = 0x43004300u;  // 128 + n has n in its last bits
   constexpr uint32_t kMinus128 = 0xc300c300u, k1 = 0x3f803f80u;
-  constexpr uint32_t k16 = 0x41804180u, kMinus2176 = 0xc508c508u;  // -(16 * 128 + 128)
+  const uint32_t code = fma_bf16_pair(masked_or(codes, kMask, k128), k1, kMinus128);  // exact
+  return fma_bf16_pair(code, scales, zeros);
+}
+// The same of codes of 8 bits, the bytes of the word that the selector numbers: kFirstBytes,
+// kLastBytes.
+constexpr uint32_t kFirstBytes = 0x4140u, kLastBytes = 0x4342u;
+__device__ __forceinline__ uint32_t values_of_bytes(uint32_t word, uint32_t selector,
+                                                    uint32_t scales, uint32_t zeros) {
+  // Behind the byte 0x43 a code n below 128 makes 128 + n, and any other 2 n. Twice the code is
+  // that less what it lacks of 256, if it does.
+  const uint32_t folded = __byte_perm(word, 0x43434343u, selector);
+  constexpr uint32_t kMinusHalf = 0xbf00bf00u, k128 = 0x43004300u, kSigns = 0x80008000u;
+  const uint32_t lacking = fma_relu_bf16_pair(folded, kMinusHalf, k128);
+  const uint32_t minus_code = fma_bf16_pair(folded, kMinusHalf, lacking);  // exact
+  return fma_bf16_pair(minus_code, scales ^ kSigns, zeros);
+}
+// The bits of `a` where the upper halves of bytes are, and those of `b` where the lower ones are.
+__device__ __forceinline__ uint32_t joined_halves(uint32_t a, uint32_t b) {
+  return select_bits(0xf0f0f0f0u, a, b);
+}
+// Eight values of a word of codes, which lie as in kv_layout.h: numbers 0 .. 3 in the lower halves
+// of the bytes, 4 .. 7 in the upper ones.
+__device__ __forceinline__ uint4 values_of_nibble_word(uint32_t word, const uint4& scale,
+                                                       const uint4& zero) {
   constexpr uint32_t kNeighbours = 0x3120u;  // bytes 0 and 1, 2 and 3 come to lie 16 bits apart
-  upper = __byte_perm(upper, 0, kNeighbours);
-  lower = __byte_perm(lower, 0, kNeighbours);
-  const auto pair = [&](int shift, uint32_t scales, uint32_t zeros) {
-    const uint32_t high = masked_or(upper >> shift, kMask, k128);
-    const uint32_t low = kBits == 8 ? masked_or(lower >> shift, kMask, k128) : 0;
-    const uint32_t code = kBits == 8 ? fma_bf16_pair(fma_bf16_pair(high, k16, kMinus2176), k1, low)
-                                     : fma_bf16_pair(high, k1, kMinus128);  // exact
-    return fma_bf16_pair(code, scales, zeros);
-  };
-  return {pair(0, scale.x, zero.x), pair(8, scale.y, zero.y), pair(4, scale.z, zero.z),
-          pair(12, scale.w, zero.w)};
+  word = __byte_perm(word, 0, kNeighbours);
+  return {values_of_nibbles(word, scale.x, zero.x), values_of_nibbles(word >> 8, scale.y, zero.y),
+          values_of_nibbles(word >> 4, scale.z, zero.z),
+          values_of_nibbles(word >> 12, scale.w, zero.w)};
+}
+// Eight values of two words of bytes.
+__device__ __forceinline__ uint4 values_of_byte_words(uint32_t first, uint32_t second,
+                                                      const uint4& scale, const uint4& zero) {
+  return {values_of_bytes(first, kFirstBytes, scale.x, zero.x),
+          values_of_bytes(first, kLastBytes, scale.y, zero.y),
+          values_of_bytes(second, kFirstBytes, scale.z, zero.z),
+          values_of_bytes(second, kLastBytes, scale.w, zero.w)};
 }
 
 // A thread takes the words of a token's keys, and of a channel's values.
 template <int kDim, int kBits>
 struct SealedTiles {
-  static constexpr bool kInRegisters = true;
   using Keys = Chunks<kTileTokens, false>;
   using Values = Chunks<kDim, false>;
   static __device__ Keys keys(unsigned char* part) { return {part}; }
@@ -180,24 +190,23 @@ struct SealedTiles {
       const uint4 scale = load_words(scales + octet * 16),
                   zero = load_words(scales + (kOctets + octet) * 16);
 #pragma unroll
-      for (int half = 0; half < kHalves; ++half)
+      for (int half = 0; half < kHalves; ++half) {
+        const uint32_t upper = key[i][half][0], lower = key[i][half][kPlanes - 1];
         *reinterpret_cast<uint4*>(keys(part).at(half * kLineRows + lane, octet)) =
-            values_of_codes<kBits>(key[i][half][0], key[i][half][kPlanes - 1], scale, zero);
+            kBits == 8 ? values_of_byte_words(joined_halves(upper << 4, lower),
+                                              joined_halves(upper, lower >> 4), scale, zero)
+                       : values_of_nibble_word(upper, scale, zero);
+      }
     }
   }
   __device__ void deliver_values(const TileOfPage&, unsigned char* part) {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
-      uint32_t upper = value[block][0], lower = 0;
-      if constexpr (kBits == 8) {  // whole bytes of four tokens, then of four more
-        constexpr uint32_t kLow = 0x0f0f0f0fu;
-        lower = (upper & kLow) | (value[block][1] & kLow) << 4;
-        upper = (upper >> 4 & kLow) | (value[block][1] & ~kLow);
-      }
+    for (int block = 0; block < kBlocks; ++block)
       *reinterpret_cast<uint4*>(values(part).at(block * kLineRows + lane, warp)) =
-          values_of_codes<kBits>(upper, lower, value_scales, value_zeros);
-    }
+          kBits == 8 ? values_of_byte_words(value[block][0], value[block][kPlanes - 1],
+                                            value_scales, value_zeros)
+                     : values_of_nibble_word(value[block][0], value_scales, value_zeros);
   }
 };
 

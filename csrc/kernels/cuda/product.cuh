@@ -23,8 +23,6 @@ constexpr int kPanel = static_cast<int>(kPanelRows);
 constexpr int kHalf = 32;       // rows of a panel that a warp's lanes load together
 constexpr int kTilesEach = 2;   // tiles of 16 rows in a half
 constexpr int kTileTokens = 8;  // columns of a tile
-// Of a block, so that it fits the devices with the least shared memory.
-constexpr int kMostShared = 99 << 10;
 
 // Rows [first, first + count) of x, and what a block does with them.
 struct Share {

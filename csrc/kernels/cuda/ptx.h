@@ -141,6 +141,17 @@ __device__ __forceinline__ uint32_t fma_bf16_pair(uint32_t a, uint32_t b, uint32
   return half(0) | half(16) << 16;
 #endif
 }
+// The same, and 0 where it is less than that.
+__device__ __forceinline__ uint32_t fma_relu_bf16_pair(uint32_t a, uint32_t b, uint32_t c) {
+#ifdef __CUDACC__
+  uint32_t result;
+  asm("fma.rn.relu.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  return result;
+#else
+  const uint32_t sums = fma_bf16_pair(a, b, c);
+  return sums & ((sums >> 15 & 0x00010001u) * 0xffffu ^ 0xffffffffu);
+#endif
+}
 __device__ __forceinline__ uint32_t masked_or(uint32_t word, uint32_t mask, uint32_t bits) {
 #ifdef __CUDACC__
   uint32_t result;
@@ -148,6 +159,16 @@ __device__ __forceinline__ uint32_t masked_or(uint32_t word, uint32_t mask, uint
   return result;
 #else
   return (word & mask) | bits;
+#endif
+}
+// The bits of `a` where the mask has ones, and else those of `b`.
+__device__ __forceinline__ uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) {
+#ifdef __CUDACC__
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(result) : "r"(mask), "r"(a), "r"(b));
+  return result;
+#else
+  return (mask & a) | (~mask & b);
 #endif
 }
 __device__ __forceinline__ float float_of_f16(uint16_t value) {

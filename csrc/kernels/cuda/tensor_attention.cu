@@ -1,29 +1,17 @@
 // Attention over pages on the tensor cores; a query of tile_products.cuh is a pair of a query and a
 // head. A page starts with a fresh state, and its weights refer to the largest score so far.
 //
-// Two kernels divide this up: for few queries a block takes a page and its warps share the pairs;
-// for many a block takes a group of pages and each warp has pairs of its own. A pair goes through
-// the same sums in the same order in both, so it has the same bits.
+// Two kernels divide this up: for few queries a block takes a run of pages and its warps share the
+// pairs; for many a block takes a group of pages and each warp has pairs of its own. A pair goes
+// through the same sums in the same order in both, so it has the same bits.
 #include "kernels/cuda/launches.h"
+#include "kernels/cuda/page_parts.cuh"
 #include "kernels/cuda/page_tiles.cuh"
 
 namespace puna::cuda {
 namespace {
 
 constexpr int kWarpPairs = 16;
-
-template <class Tiles>
-struct TilesOfPage {
-  using Form = Tiles;
-  Tiles of[kPageTiles];
-  __device__ Tiles& operator[](int i) { return of[i]; }
-};
-// The tiles of a page, of the form that one shows.
-template <class Tiles>
-__device__ __forceinline__ TilesOfPage<Tiles> four(const Tiles& one) {
-  static_assert(kPageTiles == 4);
-  return {{one, one, one, one}};
-}
 
 // The queries of a tile's pairs in shared memory, as bfloat16: left operands of 16 pairs.
 template <int kDim, int kPairs>
@@ -71,145 +59,226 @@ __device__ __forceinline__ int seen_by(const AttendCall& call, const AttentionTi
   return pair < tile.pairs ? pair_of(call, tile, kv_head, pair).seen : kPageTokens;
 }
 
-// --- few pairs: a block for each page ------------------------------------------------------------
+// --- few pairs: a block for each run of pages ----------------------------------------------------
 
-// Warps share 16 pairs: in the scores each takes 32 tokens, in the values some channels. As much of
-// the page as there is memory for is asked for at once: all keys, and values as their places, or
-// registers, come free.
+// What the time goes into is the arrival of the pages. They come in parts, all keys of a page, then
+// its values, through a ring of places that has no end until the run has: the place that has been
+// read last is asked for again before the next part is worked on. So but for one all places of a
+// block are always on their way, 66 KB for heads of 128, and two blocks share a multiprocessor. For
+// 33 KB/us, 4.4 TB/s over 132 multiprocessors, at a latency of 1 us, 33 KB have to be.
+//
+// Warps share 16 pairs: in the scores each takes some tokens of a part, in the values some
+// channels.
 template <int kDim>
-struct PageMemory {
+struct alignas(16) PageMemory {
   static constexpr int kRow = kPageTokens + 8;  // a row's weights are not in the next one's banks
-  unsigned char parts[kPageTiles + 1][tile_part_bytes(kDim)];
   unsigned char queries[Queries<kDim, kWarpPairs>::kBytes];
-  float most[kTileWarps][kWarpPairs];
-  uint32_t weights[kWarpPairs][kRow / 2];
+  uint16_t weights[kWarpPairs][kRow];
+  const void* pages[kGroupPages];  // of the run
   int32_t slot;
-
-  __device__ unsigned char* keys(int tile) { return parts[tile]; }
-  // Those of the first tile have a place of their own, the others one that had keys.
-  __device__ unsigned char* values(int tile) { return parts[tile == 0 ? kPageTiles : tile - 1]; }
 };
+template <int kDim, class Parts>
+struct alignas(16) PartRing {
+  // That a warp takes for its scores; those of a page are in its registers.
+  static constexpr int kWarpTokens = Parts::kTokens / kTileWarps;
+  static constexpr int kUnits = kPageTokens / kWarpTokens;
+  static constexpr int kTileUnits = kTileTokens / kWarpTokens;
+  static constexpr int kPlaces =
+      (kMostShared - sizeof(PageMemory<kDim>) - kUnits * kWarpPairs * 4) / Parts::kBytes;
 
-template <int kDim>
+  unsigned char places[kPlaces][Parts::kBytes];
+  float most[kUnits][kWarpPairs];
+
+  // The largest score of a tile of the page, of a lane's two rows.
+  __device__ void top_of(int tile, float (&top)[2]) const {
+    const int g = threadIdx.x % kWarp / 4;
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      top[row] = -INFINITY;
+#pragma unroll
+      for (int i = 0; i < kTileUnits; ++i)
+        top[row] = fmaxf(top[row], most[tile * kTileUnits + i][g + 8 * row]);
+    }
+  }
+};
+template <int kDim, class Closed>
+constexpr size_t run_shared() {
+  return sizeof(PageMemory<kDim>) +
+         static_cast<size_t>(
+             larger(sizeof(PartRing<kDim, Closed>), sizeof(PartRing<kDim, OpenParts<kDim>>)));
+}
+
+// Neighbouring columns of a lane, of one row of products: give(first column, values of both).
+template <bool kInterleaved, int kCount, class Give>
+__device__ __forceinline__ void for_each_pair(const float (&c)[kCount][4], int row,
+                                              const Give& give) {
+  const int t = threadIdx.x % 4;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if constexpr (kInterleaved && kCount % 2 == 0) {
+      const int of = 2 * row + i % 2;
+      give(8 * (i - i % 2) + 4 * t + i % 2 * 2, c[i - i % 2][of], c[i - i % 2 + 1][of]);
+    } else {
+      give(8 * i + 2 * t, c[i][2 * row], c[i][2 * row + 1]);
+    }
+  }
+}
+
+template <int kDim, class Closed>
 __global__ void __launch_bounds__(kTileThreads, 2) attend_pages_kernel(const AttendCall call) {
   after_earlier_kernels();
   const AttentionTile& tile = call.tiles[blockIdx.z];
-  const int64_t page = call.first_page + blockIdx.x;
-  if (page > tile.before) return;
+  const int64_t first = call.first_page + static_cast<int64_t>(blockIdx.x) * call.run_pages;
+  const int64_t left = tile.before + 1 - first;
+  if (left <= 0) return;
+  const int count = static_cast<int>(left < call.run_pages ? left : call.run_pages);
+  const bool has_own = count == left;
   const int kv_head = blockIdx.y, warp = threadIdx.x / kWarp;
   const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
   auto& memory = *reinterpret_cast<PageMemory<kDim>*>(shared_memory());
-  const bool own = page == tile.before;
-  constexpr int kCount = kDim / 8 / kTileWarps;
-  constexpr int kWarpTokens = kPageTokens / kTileWarps;
-  TileState<kCount> state;
+  const Queries<kDim, kWarpPairs> queries{{memory.queries}, 0};
+  const States states(call, blockIdx.z, kv_head);
+  if (const int i = threadIdx.x; i < count)
+    memory.pages[i] =
+        has_own && i + 1 == count ? tile.own : call.pages[tile.first_page + first + i];
+  __syncthreads();
 
-  const auto attend = [&](auto tiles, const void* data, int tokens) {
-    using Tiles = typename decltype(tiles)::Form;
-    const int count = tiles_of(tokens);
-    const auto loaded = Queries<kDim, kWarpPairs>::load(call, tile, kv_head);
-    const auto of = [&](int number) { return TileOfPage{data, number, tokens}; };
+  int tokens = kPageTokens, seen[2] = {};  // of the own page
+  if (has_own) {
+    tokens = pair_of(call, tile, kv_head, tile.pairs - 1).seen;  // the last pair's query sees most
 #pragma unroll
-    for (int i = 0; i < kPageTiles; ++i)
-      if (i < count) tiles[i].request_keys(of(i), memory.keys(i));
-    tiles[0].request_values(of(0), memory.values(0));
+    for (int row = 0; row < 2; ++row) seen[row] = seen_by(call, tile, kv_head, g + 8 * row);
+  }
 
-    const Queries<kDim, kWarpPairs> queries{{memory.queries}, 0};
-    queries.store(loaded);
-#pragma unroll
-    for (int i = 0; i < kPageTiles; ++i)
-      if (i < count) tiles[i].deliver_keys(of(i), memory.keys(i));
-    Tiles::template wait_for_all_but<1>();
-    __syncthreads();  // keys and queries are there
-    const auto request_values = [&] {
-#pragma unroll
-      for (int i = 1; i < kPageTiles; ++i)
-        if (i < count) tiles[i].request_values(of(i), memory.values(i));
+  // Pages [begin, end) of the run, of which the last has `tokens`.
+  const auto attend = [&](auto parts, int begin, int end, int tokens) {
+    using Parts = decltype(parts);
+    using Ring = PartRing<kDim, Parts>;
+    constexpr int kPageParts = kPageTokens / Parts::kTokens;
+    constexpr int kPartTiles = Parts::kTokens / kTileTokens;
+    auto& ring = *reinterpret_cast<Ring*>(shared_memory() + sizeof(PageMemory<kDim>));
+    const int last_parts = (tokens + Parts::kTokens - 1) / Parts::kTokens;
+    // The next part that is asked for; all threads' groups of copies have one each.
+    int page_asked = begin, part_asked = 0, place_asked = 0;
+    const auto request = [&] {
+      if (page_asked < end) {
+        const bool last = page_asked + 1 == end;
+        const int there = last ? last_parts : kPageParts;
+        const bool values = part_asked >= there;
+        const PartOfPage of{memory.pages[page_asked], part_asked - (values ? there : 0),
+                            last ? tokens : kPageTokens};
+        if (values)
+          parts.copy_values(of, ring.places[place_asked]);
+        else
+          parts.copy_keys(of, ring.places[place_asked]);
+        if (++part_asked == 2 * there) {
+          part_asked = 0;
+          ++page_asked;
+        }
+        place_asked = place_asked + 1 == Ring::kPlaces ? 0 : place_asked + 1;
+      }
+      commit_copies();
     };
-    const int own_tile = warp * kWarpTokens / kTileTokens;
-    const int first = warp * kWarpTokens % kTileTokens;
-    float scores[kWarpTokens / 8][4] = {};
-    if (own_tile < count) {
-      score<kDim>(scores, queries, Tiles::keys(memory.keys(own_tile)), first);
-      if (own) {
-        const int seen[2] = {seen_by(call, tile, kv_head, g), seen_by(call, tile, kv_head, g + 8)};
-        hide(scores, seen, warp * kWarpTokens);
+    int place = 0;
+    const auto next_part = [&] {
+      wait_for_copies<Ring::kPlaces - 2>();
+      __syncthreads();  // the part is there, and the one before is not needed any more
+      request();
+      unsigned char* const part = ring.places[place];
+      place = place + 1 == Ring::kPlaces ? 0 : place + 1;
+      return part;
+    };
+#pragma unroll 1
+    for (int i = 0; i + 1 < Ring::kPlaces; ++i) request();
+    if (begin == 0) queries.store(queries.load(call, tile, kv_head));
+
+    constexpr int kCount = kDim / 8 / kTileWarps;
+    constexpr int kWarpTokens = Ring::kWarpTokens;
+#pragma unroll 1
+    for (int page = begin; page < end; ++page) {
+      const int there = page + 1 == end ? last_parts : kPageParts;
+      float scores[kPageParts][kWarpTokens / 8][4];
+#pragma unroll
+      for (int i = 0; i < kPageParts; ++i) {
+        if (i >= there) break;
+        score<kDim>(scores[i], queries, Parts::keys(next_part()), warp * kWarpTokens);
+        if (Parts::kOpen && has_own && page + 1 == count)
+          hide(scores[i], seen, i * Parts::kTokens + warp * kWarpTokens);
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+          const float most = largest(scores[i], row);
+          if (t == 0) ring.most[i * kTileWarps + warp][g + 8 * row] = most;
+        }
+      }
+      __syncthreads();  // the largest are known
+      TileState<kCount> so_far;
+      const int own_tile = warp * kWarpTokens / kTileTokens;  // of a part
+#pragma unroll
+      for (int i = 0; i < kPageParts; ++i) {
+        if (i >= there) break;
+#pragma unroll 1
+        for (int part_tile = 0; part_tile < kPartTiles; ++part_tile) {
+          float top[2];
+          ring.top_of(i * kPartTiles + part_tile, top);
+#pragma unroll
+          for (int row = 0; row < 2; ++row) so_far.most[row] = fmaxf(so_far.most[row], top[row]);
+          if (part_tile != own_tile) continue;
+#pragma unroll
+          for (int row = 0; row < 2; ++row) {
+            uint16_t* const to =
+                memory.weights[g + 8 * row] + i * Parts::kTokens + warp * kWarpTokens;
+            for_each_pair<Parts::kInterleaved>(scores[i], row, [&](int token, float a, float b) {
+              *reinterpret_cast<uint32_t*>(to + token) = so_far.weights(a, b, row);
+            });
+          }
+        }
+      }
+      TileState<kCount> state;
+#pragma unroll 1
+      for (int i = 0; i < there; ++i) {
+        unsigned char* const part = next_part();  // and weights are there
+#pragma unroll 1
+        for (int part_tile = 0; part_tile < kPartTiles; ++part_tile) {
+          const int number = i * kPartTiles + part_tile;
+          float top[2];
+          ring.top_of(number, top);
+          state.raise(top);
+          uint32_t weights[kTileTokens / 16][4];
+#pragma unroll
+          for (int step = 0; step < kTileTokens / 16; ++step)
+            load_matrices<false>(weights[step], memory.weights[lane % 16] + number * kTileTokens +
+                                                    16 * step + lane / 16 * 8);
+          state.add(weights, Parts::values(part, part_tile), 8 * kCount * warp);
+        }
       }
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
-        const float most = largest(scores, row);
-        if (t == 0) memory.most[warp][g + 8 * row] = most;
+        const int pair = g + 8 * row;
+        if (pair >= tile.pairs) continue;
+        float* to = states.of(pair, first + page);
+        if (warp == 0 && t == 0) {
+          to[0] = state.most[row];
+          to[1] = state.total[row];
+        }
+        to += kStateHead + 8 * kCount * warp;
+        for_each_pair<Parts::kInterleaved>(state.sums, row, [&](int channel, float a, float b) {
+          *reinterpret_cast<float2*>(to + channel) = {a, b};
+        });
       }
     }
-    if constexpr (Tiles::kInRegisters) request_values();
-    __syncthreads();  // the largest are known, and keys not needed any more
-    if constexpr (!Tiles::kInRegisters) request_values();
-    const auto top_of = [&](int i, float (&top)[2]) {
-#pragma unroll
-      for (int row = 0; row < 2; ++row)
-        top[row] = fmaxf(memory.most[2 * i][g + 8 * row], memory.most[2 * i + 1][g + 8 * row]);
-    };
-    static_assert(2 * kWarpTokens == kTileTokens);
-    if (own_tile < count) {
-      TileState<kCount> so_far;
-      for (int i = 0; i <= own_tile; ++i) {
-        float top[2];
-        top_of(i, top);
-        so_far.raise(top);
-      }
-#pragma unroll
-      for (int n = 0; n < kWarpTokens / 8; ++n)
-#pragma unroll
-        for (int row = 0; row < 2; ++row)
-          memory.weights[g + 8 * row][(warp * kWarpTokens + 8 * n) / 2 + t] =
-              so_far.weights(scores[n][2 * row], scores[n][2 * row + 1], row);
-    }
-#pragma unroll
-    for (int i = 0; i < kPageTiles; ++i)
-      if (i < count) tiles[i].deliver_values(of(i), memory.values(i));
-    Tiles::template wait_for_all_but<0>();
-    __syncthreads();  // weights and values are there
-#pragma unroll 1
-    for (int i = 0; i < count; ++i) {
-      float top[2];
-      top_of(i, top);
-      state.raise(top);
-      const auto weights = [&](uint32_t (&to)[4], int step) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-          to[j] = memory.weights[g + j % 2 * 8][(i * kTileTokens + 16 * step + j / 2 * 8) / 2 + t];
-      };
-      state.add(weights, Tiles::values(memory.values(i)), 8 * kCount * warp);
-    }
+    wait_for_copies<0>();  // of nothing
   };
-  if (own) {
-    // The last pair's query sees most.
-    const int tokens = pair_of(call, tile, kv_head, tile.pairs - 1).seen;
-    attend(four(OpenTiles<kDim>{call, kv_head}), tile.own, tokens);
+  if constexpr (Closed::kOpen) {
+    attend(Closed(call, kv_head), 0, count, tokens);
   } else {
-    const void* data = call.pages[tile.first_page + page];
-    if (call.closed.form == kPageBF16)
-      attend(four(OpenTiles<kDim>{call, kv_head}), data, kPageTokens);
-    else if (call.closed.form == kPageInt8)
-      attend(four(SealedTiles<kDim, 8>(call, kv_head)), data, kPageTokens);
-    else
-      attend(four(SealedTiles<kDim, 4>(call, kv_head)), data, kPageTokens);
-  }
-
-  const States states(call, blockIdx.z, kv_head);
-  for (int row = 0; row < 2; ++row) {
-    const int pair = g + 8 * row;
-    if (pair >= tile.pairs) continue;
-    float* to = states.of(pair, page);
-    if (warp == 0 && t == 0) {
-      to[0] = state.most[row];
-      to[1] = state.total[row];
+    const int closed = has_own ? count - 1 : count;
+    if (closed > 0) attend(Closed(call, kv_head), 0, closed, kPageTokens);
+    if (has_own) {
+      __syncthreads();  // the places of closed pages are not needed any more
+      attend(OpenParts<kDim>(call, kv_head), closed, count, tokens);
     }
-    for (int n = 0; n < kCount; ++n)
-      *reinterpret_cast<float2*>(to + kStateHead + 8 * (kCount * warp + n) + 2 * t) = {
-          state.sums[n][2 * row], state.sums[n][2 * row + 1]};
   }
-  finish_pages(call, tile, kv_head, page, states, &memory.slot);
+  finish_pages(call, tile, kv_head, first, states, &memory.slot);
 }
 
 // --- many pairs: a block for each group of pages -------------------------------------------------
@@ -330,12 +399,23 @@ __global__ void __launch_bounds__(kTileThreads, 1) attend_groups_kernel(const At
 
 unsigned extent(int64_t count) { return static_cast<unsigned>(count); }
 
+template <int kDim, class Closed>
+int launch_pages(const AttendCall& call, Stream stream) {
+  const int64_t runs = (call.page_count + call.run_pages - 1) / call.run_pages;
+  return launch(attend_pages_kernel<kDim, Closed>,
+                dim3{extent(runs), extent(call.heads.key_value), extent(call.count)}, kTileThreads,
+                run_shared<kDim, Closed>(), stream, call);
+}
+
 template <int kDim>
 int launch_for(const AttendCall& call, Stream stream) {
-  if (call.kind == kAttendPages)
-    return launch(attend_pages_kernel<kDim>,
-                  dim3{extent(call.page_count), extent(call.heads.key_value), extent(call.count)},
-                  kTileThreads, sizeof(PageMemory<kDim>), stream, call);
+  if (call.kind == kAttendPages) {
+    if (call.closed.form == kPageInt8)
+      return launch_pages<kDim, SealedParts<kDim, 8>>(call, stream);
+    if (call.closed.form == kPageInt4)
+      return launch_pages<kDim, SealedParts<kDim, 4>>(call, stream);
+    return launch_pages<kDim, OpenParts<kDim>>(call, stream);
+  }
   return launch(
       attend_groups_kernel<kDim>,
       dim3{extent(call.count), extent(call.heads.key_value), extent(groups_of(call.page_count))},

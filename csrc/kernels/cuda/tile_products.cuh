@@ -169,21 +169,22 @@ struct TileState {
   __device__ uint32_t weights(float first, float second, int row) const {
     return rounded_bf16_pair(power_of_2(first - most[row]), power_of_2(second - most[row]));
   }
-  // A tile, with the values from channel `first` on; weights(to, step) are left operands.
-  template <class Weights, class Values>
-  __device__ void add(const Weights& weights, const Values& values, int first) {
+  // A tile, with the values from channel `first` on; its weights are left operands.
+  template <class Values>
+  __device__ void add(const uint32_t (&weights)[kTileTokens / 16][4], const Values& values,
+                      int first) {
     constexpr uint32_t kOnes = 0x3f803f80u;
     constexpr int kSteps = kTileTokens / 16;
     float totals[4] = {total[0], total[0], total[1], total[1]};  // of columns that are all 1
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      uint32_t a[4];
-      weights(a, step);
-      mma_bf16(totals, a, kOnes, kOnes);
-    }
+    for (int step = 0; step < kSteps; ++step) mma_bf16(totals, weights[step], kOnes, kOnes);
     total[0] = totals[0];
     total[1] = totals[2];
-    multiply<kSteps>(sums, weights, values, 0, first);
+    const auto left = [&](uint32_t (&to)[4], int step) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) to[i] = weights[step][i];
+    };
+    multiply<kSteps>(sums, left, values, 0, first);
   }
   // A warp's own tile, of which it has all scores: its weights are left operands as they are.
   template <class Values>
@@ -196,12 +197,7 @@ struct TileState {
 #pragma unroll
       for (int half = 0; half < 2; ++half)
         all[n / 2][n % 2 * 2 + half] = weights(scores[n][2 * half], scores[n][2 * half + 1], half);
-    add(
-        [&](uint32_t (&to)[4], int step) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) to[i] = all[step][i];
-        },
-        values, 0);
+    add(all, values, 0);
   }
 };
 
