@@ -52,6 +52,7 @@ EXCEPTIONS: dict[str, set[str]] = {
     "kernels/cuda/ptx.h": {"emulator/cuda.h"},
     # Measures the device itself, beside what the backend makes of it.
     "bench/device_ceilings.cpp": {"backend/cuda"},
+    "bench/profile.cpp": {"backend/cpu", "backend/cuda"},
     # Chooses an instruction set at run time: ordinary code, and a list that CMake generates.
     "kernels/cpu/dispatch.cpp": {"base/env.h", "base/error.h", "isa_list.inc"},
 }
