@@ -296,7 +296,7 @@ OTHERS = [
     Bug(WARPGROUPS, "fence_products();", ";"),
     Bug(WARPGROUPS, "commit_products();", ";"),
     Bug(WARPGROUPS, "wait_for_products<0>(dots[1]);\n    fold_part(1);", "fold_part(1);\n    wait_for_products<0>(dots[1]);"),
-    Bug(WARPGROUPS, "first / Of::kColumns + step));", "step));"),
+    Bug(WARPGROUPS, "first / Of::kColumns + step);", "step);"),
     Bug(WARPGROUPS, "part * kWarpgroupColumns * kRowBytes", "0"),
     Bug(WARPGROUPS, "scales[i / 2]", "scales[i % 2]"),
     Bug(WARPGROUPS, "place.row % 4 * 4", "0"),

@@ -282,7 +282,7 @@ struct WarpgroupProduct {
       int32_t c[kWarpgroupSums];
       for (int32_t& sum : c) sum = 9;
       if (fenced) fence_products();
-      warpgroup_mma_u8s8(c, left, shared_operand(rows).after(kStep));
+      warpgroup_mma_u8s8<true>(c, left, shared_operand(rows).after(kStep));
       commit_products();
       if (waited) wait_for_products<0>(c);
       for (int i = 0; i < kWarpgroupSums; ++i) {

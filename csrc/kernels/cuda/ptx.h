@@ -617,15 +617,19 @@ __device__ __forceinline__ void warpgroup_mma_bf16(float (&c)[kWarpgroupSums],
 #endif
 }
 
-// K = 32 of bytes, A without and B with sign; exact.
+// K = 32 of bytes, A without and B with sign; exact. kAdds = false: c = A B.
+template <bool kAdds>
 __device__ __forceinline__ void warpgroup_mma_u8s8(int32_t (&c)[kWarpgroupSums],
                                                    const uint32_t (&a)[4], SharedOperand b) {
 #ifdef __CUDACC__
-  PUNA_WARPGROUP_MMA("wgmma.mma_async.sync.aligned.m64n64k32.s32.u8.s8", "r", "1", c, a, b);
+  if constexpr (kAdds)
+    PUNA_WARPGROUP_MMA("wgmma.mma_async.sync.aligned.m64n64k32.s32.u8.s8", "r", "1", c, a, b);
+  else
+    PUNA_WARPGROUP_MMA("wgmma.mma_async.sync.aligned.m64n64k32.s32.u8.s8", "r", "0", c, a, b);
 #else
   emulator::Machine::instance().multiply(
       "warpgroup_mma_u8s8", c, a, b.descriptor, [](const emulator::WarpgroupOperands& operands) {
-        emulated_warpgroup_mma<32, int32_t>(operands, byte_operand);
+        emulated_warpgroup_mma<32, int32_t, kAdds>(operands, byte_operand);
       });
 #endif
 }

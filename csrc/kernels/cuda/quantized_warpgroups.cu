@@ -70,36 +70,33 @@ struct QuantizedWarpgroups : QuantizedStages<Format, WarpgroupShape> {
     const auto fold_part = [&](int part) {
 #pragma unroll
       for (int n = 0; n < kPartTiles; ++n) {
-        const uint2 of = Format::kOffset ? activations(part, n) : uint2{0, 0};
+        const uint2 of = activations(part, n);
+        // What sums would start from is added now: registers that other instructions write before
+        // the products make these wait.
+        const int32_t token_sums[2] = {static_cast<int32_t>(of.x), static_cast<int32_t>(of.y)};
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           span[part][4 * n + i] =
-              fold<Format>(span[part][4 * n + i], dots[part][4 * n + i], scales[i / 2],
-                           offsets[i / 2], static_cast<int32_t>(i % 2 == 0 ? of.x : of.y));
-      }
-    };
-    const auto start = [&](int part) {
-#pragma unroll
-      for (int n = 0; n < kPartTiles; ++n) {
-        const uint2 of = activations(part, n);
-        const int32_t low = start_of_sums<Format>(static_cast<int32_t>(of.x));
-        const int32_t high = start_of_sums<Format>(static_cast<int32_t>(of.y));
-#pragma unroll
-        for (int i = 0; i < 4; ++i) dots[part][4 * n + i] = i % 2 == 0 ? low : high;
+              fold<Format>(span[part][4 * n + i],
+                           dots[part][4 * n + i] + start_of_sums<Format>(token_sums[i % 2]),
+                           scales[i / 2], offsets[i / 2], token_sums[i % 2]);
       }
     };
     const auto multiply = [&](int part) {
       const SharedOperand rows =
           shared_operand(stage + Stages::kRowsAt + part * kWarpgroupColumns * kRowBytes);
 #pragma unroll
-      for (int step = 0; step < Of::kStepsEach; ++step)
-        warpgroup_mma_u8s8(dots[part], weights[step], rows.after(first / Of::kColumns + step));
+      for (int step = 0; step < Of::kStepsEach; ++step) {
+        const SharedOperand operand = rows.after(first / Of::kColumns + step);
+        if (step == 0)
+          warpgroup_mma_u8s8<false>(dots[part], weights[step], operand);
+        else
+          warpgroup_mma_u8s8<true>(dots[part], weights[step], operand);
+      }
       commit_products();
     };
     static_assert(kParts == 2);
-    start(0);
     if constexpr (kTogether) {
-      start(1);
       fence_products();  // of both: between them it would wait for the first
       multiply(0);
       multiply(1);
@@ -110,7 +107,6 @@ struct QuantizedWarpgroups : QuantizedStages<Format, WarpgroupShape> {
       multiply(0);
       wait_for_products<0>(dots[0]);
       fold_part(0);
-      start(1);
       fence_products();
       multiply(1);
     }
