@@ -1,6 +1,7 @@
 #include "device_ceilings.h"
 
 #include "backend/cuda/cuda_backend.h"
+#include "base/env.h"
 #include "base/error.h"
 #include "kernels/cpu/dispatch.h"
 
@@ -53,10 +54,14 @@ void DeviceCeilings::sample() {
                   }));
   call.rounds = rounds_;
   call.blocks = kMultiplyingBlocks * multiprocessors_;
-  for (const int32_t kind : {cuda::kExerciseInt8, cuda::kExerciseBF16}) {
+  // By the instructions that the backend uses for many rows.
+  const bool warpgroups = environment_cuda_warpgroups();
+  const int32_t int8 = warpgroups ? cuda::kExerciseWarpgroupsInt8 : cuda::kExerciseInt8;
+  const int32_t bf16 = warpgroups ? cuda::kExerciseWarpgroupsBF16 : cuda::kExerciseBF16;
+  for (const int32_t kind : {int8, bf16}) {
     call.kind = kind;
     const int64_t products = rounds_ * call.blocks * cuda::kExerciseWarps * cuda::kExerciseProducts;
-    (kind == cuda::kExerciseInt8 ? int8_ : bf16_)
+    (kind == int8 ? int8_ : bf16_)
         .push_back(static_cast<double>(products * cuda::exercise_operations(kind)) /
                    seconds(exercise));
   }

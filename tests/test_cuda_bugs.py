@@ -177,6 +177,7 @@ WINDOW = Place(
 )
 WINDOW_TILES = Place("tensor_attention.cu", "tensor_attention.cu", "cuda_kv_test", "pages_beyond")
 WINDOW_PAGES = Place("attention.cu", "attention.cu", "cuda_kv_test", "pages_beyond")
+EXERCISES = Place("exercise.cu", "exercise.cu", "cuda_backend_test", "exercises_run")
 SEALING = Place("seal.cu", "seal.cu", "cuda_sealed_attention_test", "sealed")
 
 
@@ -635,6 +636,8 @@ OTHERS = [
     Bug(TILES, "piece + 1 == kPieces", "piece == kPieces"),
     Bug(TILES, "keys_left < kPageTokens ? keys_left : kPageTokens", "kPageTokens"),
     Bug(TILES, "tile * call.tokens + token) * call.qkv.stride", "token) * call.qkv.stride"),
+    # --- exercise.cu
+    Bug(EXERCISES, "    fence_products();\n", ""),
     # --- seal.cu
     Bug(SEALING, "bits >> 31 != 0 && (bits & 0xffffu) != 0", "(bits & 0xffffu) != 0"),
     Bug(SEALING, "(1 << bits) - 1", "1 << bits"),

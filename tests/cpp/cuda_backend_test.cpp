@@ -353,3 +353,28 @@ TEST(tiles_encoded_together_have_the_bits_of_tiles_alone) {
     }
   }
 }
+
+// What the device does at best is measured by kernels that must be in order like the others.
+TEST(exercises_run_on_every_device) {
+  const cuda::DeviceTable& table = emulator::device_table();
+  int count = 0;
+  table.device_count(&count);
+  for (int ordinal = 0; ordinal < count; ++ordinal) {
+    void *device = nullptr, *memory = nullptr;
+    constexpr int64_t kBytes = 100 * 16;  // not as many as threads load
+    CHECK_EQ(table.open(ordinal, nullptr, &device), 0);
+    CHECK_EQ(table.allocate(device, kBytes, &memory), 0);
+    for (int32_t kind = cuda::kExerciseRead; kind <= cuda::kExerciseWarpgroupsBF16; ++kind) {
+      const cuda::ExerciseCall call = {.data = memory,
+                                       .bytes = kBytes,
+                                       .rounds = 2,
+                                       .out = static_cast<int32_t*>(memory),
+                                       .kind = kind,
+                                       .blocks = 2};
+      CHECK_EQ(table.exercise(device, &call), 0);
+      CHECK_EQ(table.synchronise(device), 0);
+    }
+    CHECK_EQ(table.release(device, memory), 0);
+    table.close(device);
+  }
+}

@@ -356,13 +356,22 @@ struct PixelShuffleCall {
 
 // --- what the device can do at best --------------------------------------------------------------
 
-enum Exercise : int32_t { kExerciseRead, kExerciseInt8, kExerciseBF16 };
+enum Exercise : int32_t {
+  kExerciseRead,
+  kExerciseInt8,
+  kExerciseBF16,
+  kExerciseWarpgroupsInt8,  // by their products, where the device has them, and else by warps
+  kExerciseWarpgroupsBF16,
+};
 
 // Nothing but reading `bytes` of memory, or `rounds` times kExerciseProducts products of the tensor
-// cores, of exercise_operations() multiplications and additions each, by each warp.
+// cores, of exercise_operations() multiplications and additions each, by each warp, or as its share
+// of a warpgroup's.
 constexpr int32_t kExerciseProducts = 8;
+constexpr bool is_of_warpgroups(int32_t kind) { return kind >= kExerciseWarpgroupsInt8; }
 constexpr int64_t exercise_operations(int32_t kind) {
-  return 2 * 16 * 8 * (kind == kExerciseInt8 ? 32 : 16);
+  const bool int8 = kind == kExerciseInt8 || kind == kExerciseWarpgroupsInt8;
+  return 2 * 16 * (is_of_warpgroups(kind) ? 64 : 8) * (int8 ? 32 : 16);
 }
 struct ExerciseCall {
   const void* data;  // bytes is a multiple of 16

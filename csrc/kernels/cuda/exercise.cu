@@ -26,10 +26,13 @@ __global__ void __launch_bounds__(kThreads) read_kernel(const ExerciseCall call)
   if (bits == 0x5eed) *call.out = 1;  // hardly ever
 }
 
+// Whatever they are: what is multiplied changes nothing.
+constexpr uint32_t kLeft[3] = {1, 2, 3};
+
 template <class Accumulator, class Multiply>
 __device__ __forceinline__ void multiply(const ExerciseCall& call, const Multiply& product) {
   Accumulator sums[kExerciseProducts][4] = {};
-  const uint32_t operand[4] = {threadIdx.x, 1, 2, 3};
+  const uint32_t operand[4] = {threadIdx.x, kLeft[0], kLeft[1], kLeft[2]};
   for (int64_t round = 0; round < call.rounds; ++round)
 #pragma unroll
     for (auto& sum : sums) product(sum, operand, threadIdx.x, 5u);
@@ -48,13 +51,66 @@ __global__ void __launch_bounds__(kThreads) multiply_bf16_kernel(const ExerciseC
   multiply<float>(call, [](auto&&... operands) { mma_bf16(operands...); });
 }
 
+// Products of warpgroups, whose right operands are in shared memory.
+constexpr int kOperandBytes = kWarpgroupColumns * 128;
+
+#if PUNA_WARPGROUPS
+template <class Accumulator, class Multiply>
+__device__ __forceinline__ void multiply_by_warpgroups(const ExerciseCall& call,
+                                                       const Multiply& product) {
+  auto* const words = reinterpret_cast<uint32_t*>(shared_memory());
+  for (int i = threadIdx.x; i < kOperandBytes / 4; i += kThreads) words[i] = i;
+  fence_shared_operands();
+  __syncthreads();
+  const SharedOperand rows = shared_operand(words);
+  Accumulator sums[2][kWarpgroupSums] = {};
+  const uint32_t operand[4] = {threadIdx.x, kLeft[0], kLeft[1], kLeft[2]};
+  for (int64_t round = 0; round < call.rounds; ++round) {
+    fence_products();
+#pragma unroll
+    for (int i = 0; i < kExerciseProducts; ++i)
+      product(sums[i % 2], operand, rows.after(i / 2 % 4));
+    commit_products();
+    wait_for_products<0>(sums[0]);
+    wait_for_products<0>(sums[1]);
+  }
+  Accumulator total = 0;
+#pragma unroll
+  for (int i = 0; i < kWarpgroupSums; ++i) total += sums[0][i] + sums[1][i];
+  if (total == static_cast<Accumulator>(0x5eed)) *call.out = 1;
+}
+#endif
+
+__global__ void __launch_bounds__(kThreads) warpgroups_int8_kernel(const ExerciseCall call) {
+#if PUNA_WARPGROUPS
+  after_earlier_kernels();
+  multiply_by_warpgroups<int32_t>(
+      call, [](auto&&... operands) { warpgroup_mma_u8s8<true>(operands...); });
+#endif
+}
+__global__ void __launch_bounds__(kThreads) warpgroups_bf16_kernel(const ExerciseCall call) {
+#if PUNA_WARPGROUPS
+  after_earlier_kernels();
+  multiply_by_warpgroups<float>(call,
+                                [](auto&&... operands) { warpgroup_mma_bf16<true>(operands...); });
+#endif
+}
+
 }  // namespace
 
 int launch_exercise(const ExerciseCall& call, Stream stream) {
-  const auto kernel = call.kind == kExerciseRead   ? read_kernel
-                      : call.kind == kExerciseInt8 ? multiply_int8_kernel
-                                                   : multiply_bf16_kernel;
-  return launch(kernel, dim3{static_cast<unsigned>(call.blocks), 1, 1}, kThreads, 0, stream, call);
+  if (is_of_warpgroups(call.kind) && !has_warpgroups) {
+    // As many operations.
+    ExerciseCall by_warps = call;
+    by_warps.kind = call.kind == kExerciseWarpgroupsInt8 ? kExerciseInt8 : kExerciseBF16;
+    by_warps.rounds *= exercise_operations(call.kind) / exercise_operations(by_warps.kind);
+    return launch_exercise(by_warps, stream);
+  }
+  using Kernel = void (*)(ExerciseCall);
+  constexpr Kernel kKernels[] = {read_kernel, multiply_int8_kernel, multiply_bf16_kernel,
+                                 warpgroups_int8_kernel, warpgroups_bf16_kernel};
+  return launch(kKernels[call.kind], dim3{static_cast<unsigned>(call.blocks), 1, 1}, kThreads,
+                is_of_warpgroups(call.kind) ? kOperandBytes : 0, stream, call);
 }
 
 }  // namespace puna::cuda
