@@ -93,7 +93,9 @@ std::vector<WeightRef> PackingLoader::matrices(const std::string& name,
 
 void PackingLoader::will_read(std::span<const MatrixSource> parts) const {
   if (source_ == nullptr) return;
-  for (const MatrixSource& part : parts) source_->will_read(part.data, stored_bytes(part));
+  // As much again, since what follows in the file is mostly the next expert's or the next matrix: a
+  // disk reads it while this one is packed.
+  for (const MatrixSource& part : parts) source_->will_read(part.data, 2 * stored_bytes(part));
 }
 void PackingLoader::release(std::span<const MatrixSource> parts) const {
   if (source_ == nullptr) return;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <map>
 #include <random>
 #include <set>
 #include <string>
@@ -13,6 +14,7 @@
 #include "kernels/cpu/dispatch.h"
 #include "quant/blocks.h"
 #include "quant/encode.h"
+#include "quant/repack.h"
 
 namespace {
 
@@ -98,6 +100,32 @@ TEST(rows_come_back_from_panels) {
   }
 }
 
+// Blocks moved into panels directly: the bytes of taking them apart, in every row, and no others.
+TEST(blocks_are_repacked_as_taken_apart) {
+  for (const DType dtype :
+       {DType::kQ4_0, DType::kQ4_1, DType::kQ5_0, DType::kQ5_1, DType::kQ8_0, DType::kQ2_K,
+        DType::kQ3_K, DType::kQ4_K, DType::kQ5_K, DType::kQ6_K, DType::kIQ4_NL, DType::kIQ4_XS}) {
+    const WeightFormat format = exact_format(dtype).value();
+    with_traits(format, [&](auto traits) {
+      using Format = decltype(traits);
+      constexpr int64_t kBlocks = 3;
+      const size_t block_bytes = info_of(dtype).block_bytes;
+      std::vector<uint8_t> blocks(kBlocks * block_bytes);
+      std::vector<uint8_t> panel(kBlocks * PanelLayout<Format>::kBytes, 0xa5), expected = panel;
+      for (int64_t r = 0; r < kPanelRows; ++r) {
+        for (uint8_t& byte : blocks) byte = static_cast<uint8_t>(random_int(0, 255));
+        for (int64_t b = 0; b < kBlocks; ++b) {
+          RowBlock block{};
+          unpack_block(dtype, &blocks[b * block_bytes], &block);
+          put_row_block<Format>(&expected[b * PanelLayout<Format>::kBytes], r, block);
+        }
+        repack_blocks(dtype, blocks.data(), kBlocks, r, panel.data());
+        CHECK(panel == expected);
+      }
+    });
+  }
+}
+
 TEST(formats_have_names_and_sizes) {
   std::set<std::string> names;
   for (const WeightFormat format : all_formats()) {
@@ -167,6 +195,41 @@ TEST(quantising_is_no_worse_than_rounding) {
       for (int64_t c = 0; c < Format::kBlock; ++c)
         CHECK(std::isfinite(weight_of<Format>(block, c)));
     });
+  }
+}
+
+// What is chosen is the same wherever and however it is computed: these are the bits of the plain
+// loops, one weight at a time, with which quantising began.
+TEST(quantising_finds_the_same_bits) {
+  const std::map<std::string, uint64_t> expected = {
+      {"int8", 0x01bd626b437e9522u},         {"int4_32", 0xeec834cd1b58ee91u},
+      {"int4_64", 0x1ede7653f740bf34u},      {"int4_128", 0x6b9479f8f508e77au},
+      {"int4_min_32", 0x5b554833a2694434u},  {"int4_min_64", 0xbfbe4583322b631du},
+      {"int4_min_128", 0x7fd310d0f67ea9a4u}, {"int5_32", 0x852c28b174ca4dfdu},
+      {"int5_min_32", 0x5248c496aed15d31u},  {"table4_32", 0x788a1632a4e5f6efu},
+      {"table4_64", 0x3310dc6a9bf98524u},    {"table4_128", 0xabe7bbc63c7a6b7bu},
+  };
+  for (const WeightFormat format : quantized_formats()) {
+    if (!can_encode(format)) continue;
+    std::mt19937 random(7);
+    const auto uniform = [&] { return static_cast<float>(random() >> 8) * 0x1p-24f; };
+    uint64_t hash = 1469598103934665603u;  // FNV-1a
+    const auto add = [&](unsigned value) { hash = (hash ^ value) * 1099511628211u; };
+    for (int round = 0; round < 300; ++round) {
+      const int64_t group = group_of(format);
+      const int64_t count = round % 4 ? group : 1 + static_cast<int64_t>(random() % group);
+      std::vector<float> x(count), importance(count);
+      for (int64_t c = 0; c < count; ++c) {
+        x[c] = (uniform() + uniform() + uniform() - 1.5f) * 0.02f;
+        importance[c] = uniform();
+      }
+      RowBlock block{};
+      encode_block(format, x.data(), round % 2 ? importance.data() : nullptr, count, &block);
+      add(block.scale);
+      add(block.offset);
+      for (int64_t c = 0; c < group; ++c) add(block.codes[c]);
+    }
+    CHECK_EQ(hash, expected.at(name_of(format)));
   }
 }
 
