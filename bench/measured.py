@@ -47,14 +47,20 @@ def table() -> str:
 
 
 def _comparisons() -> list[list[dict[str, Any]]]:
-    """The results of compare_llama_cpp.py, those of one file of weights together."""
-    files: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    """The results of compare_llama_cpp.py, those of one file and one kind of processor together."""
+    files: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for path in sorted(RESULTS.glob("llama_cpp_*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         first = result["rows"][0]
         key = (first["model"], first["type"], first.get("puna_quant", ""))
-        files.setdefault(key, []).append(result)
+        files.setdefault((*key, _instructions(result["machine"])), []).append(result)
     return list(files.values())
+
+
+def _instructions(machine: dict[str, Any]) -> str:
+    """What products of int8 are made of there."""
+    names = {"avx512_vnni": "AVX-512 VNNI", "avx512f": "AVX-512", "avx2": "AVX2"}
+    return next((names[name] for name in names if name in machine["instructions"]), "")
 
 
 def _comparison(results: list[dict[str, Any]]) -> Iterator[str]:
@@ -66,6 +72,7 @@ def _comparison(results: list[dict[str, Any]]) -> Iterator[str]:
         weights = f"the peers in {weights}, puna in {first['puna_quant']}"
     yield (
         f"Llama 4 {first['model'].capitalize()}, {first['layers']} layers, {weights}, "
+        f"{_instructions(results[0]['machine'])}, "
         f"{' or '.join(map(str, rounds))} rounds ({max(result['date'] for result in results)}); "
         "tokens/s, seconds for loading:"
     )

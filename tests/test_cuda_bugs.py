@@ -699,9 +699,9 @@ def _is_found(bug: Bug, folder: Path, programs: Path) -> bool:
     """Whether a test fails, or the program does."""
     made, name = _compile(bug, folder), bug.place.program
     main = programs / "CMakeFiles" / f"{name}.dir" / "tests" / "cpp" / f"{name}.cpp.o"
-    libraries = ("libpuna_cuda_emulated.a", "libpuna_core.a", "libpuna_kernels.a")
-    command = ["g++", str(main), str(made), *(str(programs / library) for library in libraries)]
-    subprocess.run([*command, "-ldl", "-lpthread", "-o", str(folder / name)], check=True)
+    libraries = ["-Wl,--start-group", *map(str, programs.glob("libpuna_*.a")), "-Wl,--end-group"]
+    command = ["g++", str(main), str(made), *libraries, "-ldl", "-lpthread"]
+    subprocess.run([*command, "-o", str(folder / name)], check=True)
     command = [str(folder / name), "--first", bug.place.tests]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert not done.stdout.startswith("0 tests"), f"{name} has no test {bug.place.tests!r}"

@@ -334,8 +334,10 @@ TEST(pages_are_in_the_stated_layout) {
 
 TEST(vision_attention) {
   std::mt19937 random(6);
+  const std::array<int64_t, 4> shapes[] = {
+      {3, 17, 2, 24}, {1, 65, 1, 66}, {1, 1, 1, 2}, {2, 577, 2, 22}};
   for (const auto& [tiles, tokens, heads, n] :
-       {std::array<int64_t, 4>{1, 1, 1, 2}, {3, 17, 2, 24}, {2, 577, 2, 22}, {1, 65, 1, 66}})
+       std::span(shapes).first(check::trials(4) < 4 ? 2 : 4))
     for (const DType operands : {DType::kF32, DType::kBF16}) {
       const int64_t cols = 3 * heads * n, out_cols = heads * n;
       const std::vector<float> qkv = randoms(random, tiles * tokens * cols);
