@@ -146,15 +146,19 @@ class Checks {
   }
 
   void experts() {
-    const int64_t hidden = 256, width = 192, experts = 6, rows = 33;
+    const int64_t hidden = 256, width = 192, experts = 6;
     const Source router(random_, experts, hidden);
     std::vector<Source> up, down;
     for (int64_t e = 0; e <= experts; ++e) {
       up.emplace_back(random_, 2 * width, hidden);
       down.emplace_back(random_, hidden, width);
     }
-    const std::vector<float> x = randoms(random_, rows * hidden);
-    for (const int64_t top_k : {1, 2}) {
+    const std::vector<float> scale = randoms(random_, hidden);
+    const TensorRef norm{DType::kF32, 1, {hidden}, scale.data()};
+    // Of two rows the router, and what makes its rows, are a kernel of their own.
+    for (const auto& [top_k, rows] :
+         {std::array<int64_t, 2>{1, 33}, std::array<int64_t, 2>{2, 33}, {1, 2}}) {
+      const std::vector<float> x = randoms(random_, rows * hidden);
       const auto compute = [&](Backend& backend, WeightFormat format, bool on_host) {
         MoeWeights weights;
         weights.router = router.load(backend, WeightFormat::kF32);
@@ -167,13 +171,18 @@ class Checks {
         }
         weights.top_k = top_k;
         weights.experts_on_host = on_host;
-        const Placed in(backend, rows, x), out(backend, rows, hidden);
+        const Placed in(backend, rows, x), normed(backend, rows, hidden),
+            out(backend, rows, hidden);
+        const VectorRef factors = backend.load_vector({&norm, 1});
         // Twice, so that what passes between host and device is used again.
-        backend.moe(out.rows, in.rows, weights);
-        backend.moe(out.rows, in.rows, weights);
+        for (int i = 0; i < 2; ++i) {
+          backend.rms_norm(normed.rows, in.rows, factors, 1e-5f);
+          backend.moe(out.rows, normed.rows, weights);
+        }
         return out.values();
       };
-      const std::string name = "experts, top " + std::to_string(top_k);
+      const std::string name =
+          "experts, top " + std::to_string(top_k) + " x " + std::to_string(rows);
       for (const bool on_host : {false, true})
         add(
             name + (on_host ? ", on the host" : ""),
@@ -197,6 +206,84 @@ class Checks {
     add("rms_norm", run, ref_, 1e-5);
   }
 
+  // What the vision tower does with two tiles, smaller than Llama 4's, with heads as it has them.
+  void vision() {
+    const int64_t tiles = 2, tokens = 290, heads = 4, dim = 88, width = heads * dim;
+    const int64_t rows = tiles * tokens;
+    const auto rounded = [&](int64_t count) {
+      std::vector<float> values = randoms(random_, count);
+      for (float& value : values) value = float_of_bf16(bf16_of_float(value));
+      return values;
+    };
+    const std::vector<float> x = rounded(rows * width), factors = randoms(random_, 4 * width);
+    const std::vector<float> offsets = randoms(random_, 4 * width);
+    const auto vector = [](Backend& backend, const std::vector<float>& values, int64_t count) {
+      const TensorRef part{DType::kF32, 1, {count}, values.data()};
+      return backend.load_vector({&part, 1});
+    };
+    const auto norm = [&](Backend& backend) {
+      const Placed in(backend, rows, x), out(backend, rows, width);
+      backend.layer_norm(out.rows, in.rows, vector(backend, factors, width),
+                         vector(backend, offsets, width), 1e-5f);
+      return out.values();
+    };
+    add("layer_norm", norm, ref_, 1e-5);
+
+    const std::vector<float> qkv = randoms(random_, rows * 3 * width);
+    std::vector<float> cos, sin;
+    for (int64_t i = 0; i < tokens * dim / 2; ++i) {
+      cos.push_back(std::cos(static_cast<float>(i % 97)));
+      sin.push_back(std::sin(static_cast<float>(i % 97)));
+    }
+    for (const DType operands : {DType::kF32, DType::kBF16}) {
+      const auto attend = [&](Backend& backend) {
+        const Placed in(backend, rows, qkv), out(backend, rows, width);
+        backend.vision_attention(out.rows, in.rows, tiles, tokens, heads, cos.data(), sin.data(),
+                                 operands);
+        return out.values();
+      };
+      const bool exact = operands == DType::kF32;
+      add(std::string("attention of patches in ") + (exact ? "fp32" : "bf16"), attend, ref_,
+          exact ? 1e-5 : 2 * kEpsBF16);
+    }
+
+    // The results of one product are the operand of the next; a value beside a rounding.
+    std::vector<uint16_t> up, down;
+    for (int64_t i = 0; i < 4 * width * width; ++i) {
+      const float sigma = 1 / std::sqrt(static_cast<float>(width));
+      up.push_back(bf16_of_float(randoms(random_, 1, sigma)[0]));
+      down.push_back(bf16_of_float(randoms(random_, 1, sigma)[0]));
+    }
+    const auto multiply = [&](Backend& backend) {
+      const auto load = [&](const std::vector<uint16_t>& values, int64_t out, int64_t in) {
+        const MatrixSource part{DType::kBF16, values.data(), out, in, in, 1};
+        return backend.load_matrix({&part, 1}, {WeightFormat::kBF16});
+      };
+      const VectorRef inner = vector(backend, offsets, 4 * width);
+      const VectorRef outer = vector(backend, factors, width);
+      const Placed in(backend, rows, x), hidden(backend, rows, 4 * width);
+      const Placed out(backend, rows, x);  // a residual
+      backend.matmul(hidden.rows, in.rows, load(up, 4 * width, width),
+                     {.bias = &inner, .gelu = true, .many_rows = true, .passing = true});
+      backend.matmul(out.rows, hidden.rows, load(down, width, 4 * width),
+                     {.bias = &outer, .accumulate = true, .many_rows = true});
+      return out.values();
+    };
+    add("products of patches, with bias and GELU", multiply, ref_, kEpsBF16);
+
+    const int64_t size = 112, patch = 14, grid = size / patch, factor = 2;
+    const std::vector<float> pixels = randoms(random_, tiles * 3 * size * size);
+    const auto move = [&](Backend& backend) {
+      const Placed patches(backend, tiles * grid * grid, 3 * patch * patch);
+      const Placed joined(backend, tiles * grid * grid / (factor * factor),
+                          patches.rows.cols * factor * factor);
+      backend.unfold(patches.rows, pixels.data(), tiles, size, patch);
+      backend.pixel_shuffle(joined.rows, patches.rows, tiles, grid, factor);
+      return joined.values();
+    };
+    add("patches of pixels, joined", move, ref_, 0);
+  }
+
   void attention() {
     const int64_t heads = 10, kv_heads = 2, dim = 128, tokens = 700;
     const std::vector<float> qkv = randoms(random_, tokens * (heads + 2 * kv_heads) * dim);
@@ -204,7 +291,6 @@ class Checks {
       const auto run = [&](Backend& backend) {
         const Placed in(backend, tokens, qkv), out(backend, tokens, heads * dim);
         AttentionInput input;
-        input.qkv = in.rows;
         input.heads = heads;
         input.layout = {DType::kBF16, kv_heads, dim};
         input.sealed = {seal, kv_heads, dim};
@@ -223,11 +309,20 @@ class Checks {
         const auto sealed = pages(seal == KvSeal::kNone ? 0 : tokens / kPageTokens,
                                   seal == KvSeal::kNone ? 0 : input.sealed.page_bytes());
         AttentionSegment segment;
-        segment.rows = tokens;
-        segment.open = open;
-        segment.sealed = sealed;
-        input.segments = {&segment, 1};
-        backend.attention(out.rows, input);
+        // The last rows one by one, as they are decoded.
+        constexpr int64_t kDecoded = 3;
+        for (int64_t first = 0; first < tokens; first += segment.rows) {
+          segment.rows = first == 0 ? tokens - kDecoded : 1;
+          segment.position = first;
+          segment.first_open = first / kPageTokens;
+          segment.open = std::span(open).subspan(static_cast<size_t>(segment.first_open));
+          segment.sealed = seal == KvSeal::kNone
+                               ? std::span(open).first(static_cast<size_t>(segment.first_open))
+                               : std::span(sealed);
+          input.segments = {&segment, 1};
+          input.qkv = in.rows.slice(first, segment.rows);
+          backend.attention(out.rows.slice(first, segment.rows), input);
+        }
         return out.values();
       };
       const char* const names[] = {"bf16", "int8", "int4"};
@@ -463,7 +558,7 @@ int run_cuda(int argc, char** argv) {
       {{"device", "N", "which GPU (default: 0)"},
        {"check", nullptr, "only whether results are right"},
        {"time", nullptr, "only the timings, right or not"},
-       {"only", "NAME", "products, experts, norms, attention or choice"},
+       {"only", "NAME", "products, experts, norms, attention, vision or choice"},
        {"warpgroups", nullptr, "products of many rows by warpgroups (Hopper)"},
        {"small", nullptr, "tiny shapes, to see that it runs"},
        {"json", nullptr, "the timings as JSON"},
@@ -476,11 +571,11 @@ int run_cuda(int argc, char** argv) {
   const auto ordinal = static_cast<int>(arguments.integer("device", 0, 0, 1000));
   const std::string device = "cuda:" + std::to_string(ordinal);
   const std::string only = arguments.text("only", "");
-  for (const char* name : {"products", "experts", "norms", "attention", "choice", ""}) {
+  for (const char* name : {"products", "experts", "norms", "attention", "vision", "choice", ""}) {
     if (only == name) break;
     if (*name == '\0')
       fail(ErrorCode::kInvalidRequest, "--only is '", only,
-           "'; it must be products, experts, norms, attention or choice");
+           "'; it must be products, experts, norms, attention, vision or choice");
   }
   const auto wanted = [&](const char* name) { return only.empty() || only == name; };
   if (arguments.has("warpgroups")) setenv("PUNA_CUDA_PRODUCTS", "warpgroups", 1);
@@ -492,6 +587,7 @@ int run_cuda(int argc, char** argv) {
     if (wanted("experts")) checks.experts();
     if (wanted("norms")) checks.norms();
     if (wanted("attention")) checks.attention();
+    if (wanted("vision")) checks.vision();
     if (wanted("choice")) checks.choice();
     if (arguments.has("check") || checks.failures() > 0) return checks.failures() > 0 ? 1 : 0;
   }

@@ -110,7 +110,7 @@ measure() {
 
 if [ -x "$bench" ]; then
   # Each in a process of its own: an error of memory ends what a process may do with the GPU.
-  for what in products experts norms attention choice; do
+  for what in products experts norms attention vision choice; do
     step "check-$what" 90 "$bench" cuda --check --only "$what"
   done
   step check-warpgroups 90 "$bench" cuda --check --only products --warpgroups
@@ -148,7 +148,7 @@ if [ -x "$bench" ]; then
   fi
   if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
-      for what in products attention experts norms choice; do
+      for what in products attention experts norms vision choice; do
         step "$tool-$what" 45 compute-sanitizer --tool "$tool" --error-exitcode 1 "$bench" cuda --check --only "$what"
       done
     done

@@ -42,10 +42,14 @@ std::string describe(const std::string& name, const cuda::OperandCall& call) {
 std::string describe(const std::string& name, const cuda::NormCall& call) {
   return name + (call.added.rows > 0 ? " of experts' sums, " : ", ") + rows_of(call.rows);
 }
+std::string describe(const std::string& name, const cuda::RoutingCall& call) {
+  return name + (call.norm.rows > 0 ? " with the norm, " : ", ") + rows_of(call.rows);
+}
 std::string describe(const std::string& name, const cuda::AttendCall& call) {
   constexpr const char* kKinds[] = {"in fp32", "a block a page", "a block a group of pages"};
   return name + " " + kKinds[call.kind] + ", " + std::to_string(call.most_pages) +
-         " pages at most, " + std::to_string(call.count) + " tiles";
+         " pages at most, " + std::to_string(call.count) + " tiles" +
+         (call.append.rows > 0 ? ", appending" : "");
 }
 
 void check(int code, const cuda::DeviceTable& table) {

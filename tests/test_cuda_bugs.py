@@ -82,6 +82,13 @@ FLOATS = Place("product.cu", "product.cu", "cuda_backend_test", "matmul")
 FLOAT8 = Place("product.cu", "product.cu", "cuda_product_test", "float8")
 ROWS = Place("rows.cu", "rows.cu", "cuda_backend_test", "moe")
 NORMS = Place("rows.cu", "rows.cu", "cuda_backend_test", "norms")
+ROW_NORMS = Place("norm.cuh", "rows.cu", "cuda_backend_test", "norms")
+ADDED_ROWS = Place("norm.cuh", "rows.cu", "cuda_backend_test", "moe")
+ROUTER_NORMS = Place("routing.cu", "routing.cu", "cuda_product_test", "rows_normalised")
+ROUTER_ROWS = Place("norm.cuh", "routing.cu", "cuda_product_test", "rows_normalised")
+ROUTER_CALLS = Place(
+    "products.cpp", "products.cpp", "cuda_product_test", "rows_normalised", folder="backend/cuda"
+)
 MOVES = Place("rows.cu", "rows.cu", "cuda_backend_test", "moves")
 CHOICE = Place("choice.cu", "choice.cu", "cuda_backend_test", "argmax")
 CHOSEN_ROWS = Place("reduce.cuh", "choice.cu", "cuda_backend_test", "argmax")
@@ -92,14 +99,23 @@ VISION = Place("rows.cu", "rows.cu", "cuda_backend_test", "vision")
 OPERANDS = Place("rows.cu", "rows.cu", "cuda_product_test", "products_of_Int4")
 CODES = Place("operand.cuh", "rows.cu", "cuda_product_test", "products_of_Int4")
 ODD_CODES = Place("operand.cuh", "rows.cu", "cuda_product_test", "odd")
-PASSES = Place("rows.cu", "rows.cu", "cuda_backend_test", "passes")
+PASSES = Place("norm.cuh", "rows.cu", "cuda_backend_test", "passes")
 ROUTED_PASSES = Place("routing.cu", "routing.cu", "cuda_backend_test", "passes")
 SUMS = Place("reduce.cuh", "rows.cu", "cuda_backend_test", "norms")
 ROUTING = Place("routing.cu", "routing.cu", "cuda_backend_test", "moe")
 TURNS = Place("turn.cuh", "append.cu", "cuda_attention_test", "attention_is_near")
-APPENDS = Place("append.cu", "append.cu", "cuda_attention_test", "attention_is_near")
-APPENDED_BATCHES = Place("append.cu", "append.cu", "cuda_attention_test", "a_batch_gives")
-LAYOUT = Place("append.cu", "append.cu", "cuda_attention_test", "stated_layout")
+APPENDS = Place("append.cuh", "append.cu", "cuda_attention_test", "attention_is_near")
+APPENDED_BATCHES = Place("append.cuh", "append.cu", "cuda_attention_test", "a_batch_gives")
+LAYOUT = Place("append.cuh", "append.cu", "cuda_attention_test", "stated_layout")
+APPENDED_ROWS = Place("append.cu", "append.cu", "cuda_attention_test", "rows_turned")
+APPENDING = Place(
+    "tensor_attention.cu", "tensor_attention.cu", "cuda_sealed_attention_test", "rows_appended"
+)
+TURNING = Place("tensor_attention.cu", "tensor_attention.cu", "cuda_attention_test", "rows_turned")
+APPENDING_CALLS = Place(
+    "attention.cpp", "attention.cpp", "cuda_sealed_attention_test", "rows_appended",
+    folder="backend/cuda",
+)  # fmt: skip
 PLAIN = Place("plain_attention.cuh", "attention.cu", "cuda_attention_test", "attention_is_near")
 PLAIN_SEALED = Place(
     "plain_attention.cuh", "attention.cu", "cuda_sealed_attention_test", "sealed_attention"
@@ -434,10 +450,11 @@ OTHERS = [
     Bug(ROWS, "call.index != nullptr ? call.index[r] : r", "r"),
     Bug(ROWS, "for (int i = 0; i < call.top_k; ++i)", "for (int i = 0; i < 1; ++i)"),
     Bug(ROWS, "float sum = *residual;", "float sum = 0;"),
-    Bug(ROWS, "call.slot[r * call.top_k + i]", "call.slot[r + i]"),
-    Bug(NORMS, "/ count + call.eps", "/ count"),
+    Bug(ADDED_ROWS, "call.slot[r * call.top_k + i]", "call.slot[r + i]"),
+    Bug(ROW_NORMS, "/ count + call.eps", "/ count"),
+    Bug(ROW_NORMS, "fmaf(at - mean, at - mean, sum)", "fmaf(at, at, sum)"),
+    Bug(ROW_NORMS, "four.at[i] += call.bias[first + i];", ";"),
     Bug(NORMS, "fmaf(at - mean, at - mean, sum)", "fmaf(at, at, sum)"),
-    Bug(NORMS, "four.at[i] += call.bias[first + i];", ";"),
     Bug(NORMS, "static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp", "blockIdx.x", behind="layer_norm_kernel"),
     Bug(NORMS, "if (first + i < cols) sum = term(sum, values[span].at[i]);", "sum = term(sum, values[span].at[i]);"),
     Bug(NORMS, "squares + call.eps", "squares", behind="layer_norm_kernel"),
@@ -502,16 +519,45 @@ OTHERS = [
     Bug(ROUTING, "if (!is_last(router.arrived, gridDim.x, first)) return;", "if (blockIdx.x > 0) return;"),
     Bug(ROUTING, BARRIER, "", behind="load_number_shared_by_blocks(router.parts + i)"),
     Bug(ROUTING, BARRIER, "", behind="logit[i] = sum;"),
+    # --- and its norm
+    Bug(ROUTER_NORMS, BARRIER, "", behind="store_four(row, first, cols, four); });"),
+    Bug(ROUTER_NORMS, "of * spans * groups < begin_unit + kWarps", "of == begin_unit / (spans * groups)"),
+    Bug(ROUTER_NORMS, "if (of != r) continue;", ""),
+    Bug(ROUTER_NORMS, "if (unit % groups == 0) store_span", "if (unit == 0) store_span"),
+    Bug(ROUTER_NORMS, "store_four(call.out.data + r * call.out.stride, first, cols, four);", ""),
+    Bug(ROUTER_NORMS, "routing > norm ? routing : norm", "routing"),
+    Bug(ROUTER_NORMS, "scratch + kNormWarps", "scratch"),
+    Bug(ROW_NORMS, "__syncthreads();  // what was read of an earlier sum", ";"),
+    Bug(ROUTER_ROWS, "first_of_norm() + kKept * kNormStep", "first_of_norm() + (kKept + 1) * kNormStep"),
+    Bug(ROUTER_CALLS, "norm->x.data != norm->out.data", "true"),
+    Bug(ROUTER_CALLS, "norm->added.rows == 0", "true"),
     Bug(ROUTING, "places.row[middle] <= r", "places.row[middle] < r"),
     Bug(ROUTING, "1.0 + exp(-logit)", "1.0 + exp(logit)"),
-    # --- append.cu, turn.cuh
-    Bug(TURNS, "a = fmaf(x, c, -(y * s))", "a = fmaf(x, c, y * s)"),
+    # --- append.cu, append.cuh, turn.cuh
+    Bug(TURNS, "angle[i].x, -(x[i].y * angle[i].y))", "angle[i].x, x[i].y * angle[i].y)"),
+    Bug(TURNS, "int pair = lane; 2 * pair < dim;", "int pair = lane; pair < dim;"),
     Bug(TURNS, "sum_lanes(squares) / static_cast<float>(dim)", "sum_lanes(squares)"),
     Bug(TURNS, "mean = sum_lanes(squares)", "mean = squares"),
     Bug(APPENDS, "call.temperature[r] * call.scale", "call.scale"),
     Bug(APPENDED_BATCHES, "call.cos + r * (dim / 2)", "call.cos"),
-    Bug(LAYOUT, "(token / kKeyBlock * dim + c) * kKeyBlock", "(token / kKeyBlock + c) * kKeyBlock"),
-    Bug(LAYOUT, "(head - call.heads.query) * call.open.head_bytes", "0"),
+    Bug(LAYOUT, "(to.token / kKeyBlock * dim + c) * kKeyBlock", "(to.token / kKeyBlock + c) * kKeyBlock"),
+    Bug(LAYOUT, "kv_head * call.open.head_bytes", "0", behind="append_key"),
+    Bug(LAYOUT, "kv_head * call.open.head_bytes", "0", behind="append_value"),
+    Bug(APPENDED_ROWS, "  __syncwarp();\n", ""),
+    # --- and by attention
+    Bug(APPENDING, BARRIER, "", behind="key + call.heads.key_value, kDim));"),
+    Bug(APPENDING, "      __syncwarp();\n", "", behind="turn_head(append, row, key,"),
+    Bug(APPENDING, "if (appends) __syncthreads();", ""),
+    Bug(APPENDING, "append.to[row]", "append.to[0]", behind="append_key"),
+    Bug(APPENDING, "append.to[row]", "append.to[0]", behind="append_value"),
+    Bug(APPENDING, "key + call.heads.key_value", "key + 1"),
+    Bug(APPENDING, "row = call.queries[tile.query].row", "row = 0"),
+    Bug(APPENDING, "kv_head * group + pair, kDim", "pair, kDim"),
+    Bug(APPENDING, "appends && pair < tile.pairs;", "appends && pair < tile.pairs && pair < kTileWarps;"),
+    Bug(APPENDING, "if (appends && has_own)", "if (appends && count == 1)"),
+    Bug(TURNING, "const int key = call.heads.query + kv_head;", "const int key = kv_head;"),
+    Bug(APPENDING_CALLS, "std::ssize(runs) == append->rows", "true"),
+    Bug(APPENDING_CALLS, "std::ssize(tiles[cuda::kAttendPages]) == append->rows", "true"),
     # --- attention.cu, plain_attention.cuh
     Bug(PLAIN_PAGES, "page > tile.before", "page >= tile.before"),
     Bug(PLAIN_PAGES, "pair_of(call, tile, kv_head, 0).seen : kPageTokens", "kPageTokens : kPageTokens"),

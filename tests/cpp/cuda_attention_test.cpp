@@ -31,6 +31,25 @@ TEST(groups_of_pages_are_near_the_reference) {
   }
 }
 
+// Heads of rows that are appended by their attention are turned there.
+TEST(rows_turned_by_attention_have_the_bits_of_rows_turned_before) {
+  std::mt19937 random(12);
+  for (const Shape& shape : {Shape{6, 2, 64, DType::kBF16, true, true, true},
+                             Shape{3, 3, 128, DType::kBF16, true, false, false}}) {
+    const Sequence first(random, shape, 0, 20), second(random, shape, 512, 270);
+    const auto result = [&](int ordinal, size_t batch_kernels) {
+      const auto backend = make_cuda_backend(emulator::device_table(), ordinal,
+                                             make_cpu_backend({"", 1}), batch_kernels);
+      Pages first_pages(*backend, first), second_pages(*backend, second);
+      attend(*backend, shape, {{&first, &first_pages, 0, 19}, {&second, &second_pages, 0, 269}});
+      return attend(*backend, shape,
+                    {{&first, &first_pages, 19, 1}, {&second, &second_pages, 269, 1}});
+    };
+    const std::vector<float> before = result(0, 1);
+    for (int ordinal = 0; ordinal < 4; ++ordinal) CHECK(result(ordinal, 0) == before);
+  }
+}
+
 // What attention_bound() grants is for any values. Standard normal ones lose far less to roundings
 // to bfloat16: of a score, over sqrt(n), 4 standard deviations of a half of kEpsBF16, evenly
 // spread, in each of n terms, for queries and for keys; of an output, twice that, and a half of

@@ -210,3 +210,66 @@ TEST(experts_of_one_row_are_near_the_cpu) {
   const QuantizedExperts experts(random, 1120, 1056, 2);
   experts.check(randoms(random, experts.hidden), 1, 1);
 }
+
+// Of few rows the router normalises its rows itself: several rows to a block, several blocks to a
+// row, more experts than a warp has; columns that end anywhere, in a span that operands go beyond,
+// and beyond those that registers hold.
+TEST(rows_normalised_by_the_router_have_the_bits_of_rows_normalised_before) {
+  std::mt19937 random(6);
+  struct Case {
+    int64_t rows, hidden, experts, top_k;
+    WeightFormat format;
+  };
+  for (const Case& of :
+       {Case{4, 70, 3, 2, WeightFormat::kInt4G32}, Case{1, 380, 43, 1, WeightFormat::kInt4K},
+        Case{1, 6300, 2, 1, WeightFormat::kInt8G32}}) {
+    constexpr int64_t kWidth = 32;
+    const Matrix router = random_matrix(random, of.experts, of.hidden, DType::kF32);
+    std::vector<Packed> gate_up, down;  // the last ones are the shared expert's
+    for (int64_t e = 0; e <= of.experts; ++e) {
+      gate_up.emplace_back(random, of.format, 2 * kWidth, of.hidden);
+      down.emplace_back(random, of.format, of.hidden, kWidth);
+    }
+    constexpr int64_t kMost = 4;
+    const std::vector<float> x = randoms(random, kMost * of.hidden),
+                             weight = randoms(random, of.hidden);
+    const auto results = [&](int ordinal, size_t batch_kernels) {
+      const auto backend = make_cuda_backend(emulator::device_table(), ordinal,
+                                             make_cpu_backend({"", 1}), batch_kernels);
+      MoeWeights moe;
+      moe.router = router.load(*backend);
+      moe.top_k = of.top_k;
+      moe.shared_gate_up = gate_up.back().adopt(*backend);
+      moe.shared_down = down.back().adopt(*backend);
+      for (int64_t e = 0; e < of.experts; ++e) {
+        moe.gate_up.push_back(gate_up[e].adopt(*backend));
+        moe.down.push_back(down[e].adopt(*backend));
+      }
+      const VectorRef norm = load_vector(*backend, weight);
+      const size_t bytes = x.size() * sizeof(float);
+      const Buffer memory[] = {backend->allocate(bytes), backend->allocate(bytes)};
+      const Rows residual(memory[0].floats(), kMost, of.hidden);
+      const Rows normed(memory[1].floats(), kMost, of.hidden);
+      backend->from_host(residual, x.data());
+      const auto layer = [&](const Rows& from, int64_t rows) {
+        backend->rms_norm(normed.slice(0, rows), from.slice(0, rows), norm, 1e-5f);
+        backend->moe(residual.slice(0, rows), normed.slice(0, rows), moe);
+      };
+      layer(residual, kMost);  // so that memory is not zeros any more
+      layer(residual, of.rows);
+      // What adds up experts before, and what is in place, comes before the router.
+      layer(residual, of.rows);
+      layer(normed, of.rows);
+      std::vector<std::vector<float>> all;
+      for (const Rows& each : {residual, normed}) {
+        all.emplace_back(x.size());
+        backend->to_host(all.back().data(), each);
+      }
+      return all;
+    };
+    const auto apart = results(0, 1);
+    for (const std::vector<float>& values : apart)
+      CHECK(std::ranges::all_of(values, [](float value) { return std::isfinite(value); }));
+    for (int ordinal = 0; ordinal < 4; ++ordinal) CHECK(results(ordinal, 0) == apart);
+  }
+}

@@ -130,3 +130,55 @@ TEST(runs_of_pages_change_nothing) {
     }
   }
 }
+
+// Rows that each have a tile are appended by the block that attends to their page: the first token
+// of all, one beyond whole pages, and one within a page; runs that end with that page, and that are
+// it alone. A row beside another of its sequence, and heads that fill two tiles, have it done
+// before.
+TEST(rows_appended_by_attention_have_the_bits_of_rows_appended_before) {
+  std::mt19937 random(9);
+  cuda::DeviceTable table = emulator::device_table();
+  table.attend = attend_by_forced_runs;
+  const auto compare = [&](const Shape& shape,
+                           const std::vector<std::pair<int64_t, int64_t>>& lengths,
+                           const std::vector<int64_t>& rows) {
+    std::vector<Sequence> sequences;
+    std::vector<Cache> caches;
+    for (const auto& [pages, tokens] : lengths) {
+      sequences.emplace_back(random, shape, pages * kPageTokens + tokens + 2);
+      fill(random, caches.emplace_back(shape), pages, tokens);
+    }
+    // What comes out, and the open pages.
+    const auto results = [&](int ordinal, size_t batch_kernels) {
+      const auto backend =
+          make_cuda_backend(table, ordinal, make_cpu_backend({"", 1}), batch_kernels);
+      std::vector<Cache> copies = caches;
+      std::vector<Piece> pieces;
+      std::vector<Page> open;
+      for (size_t i = 0; i < copies.size(); ++i) {
+        Page& page = copies[i].open.front();
+        page = std::make_shared<std::vector<char>>(*page);
+        open.push_back(page);
+        pieces.push_back({&sequences[i], &copies[i], rows[i]});
+      }
+      std::pair<std::vector<float>, std::vector<std::vector<char>>> of;
+      of.first = attend(*backend, shape, pieces);
+      for (const Page& page : open) of.second.push_back(*page);
+      return of;
+    };
+    forced_run = 1;
+    const auto apart = results(0, 1);
+    CHECK(std::ranges::none_of(apart.first, [](float value) { return std::isnan(value); }));
+    for (int ordinal = 0; ordinal < 4; ++ordinal)
+      for (const int32_t run : {1, 4}) {
+        forced_run = run;
+        CHECK(results(ordinal, 0) == apart);
+      }
+  };
+  for (const int64_t dim : {64, 128})
+    for (const KvSeal seal : {KvSeal::kNone, KvSeal::kInt8, KvSeal::kInt4})
+      compare({6, 2, dim, DType::kBF16, seal}, {{0, 0}, {1, 0}, {2, 77}}, {1, 1, 1});
+  compare({20, 2, 64, DType::kBF16, KvSeal::kNone}, {{1, 255}, {0, 17}}, {1, 1});
+  compare({16, 1, 64, DType::kBF16, KvSeal::kNone}, {{0, 90}, {0, 17}}, {2, 1});
+  compare({17, 1, 64, DType::kBF16, KvSeal::kNone}, {{0, 90}}, {1});
+}

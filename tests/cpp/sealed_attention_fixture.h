@@ -173,6 +173,7 @@ inline std::vector<float> attend(Backend& backend, const Shape& shape,
   const int64_t count = wanted ? static_cast<int64_t>(wanted->size()) : rows;
   std::vector<float> out(static_cast<size_t>(count * shape.out_cols()));
   backend.attention({out.data(), count, shape.out_cols()}, input);
+  backend.to_host(nullptr, {nullptr, 0, 0});  // of a device: it has been done
   for (const Piece& piece : pieces) piece.cache->commit(piece.count);
   return out;
 }

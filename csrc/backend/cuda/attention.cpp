@@ -209,6 +209,14 @@ void CudaBackend::attend(Rows out, const AttentionInput& input) {
   divide(runs, call, device_->multiprocessors(), tiles);
   const bool at_once = std::ranges::count_if(tiles, [](auto& of) { return !of.empty(); }) == 1;
   call.rows = at_once && !window.used() ? out.rows : 0;
+  // What has to happen to qkv before, if nothing comes between: rows that each have a tile, and so
+  // a page, to themselves need no kernel for it.
+  const cuda::AppendCall* const append = device_->last(&cuda::DeviceTable::append);
+  if (append != nullptr && std::ssize(runs) == append->rows &&
+      std::ssize(tiles[cuda::kAttendPages]) == append->rows) {
+    call.append = *append;
+    device_->drop_last();
+  }
   for (int32_t kind = 0; kind < static_cast<int32_t>(std::size(tiles)); ++kind) {
     call.kind = kind;
     attend_tiles(call, tiles[kind], window);

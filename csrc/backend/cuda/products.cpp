@@ -223,6 +223,15 @@ cuda::RoutingCall CudaBackend::route(ConstRows x, const MoeWeights& weights) {
     call.router.panel_bytes =
         static_cast<int64_t>(panel_bytes(weights.router.format, weights.router.cols));
     call.router.arrived = arrived_routers_.reserve<int32_t>(*device_, 1);
+    // The norm that makes x, if it has just been noted: blocks that multiply with a row normalise
+    // it for themselves, which takes them no longer than one.
+    const cuda::NormCall* const norm = device_->last(&cuda::DeviceTable::norm);
+    if (norm != nullptr && norm->out.data == x.data && norm->out.stride == x.stride &&
+        norm->rows == x.rows && norm->cols == x.cols && norm->added.rows == 0 &&
+        norm->x.data != norm->out.data && x.cols <= cuda::kMostRouterParts) {
+      call.norm = *norm;
+      device_->drop_last();
+    }
   } else {
     multiply(product_call({call.logits, x.rows, experts},
                           prepare({x, x.rows, x.cols}, weights.router.format, operand_), x.rows,

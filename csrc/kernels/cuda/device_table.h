@@ -14,7 +14,7 @@
 namespace puna::cuda {
 
 // Of this file: both sides must have been compiled with the same.
-constexpr int32_t kTableVersion = 12;
+constexpr int32_t kTableVersion = 13;
 
 struct DeviceInfo {
   char name[256];
@@ -113,6 +113,27 @@ struct ProductCall {
   int32_t passing;
 };
 
+// --- norms, and what experts made ----------------------------------------------------------------
+
+// residual[r] += x[slot[r][0]], then + x[slot[r][1]], ...
+struct AddExpertsCall {
+  FloatRows residual;
+  ConstFloatRows x;
+  const int32_t* slot;
+  int64_t rows, cols;
+  int32_t top_k;
+};
+
+struct NormCall {
+  FloatRows out;
+  ConstFloatRows x;
+  const float *weight, *bias;  // a bias makes it a layer norm
+  int64_t rows, cols;
+  float eps;
+  Operand operand;       // out, too, as an operand of products; none if its data is null
+  AddExpertsCall added;  // before, to x, which is its residual; nothing if it has no rows
+};
+
 // --- mixture of experts --------------------------------------------------------------------------
 
 // Of few rows the router itself, as weights of fp32 in panels: many blocks multiply, and the one
@@ -140,29 +161,11 @@ struct RoutingCall {
   ConstFloatRows x;   // of `cols` columns, for the two that follow
   int64_t cols;
   Router router;
+  NormCall norm;    // makes x, with the router, which has it first; nothing if it has no rows
   Operand operand;  // rows times their scores, by slot; none if its data is null
 };
 
-// residual[r] += x[slot[r][0]], then + x[slot[r][1]], ...
-struct AddExpertsCall {
-  FloatRows residual;
-  ConstFloatRows x;
-  const int32_t* slot;
-  int64_t rows, cols;
-  int32_t top_k;
-};
-
 // --- rows ----------------------------------------------------------------------------------------
-
-struct NormCall {
-  FloatRows out;
-  ConstFloatRows x;
-  const float *weight, *bias;  // a bias makes it a layer norm
-  int64_t rows, cols;
-  float eps;
-  Operand operand;       // out, too, as an operand of products; none if its data is null
-  AddExpertsCall added;  // before, to x, which is its residual; nothing if it has no rows
-};
 
 // out[to[r]] = x[from[r]]; a null index counts from 0.
 struct MoveCall {
@@ -311,6 +314,9 @@ struct AttendCall {
   float* states;
   // [count][KV heads][groups + 1]: zero before and after.
   int32_t* arrived;
+  // Of kAttendPages, if each row of qkv has a tile and no other tile sees its page: what this call
+  // would have done is done here, but that qkv stays what it is; nothing if it has no rows.
+  AppendCall append;
   int64_t rows;     // of out, if this call is for all of them; or 0
   Operand operand;  // out, too, of heads of kActivationGroup channels; none if its data is null
 };

@@ -52,18 +52,17 @@ struct Memory {
   using Stage = StagedWeights<Format, kUnit>;
   static constexpr int kStages = Format::kBits > 4 ? 2 : 3;  // 55 KB of a block or more
   static constexpr int kRing = kWarps * kStages * Stage::kBytes;
+  static constexpr int kGroups = Columns<Format>::kGroups;
   static __host__ __device__ int units(int limit) { return (limit + kUnit - 1) / kUnit; }
   static __host__ __device__ int bytes(int limit) {
-    constexpr int kSums = kUnitSpans * (kSpan / static_cast<int>(Format::kGroup));
-    return kRing + units(limit) * (kUnit + (kUnitSpans * (kHalf + 1) + kSums) * 4);
+    return kRing + units(limit) * (kUnit + kUnitSpans * (kHalf + 1 + kGroups) * 4);
   }
 
   __device__ explicit Memory(int limit)
       : x(shared_memory() + kRing),
         parts(reinterpret_cast<float*>(x + units(limit) * kUnit)),
         sums(reinterpret_cast<int32_t*>(parts + units(limit) * kUnitSpans * kHalf)),
-        scales(reinterpret_cast<float*>(sums + units(limit) * kUnitSpans *
-                                                   (kSpan / static_cast<int>(Format::kGroup)))) {}
+        scales(reinterpret_cast<float*>(sums + units(limit) * kUnitSpans * kGroups)) {}
 
   unsigned char* x;
   float* parts;

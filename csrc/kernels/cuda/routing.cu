@@ -1,6 +1,6 @@
 // Which expert gets which rows: a counting sort by one block, so that nothing of it waits for the
 // host; of few rows in the same kernel as the product with the router.
-#include "kernels/cuda/operand.cuh"
+#include "kernels/cuda/norm.cuh"
 #include "quant/panel.h"
 
 namespace puna::cuda {
@@ -8,6 +8,7 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
+static_assert(kThreads == kNormThreads);
 
 // Whether logit `a` of expert i goes before `b` of expert j: of equal ones the lower index, and NaN
 // comes last.
@@ -121,7 +122,9 @@ __device__ __forceinline__ void route(const RoutingCall& call, const Places& pla
     float values[kLaneColumns];
 #pragma unroll
     for (int k = 0; k < kLaneColumns; ++k)
-      values[k] = column + k < call.cols ? places.score[slot] * x[column + k] : 0.0f;
+      values[k] = column + k < call.cols
+                      ? places.score[slot] * load_number_shared_by_blocks(x + column + k)
+                      : 0.0f;
     store_operand(call.operand, slot, span, values);
   }
 }
@@ -136,6 +139,23 @@ __global__ void __launch_bounds__(kThreads, 1) route_kernel(const RoutingCall ca
 // --- with the router -----------------------------------------------------------------------------
 // A warp takes 8 experts and a span of columns of one row. Its lanes have two experts each and
 // every eighth column, as in products with fp32 weights, of which logits are to have the bits.
+
+// Span `span` of a row, as normalised, to where the norm's results go; the last one with those of
+// the operand that x has not.
+__device__ __forceinline__ void store_span(const NormCall& call, int64_t r, int span,
+                                           const float* row) {
+  const auto cols = static_cast<int>(call.cols);
+  const bool prepares = call.operand.data != nullptr;
+  const bool is_last = (span + 1) * kOperandSpan >= cols;
+  const int end =
+      is_last && prepares ? static_cast<int>(call.operand.stride) : (span + 1) * kOperandSpan;
+  for (; span * kOperandSpan < end; ++span) {
+    const int first = span * kOperandSpan + threadIdx.x % kWarp * kLaneColumns;
+    const Four four = load_four(row, first, cols);
+    store_four(call.out.data + r * call.out.stride, first, cols, four);
+    if (prepares) store_operand(call.operand, r, span, four.at);
+  }
+}
 
 constexpr int kWarpExperts = 8, kLaneExperts = 2;
 constexpr int kColumnsApart = kWarp * kLaneExperts / kWarpExperts;
@@ -163,9 +183,10 @@ __global__ void __launch_bounds__(kThreads, 1) router_kernel(const RoutingCall c
       weights[i] = *reinterpret_cast<const float2*>(
           panel + (static_cast<int64_t>(column) * kPanelRows + expert % kPanelRows) * 4);
   }
+  const NormWeights norm_weights(call.norm);  // none if there is no norm
   after_earlier_kernels();
-  if (works) {  // a whole warp
-    const float* x = call.x.data + r * call.x.stride;
+  // A whole warp.
+  const auto multiply = [&](const float* x) {
     float2 sums = {0, 0};
 #pragma unroll
     for (int i = 0; i < kTurns; ++i) {
@@ -182,6 +203,23 @@ __global__ void __launch_bounds__(kThreads, 1) router_kernel(const RoutingCall c
     float* part = router.parts + (r * spans + span) * call.experts + expert;
     if (lane < 4 && expert < call.experts) part[0] = sums.x;
     if (lane < 4 && expert + 1 < call.experts) part[1] = sums.y;
+  };
+  if (call.norm.rows == 0) {
+    if (works) multiply(call.x.data + r * call.x.stride);
+  } else {
+    // Each block normalises the rows that its warps have, for itself.
+    auto* const scratch = reinterpret_cast<float*>(shared_memory());
+    float* const row = scratch + kNormWarps;
+    const int64_t begin_unit = static_cast<int64_t>(blockIdx.x) * kWarps;
+    for (int64_t of = begin_unit / (spans * groups);
+         of < call.rows && of * spans * groups < begin_unit + kWarps; ++of) {
+      normalise_row(call.norm, of, norm_weights, cols, scratch,
+                    [&](int first, const Four& four) { store_four(row, first, cols, four); });
+      __syncthreads();
+      if (of != r) continue;
+      multiply(row);
+      if (unit % groups == 0) store_span(call.norm, r, span, row);
+    }
   }
   auto* const first = reinterpret_cast<int32_t*>(shared_memory());
   if (!is_last(router.arrived, gridDim.x, first)) return;
@@ -217,9 +255,10 @@ int launch_route(const RoutingCall& call, Stream stream) {
   }
   const int64_t spans = (call.cols + kOperandSpan - 1) / kOperandSpan;
   const int64_t units = call.rows * spans * ((call.experts + kWarpExperts - 1) / kWarpExperts);
-  const int64_t words = firsts + 3 * slots + call.rows * call.experts * (1 + spans);
+  const int64_t routing = firsts + 3 * slots + call.rows * call.experts * (1 + spans);
+  const int64_t norm = call.norm.rows > 0 ? kNormWarps + call.cols : 0;
   return launch(router_kernel, dim3{static_cast<unsigned>((units + kWarps - 1) / kWarps), 1, 1},
-                kThreads, static_cast<size_t>(4 * words), stream, call);
+                kThreads, static_cast<size_t>(4 * (routing > norm ? routing : norm)), stream, call);
 }
 
 }  // namespace puna::cuda

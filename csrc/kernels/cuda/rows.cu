@@ -1,5 +1,5 @@
 // What happens to rows of activations between products: norms, moves, rounding and quantising.
-#include "kernels/cuda/operand.cuh"
+#include "kernels/cuda/norm.cuh"
 
 namespace puna::cuda {
 namespace {
@@ -49,111 +49,19 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const OperandCall cal
   store_operand(to, r, span, x);
 }
 
-// Columns first .. first + 3 of a row, 0 beyond the last.
-struct Four {
-  float at[kLaneColumns];
-};
-__device__ __forceinline__ Four load_four(const float* row, int first, int cols) {
-  Four four;
-  if (first + kLaneColumns <= cols && reinterpret_cast<uintptr_t>(row + first) % 16 == 0) {
-    const float4 words = *reinterpret_cast<const float4*>(row + first);
-    four = {{words.x, words.y, words.z, words.w}};
-    return four;
-  }
-#pragma unroll
-  for (int i = 0; i < kLaneColumns; ++i) four.at[i] = first + i < cols ? row[first + i] : 0.0f;
-  return four;
-}
-__device__ __forceinline__ void store_four(float* row, int first, int cols, const Four& four) {
-  if (first + kLaneColumns <= cols && reinterpret_cast<uintptr_t>(row + first) % 16 == 0) {
-    *reinterpret_cast<float4*>(row + first) = {four.at[0], four.at[1], four.at[2], four.at[3]};
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kLaneColumns; ++i)
-    if (first + i < cols) row[first + i] = four.at[i];
-}
-
-__device__ __forceinline__ void add(Four& sum, const Four& more) {
-#pragma unroll
-  for (int i = 0; i < kLaneColumns; ++i) sum.at[i] += more.at[i];
-}
-
-// Row `slot[r][i]` of what experts made.
-__device__ __forceinline__ const float* expert_row(const AddExpertsCall& call, int64_t r, int i) {
-  return call.x.data + call.slot[r * call.top_k + i] * call.x.stride;
-}
-
-// A block normalises a row, to which experts may be added before, and writes it as an operand too
-// if there is one. x may be out. Warps take spans in turn, in each step the same; what a thread has
-// in the first kKept of them stays in registers (6,144 columns), so that most rows are read once.
-constexpr int kNormThreads = 512, kNormWarps = kNormThreads / kWarp, kKept = 3;
+// A block normalises a row, and writes it as an operand too if there is one. x may be out.
 __global__ void __launch_bounds__(kNormThreads, 1) norm_kernel(const NormCall call) {
-  constexpr int kStep = kNormWarps * kOperandSpan;
-  const int begin = threadIdx.x / kWarp * kOperandSpan + threadIdx.x % kWarp * kLaneColumns;
-  const auto cols = static_cast<int>(call.cols);
-  const auto kept = [&](const auto& each) {
-#pragma unroll
-    for (int k = 0; k < kKept; ++k) each(k, begin + k * kStep);
-  };
-  Four weights[kKept], values[kKept];
-  kept([&](int k, int first) { weights[k] = load_four(call.weight, first, cols); });
+  const NormWeights weights(call);
   after_earlier_kernels();
-  auto* scratch = reinterpret_cast<float*>(shared_memory());
   const int64_t r = blockIdx.x;
-  const float* x = call.x.data + r * call.x.stride;
   float* out = call.out.data + r * call.out.stride;
-  const auto count = static_cast<float>(cols);
-  const auto sum_of = [&](const auto& term) {
-    float sum = 0;
-    const auto take = [&](const Four& four, int first) {
-#pragma unroll
-      for (int i = 0; i < kLaneColumns; ++i)
-        if (first + i < cols) sum = term(sum, four.at[i]);
-    };
-    kept([&](int k, int first) { take(values[k], first); });
-    for (int first = begin + kKept * kStep; first < cols; first += kStep)
-      take(load_four(x, first, cols), first);
-    __syncthreads();  // what was read of an earlier sum
-    return combine_block<Sum, kNormThreads>(sum, scratch);
-  };
-  kept([&](int k, int first) { values[k] = load_four(x, first, cols); });
-  if (call.added.rows > 0) {
-    float* residual = call.added.residual.data + r * call.added.residual.stride;  // x
-    for (int i = 0; i < call.added.top_k; ++i) {
-      const float* from = expert_row(call.added, r, i);
-      Four more[kKept];
-      kept([&](int k, int first) { more[k] = load_four(from, first, cols); });
-      kept([&](int k, int) { add(values[k], more[k]); });
-    }
-    kept([&](int k, int first) { store_four(residual, first, cols, values[k]); });
-    for (int first = begin + kKept * kStep; first < cols; first += kStep) {
-      Four four = load_four(x, first, cols);
-      for (int i = 0; i < call.added.top_k; ++i)
-        add(four, load_four(expert_row(call.added, r, i), first, cols));
-      store_four(residual, first, cols, four);
-    }
-  }
-  const float mean =
-      call.bias != nullptr ? sum_of([](float sum, float at) { return sum + at; }) / count : 0.0f;
-  const float squares =
-      sum_of([&](float sum, float at) { return fmaf(at - mean, at - mean, sum); });
-  const float factor = 1.0f / sqrtf(squares / count + call.eps);
+  const auto cols = static_cast<int>(call.cols);
   const bool prepares = call.operand.data != nullptr;
-  const int end = prepares ? static_cast<int>(call.operand.stride) : cols;
-  const auto finish = [&](Four four, const Four& weight, int first) {
-    if (first / kOperandSpan * kOperandSpan >= end) return;  // a whole warp
-#pragma unroll
-    for (int i = 0; i < kLaneColumns; ++i) {
-      four.at[i] = (four.at[i] - mean) * factor * weight.at[i];
-      if (call.bias != nullptr && first + i < cols) four.at[i] += call.bias[first + i];
-    }
-    store_four(out, first, cols, four);
-    if (prepares) store_operand(call.operand, r, first / kOperandSpan, four.at);
-  };
-  kept([&](int k, int first) { finish(values[k], weights[k], first); });
-  for (int first = begin + kKept * kStep; first / kOperandSpan * kOperandSpan < end; first += kStep)
-    finish(load_four(x, first, cols), load_four(call.weight, first, cols), first);
+  normalise_row(call, r, weights, prepares ? static_cast<int>(call.operand.stride) : cols,
+                reinterpret_cast<float*>(shared_memory()), [&](int first, const Four& four) {
+                  store_four(out, first, cols, four);
+                  if (prepares) store_operand(call.operand, r, first / kOperandSpan, four.at);
+                });
 }
 
 // A layer norm of rows that a warp's registers hold, each its own: so many more are on their way

@@ -4,6 +4,7 @@
 // Two kernels divide this up: for few queries a block takes a run of pages and its warps share the
 // pairs; for many a block takes a group of pages and each warp has pairs of its own. A pair goes
 // through the same sums in the same order in both, so it has the same bits.
+#include "kernels/cuda/append.cuh"
 #include "kernels/cuda/launches.h"
 #include "kernels/cuda/page_parts.cuh"
 #include "kernels/cuda/page_tiles.cuh"
@@ -26,15 +27,16 @@ struct Queries {
     static constexpr int kQuads = kDim / 4, kEach = kPairs * kQuads / kTileThreads;
     uint4 of[kEach];
   };
-  static __device__ Loaded load(const AttendCall& call, const AttentionTile& tile, int kv_head) {
+  // Of `pairs` pairs, at query(pair).
+  template <class Query>
+  static __device__ Loaded load(int pairs, const Query& query) {
     Loaded loaded;
 #pragma unroll
     for (int i = 0; i < Loaded::kEach; ++i) {
       const int at = i * kTileThreads + threadIdx.x, pair = at / Loaded::kQuads;
       loaded.of[i] = {};
-      if (pair < tile.pairs)
-        loaded.of[i] =
-            load_words(pair_of(call, tile, kv_head, pair).query + at % Loaded::kQuads * 4);
+      if (pair < pairs)
+        loaded.of[i] = *reinterpret_cast<const uint4*>(query(pair) + at % Loaded::kQuads * 4);
     }
     return loaded;
   }
@@ -73,7 +75,10 @@ template <int kDim>
 struct alignas(16) PageMemory {
   static constexpr int kRow = kPageTokens + 8;  // a row's weights are not in the next one's banks
   unsigned char queries[Queries<kDim, kWarpPairs>::kBytes];
-  uint16_t weights[kWarpPairs][kRow];
+  union alignas(16) {
+    uint16_t weights[kWarpPairs][kRow];
+    float turned[kWarpPairs][kDim];  // heads, before there are weights
+  };
   const void* pages[kGroupPages];  // of the run
   int32_t slot;
 };
@@ -141,7 +146,32 @@ __global__ void __launch_bounds__(kTileThreads, 2) attend_pages_kernel(const Att
   if (const int i = threadIdx.x; i < count)
     memory.pages[i] =
         has_own && i + 1 == count ? tile.own : call.pages[tile.first_page + first + i];
+  // The row's key and value, which its page may not have yet.
+  const AppendCall& append = call.append;
+  const bool appends = append.rows > 0;
+  const int64_t row = call.queries[tile.query].row;
+  if (appends && has_own) {
+    const int key = call.heads.query + kv_head;
+    if (warp == 1) {
+      turn_head(append, row, key, kDim, memory.turned[0]);
+      __syncwarp();
+      append_key(append, append.to[row], kv_head, kDim, memory.turned[0]);
+    }
+    if (warp == 2)
+      append_value(append, append.to[row], kv_head, kDim,
+                   head_of(append, row, key + call.heads.key_value, kDim));
+  }
   __syncthreads();
+  // While the first parts are on their way.
+  const auto store_queries = [&] {
+    const int group = call.heads.query / call.heads.key_value;
+    for (int pair = warp; appends && pair < tile.pairs; pair += kTileWarps)
+      turn_head(append, row, kv_head * group + pair, kDim, memory.turned[pair]);
+    if (appends) __syncthreads();
+    queries.store(queries.load(tile.pairs, [&](int pair) {
+      return appends ? memory.turned[pair] : pair_of(call, tile, kv_head, pair).query;
+    }));
+  };
 
   int tokens = kPageTokens, seen[2] = {};  // of the own page
   if (has_own) {
@@ -190,7 +220,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) attend_pages_kernel(const Att
     };
 #pragma unroll 1
     for (int i = 0; i + 1 < Ring::kPlaces; ++i) request();
-    if (begin == 0) queries.store(queries.load(call, tile, kv_head));
+    if (begin == 0) store_queries();
 
     constexpr int kCount = kDim / 8 / kTileWarps;
     constexpr int kWarpTokens = Ring::kWarpTokens;
@@ -302,7 +332,8 @@ __global__ void __launch_bounds__(kTileThreads, 1) attend_groups_kernel(const At
   const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
   auto& memory = *reinterpret_cast<GroupMemory<kDim>*>(shared_memory());
   const Queries<kDim, kMostPairs[kAttendGroups]> queries{{memory.queries}, first_pair};
-  queries.store(queries.load(call, tile, kv_head));
+  queries.store(
+      queries.load(tile.pairs, [&](int pair) { return pair_of(call, tile, kv_head, pair).query; }));
   if (threadIdx.x == 0) {
     const int64_t left = tile.before - first;
     memory.whole = static_cast<int32_t>(left < kGroupPages ? left : kGroupPages);

@@ -38,8 +38,8 @@ __device__ __forceinline__ uint16_t* rounded(const VisionAttentionCall& call, in
 __global__ void __launch_bounds__(kWarp) turn_vision_kernel(const VisionAttentionCall call) {
   after_earlier_kernels();
   const int64_t r = blockIdx.x, angles = r % call.tokens * (call.dim / 2);
-  turn(call.qkv.data + r * call.qkv.stride + static_cast<int64_t>(blockIdx.y) * call.dim, call.dim,
-       call.cos + angles, call.sin + angles, false, 0,
+  float* head = call.qkv.data + r * call.qkv.stride + static_cast<int64_t>(blockIdx.y) * call.dim;
+  turn(head, head, call.dim, call.cos + angles, call.sin + angles, false, 0,
        static_cast<int>(blockIdx.y) < call.heads ? call.scale : 1.0f);
 }
 
