@@ -119,8 +119,7 @@ void put_scales_k4(const Place<Format>& place, const uint8_t* bytes) {
   place.put_numbers(0, numbers, 12);
 }
 
-// --- one block of a row, by type; what a block is made of says blocks.cpp
-// -----------------------------------------------------------------------------------------------
+// --- one block of a row, by type; blocks.cpp says what each is made of --------------------------
 
 template <DType Type>
 struct Block;

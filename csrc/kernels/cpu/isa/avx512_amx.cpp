@@ -8,7 +8,7 @@
 
 namespace puna {
 
-extern const KernelTable kAvx512VnniBf16;
+extern const KernelTable kAvx512Vnni;
 
 namespace {
 
@@ -62,7 +62,7 @@ template <class Format, int I>
 void gemm(float* out, int64_t out_stride, const QuantizedRows& x, const void* panel,
           const float* bias, int64_t rows, int64_t width) {
   if (rows < kLeastRows)
-    return kAvx512VnniBf16.gemm_quantized[I](out, out_stride, x, panel, bias, rows, width);
+    return kAvx512Vnni.gemm_quantized[I](out, out_stride, x, panel, bias, rows, width);
   gemm_quantized_by<Format, Amx>(out, out_stride, x, panel, bias, rows, width);
 }
 
