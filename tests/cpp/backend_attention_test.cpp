@@ -310,7 +310,7 @@ TEST(pages_are_in_the_stated_layout) {
   const Shape shape{2, 2, 6, DType::kBF16, false, false, false};
   const Sequence sequence(random, shape, 0, 270);
   std::vector<Backend*> all = {&ref()};
-  for (std::vector<Named>& same_isa : subjects()) all.push_back(same_isa[2].backend.get());
+  for (std::vector<Named>& same_isa : subjects()) all.push_back(same_isa.back().backend.get());
   const KvPageLayout layout = shape.layout();
   for (Backend* backend : all) {
     Pages pages(*backend, sequence);
