@@ -124,54 +124,34 @@ void put_scales_k4(const Place<Format>& place, const uint8_t* bytes) {
 template <DType Type>
 struct Block;
 
-template <>
-struct Block<DType::kQ4_0> {
-  using Format = Int4G32;
+// A scale, perhaps an offset, perhaps the fifth bits, and nibbles.
+template <class Traits>
+struct OneSlab {
+  using Format = Traits;
   static void put(const Place<Format>& place, const uint8_t* block) {
     place.put_scale(block);
-    put_nibbles(place.slab(0), block + 2);
+    block += 2;
+    if constexpr (Format::kOffset) {
+      place.put_offset(block);
+      block += 2;
+    }
+    if constexpr (Format::kBits == 5) {
+      put_word(place.slab(0) + 4 * kPlane, by_column_of_four(word_at(block)));
+      block += 4;
+    }
+    put_nibbles(place.slab(0), block);
   }
 };
-
 template <>
-struct Block<DType::kIQ4_NL> {
-  using Format = Table4G32;
-  static void put(const Place<Format>& place, const uint8_t* block) {
-    place.put_scale(block);
-    put_nibbles(place.slab(0), block + 2);
-  }
-};
-
+struct Block<DType::kQ4_0> : OneSlab<Int4G32> {};
 template <>
-struct Block<DType::kQ4_1> {
-  using Format = Int4MinG32;
-  static void put(const Place<Format>& place, const uint8_t* block) {
-    place.put_scale(block);
-    place.put_offset(block + 2);
-    put_nibbles(place.slab(0), block + 4);
-  }
-};
-
+struct Block<DType::kQ4_1> : OneSlab<Int4MinG32> {};
 template <>
-struct Block<DType::kQ5_0> {
-  using Format = Int5G32;
-  static void put(const Place<Format>& place, const uint8_t* block) {
-    place.put_scale(block);
-    put_word(place.slab(0) + 4 * kPlane, by_column_of_four(word_at(block + 2)));
-    put_nibbles(place.slab(0), block + 6);
-  }
-};
-
+struct Block<DType::kQ5_0> : OneSlab<Int5G32> {};
 template <>
-struct Block<DType::kQ5_1> {
-  using Format = Int5MinG32;
-  static void put(const Place<Format>& place, const uint8_t* block) {
-    place.put_scale(block);
-    place.put_offset(block + 2);
-    put_word(place.slab(0) + 4 * kPlane, by_column_of_four(word_at(block + 4)));
-    put_nibbles(place.slab(0), block + 8);
-  }
-};
+struct Block<DType::kQ5_1> : OneSlab<Int5MinG32> {};
+template <>
+struct Block<DType::kIQ4_NL> : OneSlab<Table4G32> {};
 
 template <>
 struct Block<DType::kQ8_0> {
