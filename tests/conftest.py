@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from cpp_programs import HAS_EMULATOR, PROGRAMS, ROOT, Build
 from oracle import golden
 from oracle.make_checkpoint import write_checkpoint
 
@@ -50,8 +51,54 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_unconfigure() -> None:
+def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(os.environ["PUNA_CACHE"], ignore_errors=True)
+    if BUILD in config.stash:
+        config.stash[BUILD].end()
+
+
+BUILD = pytest.StashKey[Build]()
+EMULATOR = "puna_cuda_emulator"
+
+
+def needs_build(item: pytest.Item) -> bool:
+    """Whether a test is of, or with, what is built from tests/cpp."""
+    assert isinstance(item, pytest.Function)
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return (
+        not {"programs", "emulator"}.isdisjoint(item.fixturenames)
+        or parameters.get("library") == "emulator"
+    )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs the C++ tests comes last, as they take minutes to build."""
+    items.sort(key=needs_build)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """They are built while the other tests run."""
+    needing = [item for item in session.items if needs_build(item)]
+    if needing and not session.config.option.collectonly:
+        whole = any("programs" in item.fixturenames for item in needing)
+        targets = (PROGRAMS if whole else []) + ([EMULATOR] if HAS_EMULATOR else [])
+        if targets:
+            session.config.stash[BUILD] = Build(ROOT / "build" / "tests", programs=targets)
+
+
+@pytest.fixture(scope="session")
+def programs(request: pytest.FixtureRequest) -> Path:
+    """The folder of the C++ tests."""
+    return request.config.stash[BUILD].wait()
+
+
+@pytest.fixture(scope="session")
+def emulator(request: pytest.FixtureRequest) -> str:
+    """The path of a libpuna_cuda.so that is the emulator."""
+    if not HAS_EMULATOR:
+        pytest.skip("the emulator's fibres are for x86-64")
+    return str(request.config.stash[BUILD].wait() / f"lib{EMULATOR}.so")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -1,39 +1,17 @@
 """The C++ tests: every program tests/cpp/*_test.cpp, built once and run."""
 
 import os
-import platform
 import shutil
 import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from cpp_programs import PROGRAMS, ROOT, build
 from puna import _core
-
-ROOT = Path(__file__).parent.parent
-# The CUDA emulator is for x86-64.
-PROGRAMS = sorted(
-    path.stem
-    for path in (ROOT / "tests" / "cpp").glob("*_test.cpp")
-    if platform.machine() == "x86_64" or not path.stem.startswith("cuda_")
-)
-
-
-def build(folder: Path, *definitions: str, programs: Sequence[str] = PROGRAMS) -> Path:
-    """Configures and builds C++ tests; a second build of the same folder is incremental."""
-    cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
-    assert cmake and ninja, "cmake and ninja are missing: pip install '.[test]' brings them"
-    configure = [cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(folder)]
-    configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPython_EXECUTABLE={sys.executable}"]
-    configure += ["-DPUNA_BUILD_TESTS=ON", "-DPUNA_CUDA=off", *definitions]
-    for command in (configure, [cmake, "--build", str(folder), "--target", *programs]):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    return folder
 
 
 def temporary_files_of(program: Path) -> dict[str, str]:
@@ -71,11 +49,6 @@ def runs(folder: Path, **environment: str) -> Iterator[Runs]:
     """Of every program, as many at once as there are cores: most compute on one thread."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         yield {name: pool.submit(run, folder / name, **environment) for name in PROGRAMS}
-
-
-@pytest.fixture(scope="session")
-def programs() -> Path:
-    return build(ROOT / "build" / "tests")
 
 
 @pytest.fixture(scope="module")

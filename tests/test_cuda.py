@@ -6,7 +6,6 @@ import functools
 import json
 import logging
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -21,22 +20,15 @@ import pytest
 
 import puna
 from conftest import MakeCheckpoint, MakeEngine
+from cpp_programs import ROOT
 from oracle import golden, tiny
 from oracle.make_checkpoint import write_checkpoint
 from oracle.on_device import Job, Result, compute
 from puna import cli, doctor, gpus, loading
-from test_cpp import ROOT, build
 from test_parity import assert_fp32_parity
 
 CUDA = next(backend for backend in puna.backends() if backend["name"] == "cuda")
 PROMPT = [3, 141, 59, 26, 53, 58, 97, 93]
-
-
-@pytest.fixture(scope="session")
-def emulator() -> str:
-    """The path of a libpuna_cuda.so that is the emulator."""
-    folder = build(ROOT / "build" / "tests", programs=["puna_cuda_emulator"])
-    return str(folder / "libpuna_cuda_emulator.so")
 
 
 @pytest.fixture(params=["emulator", "gpu"])
@@ -46,8 +38,6 @@ def library(request: pytest.FixtureRequest) -> str | None:
         if not CUDA["available"]:
             pytest.skip(f"no GPU: {CUDA['why']}")
         return None
-    if platform.machine() != "x86_64":
-        pytest.skip("the emulator's fibres are for x86-64")
     path: str = request.getfixturevalue("emulator")
     return path
 

@@ -8,7 +8,6 @@ and the tests named beside it must fail.
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,13 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from test_cpp import ROOT, build
+from cpp_programs import HAS_EMULATOR, ROOT
 
 FORMATS = '#include "quant/formats.inc"'
 
-pytestmark = pytest.mark.skipif(
-    platform.machine() != "x86_64", reason="the emulator's fibres are for x86-64"
-)
+pytestmark = pytest.mark.skipif(not HAS_EMULATOR, reason="the emulator's fibres are for x86-64")
 
 
 @dataclass(frozen=True)
@@ -755,7 +752,7 @@ def _is_found(bug: Bug, folder: Path, programs: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def found(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, programs: Path
 ) -> Iterator[dict[Bug, Future[bool]]]:
     """Whether each bug of this run is found, several at a time."""
     bugs = [
@@ -763,9 +760,6 @@ def found(
         for item in request.session.items
         if isinstance(item, pytest.Function) and item.function is test_a_planted_bug_is_found
     ]
-    programs = build(
-        ROOT / "build" / "tests", programs=sorted({bug.place.program for bug in SAMPLE + OTHERS})
-    )
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         yield {
             bug: pool.submit(_is_found, bug, tmp_path_factory.mktemp("bug"), programs)

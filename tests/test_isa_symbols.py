@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from test_cpp import ROOT, build
+from cpp_programs import ROOT
 
 CHECK = ROOT / "tools" / "check_isa_symbols.py"
 TABLE = "namespace puna { struct T { int x; }; extern const T kScalar; const T kScalar = {1}; }\n"
@@ -29,10 +29,9 @@ def compile_scalar(folder: Path, source: str) -> Path:
     return folder
 
 
-def test_objects_of_the_build() -> None:
-    folder = build(ROOT / "build" / "tests")
-    assert complain(folder / "libpuna_kernels.a") == (0, "")
-    assert complain(folder / "CMakeFiles" / "puna_kernels.dir") == (0, "")
+def test_objects_of_the_build(programs: Path) -> None:
+    assert complain(programs / "libpuna_kernels.a") == (0, "")
+    assert complain(programs / "CMakeFiles" / "puna_kernels.dir") == (0, "")
 
 
 def test_a_clean_object_passes(tmp_path: Path) -> None:

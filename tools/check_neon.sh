@@ -24,10 +24,16 @@ cmake -G Ninja -S "$root" -B "$build" -DPUNA_BUILD_TESTS=ON -DPUNA_CUDA=off \
 cmake --build "$build" --target "${tests[@]}"
 python3 "$root/tools/check_isa_symbols.py" "$build/libpuna_kernels.a"
 
-# "max" has every feature that the emulator knows.
-for test in "${tests[@]}"; do
-  echo "== $test"
-  qemu-aarch64 -cpu max "$build/$test"
-done
-echo "== elementwise_test on a processor without dot products: scalar is all that may run"
-qemu-aarch64 -cpu cortex-a57 "$build/elementwise_test"
+# "max" has every feature that the emulator knows; on the other processor, without dot products,
+# scalar is all that may run.
+run() {
+  output=$(qemu-aarch64 -cpu "$1" "$build/$2" 2>&1) && status=0 || status=$?
+  printf '== %s on %s\n%s\n' "$2" "$1" "$output"
+  return $status
+}
+export -f run
+export build
+{
+  printf 'max %s\n' "${tests[@]}"
+  echo "cortex-a57 elementwise_test"
+} | xargs -P "$(nproc)" -L 1 bash -c 'run "$@"' run
