@@ -145,6 +145,24 @@ TEST(a_missing_barrier_is_seen_by_a_starved_warp) {
   }
 }
 
+// What blocks, and lanes of a warp, read of one another without waiting.
+TEST(a_missing_order_is_seen_when_it_is_reversed) {
+  for (const bool reversed : {false, true}) {
+    int blocks = 0, wrong = 0;
+    Machine::instance().set_schedule({.reversed = reversed});
+    Machine::instance().run({3, 2, 1}, {64}, 64 * sizeof(int), [&] {
+      int* const values = reinterpret_cast<int*>(shared_memory());
+      const int block = static_cast<int>(blockIdx.y * 3 + blockIdx.x);
+      if (thread() == 0) wrong += block != (reversed ? 5 - blocks : blocks);
+      if (thread() == 0) ++blocks;
+      values[thread()] = thread();
+      if (thread() % 32 == 7) wrong += values[thread() - 1] != thread() - 1;
+    });
+    CHECK_EQ(blocks, 6);
+    CHECK_EQ(wrong, reversed ? 12 : 0);
+  }
+}
+
 TEST(lanes_apart_and_threads_that_wait_for_ever_are_reported) {
   check_told(run(32, 0, {},
                  [] {

@@ -54,10 +54,12 @@ struct Kind {
 // The last warp of a block of eight often ends the sums of the others.
 constexpr Kind kinds[] = {
     {"emulator", {}, false},
-    {"emulator, late copies, warp 0 starved", {true, 0}, false},
+    {"emulator, late copies, warp 0 starved, reversed", {true, 0, false, true}, false},
     // What is overwritten before products have read it is seen where only these are late.
     {"emulator, warpgroups, late products, warp 1 starved", {false, 1, true}, true},
-    {"emulator, warpgroups, late copies and products, warp 7 starved", {true, 7, true}, true},
+    {"emulator, warpgroups, late copies and products, warp 7 starved, reversed",
+     {true, 7, true, true},
+     true},
 };
 
 struct Stream {

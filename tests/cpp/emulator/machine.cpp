@@ -151,7 +151,8 @@ void Machine::run(Extent grid, Extent block, size_t shared_bytes,
     for (unsigned z = 0; z < grid.z; ++z)
       for (unsigned y = 0; y < grid.y; ++y)
         for (unsigned x = 0; x < grid.x; ++x) {
-          block_index = {x, y, z};
+          block_index = schedule_.reversed ? Extent{grid.x - 1 - x, grid.y - 1 - y, grid.z - 1 - z}
+                                           : Extent{x, y, z};
           start_block(shared_bytes);
           run_block();
         }
@@ -177,7 +178,8 @@ void Machine::run_block() {
 
 bool Machine::run_fibres(int only_warp, int but_warp) {
   bool ran = false;
-  for (int i = 0; i < static_cast<int>(fibres_.size()); ++i) {
+  for (int turn = 0; turn < static_cast<int>(fibres_.size()); ++turn) {
+    const int i = schedule_.reversed ? turn ^ (kWarpLanes - 1) : turn;
     const Fibre& fibre = fibres_[i];
     if (!runnable(fibre) || fibre.warp == but_warp || (only_warp >= 0 && fibre.warp != only_warp))
       continue;

@@ -3,11 +3,12 @@
 //
 // It is harsher than hardware where that finds bugs. Shared memory starts as NaN. A schedule may
 // starve one warp, which then runs only when nothing else can, so that a missing barrier is seen;
-// and asynchronous copies, and products of warpgroups, may be carried out at once or not before
-// they are waited for: then they read registers and memory as these are by then. Lanes that meet at
-// different instructions, threads that wait for ever, copies and products never waited for, and
-// products without the fences that they need are errors with the place where they happened. It sees
-// neither weak memory ordering beyond that nor bank conflicts, and says nothing about speed.
+// it may run blocks and lanes from the last one on, so that it is seen where one reads what another
+// writes; and asynchronous copies, and products of warpgroups, may be carried out at once or not
+// before they are waited for: then they read registers and memory as these are by then. Lanes that
+// meet at different instructions, threads that wait for ever, copies and products never waited for,
+// and products without the fences that they need are errors with the place where they happened. It
+// sees neither weak memory ordering beyond that nor bank conflicts, and says nothing about speed.
 #pragma once
 
 #include <array>
@@ -33,6 +34,7 @@ struct Schedule {
   bool late_copies = false;    // they land when they are waited for, not at once
   int starved_warp = -1;       // of each block, modulo its warps; -1: none
   bool late_products = false;  // of warpgroups: likewise
+  bool reversed = false;       // blocks, and lanes of a warp, from the last one on
 };
 
 // What went wrong in a kernel.
