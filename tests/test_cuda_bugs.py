@@ -554,6 +554,7 @@ OTHERS = [
     Bug(TURNING, "const int key = call.heads.query + kv_head;", "const int key = kv_head;"),
     Bug(APPENDING_CALLS, "std::ssize(runs) == append->rows", "true"),
     Bug(APPENDING_CALLS, "std::ssize(tiles[cuda::kAttendPages]) == append->rows", "true"),
+    Bug(APPENDING_CALLS, "std::ranges::all_of(input.segments, is_alone)", "true"),
     # --- attention.cu, plain_attention.cuh
     Bug(PLAIN_PAGES, "page > tile.before", "page >= tile.before"),
     Bug(PLAIN_PAGES, "pair_of(call, tile, kv_head, 0).seen : kPageTokens", "kPageTokens : kPageTokens"),

@@ -139,9 +139,10 @@ TEST(rows_appended_by_attention_have_the_bits_of_rows_appended_before) {
   std::mt19937 random(9);
   cuda::DeviceTable table = emulator::device_table();
   table.attend = attend_by_forced_runs;
+  using Wanted = std::optional<std::span<const int32_t>>;
   const auto compare = [&](const Shape& shape,
                            const std::vector<std::pair<int64_t, int64_t>>& lengths,
-                           const std::vector<int64_t>& rows) {
+                           const std::vector<int64_t>& rows, const Wanted& wanted = {}) {
     std::vector<Sequence> sequences;
     std::vector<Cache> caches;
     for (const auto& [pages, tokens] : lengths) {
@@ -162,7 +163,7 @@ TEST(rows_appended_by_attention_have_the_bits_of_rows_appended_before) {
         pieces.push_back({&sequences[i], &copies[i], rows[i]});
       }
       std::pair<std::vector<float>, std::vector<std::vector<char>>> of;
-      of.first = attend(*backend, shape, pieces);
+      of.first = attend(*backend, shape, pieces, wanted);
       for (const Page& page : open) of.second.push_back(*page);
       return of;
     };
@@ -180,5 +181,10 @@ TEST(rows_appended_by_attention_have_the_bits_of_rows_appended_before) {
       compare({6, 2, dim, DType::kBF16, seal}, {{0, 0}, {1, 0}, {2, 77}}, {1, 1, 1});
   compare({20, 2, 64, DType::kBF16, KvSeal::kNone}, {{1, 255}, {0, 17}}, {1, 1});
   compare({16, 1, 64, DType::kBF16, KvSeal::kNone}, {{0, 90}, {0, 17}}, {2, 1});
+  // As many tiles as rows, but of one of these.
+  compare({17, 1, 64, DType::kBF16, KvSeal::kNone}, {{0, 3}, {0, 9}}, {1, 1},
+          std::vector<int32_t>{1});
+  // Each row has a page to itself, but the second sees the first one's.
+  compare({6, 2, 64, DType::kBF16, KvSeal::kNone}, {{1, 255}, {0, 17}}, {2, 1});
   compare({17, 1, 64, DType::kBF16, KvSeal::kNone}, {{0, 90}}, {1});
 }

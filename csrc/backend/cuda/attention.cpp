@@ -210,10 +210,13 @@ void CudaBackend::attend(Rows out, const AttentionInput& input) {
   const bool at_once = std::ranges::count_if(tiles, [](auto& of) { return !of.empty(); }) == 1;
   call.rows = at_once && !window.used() ? out.rows : 0;
   // What has to happen to qkv before, if nothing comes between: rows that each have a tile, and so
-  // a page, to themselves need no kernel for it.
+  // a page, to themselves need no kernel for it. A row's page is seen by those that follow it in
+  // its segment, also where they have the next page.
   const cuda::AppendCall* const append = device_->last(&cuda::DeviceTable::append);
+  const auto is_alone = [](const AttentionSegment& of) { return of.rows <= 1; };
   if (append != nullptr && std::ssize(runs) == append->rows &&
-      std::ssize(tiles[cuda::kAttendPages]) == append->rows) {
+      std::ssize(tiles[cuda::kAttendPages]) == append->rows &&
+      std::ranges::all_of(input.segments, is_alone)) {
     call.append = *append;
     device_->drop_last();
   }
