@@ -414,6 +414,8 @@ OTHERS = [
     Bug(one_row("Int4G32"), "wait_for_copies<kStages - 1>();", "wait_for_copies<kStages>();"),
     Bug(one_row("Int4G32"), "    wait_for_copies<0>();\n  else", "    wait_for_copies<1>();\n  else"),
     Bug(one_row("Int4G128"), "__syncwarp();  // the stage has been read", ""),
+    Bug(one_row("Int4G128"), "    after_earlier_kernels();\n    request_row();", "    request_row();\n    after_earlier_kernels();"),
+    Bug(one_row("Int4G128"), "(kHalf + 1 + kGroups) * 4", "(kHalf + kGroups) * 4"),
     Bug(one_row("Int4G32"), BARRIER, "", behind="wait_for_copies<kStages>();"),
     Bug(one_row("Int4G32"), BARRIER, "", behind="commit_copies();\n    stage ="),
     Bug(one_row("Int4G32"), "row + lane < call.rows", "true"),

@@ -219,6 +219,50 @@ TEST(late_copies_land_when_they_are_waited_for) {
              "ended with asynchronous copies on their way");
 }
 
+TEST(addresses_are_aligned_and_in_shared_memory) {
+  alignas(16) static const unsigned char source[64] = {};
+  const auto copied = [](int to, int from) {
+    return run(32, 64, {}, [=] {
+      copy_async<16>(shared_memory() + to, source + from);
+      commit_copies();
+      wait_for_copies<0>();
+    });
+  };
+  CHECK_EQ(copied(48, 16), "");
+  check_told(copied(8, 0), "copy_async of 16 bytes at an address");
+  check_told(copied(0, 8), "copy_async of 16 bytes at an address");
+  check_told(copied(64, 0), "copy_async beyond the block's shared memory");
+  check_told(run(32, 64, {}, [] { load_words(source + 8); }), "of 16 bytes at an address");
+  check_told(run(32, 64, {}, [] { load_word(source + 2); }), "of 4 bytes at an address");
+  const auto loaded = [](int from) {
+    return run(32, 64, {}, [=] {
+      uint32_t to[4];
+      load_matrices<false>(to, shared_memory() + from);
+    });
+  };
+  CHECK_EQ(loaded(48), "");
+  check_told(loaded(8), "load_matrices of 16 bytes at an address");
+  check_told(loaded(64), "load_matrices beyond the block's shared memory");
+}
+
+TEST(copies_wait_for_earlier_kernels_but_of_what_these_do_not_write) {
+  alignas(16) static const unsigned char weights[16] = {}, rows[16] = {};
+  Machine::instance().set_is_constant([](const void* at) { return at == weights; });
+  const auto copied = [](const void* from, bool waits) {
+    return run(32, 16, {}, [=] {
+      if (waits) after_earlier_kernels();
+      copy_async<16>(shared_memory(), from);
+      commit_copies();
+      wait_for_copies<0>();
+    });
+  };
+  CHECK_EQ(copied(weights, false), "");
+  CHECK_EQ(copied(rows, true), "");
+  check_told(copied(rows, false), "does not wait for them");
+  Machine::instance().set_is_constant(nullptr);
+  CHECK_EQ(copied(rows, false), "");
+}
+
 // 64 x 16 x 64 of bfloat16, added to what is there or not.
 TEST(warpgroups_multiply_bfloat16) {
   const auto a = [](int row, int k) { return (row * 5 + k * 3) % 50 - 20; };

@@ -200,7 +200,9 @@ __device__ __forceinline__ float power_of_2(float x) {
                : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w) \
                : "l"(from))
 #else
-#define PUNA_LOAD_WORDS(instruction, value, from) memcpy(&(value), from, sizeof(value))
+#define PUNA_LOAD_WORDS(instruction, value, from)                                     \
+  emulator::Machine::instance().check_aligned(instruction, from, int{sizeof(value)}); \
+  memcpy(&(value), from, sizeof(value))
 #endif
 // What no kernel writes and is read once: it goes past the first cache.
 __device__ __forceinline__ uint4 load_streaming(const void* from) {
@@ -227,6 +229,7 @@ __device__ __forceinline__ uint32_t load_word(const void* from) {
 #ifdef __CUDACC__
   asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(value) : "l"(from));
 #else
+  emulator::Machine::instance().check_aligned("load_word", from, int{sizeof(value)});
   memcpy(&value, from, sizeof(value));
 #endif
   return value;
@@ -298,8 +301,7 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool ther
                "l"(from), "r"(there ? 16 : 0)
                : "memory");
 #else
-  static constexpr unsigned char kZeros[16] = {};
-  emulator::Machine::instance().copy_async(to, there ? from : kZeros, 16);
+  emulator::Machine::instance().copy_async(to, there ? from : nullptr, 16);
 #endif
 }
 // The same of 4, 8 or 16 bytes, aligned to as many.
@@ -355,6 +357,7 @@ __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row
   struct Result {
     uint32_t of[4];
   };
+  emulator::Machine::instance().check_shared("load_matrices", row, 16);
   const Result result = emulator::Machine::instance().with_warp<const void*, Result>(
       "load_matrices", row, [](const auto& rows, auto& out) {
         for (int matrix = 0; matrix < 4; ++matrix) {

@@ -81,7 +81,8 @@ bool is_late = false;
 int64_t sent = 0;
 using Blocks = std::map<const char*, size_t>;  // bytes of each
 Blocks pinned;                                 // what allocate_host() gave
-Blocks unborn;  // what allocate() gave, and the main queue has not come to yet
+Blocks unborn;               // what allocate() gave, and the main queue has not come to yet
+Blocks allocated, uploaded;  // what it gave, and what of it came from the host
 
 Device& device_of(void* device) { return *static_cast<Device*>(device); }
 
@@ -158,6 +159,13 @@ bool lies_in(const Blocks& blocks, const void* memory) {
   return at < begin + bytes;
 }
 
+void note_upload(const void* to) {
+  const auto after = allocated.upper_bound(static_cast<const char*>(to));
+  if (after != allocated.begin()) uploaded.insert(*std::prev(after));
+}
+// Weights: what kernels write nobody uploads.
+bool is_uploaded(const void* memory) { return lies_in(uploaded, memory); }
+
 // A fault in a kernel becomes the code of its launch, as on a device.
 template <auto kLaunch, class Call>
 int run(void* device, const Call* call) {
@@ -170,6 +178,7 @@ int run(void* device, const Call* call) {
     Machine::instance().set_schedule(of.kind.schedule);
     Machine::instance().set_most_shared(of.kind.warpgroups ? Machine::kWarpgroupShared
                                                            : Machine::kLeastShared);
+    Machine::instance().set_is_constant(&is_uploaded);
     puna::cuda::has_warpgroups = of.kind.warpgroups;
     try {
       return kLaunch(noted, nullptr);
@@ -250,7 +259,7 @@ int allocate(void* device, size_t bytes, void** memory) {
   *memory = std::calloc(bytes, 1);
   if (*memory == nullptr) return kFault;
   const auto* const begin = static_cast<const char*>(*memory);
-  unborn[begin] = bytes;
+  unborn[begin] = allocated[begin] = bytes;
   return do_or_wait(device, [begin] {
     unborn.erase(begin);
     return 0;
@@ -259,6 +268,8 @@ int allocate(void* device, size_t bytes, void** memory) {
 
 int release(void* device, void* memory) {
   return do_or_wait(device, [memory] {
+    allocated.erase(static_cast<const char*>(memory));
+    uploaded.erase(static_cast<const char*>(memory));
     std::free(memory);
     return 0;
   });
@@ -272,6 +283,7 @@ int copy(void* device, void* to, const void* from, size_t bytes) {
 }
 
 int upload(void* device, void* to, const void* from, size_t bytes) {
+  note_upload(to);
   if (!is_late || lies_in(pinned, from)) return copy(device, to, from, bytes);
   const auto* const begin = static_cast<const char*>(from);
   return do_or_wait(device, [to, noted = std::vector<char>(begin, begin + bytes)] {
@@ -327,6 +339,7 @@ int await_fetched(void* device) {
 
 int send(void* device, void* to, const void* from, size_t bytes) {
   ++sent;
+  note_upload(to);
   // Memory that is not pinned is read before the call returns.
   std::vector<char> staged;
   if (!lies_in(pinned, from))

@@ -139,6 +139,7 @@ void Machine::run(Extent grid, Extent block, size_t shared_bytes,
   body_ = &body;
   // Exactly as much as was asked for, so that AddressSanitizer sees what lies beyond.
   std::vector<unsigned char>(shared_bytes + kSharedAlignment).swap(shared_memory_);
+  shared_bytes_ = shared_bytes;
   shared_ = shared_memory_.data();
   while (reinterpret_cast<uintptr_t>(shared_) % kSharedAlignment != 0) ++shared_;
 #if defined(__SANITIZE_ADDRESS__)
@@ -243,7 +244,29 @@ void Machine::sync_block() {
   }
 }
 
+void Machine::check_aligned(const char* instruction, const void* at, int bytes) const {
+  if (reinterpret_cast<uintptr_t>(at) % static_cast<unsigned>(bytes) != 0)
+    throw Fault(std::string(instruction) + " of " + std::to_string(bytes) +
+                " bytes at an address that is no multiple of them");
+}
+
+void Machine::check_shared(const char* instruction, const void* at, int bytes) const {
+  check_aligned(instruction, at, bytes);
+  const auto begin = reinterpret_cast<uintptr_t>(shared_), of = reinterpret_cast<uintptr_t>(at);
+  if (of < begin || of + static_cast<unsigned>(bytes) > begin + shared_bytes_)
+    throw Fault(std::string(instruction) + " beyond the block's shared memory");
+}
+
 void Machine::copy_async(void* to, const void* from, int bytes) {
+  static constexpr unsigned char kZeros[16] = {};
+  check_shared("copy_async", to, bytes);
+  if (from == nullptr) {
+    from = kZeros;
+  } else {
+    check_aligned("copy_async", from, bytes);
+    if (!fibres_[current_].waited && is_constant_ != nullptr && !is_constant_(from))
+      throw Fault("a copy of what earlier kernels may write, which does not wait for them");
+  }
   if (!schedule_.late_copies) {
     std::memcpy(to, from, static_cast<size_t>(bytes));
     bytes = 0;  // that are still to come

@@ -63,6 +63,9 @@ class Machine {
   void set_schedule(const Schedule& schedule) { schedule_ = schedule; }
   // Of a block, from the next launch on.
   void set_most_shared(size_t bytes) { most_shared_ = bytes; }
+  // Whether no kernel writes what is there, so that it may be copied before earlier ones have
+  // ended; null: not known.
+  void set_is_constant(bool (*is_constant)(const void*)) { is_constant_ = is_constant; }
   // Runs `body` once for every thread of every block. Throws Fault.
   void run(Extent grid, Extent block, size_t shared_bytes, const std::function<void()>& body);
   int64_t launches() const { return launches_; }
@@ -82,7 +85,12 @@ class Machine {
   template <class In, class Out, class Evaluate>
   Out with_warp(const char* instruction, const In& in, Evaluate evaluate);
 
-  // Asynchronous copies of this thread to shared memory, in groups.
+  // An instruction that takes so many bytes, a power of two, from an address, or from shared
+  // memory.
+  void check_aligned(const char* instruction, const void* at, int bytes) const;
+  void check_shared(const char* instruction, const void* at, int bytes) const;
+
+  // Asynchronous copies of this thread to shared memory, in groups. From null: zeros.
   void copy_async(void* to, const void* from, int bytes);
   void commit_copies();
   void wait_copies(int groups_left);
@@ -163,6 +171,8 @@ class Machine {
   std::vector<std::unique_ptr<unsigned char[]>> stacks_;
   std::vector<unsigned char> shared_memory_;
   unsigned char* shared_ = nullptr;
+  size_t shared_bytes_ = 0;
+  bool (*is_constant_)(const void*) = nullptr;
   size_t most_shared_ = kLeastShared;
   Barrier block_barrier_;
   int alive_ = 0, current_ = 0;
