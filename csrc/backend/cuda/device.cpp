@@ -47,9 +47,9 @@ CudaDevice::~CudaDevice() {
 // --- memory --------------------------------------------------------------------------------------
 
 int64_t CudaDevice::free_memory() const {
-  cuda::DeviceInfo info = {};
-  check("device", table_.device_info(ordinal_, &info));
-  return info.free_memory;
+  int64_t bytes = 0;
+  check("device", table_.free_memory(ordinal_, &bytes));
+  return bytes;
 }
 
 std::shared_ptr<void> CudaDevice::allocate(size_t bytes, Users users) {

@@ -14,13 +14,13 @@
 namespace puna::cuda {
 
 // Of this file: both sides must have been compiled with the same.
-constexpr int32_t kTableVersion = 13;
+constexpr int32_t kTableVersion = 14;
 
 struct DeviceInfo {
   char name[256];
   int32_t major, minor;  // compute capability
   int32_t multiprocessors;
-  int64_t memory, free_memory;
+  int64_t memory;
 };
 
 // Consecutive rows of fp32.
@@ -396,7 +396,9 @@ struct DeviceTable {
 
   // --- devices: *count is 0 if there are none or no driver; the code says why
   int (*device_count)(int* count);
+  // Takes nothing of the device, which may be in use by others, all of it.
   int (*device_info)(int ordinal, DeviceInfo* info);
+  int (*free_memory)(int ordinal, int64_t* bytes);
   const char* (*describe)(int code);
   int (*stream_device)(void* stream, int* ordinal);  // a stream as CUDA has them: a cudaStream_t
   // Work of kMainQueue is asked for on `stream`, which must outlive the device; null: on one of its

@@ -65,12 +65,16 @@ int device_info(int ordinal, DeviceInfo* info) {
   info->major = found.major;
   info->minor = found.minor;
   info->multiprocessors = found.multiProcessorCount;
+  info->memory = static_cast<int64_t>(found.totalGlobalMem);
+  return 0;
+}
+
+int free_memory(int ordinal, int64_t* bytes) {
   if (const cudaError_t error = cudaSetDevice(ordinal)) return code(error);
   size_t free = 0, total = 0;
-  if (const cudaError_t error = cudaMemGetInfo(&free, &total)) return code(error);
-  info->memory = static_cast<int64_t>(total);
-  info->free_memory = static_cast<int64_t>(free);
-  return 0;
+  const cudaError_t error = cudaMemGetInfo(&free, &total);
+  *bytes = static_cast<int64_t>(free);
+  return code(error);
 }
 
 const char* describe(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
@@ -301,11 +305,11 @@ int run(void* device, const Call* call) {
 }
 
 constexpr DeviceTable kTable = {
-    kTableVersion, &device_count, &device_info,     &describe,     &stream_device,  &open,
-    &close,        &synchronise,  &await_everybody, &allocate,     &release,        &upload,
-    &download,     &copy,         &allocate_host,   &release_host, &fetch,          &await_fetched,
-    &send,         &make_event,   &release_event,   &record_event, &wait_for_event, &await_event,
-    &elapsed,      &begin_graph,  &end_graph,       &start_graph,  &release_graph,
+    kTableVersion,  &device_count, &device_info, &free_memory,     &describe,     &stream_device,
+    &open,          &close,        &synchronise, &await_everybody, &allocate,     &release,
+    &upload,        &download,     &copy,        &allocate_host,   &release_host, &fetch,
+    &await_fetched, &send,         &make_event,  &release_event,   &record_event, &wait_for_event,
+    &await_event,   &elapsed,      &begin_graph, &end_graph,       &start_graph,  &release_graph,
 #define PUNA_OPERATION(name, Call) &run<launch_##name, Call>,
 #include "kernels/cuda/operations.inc"
 #undef PUNA_OPERATION

@@ -215,10 +215,15 @@ int device_count(int* count) {
   return 0;
 }
 
-int device_info(int ordinal, DeviceInfo* info) {
+int free_memory(int, int64_t* bytes) {
   const char* const given = std::getenv("EMULATOR_MEMORY");  // bytes
-  const int64_t memory = given != nullptr ? std::atoll(given) : int64_t{1} << 32;
-  *info = {{}, 9, 0, 1, memory, memory};
+  *bytes = given != nullptr ? std::atoll(given) : int64_t{1} << 32;
+  return 0;
+}
+
+int device_info(int ordinal, DeviceInfo* info) {
+  *info = {{}, 9, 0, 1, 0};
+  free_memory(ordinal, &info->memory);
   std::snprintf(info->name, sizeof(info->name), "%s", kinds[ordinal].name);
   return 0;
 }
@@ -430,14 +435,11 @@ int64_t asked(const void* stream) { return static_cast<const Stream*>(stream)->a
 const puna::cuda::DeviceTable& device_table() {
   using namespace puna::cuda;  // NOLINT
   static const DeviceTable table = {
-      kTableVersion,    &device_count,  &device_info,    &describe,
-      &stream_device,   &open_device,   &close_device,   &synchronise,
-      &await_everybody, &allocate,      &release,        &upload,
-      &download,        &copy,          &allocate_host,  &release_host,
-      &fetch,           &await_fetched, &send,           &make_event,
-      &release_event,   &record_event,  &wait_for_event, &await_event,
-      &elapsed,         &begin_graph,   &end_graph,      &start_graph,
-      &release_graph,
+      kTableVersion,  &device_count, &device_info, &free_memory,     &describe,     &stream_device,
+      &open_device,   &close_device, &synchronise, &await_everybody, &allocate,     &release,
+      &upload,        &download,     &copy,        &allocate_host,   &release_host, &fetch,
+      &await_fetched, &send,         &make_event,  &release_event,   &record_event, &wait_for_event,
+      &await_event,   &elapsed,      &begin_graph, &end_graph,       &start_graph,  &release_graph,
 #define PUNA_OPERATION(name, Call) &run<launch_##name, Call>,
 #include "kernels/cuda/operations.inc"
 #undef PUNA_OPERATION
