@@ -94,15 +94,27 @@ __device__ __forceinline__ void merge_parts(const States& states, int pairs, int
     const float* state = states.of(pair, first);
     Merged merged;
     float sums[4] = {};
-#pragma unroll 8
-    for (int64_t part = 0; part < count; ++part, state += states.each) {
-      const uint4 head = load_shared_by_blocks(state);
-      const uint4 values = load_shared_by_blocks(state + kStateHead + channel);
-      const Merged::Factors factors = merged.add(__uint_as_float(head.x), __uint_as_float(head.y));
-      sums[0] = factors.merge(sums[0], __uint_as_float(values.x));
-      sums[1] = factors.merge(sums[1], __uint_as_float(values.y));
-      sums[2] = factors.merge(sums[2], __uint_as_float(values.z));
-      sums[3] = factors.merge(sums[3], __uint_as_float(values.w));
+    // Some at a time are on their way, also of the last ones.
+    constexpr int kTogether = 8;
+    for (int64_t begin = 0; begin < count; begin += kTogether) {
+      const int there = static_cast<int>(count - begin < kTogether ? count - begin : kTogether);
+      uint4 heads[kTogether], values[kTogether];
+#pragma unroll
+      for (int part = 0; part < kTogether; ++part, state += states.each) {
+        if (part >= there) continue;
+        heads[part] = load_shared_by_blocks(state);
+        values[part] = load_shared_by_blocks(state + kStateHead + channel);
+      }
+#pragma unroll
+      for (int part = 0; part < kTogether; ++part) {
+        if (part >= there) break;
+        const Merged::Factors factors =
+            merged.add(__uint_as_float(heads[part].x), __uint_as_float(heads[part].y));
+        sums[0] = factors.merge(sums[0], __uint_as_float(values[part].x));
+        sums[1] = factors.merge(sums[1], __uint_as_float(values[part].y));
+        sums[2] = factors.merge(sums[2], __uint_as_float(values[part].z));
+        sums[3] = factors.merge(sums[3], __uint_as_float(values[part].w));
+      }
     }
     give(pair, channel, merged, sums);
   }

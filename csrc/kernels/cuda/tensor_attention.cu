@@ -132,7 +132,7 @@ __device__ __forceinline__ void for_each_pair(const float (&c)[kCount][4], int r
 template <int kDim, class Closed>
 __global__ void __launch_bounds__(kTileThreads, 2) attend_pages_kernel(const AttendCall call) {
   after_earlier_kernels();
-  const AttentionTile& tile = call.tiles[blockIdx.z];
+  const AttentionTile tile = call.tiles[blockIdx.z];
   const int64_t first = call.first_page + static_cast<int64_t>(blockIdx.x) * call.run_pages;
   const int64_t left = tile.before + 1 - first;
   if (left <= 0) return;
