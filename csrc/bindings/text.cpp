@@ -2,8 +2,10 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <pybind11/stl/filesystem.h>
 
 #include <algorithm>
+#include <filesystem>
 #include <limits>
 #include <optional>
 
@@ -168,6 +170,11 @@ size_t count(const Tokenizer& tokenizer, const py::object& text, const py::objec
   return ids.size();
 }
 
+py::object made(PyObject* object) {
+  if (!object) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(object);
+}
+
 // Ids out of an array or a sequence of numbers; one that is none becomes -1, which is no token.
 class IdList {
  public:
@@ -192,7 +199,12 @@ class IdList {
         narrow(overflow ? -1 : id);
       }
     } else {
-      for (const py::handle& id : ids) narrow(id.cast<int64_t>());
+      for (const py::handle& id : ids) {
+        const py::object number = made(PyNumber_Index(id.ptr()));  // TypeError: it is none
+        int overflow = 0;
+        const long long value = PyLong_AsLongLongAndOverflow(number.ptr(), &overflow);
+        narrow(overflow ? -1 : value);
+      }
     }
     view_ = own_;
   }
@@ -209,11 +221,6 @@ py::str text_of(std::string_view bytes) {
       PyUnicode_DecodeUTF8(bytes.data(), static_cast<Py_ssize_t>(bytes.size()), "replace");
   if (!text) throw py::error_already_set();
   return py::reinterpret_steal<py::str>(text);
-}
-
-py::object made(PyObject* object) {
-  if (!object) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(object);
 }
 
 Tokenizer::DecodedSize decoded_size(const Tokenizer& tokenizer, const IdList& ids,
@@ -346,7 +353,12 @@ void bind_text(py::module_& module) {
   py::class_<Tokenizer>(module, "Tokenizer",
                         "Llama 4's tokenizer: byte-level BPE with special tokens. Thread-safe.")
       .def_static(
-          "from_file", &read_tokenizer, "path"_a, py::call_guard<py::gil_scoped_release>(),
+          "from_file",
+          [](const std::filesystem::path& path) {
+            const py::gil_scoped_release release;
+            return read_tokenizer(path.string());
+          },
+          "path"_a,
           "Reads tokenizer.json, tokenizer.model, a directory that holds one, or a GGUF file.\n\n"
           "What is built from a large one is kept in $PUNA_CACHE, or else in ~/.cache/puna, and is "
           "read from there the next time; PUNA_CACHE=off keeps nothing.\n\n"

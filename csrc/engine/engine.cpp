@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cmath>
 #include <filesystem>
+#include <limits>
 
 #include "engine/factory.h"
 #include "engine/fingerprint.h"
@@ -230,7 +231,7 @@ void Engine::compute(ModelOutput output, const Prompt& prompt, std::span<const i
     if (cut < 1)
       fail(ErrorCode::kInvalidRequest, "[", name_of(output), "] a cut of ", cut,
            " tokens; each must be 1 or more");
-    cut_total += cut;
+    cut_total += std::min(cut, std::numeric_limits<int64_t>::max() - cut_total);  // not over it
   }
   if (!cuts.empty() && cut_total != length) {
     fail(ErrorCode::kInvalidRequest, "[", name_of(output), "] the cuts add up to ", cut_total,

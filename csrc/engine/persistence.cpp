@@ -96,7 +96,8 @@ std::shared_ptr<Session> Engine::open(const std::string& path, bool resume) {
   auto state = std::make_unique<Session::State>();
   state->attached = resume;
   TokenSequence& text = state->text;
-  if (resume && !std::filesystem::exists(std::filesystem::path(path) / "journal")) {
+  std::error_code ignored;  // what is wrong with the path is said when it is made
+  if (resume && !std::filesystem::exists(std::filesystem::path(path) / "journal", ignored)) {
     text.sequence = impl_->kv->create();
     impl_->kv->attach(text.sequence, path, {});
   } else {
@@ -105,10 +106,12 @@ std::shared_ptr<Session> Engine::open(const std::string& path, bool resume) {
     text.tokens = TokenList(opened.tokens);
     text.runs = std::move(opened.images);
     text.images = placed_images(text.runs);
-    if (const auto held = text.tokens.size(); held > impl_->info.context)
+    if (const auto held = text.tokens.size(); held > impl_->info.context) {
+      impl_->kv->release(text.sequence);  // and with it the directory, for others to open
       fail(ErrorCode::kContextOverflow, {.asked = held, .limit = impl_->info.context}, "[session] ",
            path, " holds ", held, " tokens, the context ", impl_->info.context,
            "; load with context=", held, " or more");
+    }
   }
   state->timings.cached_tokens = text.tokens.size();
   return std::shared_ptr<Session>(new Session(shared_from_this(), std::move(state)));

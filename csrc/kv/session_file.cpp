@@ -89,6 +89,18 @@ std::string kv_name(DType dtype, KvSeal seal) {
   return name_of(dtype);
 }
 
+// Throws SessionMismatch if a directory without a journal holds what the making of a session, which
+// may have been cut short, does not leave there: somebody else's files are not to be written over.
+void check_unused(FileSystem& files, const std::string& path) {
+  if (!files.exists(path)) return;
+  for (const std::string& name : files.list(path)) {
+    const bool own = name == "chunks" || name == "header" || name == "images" || name == "lock" ||
+                     name == "tokens";
+    if (!own && !name.starts_with('.'))
+      mismatch(path, "holds " + name + ", and no session; give a new or an empty directory");
+  }
+}
+
 // Throws SessionMismatch unless one of the two copies is whole and of this identity.
 void check_header(FileSystem& files, const std::string& path, const KvIdentity& identity) {
   if (!files.exists(path + "/header")) mismatch(path, "is not a session");
@@ -315,6 +327,7 @@ VerifyReport verify_session(FileSystem& files, const std::string& path, const Kv
 SessionDirectory::SessionDirectory(FileSystem& files, std::string path, const KvIdentity& identity,
                                    bool repair)
     : files_(files), path_(std::move(path)), identity_(identity) {
+  if (!files_.exists(path_ + "/journal")) check_unused(files_, path_);
   files_.make_directory(path_ + "/chunks");
   lock_ = files_.lock(path_ + "/lock");
   if (lock_ == nullptr)

@@ -14,7 +14,7 @@ StopAutomaton::StopAutomaton(std::vector<std::string> stops) : stops_(std::move(
       if (child(node, byte) == 0) {
         const auto added = static_cast<uint32_t>(nodes_.size());
         nodes_[node].children[byte] = added;
-        nodes_.push_back({nodes_[node].text + c, {}, 0, -1});
+        nodes_.push_back({static_cast<uint32_t>(i), nodes_[node].length + 1, {}, 0, -1});
       }
       node = child(node, byte);
     }

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <map>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace puna {
@@ -17,7 +18,10 @@ class StopAutomaton {
   bool empty() const { return stops_.empty(); }
   uint32_t step(uint32_t node, uint8_t byte) const;
   // The text that a node stands for.
-  const std::string& text(uint32_t node) const { return nodes_[node].text; }
+  std::string_view text(uint32_t node) const {
+    if (node == 0) return {};
+    return std::string_view(stops_[nodes_[node].through]).substr(0, nodes_[node].length);
+  }
   bool may_grow(uint32_t node) const { return !nodes_[node].children.empty(); }
   // The longest stop string with which a node's text ends, or -1.
   int32_t stop_at(uint32_t node) const { return nodes_[node].stop; }
@@ -25,7 +29,8 @@ class StopAutomaton {
 
  private:
   struct Node {
-    std::string text;
+    uint32_t through = 0;  // a stop string that begins with its text
+    uint32_t length = 0;   // of its text
     std::map<uint8_t, uint32_t> children;
     uint32_t fail = 0;
     int32_t stop = -1;
