@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -217,6 +218,18 @@ def test_a_reader_that_goes_away() -> None:
         assert "Traceback" not in stderr
         assert "BrokenPipe" not in stderr
         process.stderr.close()
+
+
+def test_closed_standard_streams() -> None:
+    for closed, expected in (("<&-", " joy"), (">&-", ""), ("2>&-", " joy"), ("<&- >&- 2>&-", "")):
+        command = shlex.join([*PUNA, "generate", "demo", "--max-tokens", "1", "--temperature", "0"])
+        if "<&-" not in closed:
+            command += " < /dev/null"
+        done = subprocess.run(
+            f"{command} {closed}", shell=True, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stdout.rstrip("\n")) == (0, expected), done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_ctrl_c_is_130() -> None:

@@ -37,6 +37,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"frequency_penalty": -101}, "frequency_penalty is -101; it must be from -100 to 100"),
     ({"max_tokens": 0}, "max_tokens is 0; it must be 1 or more"),
     ({"max_tokens": 1.0}, "max_tokens is 1.0; it must be a whole number"),
+    ({"max_tokens": np.array([2])}, "max_tokens is array([2]); it must be a whole number"),
     ({"max_tokens": 2**70}, f"max_tokens is {2**70}; it must be at most {2**63 - 1}"),
     ({"min_tokens": -1}, "min_tokens is -1; it must be 0 or more"),
     ({"min_tokens": 9, "max_tokens": 4}, "min_tokens is 9, more than max_tokens, which is 4"),
@@ -51,6 +52,9 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"stop": b"x"}, "stop is b'x'; it must be a string, a token id, or a list of them"),
     ({"stop": [None]}, "stop[0] is None; a token id must be a whole number"),
     ({"stop": ["a", 1024]}, "stop[1] is 1024; the vocabulary has the ids 0 to 1023"),
+    ({"stop": np.array([5.0])}, "stop[0] is np.float64(5.0); a token id must be a whole number"),
+    ({"stop": np.array([[5]])}, "stop[0] is array([5]); a token id must be a whole number"),
+    ({"stop": ["a", "\ud800"]}, "stop[1] holds half of a surrogate pair"),
     ({"stop": 2**40}, f"stop[0] is {2**40}; the vocabulary has the ids 0 to 1023"),
     ({"logit_bias": [3]}, "logit_bias is [3]; it must map token ids to numbers"),
     (
@@ -59,6 +63,11 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"logit_bias": {"a": 1}}, "a key of logit_bias is 'a'; a token id must be a whole number"),
     ({"logit_bias": {1.5: 1}}, "a key of logit_bias is 1.5; a token id must be a whole number"),
+    (
+        {"logit_bias": {"9" * 5000: 1}},
+        f"a key of logit_bias is {'9' * 5000!r:.80}; a token id must be a whole number",
+    ),
+    ({"logit_bias": {3: 10**400}}, "logit_bias of token 3 is inf; it must be from -1e9"),
     ({"logit_bias": {3: "x"}}, "logit_bias of token 3 is 'x'; it must be a number"),
     ({"logit_bias": {3: float("inf")}}, "logit_bias of token 3 is inf; it must be from -1e9"),
     ({"ignore_eos": "no"}, "ignore_eos is 'no'; it must be True or False"),
@@ -123,6 +132,8 @@ def test_prompts(llm: puna.Engine) -> None:
         (None, "the prompt is of type NoneType; it must be text, token ids, or a list of either"),
         (5, "the prompt is of type int; it must be"),
         (b"abc", "the prompt is of type bytes; it must be"),
+        (bytearray(b"abc"), "the prompt is of type bytearray; it must be"),
+        (memoryview(b"abc"), "the prompt is of type memoryview; it must be"),
         ({"a"}, "the prompt is of type set; it must be"),
         (1.5, "the prompt is of type float; it must be"),
         (np.zeros((2, 2), int), "the prompt is of type ndarray; it must be"),
@@ -193,6 +204,7 @@ def test_logits_arguments(llm: puna.Engine) -> None:
         (([[1, 2]],), "tokens is an array of int64 (1, 2); it must be one-dimensional"),
         (([1, 1024],), "tokens[1] is 1024; the vocabulary has the ids 0 to 1023"),
         (([1, 2], None, [1]), "the cuts add up to 1, the prompt has 2 tokens"),
+        (([1, 2], None, [2**63 - 1, 2**63 - 1, 4]), f"the cuts add up to {2**63 - 1}, the prompt"),
         (([1, 2], None, [2, 0]), "cuts is 0; it must be a whole number of 1 or more"),
         (([1, 2], None, [1.0, 1]), "cuts is 1.0; it must be a whole number of 1 or more"),
         (([1, 2], tile[0]), "pixel_values has shape (3, 56, 56); it must be (tiles, 3, size,"),
@@ -244,6 +256,9 @@ LOADING: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"context": "lots"}, puna.InvalidRequest, "context is 'lots'; write a number, or one like"),
     ({"context": 1.5}, puna.InvalidRequest, "context is 1.5; it must be a whole number"),
     ({"context": 2**70}, puna.InvalidRequest, f"context is {2**70}; it must be at most"),
+    ({"context": "9" * 400}, puna.InvalidRequest, "context is '9999"),
+    ({"kv_offload": "disk:a\0b"}, puna.InvalidRequest, r"kv_offload is 'a\x00b'; a path holds no"),
+    ({"mmproj": ""}, puna.InvalidRequest, "mmproj is empty; it must be a path"),
     ({"memory": "-1G"}, puna.InvalidRequest, "memory is '-1G'; write a number"),
 ]
 
@@ -308,6 +323,47 @@ def test_models_that_are_not_there(tmp_path: Path) -> None:
         puna.load(tmp_path)
     with pytest.raises(TypeError):
         puna.load(5)  # type: ignore[arg-type]
+    for path, message in (
+        ("", "model is empty; it must be a path"),
+        ("~nobody-of-this-name/x", "which cannot be a path here: Could not determine home"),
+        ("\udcff", "which cannot be a path here: 'utf-8' codec can't encode"),
+        ("a\0b", "a path holds no null characters"),
+    ):
+        with pytest.raises(puna.InvalidRequest, match=re.escape(message)):
+            puna.load(path)
+
+
+def test_arguments_of_one_kind_each(llm: puna.Engine, tmp_path: Path) -> None:
+    with pytest.raises(puna.InvalidRequest, match="allow_special is 'yes'; it must be True or"):
+        llm.generate("x", allow_special="yes")
+    with pytest.raises(puna.InvalidRequest, match="readonly is 1; it must be True or False"):
+        llm.session(tmp_path / "s", readonly=1)  # type: ignore[arg-type]
+    session = llm.session()
+    session.append("Once upon a time")
+    for prompts in ("Who?", None, iter(["a"]), [1, 2], b"ab"):
+        with pytest.raises(
+            puna.InvalidRequest, match=r"^prompts is .*; it must be a list of texts"
+        ):
+            session.branch(prompts)  # type: ignore[arg-type]
+    for length in (1.5, "1", None, True, 2**70, -1):
+        with pytest.raises(puna.InvalidRequest, match=r"^length is .*; it must be a whole number"):
+            session.truncate(length)  # type: ignore[arg-type]
+        with pytest.raises(puna.InvalidRequest, match=r"^length is .*; it must be a whole number"):
+            llm.truncate(tmp_path, length)  # type: ignore[arg-type]
+    for calibration in (5, b"abc", {"a": 1}):
+        with pytest.raises(puna.InvalidRequest, match=r"^calibration is .*; it must be a text or"):
+            puna.quantize("demo", tmp_path, quant="int4", calibration=calibration)  # type: ignore[arg-type]
+    with pytest.raises(puna.InvalidRequest, match=r"^model is 'demo'; it must be a loaded model"):
+        puna.evaluate("demo", "Once")  # type: ignore[arg-type]
+    with pytest.raises(puna.InvalidRequest, match=r"^reference is 5; it must be a loaded model"):
+        puna.evaluate(llm, "Once", reference=5)  # type: ignore[arg-type]
+
+
+def test_a_stop_string_takes_no_more_than_its_length(llm: puna.Engine) -> None:
+    # Each of its beginnings was once kept: 20 GB of them.
+    answer = llm.generate("Once", stop=["ab" * 100_000], max_tokens=2, temperature=0)
+    assert isinstance(answer, puna.Completion)
+    assert answer.finish_reason == "length"
 
 
 def test_a_checkpoint_without_a_tokenizer(checkpoint: MakeCheckpoint) -> None:

@@ -162,6 +162,41 @@ def test_sessions_of_others_are_refused(llm: puna.Engine, tmp_path: Path) -> Non
         llm.session(tmp_path / "a")
 
 
+def test_one_too_long_for_the_context_is_left_to_others(llm: puna.Engine, tmp_path: Path) -> None:
+    with llm.session(tmp_path / "a") as session:
+        session.append(llm.tokenizer.encode(STORY * 50)[:900])
+        session.save()
+    with load(kv=llm.plan.kv, context=512) as small:
+        with pytest.raises(puna.ContextOverflow, match="load with context=899 or more"):
+            small.session(tmp_path / "a")
+        with llm.session(tmp_path / "a") as session:  # as that says
+            assert len(session) == 900
+
+
+def test_files_of_others_are_not_written_over(llm: puna.Engine, tmp_path: Path) -> None:
+    held = {"header": b"mine" * 4000, "tokens": b"mine", "notes.txt": b"mine"}
+    for name, content in held.items():
+        (tmp_path / name).write_bytes(content)
+    session = llm.session()
+    session.append("Once upon a time")
+    for call in (lambda: llm.session(tmp_path), lambda: session.save(tmp_path)):
+        with pytest.raises(
+            puna.SessionMismatch, match=r"holds notes.txt, and no session; give a new"
+        ):
+            call()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == held
+    # Nor is what is left of a session without its journal taken for an empty one.
+    session.save(tmp_path / "a")
+    (tmp_path / "a" / "journal").unlink()
+    with pytest.raises(puna.SessionMismatch, match=r"holds conversation.json, and no session"):
+        llm.session(tmp_path / "a")
+
+
+def test_a_name_that_is_too_long(llm: puna.Engine) -> None:
+    with pytest.raises(puna.StorageError, match="File name too long"):
+        llm.session("x" * 300)
+
+
 def test_pages_on_disk_give_the_same_answers(llm: puna.Engine, tmp_path: Path) -> None:
     ids = [5 + i * i % 600 for i in range(6000)]
     resident = llm.session()

@@ -207,6 +207,28 @@ def test_one_answer_at_a_time(llm: puna.Engine) -> None:
     assert len(session.messages) == 4
 
 
+def test_a_closed_session(llm: puna.Engine, tmp_path: Path) -> None:
+    session = llm.session(tmp_path / "a")
+    session.append("Once upon a time")
+    with session:
+        pass
+    session.close()
+    assert (len(session), session.tokens()) == (0, [])
+    for call in (
+        lambda: session.append("x"),
+        lambda: session.chat("x"),
+        lambda: session.stream("x"),
+        lambda: session.branch(["x"]),
+        lambda: session.truncate(0),
+        lambda: session.save(tmp_path / "b"),
+        session.save,
+        session.fork,
+    ):
+        with pytest.raises(puna.InvalidRequest, match=r"^this session was closed; open another"):
+            call()
+    assert not (tmp_path / "b").exists()
+
+
 def test_streams_run_in_the_order_they_are_read(llm: puna.Engine) -> None:
     session = llm.session()
     first = session.stream("Tell me a story about a fox.", **GREEDY)

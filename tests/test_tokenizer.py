@@ -21,6 +21,7 @@ import pytest
 
 import puna
 from conftest import skip_or_fail
+from puna.loading import demo_directory
 
 # Pieces that meet at the borders of the regular expression's alternatives.
 BLANKS = [
@@ -332,7 +333,16 @@ def test_lone_surrogates_are_refused(tokenizer: puna.Tokenizer) -> None:
         tokenizer.encode("a\ud800")
 
 
+@pytest.mark.parametrize("ids", ["ab", ["a"], [1.5], np.array([1.5]), np.array([[5]]), iter("a")])
+def test_ids_that_are_no_numbers(ids: Any) -> None:
+    tokenizer = puna.Tokenizer.from_file(demo_directory())
+    with pytest.raises(TypeError, match=r"cannot be interpreted as an integer|only integer scalar"):
+        tokenizer.decode(ids)
+
+
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(puna.ModelNotFound, match=r"neither tokenizer.json nor tokenizer.model"):
+        puna.Tokenizer.from_file(tmp_path)  # a Path
     (tmp_path / "tokenizer.model").write_bytes(b"YQ== \xff\n")
     with pytest.raises(puna.ModelFormatError, match="line 1"):
         puna.Tokenizer.from_file(str(tmp_path))

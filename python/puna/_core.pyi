@@ -1,3 +1,4 @@
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, TypedDict, final, overload, type_check_only
 
@@ -132,7 +133,7 @@ class _PybindType(type): ...
 class Tokenizer(metaclass=_PybindType):
     def __init__(self, *args: Never, **kwargs: Never) -> None: ...
     @staticmethod
-    def from_file(path: str) -> Tokenizer: ...
+    def from_file(path: str | os.PathLike[str]) -> Tokenizer: ...
     @overload
     def encode(
         self,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import operator
+import os
 import re
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +27,16 @@ def truth(name: str, value: Any) -> bool:
     return value
 
 
+def index(value: Any) -> int | None:
+    """What is a whole number, of Python's or NumPy's, as an int; None if it is something else."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:  # arrays have __index__, too, and refuse it
+        return None
+
+
 def token_id(token: Any, vocab_size: int, where: str, param: str) -> int:
     """A token id that exists.
 
@@ -35,16 +49,20 @@ def token_id(token: Any, vocab_size: int, where: str, param: str) -> int:
     Raises:
         InvalidRequest: It is no whole number, or the vocabulary has no such id.
     """
-    if isinstance(token, bool) or not hasattr(token, "__index__"):
+    number = index(token)
+    if number is None:
         raise InvalidRequest(
             f"{where} is {token!r:.80}; a token id must be a whole number", param=param
         )
-    number: int = token.__index__()
     if not 0 <= number < vocab_size:
         raise InvalidRequest(
             f"{where} is {number}; the vocabulary has the ids 0 to {vocab_size - 1}", param=param
         )
     return number
+
+
+# Sequences of numbers, or of texts, that are meant as texts.
+TEXTS = (str, bytes, bytearray, memoryview)
 
 
 def is_ids(prompt: Any) -> bool:
@@ -53,7 +71,7 @@ def is_ids(prompt: Any) -> bool:
         return np.ndim(prompt) == 1
     return (
         isinstance(prompt, Sequence)
-        and not isinstance(prompt, str | bytes)
+        and not isinstance(prompt, TEXTS)
         and len(prompt) > 0
         and hasattr(prompt[0], "__index__")
     )
@@ -67,7 +85,7 @@ def is_batch(prompt: Any) -> bool:
     """
     if isinstance(prompt, str) or is_ids(prompt):
         return False
-    if isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
+    if isinstance(prompt, Sequence) and not isinstance(prompt, TEXTS):
         return True
     raise InvalidRequest(
         f"the prompt is of type {type(prompt).__name__}; "
@@ -128,6 +146,29 @@ def tiles_array(pixel_values: ArrayLike) -> NDArray[np.float32]:
     return pixels
 
 
+def place(name: str, path: str | os.PathLike[str]) -> Path:
+    """A path that a file can have, its "~" resolved.
+
+    Raises:
+        InvalidRequest: It is empty, or the home directory or the name cannot be.
+    """
+    text = os.fspath(path)
+    if text == "":
+        raise InvalidRequest(f"{name} is empty; it must be a path", param=name)
+    try:
+        resolved = Path(text).expanduser()
+        os.fspath(resolved).encode()
+    except (RuntimeError, UnicodeEncodeError) as error:
+        raise InvalidRequest(
+            f"{name} is {text!r:.200}, which cannot be a path here: {error}", param=name
+        ) from error
+    if "\0" in text:
+        raise InvalidRequest(
+            f"{name} is {text!r:.200}; a path holds no null characters", param=name
+        )
+    return resolved
+
+
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
@@ -136,12 +177,12 @@ def amount(name: str, value: int | str | None) -> int:
     if value is None:
         return 0
     if isinstance(value, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", value.lower())
+        match = re.fullmatch(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([kmgt]?)(?:i?b)?\s*", value.lower())
         if match is None:
             raise InvalidRequest(
-                f'{name} is {value!r}; write a number, or one like "128k" or "24G"', param=name
+                f'{name} is {value!r:.80}; write a number, or one like "128k" or "24G"', param=name
             )
-        value = int(float(match[1]) * _UNITS[match[2]])
+        value = int(Fraction(match[1]) * _UNITS[match[2]])
     return whole(name, value)
 
 
@@ -152,13 +193,23 @@ def whole(name: str, value: Any, most: int = _INT64) -> int:
     """A whole number from 1 to `most`; 0 if not given."""
     if value is None:
         return 0
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < 1:
+    number = index(value)
+    if number is None or number < 1:
         raise InvalidRequest(
             f"{name} is {value!r:.80}; it must be a whole number of 1 or more", param=name
         )
-    number: int = value.__index__()
     if number > most:
         raise InvalidRequest(f"{name} is {number}; it must be at most {most}", param=name)
+    return number
+
+
+def count(name: str, value: Any) -> int:
+    """A whole number from 0 on that may be left out of no call."""
+    number = index(value)
+    if number is None or not 0 <= number <= _INT64:
+        raise InvalidRequest(
+            f"{name} is {value!r:.80}; it must be a whole number of 0 or more", param=name
+        )
     return number
 
 

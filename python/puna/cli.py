@@ -17,6 +17,7 @@ from typing import Any
 
 import puna
 from puna import _core
+from puna.arguments import place
 from puna.loading import demo_directory
 from puna.planning import size
 
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments[:1] if arguments[:1] == ["bench"] else arguments)
     options.rest = arguments[1:]
+    _open_missing()
     try:
         status: int = options.run(options)
         sys.stdout.flush()  # here, where a reader that went away can still be told from a fault
@@ -47,6 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (puna.Error, TypeError, OSError, MemoryError) as error:
         print(f"puna: {error}", file=sys.stderr)
         return 1
+
+
+def _open_missing() -> None:
+    """Stands in for standard streams that were closed, which Python leaves at None."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -439,7 +448,7 @@ def _new_conversation(llm: puna.Engine, system: str | None) -> puna.Session:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    path = demo_directory() if options.model == "demo" else Path(options.model).expanduser()
+    path = demo_directory() if options.model == "demo" else place("model", options.model)
     report = _core.inspect(str(path), options.mmproj or "")
     if options.json:
         if not options.tensors:
@@ -511,8 +520,8 @@ def _describe(report: Mapping[str, Any]) -> list[str]:
 
 
 def _tokenize(options: argparse.Namespace) -> int:
-    path = demo_directory() if options.model == "demo" else options.model
-    tokenizer = puna.Tokenizer.from_file(str(path))
+    path = demo_directory() if options.model == "demo" else place("model", options.model)
+    tokenizer = puna.Tokenizer.from_file(path)
     ids = tokenizer.encode(
         _text(options.text), allowed_special="all" if options.special else "none"
     )
@@ -538,7 +547,7 @@ def _quantize(options: argparse.Namespace) -> int:
     )
     for warning in odd:
         print(f"puna: {warning}", file=sys.stderr)
-    files = [path for path in Path(options.out).iterdir() if path.is_file()]
+    files = [path for path in Path(options.out).expanduser().iterdir() if path.is_file()]
     print(f"{options.out}  {size(sum(path.stat().st_size for path in files))}")
     return 0
 
@@ -577,7 +586,9 @@ def _evaluate(options: argparse.Namespace) -> int:
         print(json.dumps(report, indent=2))
         return 0
     if options.json:
-        Path(options.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        Path(options.json).expanduser().write_text(
+            json.dumps(report, indent=2) + "\n", encoding="utf-8"
+        )
     for line in _describe_evaluation(result):
         print(line)
     return 0

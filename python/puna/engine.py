@@ -16,9 +16,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from puna import _core
 from puna.arguments import (
+    count,
     ids_of,
     is_batch,
     is_ids,
+    place,
     tiles_array,
     token_ids,
     truth,
@@ -231,7 +233,8 @@ class Engine:
         """A conversation or text that keeps what it has computed; a turn costs only what is new.
 
         Args:
-            path: A directory, opened if a session was saved there and else made. From then on each
+            path: A directory, opened if a session was saved there and else made, if it is not there
+                or empty. From then on each
                 attention chunk (8192 tokens of Scout) is on disk soon after it is computed, so
                 that a crash loses less than one; `Session.save` keeps the rest too.
             readonly: Only read what is at `path`, which must be there; several may do so at once.
@@ -239,16 +242,17 @@ class Engine:
                 conversation; None: those that were saved with it.
 
         Raises:
-            SessionMismatch: What is at `path` is of another model or another format of keys and
-                values, damaged, or in use.
+            SessionMismatch: What is at `path` is no session, of another model or another format of
+                keys and values, damaged, or in use.
+            ContextOverflow: It is longer than the context.
         """
         core = self._core_engine()
         if path is None:
             return Session(self, core.session(), tools=tools)
-        directory = Path(path).expanduser()
+        directory = place("path", path)
         return Session(
             self,
-            core.open(os.fspath(directory), not readonly),
+            core.open(os.fspath(directory), not truth("readonly", readonly)),
             directory,
             readonly=readonly,
             tools=tools,
@@ -271,10 +275,11 @@ class Engine:
             raise InvalidRequest(
                 f"extent is {extent!r}; it must be 'journal', 'sampled' or 'full'", param="extent"
             )
-        report = self._core_engine().verify(os.fspath(Path(path).expanduser()), extent)
+        directory = place("path", path)
+        report = self._core_engine().verify(os.fspath(directory), extent)
         if not report["fault"]:
             try:
-                read_notes(Path(path).expanduser())
+                read_notes(directory)
             except SessionMismatch as error:
                 report["fault"] = str(error)
         return SessionReport(**report)
@@ -296,9 +301,8 @@ class Engine:
             SessionMismatch: It is another model's, in use, or no session.
             InvalidRequest: `length` is negative.
         """
-        if length < 0:
-            raise InvalidRequest(f"length is {length}; it must be 0 or more", param="length")
-        directory = Path(path).expanduser()
+        length = count("length", length)
+        directory = place("path", path)
         notes = read_notes(directory)
         left = self._core_engine().truncate_session(os.fspath(directory), length)
         if notes.pending:  # they came after the end
@@ -488,7 +492,7 @@ class Engine:
                 )
             return BuiltPrompt(token_ids(ids_of(prompt), self.info.vocab_size, "prompt"), [])
         tokenizer = self.tokenizer
-        if not allow_special:
+        if not truth("allow_special", allow_special):
             self._warn_of_markup(prompt, tokenizer)
         tokens = [self.info.bos_token] if first and self.info.bos_token is not None else []
         pixels: list[NDArray[np.float32]] = []
@@ -503,7 +507,7 @@ class Engine:
         self, pieces: Iterator[Prompt], allow_special: bool, first: bool
     ) -> Iterator[NDArray[np.integer[Any]] | list[int]]:
         """The ids of a text that comes in pieces, as soon as no later piece can change them."""
-        special = "all" if allow_special else "none"
+        special = "all" if truth("allow_special", allow_special) else "none"
         encoder = None
         for piece in pieces:
             if isinstance(piece, str):

@@ -58,6 +58,12 @@ def evaluate(
     most = whole("max_tokens", max_tokens) or None
     truth("allow_special", allow_special)
     engines = [model] if reference is None else [model, reference]
+    for name, engine in zip(("model", "reference"), engines, strict=False):
+        if not isinstance(engine, Engine):
+            raise InvalidRequest(
+                f"{name} is {engine!r:.80}; it must be a loaded model, as puna.load() gives one",
+                param=name,
+            )
     if reference is not None:
         _require_same_tokens(model, reference, by_text=isinstance(text, str))
     ids = model._raw_prompt(text, allow_special, None).tokens

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from puna import _core
-from puna.arguments import amount, quant_recipe, token_ids, truth, whole
+from puna.arguments import amount, is_ids, place, quant_recipe, token_ids, truth, whole
 from puna.engine import Engine
 from puna.errors import InvalidRequest, UnsupportedError
 from puna.gpus import gpu_of, is_gpu
@@ -294,7 +294,7 @@ def _shared_options(
         "context": amount("context", context),
         "memory": amount("memory", memory),
         "vision": truth("vision", vision),
-        "mmproj": _file(mmproj),
+        "mmproj": _file("mmproj", mmproj),
         "quant": recipe,
         "quant_overrides": overrides,
     }
@@ -305,7 +305,7 @@ def _offload(kv_offload: Any) -> tuple[bool, str]:
     if kv_offload in ("auto", "none", "host"):
         return kv_offload == "host", ""
     if isinstance(kv_offload, str) and kv_offload.startswith("disk:") and kv_offload != "disk:":
-        return False, os.fspath(Path(kv_offload.removeprefix("disk:")).expanduser())
+        return False, os.fspath(place("kv_offload", kv_offload.removeprefix("disk:")))
     raise InvalidRequest(
         f"kv_offload is {kv_offload!r:.80}; it must be 'auto', 'none', 'host' or 'disk:PATH'",
         param="kv_offload",
@@ -357,8 +357,8 @@ def quantize(
     try:
         odd = _core.quantize(
             path=os.fspath(path),
-            mmproj=_file(mmproj),
-            out=os.fspath(Path(out).expanduser()),
+            mmproj=_file("mmproj", mmproj),
+            out=os.fspath(place("out", out)),
             quant=recipe,
             quant_overrides=overrides,
             threads=whole("threads", threads, most=(1 << 31) - 1),
@@ -382,20 +382,27 @@ def _calibration_ids(
         tokenizer = _core.Tokenizer.from_file(os.fspath(path))
         special = "all" if allow_special else "none"
         ids: list[int] = tokenizer.encode(calibration, allowed_special=special).tolist()
-    else:
+    elif is_ids(calibration):
         ids = token_ids(calibration, 1 << 31, "calibration")
+    elif isinstance(calibration, Sequence) and not calibration:
+        ids = []
+    else:
+        raise InvalidRequest(
+            f"calibration is {calibration!r:.80}; it must be a text or its token ids",
+            param="calibration",
+        )
     if not ids:
         raise InvalidRequest("the calibration text has no tokens", param="calibration")
     return ids
 
 
-def _file(path: str | os.PathLike[str] | None) -> str:
+def _file(name: str, path: str | os.PathLike[str] | None) -> str:
     """As the core takes a file that need not be given."""
-    return "" if path is None else os.fspath(Path(path).expanduser())
+    return "" if path is None else os.fspath(place(name, path))
 
 
 def _path(model: str | os.PathLike[str]) -> Path:
-    return demo_directory() if os.fspath(model) == _DEMO_NAME else Path(model).expanduser()
+    return demo_directory() if os.fspath(model) == _DEMO_NAME else place("model", model)
 
 
 def demo_directory() -> Path:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from puna.arguments import token_id, truth
+from puna.arguments import index, token_id, truth
 from puna.attention import Attention
 from puna.errors import InvalidRequest
 
@@ -200,9 +200,13 @@ def _number(given: Mapping[str, Any], name: str, default: float) -> float:
     value = given.get(name, default)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise InvalidRequest(f"{name} is {value!r:.80}; it must be a number", param=name)
+    return _real(value)
+
+
+def _real(value: numbers.Real) -> float:
     try:
         return float(value)
-    except OverflowError:
+    except OverflowError:  # an int of hundreds of digits
         return -math.inf if value < 0 else math.inf
 
 
@@ -212,9 +216,9 @@ def _integer(
     value = given.get(name)
     if value is None:
         return default
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    number = index(value)
+    if number is None:
         raise InvalidRequest(f"{name} is {value!r:.80}; it must be a whole number", param=name)
-    number: int = value.__index__()
     if number < least:
         raise InvalidRequest(f"{name} is {number}; it must be {least} or more", param=name)
     if number > most:
@@ -224,8 +228,10 @@ def _integer(
 
 def _stops(stop: Any, vocab_size: int) -> tuple[list[str], list[int]]:
     """Splits `stop` (a string, an id, or a mixture in a list) into strings and token ids."""
-    items = [stop] if isinstance(stop, str) or hasattr(stop, "__index__") else stop
-    if isinstance(items, bytes | Mapping) or not isinstance(items, Iterable):
+    items = [stop] if isinstance(stop, str | bool) or index(stop) is not None else stop
+    if isinstance(items, bytes | bytearray | memoryview | Mapping) or not isinstance(
+        items, Iterable
+    ):
         raise InvalidRequest(
             f"stop is {stop!r:.80}; it must be a string, a token id, or a list of them",
             param="stop",
@@ -234,6 +240,8 @@ def _stops(stop: Any, vocab_size: int) -> tuple[list[str], list[int]]:
     ids: list[int] = []
     for i, item in enumerate(items):
         if isinstance(item, str):
+            if any("\ud800" <= letter <= "\udfff" for letter in item):
+                raise InvalidRequest(f"stop[{i}] holds half of a surrogate pair", param="stop")
             texts.append(item)
         else:
             ids.append(token_id(item, vocab_size, f"stop[{i}]", "stop"))
@@ -250,12 +258,16 @@ def _logit_bias(bias: Any, vocab_size: int) -> list[tuple[int, float]]:
     pairs = []
     for token, value in bias.items():
         # Ids come as text where the request was JSON.
-        number = int(token) if isinstance(token, str) and token.isdecimal() else token
+        number = (
+            int(token)
+            if isinstance(token, str) and token.isdecimal() and len(token) < 20
+            else token
+        )
         checked = token_id(number, vocab_size, "a key of logit_bias", "logit_bias")
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise InvalidRequest(
                 f"logit_bias of token {checked} is {value!r:.80}; it must be a number",
                 param="logit_bias",
             )
-        pairs.append((checked, float(value)))
+        pairs.append((checked, _real(value)))
     return pairs

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from puna.arguments import TEXTS, count, is_ids, place
 from puna.chat_template import answer_message, plain_tools, with_pictures
 from puna.errors import InvalidRequest, OutOfMemory
 from puna.options import Request
@@ -53,6 +54,7 @@ class Session:
         self._readonly = readonly
         self._lock = threading.Lock()
         self._reads = False  # holds a text
+        self._closed = False
         self.messages: list[dict[str, Any]] = []
         self.tools: list[dict[str, Any]] = plain_tools(tools) or []
         if path is not None:
@@ -110,7 +112,7 @@ class Session:
         """
         with self._busy():
             self._require_text()
-            self._session.truncate(length)
+            self._session.truncate(count("length", length))
             if self._path is None or self._readonly:
                 return
             if read_notes(self._path).pending:
@@ -135,6 +137,11 @@ class Session:
             A Completion per prompt; with n > 1, n per prompt, in order.
         """
         request = self._engine._request("branch", options, ("allow_special",))
+        if not isinstance(prompts, Sequence) or isinstance(prompts, TEXTS) or is_ids(prompts):
+            raise InvalidRequest(
+                f"prompts is {prompts!r:.80}; it must be a list of texts, or of lists of token ids",
+                param="prompts",
+            )
         deadline = Deadline(request.timeout)
         results: list[Completion] = []
         done = 0
@@ -200,9 +207,14 @@ class Session:
                 "or fork() before it"
             )
         try:
+            self._require_open()
             yield
         finally:
             self._lock.release()
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise InvalidRequest("this session was closed; open another with Engine.session()")
 
     # --- conversations ---------------------------------------------------------------------------
 
@@ -251,6 +263,7 @@ class Session:
         request = self._engine._request(function, options, ("images",))
         if request.n != 1:
             raise InvalidRequest(f"n is {request.n}; a session has one answer", param="n")
+        self._require_open()
         if self._reads:
             raise InvalidRequest(
                 "this session holds a text, not a conversation: ask with branch(), or open another"
@@ -286,6 +299,7 @@ class Session:
 
     def fork(self) -> Session:
         """A second conversation that continues from here; what was computed is shared."""
+        self._require_open()
         other = Session(self._engine, self._session.fork())
         other._reads = self._reads
         other.messages, other.tools = list(self.messages), list(self.tools)
@@ -301,12 +315,14 @@ class Session:
             path: The directory; None is where the session was opened.
 
         Raises:
-            SessionMismatch: There is another model's session at `path`, or one in use.
+            SessionMismatch: There is another model's session at `path`, one in use, or files that
+                are no session's.
             OSError: It cannot be written; what was saved there before is still good.
         """
+        self._require_open()
         if path is None and self._path is None:
             raise InvalidRequest("this session was not opened from a path: give one", param="path")
-        directory = self._path if path is None else Path(path).expanduser()
+        directory = self._path if path is None else place("path", path)
         assert directory is not None
         with self._busy():
             self._session.save(os.fspath(directory))
@@ -318,9 +334,13 @@ class Session:
     def close(self) -> None:
         """Frees what the session holds and lets others write where it was opened.
 
-        What was not saved is lost. A session that is simply dropped does the same a little later.
+        What was not saved is lost, and the session can do nothing more. One that is simply dropped
+        is closed when its engine is next asked for something.
         """
+        if self._closed:
+            return
         with self._busy():
+            self._closed = True
             self._session.close()
             self.messages, self.tools, self._reads, self._path = [], [], False, None
 
