@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -169,6 +171,24 @@ def test_breaking_out_frees_what_was_held(llm: puna.Engine) -> None:
         for _chunk in llm.stream([5] * 600, **ENDLESS):
             break
     assert held() == before
+
+
+# The thread is in the core when Python ends: in a prompt, and between tokens.
+@pytest.mark.parametrize("prompt", ["'Once ' * 300_000", "'Once'"])
+def test_python_ends_while_a_daemon_thread_computes(prompt: str) -> None:
+    code = f"""
+import puna, threading, time
+llm = puna.load("demo", threads=1, progress=False)
+def work():
+    try:
+        llm.generate({prompt}, max_tokens=10**7, ignore_eos=True)
+    except puna.EngineClosed:
+        pass
+threading.Thread(target=work, daemon=True).start()
+time.sleep(0.5)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_engines_are_independent() -> None:
