@@ -220,6 +220,18 @@ def test_a_reader_that_goes_away() -> None:
         process.stderr.close()
 
 
+def test_flags_may_stand_before_the_text() -> None:
+    assert run("tokenize", "demo", "--count", "Once").stdout == "1\n"
+    few = ["--max-tokens", "2", "--temperature", "0"]
+    expected = run("generate", "demo", "Once", *few).stdout
+    assert run("generate", "demo", *few, "Once").stdout == expected
+    assert "nowhere" in run("chat", "--seed", "1", "nowhere", expect=1).stderr
+    assert (
+        "unrecognized arguments: a b"
+        in run("tokenize", "demo", "--count", "a", "b", expect=2).stderr
+    )
+
+
 def test_closed_standard_streams() -> None:
     for closed, expected in (("<&-", " joy"), (">&-", ""), ("2>&-", " joy"), ("<&- >&- 2>&-", "")):
         command = shlex.join([*PUNA, "generate", "demo", "--max-tokens", "1", "--temperature", "0"])

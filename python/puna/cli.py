@@ -29,7 +29,7 @@ _INTERRUPTED = 130  # the shell's convention: 128 + SIGINT
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line; returns the exit status: 0, 1 (failed), 2 (usage) or 130 (Ctrl-C)."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = _parser().parse_args(arguments[:1] if arguments[:1] == ["bench"] else arguments)
+    options = _parsed(arguments[:1] if arguments[:1] == ["bench"] else arguments)
     options.rest = arguments[1:]
     _open_missing()
     try:
@@ -49,6 +49,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (puna.Error, TypeError, OSError, MemoryError) as error:
         print(f"puna: {error}", file=sys.stderr)
         return 1
+
+
+# The argument of a command that may be left out.
+_LAST = {"generate": "prompt", "chat": "model", "tokenize": "text"}
+
+
+def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """Also where flags stand before an argument that may be left out.
+
+    Before Python 3.13, argparse takes it for left out when it meets the first flag.
+    """
+    parser = _parser()
+    options, extra = parser.parse_known_args(arguments)
+    name = _LAST.get(options.command, "")
+    left_out = name and getattr(options, name) in (None, "demo")
+    if left_out and len(extra) == 1 and not extra[0].startswith("-"):
+        setattr(options, name, extra.pop())
+    if extra:
+        parser.error(f"unrecognized arguments: {' '.join(extra)}")
+    return options
 
 
 def _open_missing() -> None:
