@@ -226,10 +226,10 @@ def test_flags_may_stand_before_the_text() -> None:
     expected = run("generate", "demo", "Once", *few).stdout
     assert run("generate", "demo", *few, "Once").stdout == expected
     assert "nowhere" in run("chat", "--seed", "1", "nowhere", expect=1).stderr
-    assert (
-        "unrecognized arguments: a b"
-        in run("tokenize", "demo", "--count", "a", "b", expect=2).stderr
-    )
+    for too_many in (("tokenize", "demo", "--count", "a", "b"), ("chat", "demo", "a", "b")):
+        unknown = " ".join(word for word in too_many if word in "ab")
+        assert f"unrecognized arguments: {unknown}" in run(*too_many, expect=2).stderr
+    assert "unrecognized arguments: a" in run("chat", "demo", "a", expect=2).stderr
 
 
 def test_closed_standard_streams() -> None:

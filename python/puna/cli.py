@@ -63,11 +63,13 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser = _parser()
     options, extra = parser.parse_known_args(arguments)
     name = _LAST.get(options.command, "")
-    left_out = name and getattr(options, name) in (None, "demo")
+    left_out = name and getattr(options, name) is None
     if left_out and len(extra) == 1 and not extra[0].startswith("-"):
         setattr(options, name, extra.pop())
     if extra:
         parser.error(f"unrecognized arguments: {' '.join(extra)}")
+    if options.command == "chat" and options.model is None:
+        options.model = "demo"
     return options
 
 
@@ -102,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.set_defaults(run=_generate, parser=generate)
 
     chat = commands.add_parser("chat", help="talk to a model; without one, to the demo")
-    chat.add_argument("model", nargs="?", default="demo", help='a checkpoint, or "demo"')
+    chat.add_argument("model", nargs="?", help='a checkpoint; "demo" if left out')
     chat.add_argument("--system", help="a system message to begin with")
     _add_sampling(chat)
     _add_loading(chat)

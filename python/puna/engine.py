@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
 import math
 import os
-import threading
-import time
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +35,7 @@ from puna.chat_template import (
     image_list,
     render,
 )
+from puna.daemon_threads import close_at_exit
 from puna.errors import EngineClosed, InvalidRequest, SessionMismatch, UnsupportedError
 from puna.images import to_rgb
 from puna.options import Request, parse_request
@@ -62,26 +59,6 @@ Prompt = str | Sequence[int] | NDArray[np.integer[Any]]
 Messages = str | Sequence[Mapping[str, Any]]
 
 
-# Engines, and the processes that loaded them: a fork has no threads that compute.
-_LIVE: weakref.WeakKeyDictionary[Engine, int] = weakref.WeakKeyDictionary()
-
-
-@atexit.register
-def _stop_daemon_threads() -> None:
-    """Ends requests of daemon threads, which must not be within the core when Python ends.
-
-    Before 3.14 it ends such a thread where it asks for the GIL, which C++ takes for a fault: the
-    process would abort.
-    """
-    if not any(thread.daemon for thread in threading.enumerate()):
-        return
-    engines = [engine for engine, process in _LIVE.items() if process == os.getpid()]
-    for engine in engines:
-        engine.close()
-    if engines:
-        time.sleep(0.1)  # in which they leave the core
-
-
 class Engine:
     """A loaded model. Made by `puna.load`; safe to use from several threads; a context manager.
 
@@ -92,7 +69,7 @@ class Engine:
     def __init__(self, core: _core.Engine, path: Path, progress: bool) -> None:
         """Wraps a loaded core engine; use `puna.load`."""
         self._core = core
-        _LIVE[self] = os.getpid()
+        close_at_exit(self)
         self._progress = progress
         self._template = find_template(path)
         self._warned_of_markup = False
