@@ -210,10 +210,22 @@ __device__ __forceinline__ uint4 load_streaming(const void* from) {
   PUNA_LOAD_WORDS("ld.global.nc.L1::no_allocate.v4.u32", value, from);
   return value;
 }
-// What no block of the same kernel writes, wherever the pointer is from.
+// What no block of the same kernel writes; a kernel before it may, which has not ended when this
+// one starts (so that it is not .nc: constant from then on).
 __device__ __forceinline__ uint4 load_words(const void* from) {
   uint4 value;
-  PUNA_LOAD_WORDS("ld.global.nc.v4.u32", value, from);
+  PUNA_LOAD_WORDS("ld.global.v4.u32", value, from);
+  return value;
+}
+// 4 bytes likewise.
+__device__ __forceinline__ uint32_t load_word(const void* from) {
+  uint32_t value;
+#ifdef __CUDACC__
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(value) : "l"(from));
+#else
+  emulator::Machine::instance().check_aligned("load_word", from, int{sizeof(value)});
+  memcpy(&value, from, sizeof(value));
+#endif
   return value;
 }
 // What other blocks of the same kernel may have written.
@@ -223,17 +235,6 @@ __device__ __forceinline__ uint4 load_shared_by_blocks(const void* from) {
   return value;
 }
 #undef PUNA_LOAD_WORDS
-// 4 bytes of the last two kinds.
-__device__ __forceinline__ uint32_t load_word(const void* from) {
-  uint32_t value;
-#ifdef __CUDACC__
-  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(value) : "l"(from));
-#else
-  emulator::Machine::instance().check_aligned("load_word", from, int{sizeof(value)});
-  memcpy(&value, from, sizeof(value));
-#endif
-  return value;
-}
 // Brings the kCacheLine bytes there to the second cache, and waits for nothing.
 constexpr int kCacheLine = 128;
 __device__ __forceinline__ void fetch_to_cache(const void* from) {
