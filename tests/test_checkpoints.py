@@ -262,6 +262,7 @@ BAD_TEXT: dict[str, tuple[Config, type[puna.Error], tuple[str, ...]]] = {
     "no experts": ({"num_local_experts": 0}, FORMAT, ("num_local_experts", "0", "layer 1")),
     "too many of few experts": ({"num_experts_per_tok": 5}, FORMAT, ("num_experts_per_tok", "5", "4")),
     "no expert of some": ({"num_experts_per_tok": 0}, FORMAT, ("num_experts_per_tok", "0", "4")),
+    "experts of all layers": ({"num_local_experts": 65536}, FORMAT, ("experts in all", "131072")),
     "short no_rope_layers": ({"no_rope_layers": [1, 0]}, FORMAT, ("no_rope_layers", "[1,0]", "8")),
     "no_rope_layers of indices": ({"no_rope_layers": [3, 7]}, FORMAT, ("no_rope_layers", "3")),
     "no_rope_layers no list": ({"no_rope_layers": 4}, FORMAT, ("no_rope_layers", "4")),

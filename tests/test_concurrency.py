@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -220,3 +221,26 @@ def test_a_forked_process_computes(llm: puna.Engine) -> None:
     with os.fdopen(reader, "rb") as pipe:
         assert pipe.read().decode() == expected
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_forked_process_leaves_the_files_of_its_parent(tmp_path: Path) -> None:
+    disk = tmp_path / "kv"
+    with puna.load("demo", progress=False, threads=2, kv_offload=f"disk:{disk}") as llm:
+        session = llm.session()
+        session.append([5 + i % 600 for i in range(2000)])
+        session._session.flush()
+        files = sorted(disk.rglob("*"))
+        assert len(files) > 4
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                session.close()
+                llm.close()
+                status = 0
+            finally:
+                os._exit(status)
+        assert os.waitpid(child, 0)[1] == 0
+        assert sorted(disk.rglob("*")) == files
+        session.append([7] * 300)
+        assert len(session.branch([[8]], temperature=0, max_tokens=2)[0].tokens) == 2

@@ -352,8 +352,12 @@ def test_vision_tower(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
         load(elsewhere / "other.gguf")
     narrow = made.config | {"text_config": made.config["text_config"] | {"hidden_size": 32}}
     write_mmproj(tmp_path / "mmproj-a.gguf", narrow, made.tensors)
-    with load(path) as llm:  # one that does not fit is another model's
+    (tmp_path / "mmproj-0.gguf").write_bytes(b"GGUF\3\0\0")
+    with load(path) as llm:  # one that does not fit is another model's, as may be what is damaged
         assert llm.info.image_size == 0
+        assert any("mmproj-0.gguf beside the model is not used" in w for w in llm.plan.warnings)
+    with pytest.raises(puna.ModelFormatError, match=r"mmproj-0\.gguf"):
+        load(path, mmproj=tmp_path / "mmproj-0.gguf")
     with pytest.raises(puna.ModelFormatError, match="vision tower of another model"):
         load(path, mmproj=tmp_path / "mmproj-a.gguf")
     with pytest.raises(puna.InvalidRequest, match="mmproj goes with a GGUF file"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -276,3 +277,54 @@ def test_branches_are_as_many_at_once_as_memory_allows() -> None:
         session.append([5 + i * i % 600 for i in range(500)])
         expected = session.branch(prompts, **options)
     assert [answer.tokens for answer in answers] == [answer.tokens for answer in expected]
+
+
+def test_a_conversation_in_a_directory_keeps_it(llm: puna.Engine, tmp_path: Path) -> None:
+    """Also where another conversation has begun in the same way: its chunks go on being written
+    there, and the directory is free as soon as the session is gone."""
+    path = tmp_path / "a"
+    llm.chat("Tell me a story about a fox.", **GREEDY)
+    session = llm.session(path)
+    while len(session) < 600:
+        session.chat("Tell me a story about a fox.", **GREEDY)
+    session._session.flush()
+    assert llm.verify(path).good_tokens >= 512
+    with pytest.raises(puna.SessionMismatch, match="being written"):
+        llm.session(path)
+    del session
+    gc.collect()
+    assert len(llm.session(path)) >= 512
+
+
+def test_a_directory_is_free_when_its_session_is_closed(llm: puna.Engine, tmp_path: Path) -> None:
+    """Whole chunks of 256 tokens are written in the background."""
+    for turn in range(4):
+        session = llm.session(tmp_path / "a")
+        session.append([5 + turn] * 2049)  # the last one is computed with what follows
+        session.close()
+        assert len(llm.session(tmp_path / "a", readonly=True)) == 2048 * (turn + 1)
+
+
+def test_pictures_that_were_not_computed_are_asked_for(llm: puna.Engine, tmp_path: Path) -> None:
+    """A crash in the middle of a picture leaves rows of it whose pixels are gone."""
+    image, pad = llm.info.image_token, 100
+    for attempt in range(9):
+        session = llm.session(tmp_path / str(attempt))
+        few = GREEDY | {"max_tokens": 1}
+        session.chat("a " * pad, **few)
+        session.chat("What is in this picture?", images=[picture(llm, 3)], **few)
+        tokens = session.tokens()
+        if list(tokens[255:257]) == [image, image]:
+            break
+        pad += 256 - tokens.index(image) - tokens.count(image) // 2
+    assert list(tokens[255:257]) == [image, image]
+    session.save()
+    session.close()
+    path = tmp_path / str(attempt)
+    (path / "tail").unlink()
+    with puna.load("demo", progress=False, threads=2) as other:
+        core = other._core_engine().open(str(path), True)
+        assert list(core.tokens(0)) == list(tokens[:256])
+        core.append([image, 5])
+        with pytest.raises(puna.InvalidRequest, match="ends within a picture"):
+            core.prefill()

@@ -351,6 +351,10 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         puna.Tokenizer.from_file(str(tmp_path))
     with pytest.raises(puna.ModelNotFound):
         puna.Tokenizer.from_file(str(tmp_path / "nowhere"))
+    with (tmp_path / "large.json").open("wb") as file:
+        file.truncate(2 << 30)
+    with pytest.raises(puna.ModelFormatError, match=r"has 2147483648 bytes; .* at most 1073741824"):
+        puna.Tokenizer.from_file(tmp_path / "large.json")
 
 
 @pytest.mark.slow
@@ -434,8 +438,12 @@ def test_decoding_takes_any_form_of_ids(tokenizer: puna.Tokenizer) -> None:
     text = "Forms of ids: 日本語, \U0001f600 <|eot|>"
     ids = tokenizer.encode(text)
     wide = ids.astype(np.int64)
-    for form in (ids, ids.tolist(), tuple(ids.tolist()), wide, ids[::-1][::-1], iter(ids)):
+    backwards, column = ids[::-1].copy()[::-1], np.stack([ids, ids], 1)[:, 0]
+    for form in (ids, ids.tolist(), tuple(ids.tolist()), wide, backwards, column, iter(ids)):
         assert tokenizer.decode(form) == text  # type: ignore[arg-type]
+    assert tokenizer.decode_bytes(np.broadcast_to(ids[:1], (4,))) == tokenizer.decode_bytes(
+        [ids[0]] * 4
+    )
 
 
 def stream(

@@ -180,8 +180,12 @@ class IdList {
  public:
   explicit IdList(const py::object& ids) {
     if (py::isinstance<Ids>(ids)) {
-      array_ = Ids::ensure(ids);
-      view_ = {reinterpret_cast<const int32_t*>(array_.data()), static_cast<size_t>(array_.size())};
+      // A copy, in order: an array may have strides, and others may write to it without the GIL.
+      const auto array = py::array_t<uint32_t, py::array::c_style>::ensure(ids);
+      if (!array) throw py::error_already_set();
+      const auto* const first = reinterpret_cast<const int32_t*>(array.data());
+      own_.assign(first, first + array.size());
+      view_ = own_;
       return;
     }
     const auto narrow = [&](int64_t id) {
@@ -211,7 +215,6 @@ class IdList {
   std::span<const int32_t> view() const { return view_; }
 
  private:
-  Ids array_;
   std::vector<int32_t> own_;
   std::span<const int32_t> view_;
 };

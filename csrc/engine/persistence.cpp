@@ -84,7 +84,7 @@ void Session::close() {
   if (impl.closed) return;
   const KvStore::Sequence old = state_->text.sequence;
   state_->text = {};
-  state_->attached = false;
+  state_->on_disk = state_->attached = false;
   state_->text.sequence = impl.kv->create();
   impl.kv->release(old);
 }
@@ -94,6 +94,7 @@ std::shared_ptr<Session> Engine::open(const std::string& path, bool resume) {
   impl_->require_open();
   impl_->release_dropped();
   auto state = std::make_unique<Session::State>();
+  state->on_disk = true;
   state->attached = resume;
   TokenSequence& text = state->text;
   std::error_code ignored;  // what is wrong with the path is said when it is made
@@ -101,7 +102,7 @@ std::shared_ptr<Session> Engine::open(const std::string& path, bool resume) {
     text.sequence = impl_->kv->create();
     impl_->kv->attach(text.sequence, path, {});
   } else {
-    KvStore::Opened opened = impl_->kv->open(path, resume);
+    KvStore::Opened opened = impl_->with_room([&] { return impl_->kv->open(path, resume); });
     text.sequence = opened.sequence;
     text.tokens = TokenList(opened.tokens);
     text.runs = std::move(opened.images);

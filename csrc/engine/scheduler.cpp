@@ -58,16 +58,6 @@ void Engine::Impl::release_dropped() {
   }
 }
 
-KvStore::Plan Engine::Impl::plan_appends(std::span<const KvStore::Append> appends) {
-  for (;;) {
-    try {
-      return kv->plan(appends);
-    } catch (const Error& error) {
-      if (error.code() != ErrorCode::kOutOfMemory || !prefixes.drop(*kv)) throw;
-    }
-  }
-}
-
 void Engine::Impl::check_tokens(std::span<const int32_t> tokens, int64_t held) const {
   const int64_t length = held + static_cast<int64_t>(tokens.size());
   if (length > info.context) {
@@ -125,7 +115,10 @@ TokenSequence Engine::Impl::place(const Prompt& prompt) const {
 
 std::shared_ptr<const ImageFeatures> Engine::Impl::features_of(const PlacedImage& image,
                                                                const Poll& poll) {
-  if (auto found = features.find(image.key)) return found;
+  if (auto found = features.find(image.key); found && found->rows.rows == image.rows) return found;
+  if (image.pixels == nullptr)
+    fail(ErrorCode::kInvalidRequest, "[prompt] the session ends within a picture, of which ",
+         image.rows, " rows are missing their pixels; give its whole prompt again");
   auto made = std::make_shared<ImageFeatures>();
   const int64_t hidden = info.hidden_size;
   made->buffer = backend->allocate(static_cast<size_t>(image.rows * hidden) * sizeof(float));
@@ -178,7 +171,7 @@ ConstRows Engine::Impl::forward(std::span<const PassMember> members,
   for (TextBatch::Features& part : placed) {
     part.features.rows = static_cast<int64_t>(part.rows.size());
   }
-  const KvStore::Plan plan = plan_appends(appends);
+  const KvStore::Plan plan = with_room([&] { return kv->plan(appends); });
   const bool hidden_states = output == ModelOutput::kHiddenStates;
   const auto count = static_cast<int64_t>(wanted_rows.size());
   const int64_t columns = hidden_states ? spec.hidden : spec.vocab_size;

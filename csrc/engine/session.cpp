@@ -47,6 +47,7 @@ PrefixCache::Match PrefixCache::find(const TokenSequence& text, int64_t most, in
 }
 
 void PrefixCache::put(TokenSequence text, KvStore& kv) {
+  for (PlacedImage& image : text.images) image.pixels.reset();  // they are compared by their keys
   entries_.push_front(std::move(text));
   if (entries_.size() > kEntries) drop(kv);
 }
@@ -80,9 +81,12 @@ void Session::prompt(const Prompt& prompt, bool reuse) {
   const int64_t common = std::min(
       {common_length(text, next, impl.info.image_token), last, impl.kv->length(text.sequence)});
   int64_t kept = impl.kv->restorable(text.sequence, common);
+  // One that lies in a directory keeps its own sequence: what it would share instead is attached to
+  // no directory, and in the cache it would keep its own from others.
+  const bool shares = reuse && !state_->on_disk;
   const PrefixCache::Match found =
-      reuse ? impl.prefixes.find(next, last, impl.info.image_token, *impl.kv)
-            : PrefixCache::Match{};
+      shares ? impl.prefixes.find(next, last, impl.info.image_token, *impl.kv)
+             : PrefixCache::Match{};
   if (found.length > kept) {
     next.sequence = impl.kv->fork(found.sequence);
     kept = found.length;
@@ -91,7 +95,7 @@ void Session::prompt(const Prompt& prompt, bool reuse) {
   impl.kv->truncate(next.sequence, kept);
   if (next.sequence == text.sequence && kept > 0) next.salt = text.salt;
   text = std::move(next);
-  state_->reuse = reuse;
+  state_->reuse = shares;
   state_->prefilled = false;
   state_->begun = false;
   state_->timings = {};

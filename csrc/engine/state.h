@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "base/error.h"
 #include "base/token_list.h"
 #include "engine/fair_mutex.h"
 #include "engine/plan.h"
@@ -94,7 +95,8 @@ class PrefixCache {
 struct Session::State {
   TokenSequence text;
   bool reuse = false;     // shares with other sessions what it computes
-  bool attached = false;  // its chunks go to a directory
+  bool on_disk = false;   // was opened from a directory
+  bool attached = false;  // its chunks go there
   SamplingOptions options;
   Sampler sampler;
   std::optional<StreamDecoder> decoder;
@@ -159,8 +161,17 @@ struct Engine::Impl {
   // Checks a prompt against the model and gives its parts their places.
   TokenSequence place(const Prompt& prompt) const;
   void check_tokens(std::span<const int32_t> tokens, int64_t held) const;
-  // What the store needs for the appends; cached prefixes make room if they must.
-  KvStore::Plan plan_appends(std::span<const KvStore::Append> appends);
+  // What the store makes; cached prefixes make room if they must.
+  template <class Make>
+  auto with_room(const Make& make) {
+    for (;;) {
+      try {
+        return make();
+      } catch (const Error& error) {
+        if (error.code() != ErrorCode::kOutOfMemory || !prefixes.drop(*kv)) throw;
+      }
+    }
+  }
   // One forward pass: logits or hidden states of the batch rows that are wanted.
   ConstRows forward(std::span<const PassMember> members, std::span<const int32_t> wanted_rows,
                     ModelOutput output, const Poll& poll);

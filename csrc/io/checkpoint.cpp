@@ -196,7 +196,13 @@ void Checkpoint::add_projector(const std::string& given) {
       if (name.find("mmproj") == std::string::npos || !name.ends_with(".gguf")) continue;
       std::error_code ignored;
       if (fs::equivalent(path, path_, ignored)) continue;
-      auto file = std::make_unique<GgufFile>(path);
+      std::unique_ptr<GgufFile> file;
+      try {
+        file = std::make_unique<GgufFile>(path);
+      } catch (const Error& error) {  // it may belong to any model
+        warnings_.push_back(printable(name) + " beside the model is not used: " + error.what());
+        continue;
+      }
       if (file->text("clip.projector_type").value_or("") != "llama4" ||
           file->integer("clip.vision.projection_dim").value_or(-1) != width) {
         continue;  // another model's

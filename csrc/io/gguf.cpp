@@ -238,7 +238,8 @@ std::pair<TensorRef, uint64_t> read_tensor(Cursor& cursor, const GgufFile& gguf,
   for (int i = tensor.rank - 1; i >= 0; --i) {  // the innermost dimension comes first
     const auto length = cursor.number<uint64_t>("a dimension of " + title);
     if (length > static_cast<uint64_t>(std::numeric_limits<int64_t>::max()) ||
-        __builtin_mul_overflow(elements, length, &elements) ||
+        // Of a tensor of nothing, too, the other dimensions are multiplied later.
+        __builtin_mul_overflow(elements, std::max<uint64_t>(length, 1), &elements) ||
         elements > static_cast<uint64_t>(std::numeric_limits<int64_t>::max()) / sizeof(double)) {
       gguf.refuse(ErrorCode::kModelFormat, title, " has a dimension of ", length,
                   ", with which its size overflows");

@@ -173,7 +173,7 @@ void ChunkReader::issue(Stream& stream, char* memory, bool ring) {
     request.offset = part.section->offset + static_cast<uint64_t>(stream.next_page) * page_bytes;
     request.done = [this, group](std::exception_ptr failure) { finished(*group, failure); };
     queue_->submit(std::move(request));
-  } catch (const Error&) {
+  } catch (...) {  // whatever it is, nobody may wait for this group
     --in_flight_;
     group->failure = stream.failure = std::current_exception();
     group->done = true;
@@ -208,7 +208,7 @@ void ChunkReader::finished(Group& group, std::exception_ptr failure) {
               static_cast<char*>(group.part->excerpts.get()) + static_cast<size_t>(page) * bytes,
               data + group.part->excerpt_offset, bytes);
       }
-    } catch (const Error&) {
+    } catch (...) {
       failure = std::current_exception();
     }
   }

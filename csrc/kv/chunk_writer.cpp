@@ -1,5 +1,7 @@
 #include "kv/chunk_writer.h"
 
+#include <unistd.h>
+
 #include <utility>
 
 #include "base/error.h"
@@ -80,18 +82,19 @@ void ChunkWriter::write(ChunkJob& job) {
     write_page_file(files_, directory_, name, identity_, job.header, job.pages);
     const std::string path = directory_ + "/" + name;
     const auto bytes = static_cast<int64_t>(job.header.file_bytes);
+    const FileFacts facts = files_.open(path, OpenMode::kRead)->facts();
     written_bytes_->fetch_add(bytes);
-    auto* const file = new ChunkFile{path, job.header, {}};
-    job.file = {file, [files = &files_, count = written_bytes_, bytes](ChunkFile* gone) {
+    auto* const file = new ChunkFile{path, job.header, facts};
+    job.file = {file, [files = &files_, count = written_bytes_, bytes,
+                       process = getpid()](ChunkFile* gone) {
                   try {
-                    files->remove(gone->path);
+                    if (getpid() == process) files->remove(gone->path);  // not a fork's to remove
                   } catch (const Error&) {
                     // It stays until the directory is cleaned up.
                   }
                   count->fetch_sub(bytes);
                   delete gone;
                 }};
-    file->facts = files_.open(path, OpenMode::kRead)->facts();
     job.chunk->written = job.file;
   }
   if (job.session)

@@ -529,7 +529,7 @@ void KvStore::end_pass() {
   // A device may still be copying out of the ring, and to pages that stay.
   if (host_ && !streams_.empty()) host_->settle();
   std::vector<StreamPlan> plans;
-  if (reader_) plans = reader_->end();
+  if (reader_ && getpid() == process_) plans = reader_->end();
   const auto part_of = [&](const Kept& kept) {
     // begin_pass() may not have come to its end.
     const bool there = kept.plan && *kept.plan < plans.size();

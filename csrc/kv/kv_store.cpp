@@ -36,6 +36,11 @@ KvStore::KvStore(KvGeometry geometry, std::unique_ptr<KvTier> tier, KvStoreOptio
 }
 
 KvStore::~KvStore() {
+  if (getpid() != process_) {  // threads, files and the directory are those of the parent
+    static_cast<void>(reader_.release());
+    static_cast<void>(writer_.release());
+    static_cast<void>(directory_.release());
+  }
   // Threads first, then what they hold on to, then what that lies in.
   reader_.reset();
   writer_.reset();
@@ -72,9 +77,11 @@ KvStore::Sequence KvStore::fork(Sequence source) {
 
 void KvStore::release(Sequence sequence) {
   end_pass();
-  state(sequence);
+  const bool attached = state(sequence).session != nullptr;
   std::erase(pass_, sequence);
   sequences_.erase(sequence);
+  // With the last of its chunks that is written, a session lets go of its directory.
+  if (attached && getpid() == process_) wait_for_writes();
   std::erase_if(by_name_, [](const auto& entry) { return entry.second.expired(); });
 }
 

@@ -224,9 +224,14 @@ void read_text(FileSystem& files, const std::string& path, const KvIdentity& ide
   const int64_t recorded = contents.records.empty() ? 0 : contents.records.back().end;
   const int64_t length = contents.tail ? contents.tail->end : recorded;
   if (length == 0) return;
-  contents.tokens.resize(static_cast<size_t>(length));
-  const size_t bytes = contents.tokens.size() * sizeof(int32_t);
+  if (contents.tail && (contents.tail->begin != recorded || length < recorded))
+    mismatch(path, "is damaged: its tail does not go on from token " + std::to_string(recorded));
   const auto file = files.open(path + "/tokens", OpenMode::kRead);
+  const auto count = static_cast<uint64_t>(length);
+  if (count > file->facts().bytes / sizeof(int32_t))
+    mismatch(path, "is damaged: its text is cut short");
+  contents.tokens.resize(count);
+  const size_t bytes = count * sizeof(int32_t);
   if (file->read(contents.tokens.data(), bytes, 0) != bytes)
     mismatch(path, "is damaged: its text is cut short");
   contents.images = read_images(

@@ -579,6 +579,11 @@ void check_magnitude(const ModelSpec& spec, const std::string& file,
     fail(ErrorCode::kModelFormat, "[config] ", file, ": its sizes make a model of ", parameters,
          " parameters; at most ", kMaxParameters, " are supported");
   }
+  int64_t experts = 0;
+  for (const LayerSpec& layer : spec.layers) experts += layer.experts;
+  if (experts > kMaxAllExperts)
+    fail(ErrorCode::kModelFormat, "[config] ", file, ": its ", spec.layers.size(), " layers have ",
+         experts, " experts in all; at most ", kMaxAllExperts, " are supported");
   const double cache = 2.0 * static_cast<double>(spec.kv_heads * spec.head_dim) * sizeof(float) *
                        static_cast<double>(spec.layers.size()) *
                        static_cast<double>(spec.max_position);

@@ -165,6 +165,7 @@ void read_layers(const GgufFile& file, const Keys& keys, ModelSpec& spec) {
   std::vector<bool> ropes;
   for (int64_t l = 0; l < count; ++l) ropes.push_back(interval == 0 || (l + 1) % interval != 0);
   const std::vector<bool> chunked = read_chunked(file, ropes);
+  std::optional<int64_t> widths[2];  // of dense and MoE layers; read once, as they may be lists
   for (int64_t l = 0; l < count; ++l) {
     LayerSpec layer;
     layer.rope = ropes[l];
@@ -176,8 +177,11 @@ void read_layers(const GgufFile& file, const Keys& keys, ModelSpec& spec) {
       layer.experts = experts;
       layer.top_k = top_k;
     }
-    layer.intermediate = keys.required(
-        layer.moe ? "expert_feed_forward_length" : "feed_forward_length", 1, kMaxSize);
+    std::optional<int64_t>& width = widths[layer.moe ? 1 : 0];
+    if (!width)
+      width = keys.required(layer.moe ? "expert_feed_forward_length" : "feed_forward_length", 1,
+                            kMaxSize);
+    layer.intermediate = *width;
     spec.layers.push_back(layer);
   }
 }

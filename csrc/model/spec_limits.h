@@ -13,6 +13,7 @@ constexpr int64_t kMaxSize = int64_t{1} << 24;
 constexpr int64_t kMaxLayers = 4096;
 constexpr int64_t kMaxHeads = 65536;
 constexpr int64_t kMaxExperts = 65536;
+constexpr int64_t kMaxAllExperts = 1 << 17;  // of all layers; Maverick has 3072
 constexpr int64_t kMaxTile = 4096;
 constexpr int64_t kMaxPosition = int64_t{1} << 40;
 constexpr double kMaxRopeDivisor = 1e6;

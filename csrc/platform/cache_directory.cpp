@@ -68,8 +68,16 @@ bool write_all(int descriptor, std::span<const std::byte> bytes) {
   return true;
 }
 
-// Unfinished files among them, which are of processes that ended early if they are old.
-void remove_all_but(int directory, size_t kept) {
+// NAME, or NAME.….new, which is unfinished: names are hexadecimal digits, all of one length.
+bool is_cached(std::string_view file, size_t length) {
+  const std::string_view name = file.substr(0, file.find('.'));
+  return name.size() == length && name.find_first_not_of("0123456789abcdef") == name.npos &&
+         (name.size() == file.size() || file.ends_with(".new"));
+}
+
+// Unfinished files among them, which are of processes that ended early if they are old. Files that
+// are not the cache's stay.
+void remove_all_but(int directory, size_t length, size_t kept) {
   struct File {
     timespec used;
     std::string name;
@@ -83,7 +91,8 @@ void remove_all_but(int directory, size_t kept) {
   }
   while (const dirent* entry = readdir(list.get())) {
     struct stat status{};
-    if (fstatat(directory, entry->d_name, &status, AT_SYMLINK_NOFOLLOW) == 0 &&
+    if (is_cached(entry->d_name, length) &&
+        fstatat(directory, entry->d_name, &status, AT_SYMLINK_NOFOLLOW) == 0 &&
         S_ISREG(status.st_mode)) {
       files.push_back({status.st_mtim, entry->d_name});
     }
@@ -149,7 +158,7 @@ bool CacheDirectory::put(const std::string& name, std::span<const Part> parts, s
     (void)unlinkat(directory.get(), unfinished.c_str(), 0);
     return false;
   }
-  remove_all_but(directory.get(), kept);
+  remove_all_but(directory.get(), name.size(), kept);
   return true;
 }
 

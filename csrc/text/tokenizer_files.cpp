@@ -361,6 +361,9 @@ Placed place(ByteStrings tokens, std::vector<Tokenizer::AddedToken>& added) {
   for (const Tokenizer::AddedToken& token : added) {
     const auto id = static_cast<size_t>(token.id);
     if (token.name.empty()) bad("the special token ", id, " has no name");
+    if (token.name.size() > kMaxTokenBytes)
+      bad("the special token ", id, " has a name of ", token.name.size(), " bytes; ",
+          kMaxTokenBytes, " are the limit");
     copy_until(id);
     if (id < placed.tokens.size() || (id < tokens.size() && !tokens[id].empty())) {
       bad("the special token ", token.name, " has the id ", id, ", which another token has");
@@ -548,6 +551,18 @@ Tokenizer Tokenizer::built_of_gguf(const GgufVocabulary& vocabulary) {
   return from_byte_level(tokens, pairs, std::move(added), /*whole_first=*/true);
 }
 
+namespace {
+
+MappedFile map_whole(const std::string& path) {
+  constexpr size_t kMost = size_t{1} << 30;  // Llama 4's tokenizer.json has 28 MB
+  MappedFile file(path);
+  if (file.size() > kMost)
+    bad(path, " has ", file.size(), " bytes; a tokenizer's file has at most ", kMost);
+  return file;
+}
+
+}  // namespace
+
 Tokenizer Tokenizer::from_file(const std::string& path) {
   namespace fs = std::filesystem;
   std::error_code ignored;
@@ -559,7 +574,7 @@ Tokenizer Tokenizer::from_file(const std::string& path) {
     }
     return std::move(*found);
   }
-  const MappedFile file(path);
+  const MappedFile file = map_whole(path);
   const std::string_view text(reinterpret_cast<const char*>(file.data()), file.size());
   const size_t first = text.find_first_not_of(" \t\r\n");
   if (first != std::string_view::npos && text[first] == '{') {
@@ -573,7 +588,7 @@ Tokenizer Tokenizer::from_file(const std::string& path) {
   std::optional<MappedFile> beside;
   if (const fs::path found = fs::path(path).parent_path() / "tokenizer_config.json";
       fs::exists(found, ignored)) {
-    beside.emplace(found.string());
+    beside.emplace(map_whole(found.string()));
     config = {reinterpret_cast<const char*>(beside->data()), beside->size()};
   }
   const auto identify = [&](Sha256& sum) {

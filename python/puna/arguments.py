@@ -74,6 +74,7 @@ def is_ids(prompt: Any) -> bool:
         and not isinstance(prompt, TEXTS)
         and len(prompt) > 0
         and hasattr(prompt[0], "__index__")
+        and np.ndim(prompt[0]) == 0  # arrays have __index__, too
     )
 
 

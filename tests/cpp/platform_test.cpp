@@ -286,8 +286,11 @@ TEST(cached_files_that_were_used_last_stay) {
     wait();
   }
   CHECK_EQ(content_of(directory, "a"), std::string("a"));
+  const std::string others = parent.path("model.json");
+  std::ofstream(others) << "{}";
   wait();
   CHECK(put(directory, "d", "d", 3));
+  CHECK(std::filesystem::exists(others));
   CHECK_EQ(content_of(directory, "b"), std::string("none"));
   for (const char* name : {"a", "c", "d"}) CHECK_EQ(content_of(directory, name), std::string(name));
 }

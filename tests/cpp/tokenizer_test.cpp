@@ -581,6 +581,8 @@ TEST(broken_ranks_are_refused) {
   bad(good, R"({"added_tokens_decoder": {"-1": {"content": "<|x|>"}}})");
   bad(good, R"({"added_tokens_decoder": {"900": {"content": ""}}})");
   bad(good, R"({"added_tokens_decoder": {"900": {"content": 1}}})");
+  bad(good,
+      R"({"added_tokens_decoder": {"900": {"content": ")" + std::string(100'000, 'a') + R"("}}})");
   bad(good, R"({"added_tokens_decoder": {"900": {"content": "x"}, "901": {"content": "x"}}})");
   bad(good, std::string(100000, '['));
 }

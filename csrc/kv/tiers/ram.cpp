@@ -21,6 +21,9 @@ constexpr size_t kBlock = size_t{4} << 20;
 // A new block holds at most this share of the pages of its size that are in use: what is not in use
 // yet of it stays small beside what is.
 constexpr int64_t kGrowth = 8;
+// There are at most some hundreds of blocks for each doubling of what is in use: each is a mapping,
+// of which the system allows a process some 65,000.
+constexpr int64_t kBlocks = 256;
 
 // Pages of one size that the system gave, and gets back, as one. Those that are free are kept in
 // memory, or given back to the system, which gives others in their place when they are written.
@@ -101,7 +104,8 @@ class RamTier final : public KvTier {
   bool add_block(Size& size, size_t bytes) {
     const auto page = static_cast<int64_t>(bytes);
     make_room(page);
-    const auto whole = static_cast<int64_t>((kBlock + bytes - 1) / bytes);
+    const auto whole =
+        std::max(static_cast<int64_t>((kBlock + bytes - 1) / bytes), size.in_use / kBlocks);
     const int64_t room = (budget_ - in_use_ - kept_) / page;
     const int64_t pages = std::clamp<int64_t>(std::min(size.in_use / kGrowth, room), 1, whole);
     try {
