@@ -37,7 +37,12 @@ std::shared_ptr<const ImageFeatures> FeatureCache::find(uint64_t key) {
 
 void FeatureCache::put(uint64_t key, std::shared_ptr<const ImageFeatures> features) {
   entries_.emplace_front(key, std::move(features));
-  if (entries_.size() > kEntries) entries_.pop_back();
+  size_t bytes = 0;
+  for (const auto& [of, held] : entries_) bytes += held->buffer.bytes();
+  while (entries_.size() > 1 && (entries_.size() > kEntries || bytes > kBytes)) {
+    bytes -= entries_.back().second->buffer.bytes();
+    entries_.pop_back();
+  }
 }
 
 void Engine::Impl::require_open() const {
@@ -376,7 +381,8 @@ std::vector<StepResult> Engine::Impl::step(std::span<Session::State* const> sess
       for (const size_t i : waiting) {
         if (sessions[i]->cancelled) finish_cancelled(i);
       }
-      std::erase_if(waiting, [&](size_t i) { return sessions[i]->cancelled.load(); });
+      // Not those that were cancelled since.
+      std::erase_if(waiting, [&](size_t i) { return sessions[i]->finish != FinishReason::kNone; });
       continue;
     }
     if (ending.empty()) backend->to_host(nullptr, out);  // waits for the pass

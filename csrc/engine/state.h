@@ -47,6 +47,7 @@ class FeatureCache {
 
  private:
   static constexpr size_t kEntries = 16;
+  static constexpr size_t kBytes = size_t{256} << 20;  // 5 of Scout's largest pictures
   std::list<std::pair<uint64_t, std::shared_ptr<const ImageFeatures>>> entries_;
 };
 

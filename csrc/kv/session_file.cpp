@@ -455,9 +455,9 @@ void SessionDirectory::truncate(int64_t chunks) {
   const auto kept = static_cast<size_t>(chunks);
   if (tail_ && kept < records_.size()) remove_tail();
   journal_->resize(kept * kRecordBytes);
-  journal_->sync();
   records_.resize(std::min(kept, records_.size()));
   record_digests_.resize(records_.size());
+  journal_->sync();
   remove_unused_chunks();
 }
 

@@ -22,6 +22,15 @@ namespace {
        error == ENOSPC || error == EDQUOT ? "; free some space and try again" : "");
 }
 
+// Until a signal no longer interrupts it.
+template <class Call>
+int repeated(const Call& call) {
+  int result;
+  do result = call();
+  while (result != 0 && errno == EINTR);
+  return result;
+}
+
 class SystemFile final : public File {
  public:
   SystemFile(const std::string& path, int descriptor) : File(path), descriptor_(descriptor) {}
@@ -62,14 +71,17 @@ class SystemFile final : public File {
   }
 
   void sync() override {
-    if (fdatasync(descriptor_) != 0) refuse(path(), "made durable", errno);
+    if (repeated([&] { return fdatasync(descriptor_); }) != 0)
+      refuse(path(), "made durable", errno);
   }
   void resize(uint64_t bytes) override {
-    if (ftruncate(descriptor_, static_cast<off_t>(bytes)) != 0) refuse(path(), "resized", errno);
+    if (repeated([&] { return ftruncate(descriptor_, static_cast<off_t>(bytes)); }) != 0)
+      refuse(path(), "resized", errno);
   }
   void reserve(uint64_t bytes) override {
     // Where a file system cannot, a full disk shows itself when written to.
-    if (bytes > 0 && fallocate(descriptor_, 0, 0, static_cast<off_t>(bytes)) != 0 &&
+    if (bytes > 0 &&
+        repeated([&] { return fallocate(descriptor_, 0, 0, static_cast<off_t>(bytes)); }) != 0 &&
         errno != EOPNOTSUPP && errno != ENOSYS)
       refuse(path(), "extended", errno);
   }

@@ -3,8 +3,8 @@
 #include <pthread.h>
 #include <signal.h>
 
+#include <exception>
 #include <string>
-#include <system_error>
 
 #include "base/error.h"
 
@@ -22,7 +22,7 @@ std::thread start_io_thread(std::function<void()> body) {
       pthread_setname_np(pthread_self(), "puna-io");
       body();
     });
-  } catch (const std::system_error& error) {
+  } catch (const std::exception& error) {
     refusal = error.what();
   }
   pthread_sigmask(SIG_SETMASK, &before, nullptr);

@@ -12,7 +12,6 @@
 #include <exception>
 #include <mutex>
 #include <string>
-#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -129,11 +128,11 @@ struct ThreadPool::Team {
   }
 
   void start() {
+    workers.reserve(static_cast<size_t>(pool.lanes_ - 1));
     // A handler of the application's signals must not run on a worker.
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    workers.reserve(static_cast<size_t>(pool.lanes_ - 1));
     std::string refusal;
     try {
       const uint32_t seen = epoch.word.load();
@@ -141,7 +140,7 @@ struct ThreadPool::Team {
       for (int id = 1; id < pool.lanes_; ++id) {
         workers.emplace_back([this, id, seen] { work(id, seen); });
       }
-    } catch (const std::system_error& error) {
+    } catch (const std::exception& error) {
       refusal = error.what();
     }
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
