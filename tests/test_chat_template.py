@@ -66,6 +66,14 @@ def text(content: str) -> dict[str, str]:
 IMAGE = {"type": "image", "image": PICTURE}
 
 
+def nested(depth: int) -> list[Any]:
+    """Lists within each other; 1 deep is an empty list."""
+    value: list[Any] = []
+    for _ in range(depth - 1):
+        value = [value]
+    return value
+
+
 def joined(prompt: RenderedPrompt) -> str:
     """The prompt as one string, as other libraries render it."""
     names = {SpecialToken: lambda p: p.name, ImagePlaceholder: lambda _: "<|image|>"}
@@ -270,6 +278,18 @@ def test_an_answer_becomes_a_message() -> None:
         assert answer_message(text, calls=True) == {"role": "assistant", "content": text}
 
 
+@pytest.mark.parametrize("depth", [60, 61, 500, 200_000])
+def test_a_deeply_nested_answer_does_not_end_a_conversation(depth: int) -> None:
+    """As a call it could not be rendered again, so it stays text."""
+    for said in (
+        "[" * depth,
+        f'{{"name": "add", "parameters": {{"a": {"[" * depth}{"]" * depth}}}}}',
+    ):
+        message = answer_message(said, calls=True)
+        assert ("tool_calls" in message) == (depth == 60 and said.startswith("{"))
+        assert said in joined(ask([user("x"), message, user("y")]))
+
+
 def test_images_with_tools() -> None:
     prompt = ask([user([IMAGE, text(" What? ")])], tools=[WEATHER])
     assert len(prompt.images) == 1
@@ -313,6 +333,28 @@ def test_images_with_tools() -> None:
         ([user("a \ud800 b")], {}, "messages", "surrogate"),
         ("a", {"tools": "f"}, "tools", "list of JSON schemas"),
         ("a", {"tools": [print]}, "tools", "list of JSON schemas"),
+        ("a", {"tools": 5}, "tools", "list of JSON schemas"),
+        ("a", {"tools": [{"name": nested(3000)}]}, "tools", "tools: lists .* more than 64 deep"),
+        (
+            [{**user("a"), "name": nested(3000)}],
+            {},
+            "messages",
+            r"messages\[0\]\['name'\]: lists .* more than 64 deep; make them flatter",
+        ),
+        ([{**user("a"), "name": nested(65)}], {}, "messages", "more than 64 deep"),
+        *[
+            ([{**user("a"), "tool_calls": calls}], {}, "messages", f"{kind}; they must be a list")
+            for calls, kind in ((5, "int"), ("f", "str"), ({"name": "f"}, "dict"))
+        ],
+        *[
+            (
+                [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": arguments}]}],
+                {},
+                "messages",
+                r"tool.call.* messages\[0\]: lists .* more than 64 deep",
+            )
+            for arguments in ("[" * 200_000, "[" * 500 + "]" * 500, nested(3000))
+        ],
         ("a", {"tools": [{"name": b"f"}]}, "tools", "bytes, which is not JSON"),
         ([{"role": "system", "content": "s"}], {"tools": [WEATHER]}, "messages", "there is none"),
         (
@@ -333,6 +375,13 @@ def test_invalid_requests(messages: Any, options: dict[str, Any], param: str, me
     with pytest.raises(puna.InvalidRequest, match=message) as raised:
         ask(messages, **options)
     assert raised.value.param == param
+
+
+def test_what_is_64_deep_is_accepted() -> None:
+    template = ChatTemplate("{{ messages[0].name | tojson }}")
+    deepest = nested(64)
+    prompt = render([{**user("a"), "name": deepest}], special_tokens=(), template=template)
+    assert prompt.parts == (json.dumps(deepest),)
 
 
 def test_unreadable_images() -> None:
@@ -489,7 +538,7 @@ def test_where_templates_are_found(tmp_path: Path) -> None:
     assert str(config) in found.origin
     assert found.tokens == {"bos_token": "<|begin_of_text|>", "eos_token": "</s>"}
     named = [{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}]
-    for held in (named, {"default": "d", "tool_use": "t"}):
+    for held in (named, [*named, {"name": [], "template": "x"}], dict(default="d", tool_use="t")):
         write(config, {"chat_template": held})
         found = find_template(tmp_path)
         assert (found.source, found.tool_source) == ("d", "t")
@@ -520,6 +569,19 @@ def test_where_templates_are_found(tmp_path: Path) -> None:
         ("tokenizer_config.json", '{"chat_template": 7}', "neither text nor a list"),
         ("tokenizer_config.json", '{"chat_template": [1]}', "neither text nor a list"),
         ("tokenizer_config.json", '{"chat_template": [{"name": "rag"}]}', '"default"'),
+        *[
+            (
+                "tokenizer_config.json",
+                f'{{"chat_template": [{{"name": {name}, "template": "x"}}]}}',
+                "neither text nor a list",
+            )
+            for name in ("[]", "{}", "null", "7")
+        ],
+        (
+            "chat_template.jinja",
+            "{% autoescape 'x' | center(9) %}{% endautoescape %}",
+            "autoescape",
+        ),
     ],
 )
 def test_damaged_templates(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
@@ -528,6 +590,55 @@ def test_damaged_templates(tmp_path: Path, name: str, content: str | bytes, mess
     with pytest.raises(puna.ModelFormatError, match=message) as raised:
         find_template(tmp_path)
     assert name in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["chat_template.jinja", "chat_template.json", "tokenizer_config.json"]
+)
+def test_template_files_that_are_too_long(tmp_path: Path, name: str) -> None:
+    with (tmp_path / name).open("wb") as file:
+        file.truncate((16 << 20) + 1)
+    message = rf"{name} has 16,777,217 bytes; .* at most 16,777,216"
+    with pytest.raises(puna.ModelFormatError, match=message):
+        find_template(tmp_path)
+
+
+HUGE = [
+    *("'x' * 10**8", "10**8 * 'x'", "[1] * 10**8", "(1,) * 10**8", "'x'.encode() * 10**8"),
+    *("'x' * -10**8", "('x' * 1000) * 1049", "10**(10**10)", "10**10**10**10", "3**1000"),
+    *("10**300 * 10**300", "true * 10**308 * 10", "'x' * 10**300"),
+]
+
+
+@pytest.mark.parametrize("expression", HUGE)
+@pytest.mark.parametrize(
+    "form",
+    ["{{{{ {} }}}}", "{{% set a = {} %}}", "{{% if {} %}}{{% endif %}}", "{{{{ ({})|string }}}}"],
+)
+def test_operators_that_make_something_huge(expression: str, form: str) -> None:
+    """They compile, which evaluates nothing, and are refused where they are run."""
+    template = ChatTemplate(form.format(expression), origin="theirs")
+    chat_template._compile(template.source, template.origin)
+    with pytest.raises(puna.InvalidRequest, match=r"theirs refuses .* makes a (number|string)"):
+        ask("a", template=template)
+
+
+def test_nothing_is_evaluated_when_a_template_is_compiled() -> None:
+    source = "{{ 'x' | center(10000000000) }}{% set a = 'x' | center(10000000000) %}{{ 1 / 0 }}"
+    chat_template._compile(source, "theirs")
+
+
+def test_operators_that_make_something_small() -> None:
+    source = (
+        "{{ 6 * 7 }} {{ '=' * 3 }} {{ [1, 2] * 2 }} {{ 2**64 }} {{ 2**-1 }} {{ 1.5 * 2 }} "
+        "{{ 4**0.5 }} {{ 10**9 * 10**9 }} {{ 'x' * -1 }}{{ ('x' * 1048576) | length }} {{ 1e9**9 }}"
+    )
+    prompt = render("x", special_tokens=(), template=ChatTemplate(source))
+    expected = f"42 === [1, 2, 1, 2] {2**64} 0.5 3.0 2.0 {10**18} 1048576 1e+81"
+    assert prompt.parts == (expected,)
+    source = "{{ nothing }}{% autoescape true %}{{ '<' }}{% endautoescape %}{{ none }}"
+    prompt = render("x", special_tokens=(), template=ChatTemplate(source))
+    assert prompt.parts == ("&lt;None",)
 
 
 def test_templates_are_sandboxed() -> None:

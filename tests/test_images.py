@@ -6,6 +6,8 @@ import ast
 import base64
 import io
 import math
+import os
+import struct
 from collections import defaultdict
 from collections.abc import Callable
 from importlib import util
@@ -211,6 +213,57 @@ def test_refused_forms(tmp_path: Path) -> None:
     for form, message in refused:
         with pytest.raises(puna.ImageError, match=message):
             to_rgb(form)
+
+
+@pytest.mark.parametrize("form", [str, Path, "file://{}".format])
+@pytest.mark.parametrize("name", ["/dev/zero", "/dev/null", "pipe", "link"])
+def test_what_is_no_regular_file(tmp_path: Path, name: str, form: Callable[[str], Any]) -> None:
+    """It is refused at once: one has no end, the other waits for somebody who writes."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    path = str(tmp_path / name)
+    with pytest.raises(puna.ImageError, match=f"{name} is a pipe or a device: give a regular"):
+        to_rgb(form(path))
+
+
+def test_files_that_are_too_long(tmp_path: Path) -> None:
+    path = tmp_path / "long.png"
+    with path.open("wb") as file:
+        file.truncate((1 << 30) + 1)
+    message = r"long.png has 1,073,741,825 bytes; at most 1,073,741,824 are accepted"
+    with pytest.raises(puna.ImageError, match=message):
+        to_rgb(path)
+
+
+@pytest.mark.parametrize("url", ["file://[x/y", "file://[::1/y.png", "FILE://]/y.png"])
+def test_damaged_file_urls(url: str) -> None:
+    with pytest.raises(puna.ImageError, match="is not a valid file: URL"):
+        to_rgb(url)
+
+
+@pytest.mark.filterwarnings("ignore:Image was not the expected size")
+def test_icons_with_a_larger_picture_than_they_say() -> None:
+    held = encode(Image.new("1", (images.MAX_SIDE + 1, 2)))
+    entry = struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(held), 22)
+    icon = struct.pack("<HHH", 0, 1, 1) + entry + held
+    for form in (icon, Image.open(io.BytesIO(icon))):
+        with pytest.raises(puna.ImageError, match="is 65536 x 2 pixels; at most"):
+            to_rgb(form)
+
+
+def test_pictures_that_grow_when_they_are_decoded() -> None:
+    """As icons may: the size is looked at again."""
+
+    class Growing(Image.Image):
+        def load(self) -> Any:
+            self.im = Image.new("RGB", (images.MAX_SIDE + 1, 2)).im
+            self._size = self.im.size
+            return super().load()
+
+    picture = Growing()
+    picture._mode, picture._size = "RGB", (16, 16)
+    with pytest.raises(puna.ImageError, match="the PIL image is 65536 x 2 pixels; at most"):
+        to_rgb(picture)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

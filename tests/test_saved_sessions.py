@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 import puna
+from puna import session_notes
 from puna.demo.scene import draw, random_scene
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
@@ -208,3 +210,34 @@ def test_pages_on_disk_give_the_same_answers(llm: puna.Engine, tmp_path: Path) -
         reader.append(ids)
         assert [continuation(reader, [i, i + 1]) for i in (5, 50)] == expected
     assert not list(tmp_path.iterdir())  # gone with the engine
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"computed": float("inf")}, "infinity"),
+        ({"computed": float("nan")}, "NaN"),
+        ({"computed": []}, "int"),
+        ({"pending": [10**30]}, f"{10**30} is no token id"),
+        ({"pending": [1, -1]}, "-1 is no token id"),
+        ({"pending": [float("inf")]}, "infinity"),
+        (None, "recursion"),
+    ],
+)
+def test_damaged_notes(tmp_path: Path, change: dict[str, Any] | None, message: str) -> None:
+    """Also where the checksum is right."""
+    content = {"messages": [], "reads": True, "computed": 3, "pending": [4, 5], "tools": []}
+    path = tmp_path / "conversation.json"
+
+    def write(content: dict[str, Any]) -> None:
+        digest = session_notes._digest(content)
+        path.write_text(json.dumps({"version": 3, "sha256": digest, "content": content}))
+
+    write(content)
+    assert session_notes.read_notes(tmp_path).pending == [4, 5]
+    if change is None:
+        path.write_text("[" * 200_000)
+    else:
+        write({**content, **change})
+    with pytest.raises(puna.SessionMismatch, match=f"is damaged .*{message}.*; delete it to go on"):
+        session_notes.read_notes(tmp_path)

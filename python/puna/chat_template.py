@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.compiler
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
+import jinja2.runtime
 import numpy as np
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from numpy.typing import NDArray
@@ -33,6 +35,13 @@ from puna.images import to_rgb
 
 ROLES = ("system", "user", "assistant", "tool", "ipython")
 IMAGE_TOKEN = "<|image|>"  # what a template writes where a picture goes
+
+MAX_NESTING = 64  # of lists and dicts in messages and tools; schemas of real tools stay below 20
+MAX_TEMPLATE_BYTES = 16 << 20  # of a file; those of real checkpoints have less than 100 KB
+
+# What one operator of a template may make: a string or list, and a number.
+_MAX_LENGTH = 1 << 20
+_MAX_BITS = 1024
 
 # The format of Llama 4, for checkpoints that bring no template. Message texts are kept as they are,
 # the system message is trimmed; the schemas of tools go in front of the first message after it.
@@ -375,8 +384,11 @@ def _image_count(message: Mapping[str, Any]) -> int:
 
 
 def _parse_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    name = f"the tool_calls of {where}"
+    if not isinstance(calls, list | tuple):
+        raise _invalid(f"{name} are {_kind(calls)}; they must be a list")
     parsed = []
-    for call in _plain(calls, f"the tool_calls of {where}"):
+    for call in _plain(calls, name):
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise _invalid(f'{where} has a tool call without "function" and "name"')
@@ -386,8 +398,12 @@ def _parse_calls(calls: Any, where: str) -> list[dict[str, Any]]:
                 arguments = json.loads(arguments or "{}")
             except ValueError as error:
                 raise _invalid(f"{where} calls a tool with arguments that are not JSON") from error
+            except RecursionError as error:  # Python's own limit is far above ours
+                raise _too_deep(f"the arguments of a tool call in {where}", "messages") from error
         parsed.append({**call, "function": {**function, "arguments": arguments}})
-    return parsed
+    # Once more, for the arguments that were a string: the next turn may bring them back as a dict.
+    plain: list[dict[str, Any]] = _plain(parsed, name)
+    return plain
 
 
 def answer_message(text: str, *, calls: bool) -> dict[str, Any]:
@@ -406,7 +422,7 @@ def answer_message(text: str, *, calls: bool) -> dict[str, Any]:
     while place < len(text):
         try:
             call, place = decoder.raw_decode(text, place)
-        except ValueError:
+        except (ValueError, RecursionError):
             return said
         if not isinstance(call, dict) or call.keys() != {"name", "parameters"}:
             return said
@@ -414,6 +430,10 @@ def answer_message(text: str, *, calls: bool) -> dict[str, Any]:
     if not all(isinstance(function["name"], str) for function in functions):
         return said
     called = [{"type": "function", "function": function} for function in functions]
+    try:
+        _plain(called, "the answer")
+    except InvalidRequest:  # as a call, every later turn of the conversation would be refused
+        return said
     return {"role": "assistant", "content": "", "tool_calls": called} if called else said
 
 
@@ -421,13 +441,14 @@ def plain_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any
     """A copy of JSON schemas of functions; None if there are none."""
     if not tools:
         return None
-    if isinstance(tools, str | Mapping) or not all(isinstance(tool, Mapping) for tool in tools):
+    listed = isinstance(tools, Sequence) and not isinstance(tools, str)
+    if not listed or not all(isinstance(tool, Mapping) for tool in tools):
         raise InvalidRequest("tools must be a list of JSON schemas (dicts)", param="tools")
     plain: list[dict[str, Any]] = _plain(tools, "tools", param="tools")
     return plain
 
 
-def _plain(value: Any, where: str, param: str = "messages") -> Any:
+def _plain(value: Any, where: str, param: str = "messages", depth: int = 0) -> Any:
     """A copy made of JSON types only: templates are not trusted with richer objects."""
     if value is None or isinstance(value, bool):
         return value
@@ -437,11 +458,21 @@ def _plain(value: Any, where: str, param: str = "messages") -> Any:
         return int(value)
     if isinstance(value, float):
         return float(value)
+    if depth == MAX_NESTING and isinstance(value, Mapping | list | tuple):
+        raise _too_deep(where, param)
     if isinstance(value, Mapping):
-        return {str(key): _plain(item, where, param) for key, item in value.items()}
+        return {str(key): _plain(item, where, param, depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item, where, param) for item in value]
+        return [_plain(item, where, param, depth + 1) for item in value]
     raise InvalidRequest(f"{where} holds {_kind(value)}, which is not JSON", param=param)
+
+
+def _too_deep(where: str, param: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"{where}: lists or dicts lie within each other more than {MAX_NESTING} deep; "
+        "make them flatter",
+        param=param,
+    )
 
 
 def _invalid(message: str) -> InvalidRequest:
@@ -601,10 +632,62 @@ def _to_json(
     )
 
 
+@jinja2.pass_context
+def _as_it_is(context: jinja2.runtime.Context, value: Any) -> Any:
+    """Needs a context, and thereby keeps Jinja2 from writing out constants when it compiles."""
+    return value
+
+
+class _CodeGenerator(jinja2.compiler.CodeGenerator):
+    def visit_EvalContextModifier(  # noqa: N802
+        self, node: jinja2.nodes.EvalContextModifier, frame: jinja2.compiler.Frame
+    ) -> None:
+        # What follows {% autoescape %} is evaluated when it is compiled, whatever it is.
+        for option in node.options:
+            if not isinstance(option.value, jinja2.nodes.Const):
+                raise jinja2.TemplateError("autoescape must be followed by true or false")
+        super().visit_EvalContextModifier(node, frame)
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """Evaluates nothing when it compiles, and lets no single operator make something huge."""
+
+    intercepted_binops = frozenset({"*", "**"})
+    code_generator_class = _CodeGenerator
+
+    def call_binop(
+        self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any
+    ) -> Any:
+        if isinstance(left, int) and isinstance(right, int):
+            bits, other = left.bit_length(), right.bit_length()
+            if (bits * right if operator == "**" else bits + other) > _MAX_BITS:
+                raise jinja2.TemplateError(
+                    f"{operator} makes a number of more than {_MAX_BITS:,} bits; "
+                    "the template must do with smaller ones"
+                )
+        elif operator == "*" and _extent(left) * _extent(right) > _MAX_LENGTH:
+            raise jinja2.TemplateError(
+                f"* makes a string or list longer than {_MAX_LENGTH:,}; "
+                "the template must do with shorter ones"
+            )
+        return super().call_binop(context, operator, left, right)
+
+
+def _extent(factor: Any) -> int:
+    """By how much a factor makes a string or list longer."""
+    if isinstance(factor, str | bytes | list | tuple):
+        return len(factor)
+    return abs(factor) if isinstance(factor, int) else 1
+
+
 @lru_cache(maxsize=16)
 def _compile(source: str, origin: str) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
+    environment = _Environment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[jinja2.ext.loopcontrols, _Generation],
+        optimized=False,
+        finalize=_as_it_is,
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
@@ -620,6 +703,10 @@ def find_template(path: Path) -> ChatTemplate:
 
     In a GGUF file it is in the metadata. In a directory it is looked for, in this order, in
     chat_template.jinja, chat_template.json, processor_config.json and tokenizer_config.json.
+
+    Templates are programs of the checkpoint. They are compiled here and run by `render`, and are
+    kept from Python's objects, files and modules; they are not kept from taking time and memory,
+    which loops and filters can still use up. Load checkpoints of people you trust that far.
 
     Raises:
         ModelFormatError: One of the files is damaged, or the template is not valid.
@@ -672,7 +759,8 @@ def _gguf_template(path: Path) -> ChatTemplate:
 def _from_settings(held: Any, origin: Path) -> tuple[str, str | None]:
     """A template as JSON settings hold it: text, or a list of named ones."""
     if isinstance(held, list) and all(isinstance(item, dict) for item in held):
-        held = {item.get("name"): item.get("template") for item in held}
+        named = [item for item in held if isinstance(item.get("name"), str)]
+        held = {item["name"]: item.get("template") for item in named}
     if isinstance(held, str):
         return held, None
     if isinstance(held, dict) and isinstance(held.get("default"), str):
@@ -698,6 +786,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_text(path: Path) -> str:
     try:
+        size = path.stat().st_size
+        if size > MAX_TEMPLATE_BYTES:
+            raise ModelFormatError(
+                f"{path} has {size:,} bytes; a template and its settings may have at most "
+                f"{MAX_TEMPLATE_BYTES:,}: get the file anew"
+            )
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ModelFormatError(f"{path} cannot be read: {error}") from error

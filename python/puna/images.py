@@ -7,6 +7,7 @@ import binascii
 import io
 import os
 import re
+import stat
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -20,6 +21,8 @@ from puna.errors import ImageError
 # The limits of csrc/image/tiling.h, held here before a picture is decoded.
 MAX_PIXELS = (256 << 20) // 3
 MAX_SIDE = 65_535
+# Of an encoded file: more than the largest picture takes without compression, at 8 bytes a pixel.
+MAX_FILE_BYTES = 1 << 30
 
 # What Pillow decodes by itself. Its other formats are rare, and some of them run other programs.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO")
@@ -70,7 +73,11 @@ def _from_string(text: str) -> NDArray[np.uint8]:
             raise ImageError(f"{_short(text)} is not a data: URL in base64")
         return _from_base64(unquote(payload), "the data: URL")
     if scheme.startswith("file://"):
-        return _from_path(Path(unquote(urlsplit(text).path)))
+        try:
+            path = unquote(urlsplit(text).path)
+        except ValueError as error:
+            raise ImageError(f"{_short(text)} is not a valid file: URL: {error}") from error
+        return _from_path(Path(path))
     # Base64 may look like a path ("/9j/4AAQ" begins every JPEG), so a file that exists goes first.
     if _looks_like_base64(text) and not _exists(text):
         return _from_base64(text, f"{_short(text)}, which is no file either,")
@@ -99,14 +106,30 @@ def _from_base64(text: str, name: str) -> NDArray[np.uint8]:
 
 
 def _from_path(path: Path) -> NDArray[np.uint8]:
+    # Room for the paths that people have; a text mistaken for one may have megabytes.
+    name = _short(str(path), at_most=500)
     try:
-        encoded = path.expanduser().read_bytes()
+        with open(path.expanduser(), "rb", opener=_without_waiting) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):  # a device may have no end
+                raise ImageError(f"the picture {name} is a pipe or a device: give a regular file")
+            if status.st_size > MAX_FILE_BYTES:
+                raise ImageError(
+                    f"the picture {name} has {status.st_size:,} bytes; at most "
+                    f"{MAX_FILE_BYTES:,} are accepted: make it smaller"
+                )
+            encoded = file.read()
+    except ImageError:
+        raise
     except (OSError, ValueError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        # Room for the paths that people have; a text mistaken for one may have megabytes.
-        name = _short(str(path), at_most=500)
         raise ImageError(f"the picture {name} cannot be read: {reason}") from error
     return _from_encoded(encoded, str(path))
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """For open(), which would wait for somebody who writes to a named pipe."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _from_encoded(encoded: bytes, name: str) -> NDArray[np.uint8]:
@@ -150,6 +173,9 @@ def _from_pil(picture: Image.Image, name: str) -> NDArray[np.uint8]:
     width, height = picture.size
     _check_size(height, width, name)
     try:
+        picture.load()
+        # The header of an ICO file may say another size than the picture in it has.
+        _check_size(picture.height, picture.width, name)
         if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):
             # Pillow would clip at 255 instead. (Its older versions read such a PNG as 32-bit.)
             return _grey(np.clip(np.asarray(picture, np.int64), 0, 65_535) >> 8)
@@ -159,6 +185,8 @@ def _from_pil(picture: Image.Image, name: str) -> NDArray[np.uint8]:
             layer = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
         return np.array(picture.convert("RGB"), dtype=np.uint8)
+    except ImageError:
+        raise
     except Exception as error:  # opening reads the header only; the decoder may still fail
         raise ImageError(f"{name} cannot be decoded: {error}") from error
 

@@ -80,17 +80,27 @@ def read_notes(directory: Path) -> Notes:
             [_with_content(message, _decoded) for message in content["messages"]],
             bool(content["reads"]),
             int(content["computed"]),
-            [int(token) for token in content["pending"]],
+            [_token_id(token) for token in content["pending"]],
             [dict(tool) for tool in content["tools"]],
         )
     except FileNotFoundError:
         return Notes([])
-    except (ValueError, KeyError, TypeError, ImageError) as error:
+    except (
+        *(ValueError, KeyError, TypeError, ImageError),
+        *(RecursionError, OverflowError),  # JSON nested very deep, and numbers like Infinity
+    ) as error:
         if isinstance(error, SessionMismatch):
             raise
         raise SessionMismatch(
             f"[session] {path} is damaged ({error}); delete it to go on from the tokens alone"
         ) from error
+
+
+def _token_id(value: Any) -> int:
+    token = int(value)
+    if not 0 <= token < 1 << 31:
+        raise ValueError(f"{token} is no token id")
+    return token
 
 
 def _digest(content: dict[str, Any]) -> str:
