@@ -236,9 +236,10 @@ class Engine:
 
         Args:
             path: A directory, opened if a session was saved there and else made, if it is not there
-                or empty. From then on each
-                attention chunk (8192 tokens of Scout) is on disk soon after it is computed, so
-                that a crash loses less than one; `Session.save` keeps the rest too.
+                or empty. From then on each attention chunk (8192 tokens of Scout) is on disk soon
+                after it is computed, so that a crash loses less than one; `Session.save` keeps the
+                rest too. Such a session has its keys and values to itself: a beginning that others
+                have is computed again.
             readonly: Only read what is at `path`, which must be there; several may do so at once.
             tools: JSON schemas of functions that the model may call, in every turn of the
                 conversation; None: those that were saved with it.
