@@ -470,9 +470,22 @@ void SessionDirectory::remove_unused_chunks() {
 
 void SessionDirectory::write_tail(const UnitText& text, PageFileHeader header,
                                   std::span<const void* const> pages) {
-  keep_tail_before(header.parent, text);
-  write_text(header.begin, records_.empty() ? 0 : records_.back().images, text);
-  write_page_file(files_, path_, "tail", identity_, header, pages);
+  // First what may fill a disk: until then the tail of another text that was saved before is good.
+  const std::string next = path_ + "/tail.next";
+  write_page_file(files_, path_, "tail.next", identity_, header, pages);
+  try {
+    keep_tail_before(header.parent, text);
+    write_text(header.begin, records_.empty() ? 0 : records_.back().images, text);
+    files_.rename(next, path_ + "/tail");
+  } catch (...) {
+    try {
+      files_.remove(next);
+    } catch (const Error&) {
+      // The first failure is the one to tell.
+    }
+    throw;
+  }
+  files_.sync_directory(path_);
   tail_ = std::move(header);
 }
 

@@ -328,6 +328,34 @@ TEST(a_full_disk_leaves_the_session_as_it_was) {
   CHECK(make_store(nullptr)->open(directory.path("s"), false).tokens == text.tokens);
 }
 
+TEST(a_full_disk_leaves_the_tail_of_another_text) {
+  const TemporaryDirectory directory;
+  const std::string path = directory.path("s");
+  Faults faults;
+  FaultyFiles files(faults);
+  const auto store = make_store(&files);
+  const auto s = store->create();
+  Text text;
+  grow(*store, s, text, kUnit + kUnit / 2, 1);
+  store->save(s, path, text.view());
+  const Text saved = text;
+  store->truncate(s, kUnit);
+  text.cut(kUnit);
+  grow(*store, s, text, kUnit / 4, 2);
+  for (const int64_t space : {0, 3000, 20'000}) {
+    faults.space = space;
+    CHECK_THROWS(ErrorCode::kStorage, store->save(s, path, text.view()));
+    CHECK(!std::filesystem::exists(path + "/tail.next"));
+    const auto other = make_store(nullptr);
+    const auto opened = other->open(path, false);
+    CHECK(opened.tokens == saved.tokens);
+    CHECK_EQ(look(*other, opened.sequence, saved), 0);
+  }
+  faults.space = -1;
+  store->save(s, path, text.view());
+  CHECK(make_store(nullptr)->open(path, false).tokens == text.tokens);
+}
+
 TEST(a_session_on_disk_larger_than_memory_streams) {
   const TemporaryDirectory directory;
   Text text;
