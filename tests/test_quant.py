@@ -14,6 +14,7 @@ import pytest
 import puna
 from conftest import MakeCheckpoint, MakeEngine
 from oracle import tiny
+from puna.chat_template import find_template
 from puna.demo.scene import draw, random_scene
 from puna.demo.stories import story_request
 
@@ -238,6 +239,16 @@ def test_damaged_packed_forms(
     with pytest.raises(kind) as caught:
         puna.load(folder, progress=False)
     assert all(part in str(caught.value) for part in named), str(caught.value)
+
+
+def test_templates_go_with_the_weights(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(checkpoint("scout_like").path, tmp_path / "source"))
+    (source / "chat_template.jinja").write_text("for chats")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("for tools")
+    puna.quantize(source, tmp_path / "out", quant="int4", progress=False)
+    found = find_template(tmp_path / "out")
+    assert (found.source, found.tool_source) == ("for chats", "for tools")
 
 
 def test_inspect_of_the_packed_form(packed: Path, checkpoint: MakeCheckpoint) -> None:

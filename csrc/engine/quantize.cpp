@@ -19,16 +19,23 @@ namespace fs = std::filesystem;
 
 // What makes a checkpoint besides its weights. The configuration last: a folder without it is no
 // checkpoint.
-constexpr const char* kCompanions[] = {"generation_config.json",   "tokenizer.json",
-                                       "tokenizer.model",          "tokenizer_config.json",
-                                       "special_tokens_map.json",  "chat_template.jinja",
-                                       "chat_template.json",       "processor_config.json",
-                                       "preprocessor_config.json", "config.json"};
+constexpr const char* kCompanions[] = {"generation_config.json",
+                                       "tokenizer.json",
+                                       "tokenizer.model",
+                                       "tokenizer_config.json",
+                                       "special_tokens_map.json",
+                                       "chat_template.jinja",
+                                       "chat_template.json",
+                                       "processor_config.json",
+                                       "preprocessor_config.json",
+                                       "additional_chat_templates/tool_use.jinja",
+                                       "config.json"};
 
 void copy_companions(const fs::path& from, const fs::path& to) {
   for (const char* name : kCompanions) {
     if (!fs::exists(from / name)) continue;
     std::error_code problem;
+    fs::create_directories((to / name).parent_path(), problem);
     fs::copy_file(from / name, to / name, fs::copy_options::overwrite_existing, problem);
     if (problem)
       fail(ErrorCode::kDevice, "[quantize] ", (from / name).string(),
@@ -42,6 +49,7 @@ using Texts = std::vector<std::pair<std::string, std::string>>;
 
 Texts companions_of(const GgufFile& file, const ModelSpec& spec) {
   ConfigTexts configs = config_texts(spec);
+  parse_model_spec(configs.config, configs.generation_config);  // checks them, too
   GgufChat chat = gguf_chat(file);
   const std::optional<GgufVocabulary> vocabulary = gguf_vocabulary(file);
   if (vocabulary) Tokenizer::from_gguf(*vocabulary);  // checks it
@@ -84,7 +92,8 @@ std::vector<std::string> quantize(const QuantizeOptions& options) {
   if (model.packed)
     fail(ErrorCode::kInvalidRequest, "[quantize] ", options.path,
          " is in the packed form already; quantise from the original checkpoint");
-  // Before the long work: a tokenizer or a template that cannot be kept is refused.
+  // Before the long work: a configuration, a tokenizer or a template that cannot be kept is
+  // refused.
   const Texts texts = checkpoint.gguf() ? companions_of(*checkpoint.gguf(), spec) : Texts();
   std::error_code problem;
   fs::create_directories(options.out, problem);
