@@ -122,8 +122,8 @@ std::shared_ptr<const ImageFeatures> Engine::Impl::features_of(const PlacedImage
                                                                const Poll& poll) {
   if (auto found = features.find(image.key); found && found->rows.rows == image.rows) return found;
   if (image.pixels == nullptr)
-    fail(ErrorCode::kInvalidRequest, "[prompt] the session ends within a picture, of which ",
-         image.rows, " rows are missing their pixels; give its whole prompt again");
+    fail(ErrorCode::kInvalidRequest, "[prompt] the session ends within a picture of ", image.rows,
+         " rows, whose pixels were not saved; give its whole prompt again");
   auto made = std::make_shared<ImageFeatures>();
   const int64_t hidden = info.hidden_size;
   made->buffer = backend->allocate(static_cast<size_t>(image.rows * hidden) * sizeof(float));
