@@ -184,18 +184,17 @@ class IdList {
       const auto array = py::array_t<uint32_t, py::array::c_style>::ensure(ids);
       if (!array) throw py::error_already_set();
       const auto* const first = reinterpret_cast<const int32_t*>(array.data());
-      own_.assign(first, first + array.size());
-      view_ = own_;
+      ids_.assign(first, first + array.size());
       return;
     }
     const auto narrow = [&](int64_t id) {
-      own_.push_back(id < 0 || id > std::numeric_limits<int32_t>::max() ? -1
+      ids_.push_back(id < 0 || id > std::numeric_limits<int32_t>::max() ? -1
                                                                         : static_cast<int32_t>(id));
     };
     if (PyList_CheckExact(ids.ptr()) || PyTuple_CheckExact(ids.ptr())) {
       const Py_ssize_t size = PySequence_Fast_GET_SIZE(ids.ptr());
       PyObject** items = PySequence_Fast_ITEMS(ids.ptr());
-      own_.reserve(static_cast<size_t>(size));
+      ids_.reserve(static_cast<size_t>(size));
       for (Py_ssize_t i = 0; i < size; ++i) {
         int overflow = 0;
         const long long id = PyLong_AsLongLongAndOverflow(items[i], &overflow);
@@ -210,13 +209,11 @@ class IdList {
         narrow(overflow ? -1 : value);
       }
     }
-    view_ = own_;
   }
-  std::span<const int32_t> view() const { return view_; }
+  std::span<const int32_t> view() const { return ids_; }
 
  private:
-  std::vector<int32_t> own_;
-  std::span<const int32_t> view_;
+  std::vector<int32_t> ids_;
 };
 
 py::str text_of(std::string_view bytes) {

@@ -59,8 +59,10 @@ void KvStore::open_reader() {
                                     std::move(memory), slot_pages, options_.poison);
 }
 
+bool KvStore::is_forked() const { return getpid() != process_; }
+
 void KvStore::require_same_process() const {
-  if (getpid() != process_)
+  if (is_forked())
     fail(ErrorCode::kUnsupported,
          "[kv] the process was forked; load the model anew there to use sessions or a cache on "
          "disk");
@@ -529,7 +531,7 @@ void KvStore::end_pass() {
   // A device may still be copying out of the ring, and to pages that stay.
   if (host_ && !streams_.empty()) host_->settle();
   std::vector<StreamPlan> plans;
-  if (reader_ && getpid() == process_) plans = reader_->end();
+  if (reader_ && !is_forked()) plans = reader_->end();
   const auto part_of = [&](const Kept& kept) {
     // begin_pass() may not have come to its end.
     const bool there = kept.plan && *kept.plan < plans.size();

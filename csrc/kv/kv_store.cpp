@@ -36,7 +36,7 @@ KvStore::KvStore(KvGeometry geometry, std::unique_ptr<KvTier> tier, KvStoreOptio
 }
 
 KvStore::~KvStore() {
-  if (getpid() != process_) {  // threads, files and the directory are those of the parent
+  if (is_forked()) {
     static_cast<void>(reader_.release());
     static_cast<void>(writer_.release());
     static_cast<void>(directory_.release());
@@ -81,7 +81,7 @@ void KvStore::release(Sequence sequence) {
   std::erase(pass_, sequence);
   sequences_.erase(sequence);
   // With the last of its chunks that is written, a session lets go of its directory.
-  if (attached && getpid() == process_) wait_for_writes();
+  if (attached && !is_forked()) wait_for_writes();
   std::erase_if(by_name_, [](const auto& entry) { return entry.second.expired(); });
 }
 

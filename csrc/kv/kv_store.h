@@ -222,6 +222,7 @@ class KvStore {
   void set_key_scales();
   bool drop_key_scales();
   void check_disk(int64_t new_chunks);
+  bool is_forked() const;  // so that threads, files and the directory are the parent's
   void require_same_process() const;
   std::vector<Page> pages_that_fit(KvTier& tier);
 

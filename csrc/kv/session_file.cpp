@@ -227,12 +227,11 @@ void read_text(FileSystem& files, const std::string& path, const KvIdentity& ide
   if (contents.tail && (contents.tail->begin != recorded || length < recorded))
     mismatch(path, "is damaged: its tail does not go on from token " + std::to_string(recorded));
   const auto file = files.open(path + "/tokens", OpenMode::kRead);
+  // As much as is there, before so much memory is asked for.
   const auto count = static_cast<uint64_t>(length);
-  if (count > file->facts().bytes / sizeof(int32_t))
-    mismatch(path, "is damaged: its text is cut short");
-  contents.tokens.resize(count);
-  const size_t bytes = count * sizeof(int32_t);
-  if (file->read(contents.tokens.data(), bytes, 0) != bytes)
+  contents.tokens.resize(std::min(count, file->facts().bytes / sizeof(int32_t)));
+  const size_t bytes = contents.tokens.size() * sizeof(int32_t);
+  if (contents.tokens.size() != count || file->read(contents.tokens.data(), bytes, 0) != bytes)
     mismatch(path, "is damaged: its text is cut short");
   contents.images = read_images(
       files, path, contents.records.empty() ? 0 : contents.records.back().images, length);
