@@ -18,7 +18,9 @@ namespace {
 
 // The tables are constant-initialized (constinit): code of an instruction set that ran while the
 // library is loaded would end the process on a processor without it.
-constexpr KernelTable kernels_as(const char* isa, bool (*supported)()) {
+
+// The kernels that multiply codes; the others are those of the next instruction set.
+constexpr KernelTable kernels_of_codes_as(const char* isa, bool (*supported)()) {
   return {
       .isa = isa,
       .supported = supported,
@@ -28,10 +30,20 @@ constexpr KernelTable kernels_as(const char* isa, bool (*supported)()) {
 #include "quant/formats.inc"
 #undef PUNA_FORMAT
           },
-#define PUNA_KERNEL(slot) .slot = slot,
+      .attend_sealed_int8 = attend_sealed_int8,
+      .attend_sealed_int4 = attend_sealed_int4,
+      .screen_sealed_int8 = screen_sealed_int8,
+      .screen_sealed_int4 = screen_sealed_int4,
+      .peak_int8 = peak_int8,
+  };
+}
+
+constexpr KernelTable kernels_as(const char* isa, bool (*supported)()) {
+  KernelTable table = kernels_of_codes_as(isa, supported);
+#define PUNA_KERNEL(slot) table.slot = slot;
 #include "kernels/kernel_slots.inc"
 #undef PUNA_KERNEL
-  };
+  return table;
 }
 
 }  // namespace
