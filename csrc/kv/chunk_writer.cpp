@@ -27,7 +27,7 @@ ChunkWriter::~ChunkWriter() {
   thread_.join();
 }
 
-void ChunkWriter::add(ChunkJob job) {
+void ChunkWriter::add(ChunkJob&& job) {
   {
     const std::lock_guard guard(mutex_);
     waiting_.push_back(std::move(job));

@@ -43,7 +43,8 @@ class ChunkWriter {
   ChunkWriter(const ChunkWriter&) = delete;
   ChunkWriter& operator=(const ChunkWriter&) = delete;
 
-  void add(ChunkJob job);
+  // The job stays as it is if this throws.
+  void add(ChunkJob&& job);
   // Jobs that came to their end, in order. Chunks and pages are let go of by the caller's thread,
   // never by the writer's.
   std::vector<ChunkJob> collect();

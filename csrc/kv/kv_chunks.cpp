@@ -61,6 +61,13 @@ void KvStore::open_reader() {
 
 bool KvStore::is_forked() const { return getpid() != process_; }
 
+// There, threads are gone that would be waited for, and whoever holds their mutexes.
+void KvStore::leave_to_parent() {
+  static_cast<void>(reader_.release());
+  static_cast<void>(writer_.release());
+  static_cast<void>(directory_.release());
+}
+
 void KvStore::require_same_process() const {
   if (is_forked())
     fail(ErrorCode::kUnsupported,
@@ -139,24 +146,36 @@ void KvStore::finish_chunks(State& current, const KvText& text) {
 
 void KvStore::write(const std::shared_ptr<KvChunk>& chunk,
                     const std::shared_ptr<SessionDirectory>& session, const KvText& text) {
-  require_same_process();
-  if (!writer_)
-    writer_ = std::make_unique<ChunkWriter>(files_, directory_ ? directory_->path() : "", identity_,
-                                            disk_bytes_);
-  // Copies that wait for the disk would add up.
-  while (host_ && writer_->pending() >= kMostCopied && writer_->wait()) collect();
   ChunkJob job;
   job.chunk = chunk;
   job.header = header_of(*chunk);
-  if (!chunk->file) {  // which sessions link otherwise
-    HostPages pages = on_host(*chunk);
-    job.pages = std::move(pages.pages);
-    job.copies = std::move(pages.copies);
-  }
   job.session = session;
   if (session) job.text = UnitText::of(text, job.header.begin, job.header.end);
-  ++chunk->writing;
-  writer_->add(std::move(job));
+  hand_over(std::move(job));
+}
+
+// To the writer. What keeps it from there is noted as what keeps a chunk from its file is: the
+// sequence has grown by the chunk already.
+void KvStore::hand_over(ChunkJob job) {
+  try {
+    require_same_process();
+    if (!writer_)
+      writer_ = std::make_unique<ChunkWriter>(files_, directory_ ? directory_->path() : "",
+                                              identity_, disk_bytes_);
+    // Copies that wait for the disk would add up.
+    while (host_ && writer_->pending() >= kMostCopied && writer_->wait()) collect();
+    if (!job.chunk->file && job.pages.empty()) {  // which sessions link otherwise
+      HostPages pages = on_host(*job.chunk);
+      job.pages = std::move(pages.pages);
+      job.copies = std::move(pages.copies);
+    }
+    KvChunk& chunk = *job.chunk;
+    writer_->add(std::move(job));
+    ++chunk.writing;
+  } catch (...) {
+    job.failure = std::current_exception();
+    failed_.push_back(std::move(job));
+  }
 }
 
 // Puts the chunk's pages of a layer, or their absence, into the tables of all who have it.
@@ -186,8 +205,8 @@ void KvStore::take_back_last_chunk(State& current, int64_t length) const {
 }
 
 void KvStore::collect() {
-  if (!writer_) return;
-  for (ChunkJob& job : writer_->collect()) {
+  if (is_forked()) leave_to_parent();
+  for (ChunkJob& job : writer_ ? writer_->collect() : std::vector<ChunkJob>()) {
     KvChunk& chunk = *job.chunk;
     --chunk.writing;
     if (job.file) chunk.file = job.file;
@@ -226,15 +245,15 @@ void KvStore::report_failures(std::span<const Append> appends) {
   if (!failure) return;
   for (ChunkJob& job : std::exchange(failed_, {})) {
     job.failure = nullptr;
-    ++job.chunk->writing;
-    writer_->add(std::move(job));
+    hand_over(std::move(job));
   }
   std::rethrow_exception(failure);
 }
 
 // Until then a session's directory is the writer's: of chunks, too, that its sequence has given up.
 void KvStore::wait_for_writes() {
-  while (writer_ && writer_->wait()) collect();
+  do collect();
+  while (writer_ && writer_->wait());
 }
 
 // --- memory
@@ -315,6 +334,8 @@ void KvStore::make_room(int64_t bytes) {
     if (writer_ && writer_->wait()) continue;
     if (!failed_.empty()) std::rethrow_exception(failed_.front().failure);
     check_memory(bytes);
+    // Nothing is being written any more that could give back what the budgets allow.
+    fail(ErrorCode::kOutOfMemory, "[kv] the system refused memory of the host for keys and values");
   }
 }
 

@@ -56,7 +56,9 @@ void KvStore::save(Sequence sequence, const std::string& path, const KvText& tex
   // A chunk that could not be written elsewhere may still be written here.
   wait_for_writes();
   std::shared_ptr<SessionDirectory> directory = current.session;
-  if (!directory || directory->path() != path)
+  if (directory && directory->path() == path)
+    require_same_process();  // else it is the parent's
+  else
     directory = std::make_shared<SessionDirectory>(files_, path, identity_);
   const auto chunks = static_cast<int64_t>(current.chunks.size());
   int64_t common = common_chunks(*directory, current.chunks);

@@ -36,11 +36,7 @@ KvStore::KvStore(KvGeometry geometry, std::unique_ptr<KvTier> tier, KvStoreOptio
 }
 
 KvStore::~KvStore() {
-  if (is_forked()) {
-    static_cast<void>(reader_.release());
-    static_cast<void>(writer_.release());
-    static_cast<void>(directory_.release());
-  }
+  if (is_forked()) leave_to_parent();
   // Threads first, then what they hold on to, then what that lies in.
   reader_.reset();
   writer_.reset();

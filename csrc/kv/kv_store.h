@@ -202,6 +202,7 @@ class KvStore {
   void finish_chunks(State& current, const KvText& text);
   void write(const std::shared_ptr<KvChunk>& chunk,
              const std::shared_ptr<SessionDirectory>& session, const KvText& text);
+  void hand_over(ChunkJob job);
   PageFileHeader header_of(const KvChunk& chunk) const;
   void set_pages(const KvChunk& chunk, size_t global);
   void take_back_last_chunk(State& current, int64_t length) const;
@@ -223,6 +224,7 @@ class KvStore {
   bool drop_key_scales();
   void check_disk(int64_t new_chunks);
   bool is_forked() const;  // so that threads, files and the directory are the parent's
+  void leave_to_parent();
   void require_same_process() const;
   std::vector<Page> pages_that_fit(KvTier& tier);
 

@@ -1,5 +1,7 @@
 // Chunks on disk: what goes there and comes back, within which bounds, in which order, and what
 // happens when the disk fails.
+#include <pthread.h>
+
 #include <algorithm>
 #include <fstream>
 #include <mutex>
@@ -66,6 +68,27 @@ std::string message_of(ErrorCode code, Function&& function) {
   CHECK(false);
   return "";
 }
+
+// As long as it lives no thread can be started: each would get a stack larger than there are
+// addresses.
+class HugeThreads {
+ public:
+  HugeThreads() {
+    pthread_attr_t huge;
+    pthread_getattr_default_np(&before_);
+    pthread_getattr_default_np(&huge);
+    pthread_attr_setstacksize(&huge, size_t{1} << 50);
+    CHECK_EQ(pthread_setattr_default_np(&huge), 0);
+    pthread_attr_destroy(&huge);
+  }
+  ~HugeThreads() {
+    pthread_setattr_default_np(&before_);
+    pthread_attr_destroy(&before_);
+  }
+
+ private:
+  pthread_attr_t before_;
+};
 
 // Reads the whole sequence, without appending anything that stays.
 int64_t look(KvStore& store, KvStore::Sequence sequence, const Text& text) {
@@ -458,6 +481,33 @@ TEST(memory_that_waits_for_a_full_disk_gives_up_with_its_reason) {
   store.truncate(s, 0);
   text.cut(0);
   CHECK_EQ(grow(store, s, text, 20 * kUnit, 2), 0);
+}
+
+// What keeps a chunk from being written is told later, of one that could not even be handed over,
+// too: the tokens are there.
+TEST(a_thread_that_the_system_refuses_is_asked_for_again) {
+  Rig rig(-1);
+  KvStore& store = *rig.store;
+  const auto a = store.create(), b = store.create();
+  Text first, second;
+  grow(store, a, first, kUnit - 1, 1);
+  grow(store, b, second, kUnit - 1, 2);
+  first.grow(1, 1);
+  second.grow(1, 2);
+  {
+    const HugeThreads none;
+    CHECK_EQ(pass(store, {{a, &first, 1}, {b, &second, 1}}), 0);
+    CHECK_EQ(store.length(a), kUnit);
+    CHECK_EQ(store.length(b), kUnit);
+    message_of(ErrorCode::kDevice, [&] { store.flush(b); });
+    message_of(ErrorCode::kDevice, [&] { grow(store, a, first, 10, 1); });
+    first.cut(kUnit);
+  }
+  message_of(ErrorCode::kDevice, [&] { store.flush(a); });  // of the last try
+  store.flush(a);
+  store.flush(b);
+  CHECK_EQ(rig.chunk_files().size(), size_t{2});
+  CHECK_EQ(grow(store, a, first, 10, 1) + grow(store, b, second, 10, 2), 0);
 }
 
 TEST(failed_syncs_make_nothing_durable) {
