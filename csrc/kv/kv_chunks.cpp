@@ -164,7 +164,7 @@ void KvStore::hand_over(ChunkJob job) {
                                               identity_, disk_bytes_);
     // Copies that wait for the disk would add up.
     while (host_ && writer_->pending() >= kMostCopied && writer_->wait()) collect();
-    if (!job.chunk->file && job.pages.empty()) {  // which sessions link otherwise
+    if (!job.chunk->file) {  // which sessions link otherwise
       HostPages pages = on_host(*job.chunk);
       job.pages = std::move(pages.pages);
       job.copies = std::move(pages.copies);
@@ -174,8 +174,15 @@ void KvStore::hand_over(ChunkJob job) {
     ++chunk.writing;
   } catch (...) {
     job.failure = std::current_exception();
-    failed_.push_back(std::move(job));
+    note_failure(std::move(job));
   }
+}
+
+// Where its pages are is asked again when it is tried again: they may move until then.
+void KvStore::note_failure(ChunkJob job) {
+  job.pages.clear();
+  job.copies.reset();
+  failed_.push_back(std::move(job));
 }
 
 // Puts the chunk's pages of a layer, or their absence, into the tables of all who have it.
@@ -209,8 +216,8 @@ void KvStore::collect() {
   for (ChunkJob& job : writer_ ? writer_->collect() : std::vector<ChunkJob>()) {
     KvChunk& chunk = *job.chunk;
     --chunk.writing;
-    if (job.file) chunk.file = job.file;
-    if (job.failure) failed_.push_back(std::move(job));
+    if (job.file) chunk.file = std::move(job.file);
+    if (job.failure) note_failure(std::move(job));
   }
   // What nobody waits for any more is not tried again: a session that went another way must not get
   // a chunk of the old one.

@@ -203,6 +203,7 @@ class KvStore {
   void write(const std::shared_ptr<KvChunk>& chunk,
              const std::shared_ptr<SessionDirectory>& session, const KvText& text);
   void hand_over(ChunkJob job);
+  void note_failure(ChunkJob job);
   PageFileHeader header_of(const KvChunk& chunk) const;
   void set_pages(const KvChunk& chunk, size_t global);
   void take_back_last_chunk(State& current, int64_t length) const;

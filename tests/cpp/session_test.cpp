@@ -46,6 +46,26 @@ int64_t look(KvStore& store, KvStore::Sequence sequence, const Text& text) {
   return wrong;
 }
 
+// Memory that stands for a device's, or the host's; pages that were freed are overwritten.
+class WatchedTier final : public KvTier {
+ public:
+  WatchedTier(int64_t budget, bool of_host) : of_host_(of_host), under_(make_ram_tier(budget)) {}
+  const char* name() const override { return "watched"; }
+  bool host_memory() const override { return of_host_; }
+  void* allocate(size_t bytes) override { return under_->allocate(bytes); }
+  void free(void* page, size_t bytes) override {
+    std::memset(page, 0xee, bytes);
+    under_->free(page, bytes);
+  }
+  void copy(void* to, const void* from, size_t bytes) override { under_->copy(to, from, bytes); }
+  int64_t bytes_in_use() const override { return under_->bytes_in_use(); }
+  int64_t bytes_left() const override { return under_->bytes_left(); }
+
+ private:
+  const bool of_host_;
+  const std::unique_ptr<KvTier> under_;
+};
+
 Text text_of(const KvStore::Opened& opened) { return {opened.tokens, opened.images}; }
 
 std::string mismatch(const std::function<void()>& function) {
@@ -242,6 +262,63 @@ TEST(a_session_does_not_get_chunks_of_a_text_it_has_left) {
   const auto other = make_store(nullptr);
   CHECK(other->open(directory.path("s"), false).tokens == text.tokens);
   CHECK_EQ(look(*store, fork, left), 0);
+}
+
+// A chunk that could not be written moves to a device's memory before it is tried again.
+TEST(a_chunk_that_moved_since_it_could_not_be_written) {
+  const TemporaryDirectory directory;
+  const std::string path = directory.path("s");
+  Faults faults;
+  FaultyFiles files(faults);
+  const KvGeometry shape = geometry();
+  const auto open = static_cast<int64_t>(shape.open_bytes());
+  const auto sealed = static_cast<int64_t>(shape.sealed_bytes());
+  const auto store =
+      std::make_unique<KvStore>(shape, std::make_unique<WatchedTier>(30 * open + 30 * sealed, false),
+                                options_for(&files), std::make_unique<WatchedTier>(0, true));
+  const auto nothing = store->create();
+  store->attach(nothing, path, {});
+  store->release(nothing);
+  const auto s = store->create();
+  Text text;
+  grow(*store, s, text, kUnit, 1);
+  const auto fork = store->fork(s);
+  const auto in_reach = [&] {
+    return store->view(fork, 1).sealed[0] != nullptr && store->view(fork, 2).sealed[0] != nullptr;
+  };
+  CHECK(in_reach());
+  const auto press_out = [&] {
+    std::vector<KvStore::Sequence> others;
+    try {
+      for (;;) {
+        Text other;
+        others.push_back(store->create());
+        grow(*store, others.back(), other, kUnit - 1, others.size());
+      }
+    } catch (const Error&) {
+      for (const auto other : others) store->release(other);
+    }
+  };
+  press_out();
+  CHECK(!in_reach());  // it lies in the host's memory
+  faults.space = 0;
+  store->attach(s, path, text.view());
+  CHECK_THROWS(ErrorCode::kStorage, store->flush(s));
+  store->flush(fork);  // waits for the second try
+  CHECK_EQ(look(*store, fork, text), 0);
+  begin_pass_of_one_more(*store, fork, text, kLayers);  // ends the pass, after which they are there
+  CHECK(in_reach());
+  press_out();  // other pages where it lay
+  faults.space = -1;
+  try {
+    store->flush(s);  // may tell of the last try
+  } catch (const Error&) {
+  }
+  store->flush(s);
+  const auto other = make_store(nullptr);
+  const auto opened = other->open(path, false);
+  CHECK(opened.tokens == text.tokens);
+  CHECK_EQ(look(*other, opened.sequence, text), 0);
 }
 
 TEST(sessions_with_a_common_prefix_share_its_files) {
