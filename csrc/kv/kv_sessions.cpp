@@ -47,6 +47,22 @@ void KvStore::name_chunks(State& current, const KvText& text) {
   }
 }
 
+std::shared_ptr<SessionDirectory> KvStore::directory_at(const std::string& path, bool repair) {
+  return std::make_shared<SessionDirectory>(files_, path, identity_, in_use_, repair);
+}
+
+// A file in a session's directory, which stays there as long as it is held.
+std::shared_ptr<const ChunkFile> KvStore::in_use(ChunkFile file) const {
+  const std::string name = hex(file.header.chain);
+  std::shared_ptr<const ChunkFile> held(new ChunkFile(std::move(file)),
+                                        [names = in_use_, name](const ChunkFile* gone) {
+                                          names->remove(name);
+                                          delete gone;
+                                        });
+  in_use_->add(name);
+  return held;
+}
+
 void KvStore::save(Sequence sequence, const std::string& path, const KvText& text) {
   require_host_memory();
   require_units(unit_);
@@ -59,7 +75,7 @@ void KvStore::save(Sequence sequence, const std::string& path, const KvText& tex
   if (directory && directory->path() == path)
     require_same_process();  // else it is the parent's
   else
-    directory = std::make_shared<SessionDirectory>(files_, path, identity_);
+    directory = directory_at(path);
   const auto chunks = static_cast<int64_t>(current.chunks.size());
   int64_t common = common_chunks(*directory, current.chunks);
   for (; common < chunks; ++common) {
@@ -99,7 +115,7 @@ void KvStore::attach(Sequence sequence, const std::string& path, const KvText& t
   name_chunks(current, text);
   current.session.reset();
   wait_for_writes();
-  auto directory = std::make_shared<SessionDirectory>(files_, path, identity_);
+  auto directory = directory_at(path);
   const int64_t common = common_chunks(*directory, current.chunks);
   if (common < static_cast<int64_t>(directory->records().size())) directory->truncate(common);
   current.session = directory;
@@ -121,7 +137,7 @@ KvStore::Opened KvStore::open(const std::string& path, bool resume) {
   if (resume) {
     if (!files_.exists(path + "/journal"))
       fail(ErrorCode::kSessionMismatch, "[session] ", path, " is not a session");
-    fresh->session = std::make_shared<SessionDirectory>(files_, path, identity_);
+    fresh->session = directory_at(path);
   }
   SessionContents contents = read_session(files_, path, identity_);
   open_reader();
@@ -149,7 +165,7 @@ KvStore::Opened KvStore::open(const std::string& path, bool resume) {
       chunk->name = record.name;
       chunk->pages.resize(globals_.size());
       chunk->offloaded.resize(globals_.size());
-      chunk->written = chunk->file = std::make_shared<const ChunkFile>(std::move(file));
+      chunk->written = chunk->file = in_use(std::move(file));
       known = chunk;
     }
     fresh->chunks.push_back(std::move(chunk));
@@ -211,7 +227,8 @@ int64_t KvStore::truncate_session(const std::string& path, int64_t tokens) {
   require_units(unit_);
   if (!files_.exists(path + "/journal"))
     fail(ErrorCode::kSessionMismatch, "[session] ", path, " is not a session");
-  SessionDirectory directory(files_, path, identity_, true);
+  const std::shared_ptr<SessionDirectory> held = directory_at(path, true);
+  SessionDirectory& directory = *held;
   const auto chunks = static_cast<int64_t>(directory.records().size());
   const int64_t kept = std::clamp<int64_t>(tokens / unit_, 0, chunks);
   // The tail stays where nothing before it, and nothing of it, goes.

@@ -249,6 +249,8 @@ class KvStore {
   HostPages on_host(const KvChunk& chunk) const;
 
   // kv_sessions.cpp
+  std::shared_ptr<SessionDirectory> directory_at(const std::string& path, bool repair = false);
+  std::shared_ptr<const ChunkFile> in_use(ChunkFile file) const;
   void name_chunks(State& current, const KvText& text);
   void read_tail(State& fresh, const SessionContents& contents);
 
@@ -262,6 +264,7 @@ class KvStore {
   std::unique_ptr<KvTier> host_;  // null: the other is of the host's memory, or nothing is shared
   std::unique_ptr<PrivateDirectory> directory_;
   const std::shared_ptr<std::atomic<int64_t>> disk_bytes_;
+  const std::shared_ptr<ChunksInUse> in_use_ = std::make_shared<ChunksInUse>();
   Page ring_;  // of the reader
   std::map<Digest, std::weak_ptr<KvChunk>> by_name_;
   std::map<Sequence, std::unique_ptr<State>> sequences_;

@@ -328,9 +328,22 @@ VerifyReport verify_session(FileSystem& files, const std::string& path, const Kv
   return report;
 }
 
+void ChunksInUse::add(const std::string& name) {
+  const std::lock_guard guard(mutex_);
+  names_.insert(name);
+}
+void ChunksInUse::remove(const std::string& name) {
+  const std::lock_guard guard(mutex_);
+  if (const auto found = names_.find(name); found != names_.end()) names_.erase(found);
+}
+bool ChunksInUse::contains(const std::string& name) const {
+  const std::lock_guard guard(mutex_);
+  return names_.contains(name);
+}
+
 SessionDirectory::SessionDirectory(FileSystem& files, std::string path, const KvIdentity& identity,
-                                   bool repair)
-    : files_(files), path_(std::move(path)), identity_(identity) {
+                                   std::shared_ptr<const ChunksInUse> in_use, bool repair)
+    : files_(files), path_(std::move(path)), identity_(identity), in_use_(std::move(in_use)) {
   if (!files_.exists(path_ + "/journal")) check_unused(files_, path_);
   files_.make_directory(path_ + "/chunks");
   lock_ = files_.lock(path_ + "/lock");
@@ -347,7 +360,10 @@ SessionDirectory::SessionDirectory(FileSystem& files, std::string path, const Kv
   images_ = files_.open(path_ + "/images", OpenMode::kWrite);
   journal_ = files_.open(path_ + "/journal", OpenMode::kWrite);
   find_tail(repair);
-  if (journal.cut || !journal.fault.empty()) truncate(static_cast<int64_t>(records_.size()));
+  if (journal.cut || !journal.fault.empty())
+    truncate(static_cast<int64_t>(records_.size()));
+  else
+    remove_unused_chunks();
 }
 
 void SessionDirectory::find_tail(bool repair) {
@@ -464,7 +480,8 @@ void SessionDirectory::remove_unused_chunks() {
   std::set<std::string> used;
   for (const SessionRecord& record : records_) used.insert(hex(record.name));
   for (const std::string& name : files_.list(path_ + "/chunks"))
-    if (!used.contains(name)) files_.remove(path_ + "/chunks/" + name);
+    if (!used.contains(name) && !in_use_->contains(name))
+      files_.remove(path_ + "/chunks/" + name);
 }
 
 void SessionDirectory::write_tail(const UnitText& text, PageFileHeader header,

@@ -17,7 +17,9 @@
 
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <optional>
+#include <set>
 #include <span>
 #include <string>
 #include <vector>
@@ -72,14 +74,28 @@ struct VerifyReport {
 VerifyReport verify_session(FileSystem& files, const std::string& path, const KvIdentity& identity,
                             Verify extent);
 
+// Names of chunks that a store reads from the directories of sessions. Sequences go on from them
+// when their session has gone another way.
+class ChunksInUse {
+ public:
+  void add(const std::string& name);
+  void remove(const std::string& name);
+  bool contains(const std::string& name) const;
+
+ private:
+  mutable std::mutex mutex_;
+  std::multiset<std::string> names_;
+};
+
 // The directory for writing; one at a time. Not for several threads at once.
 class SessionDirectory {
  public:
   // Makes it if need be. Throws SessionMismatch if it is another model's session, in use, or
   // damaged; `repair` drops what is damaged in the journal, all that follows it, and a damaged tail
-  // instead.
+  // instead. Files of chunks that it has no more, but that are in use, stay for as long as it is
+  // not opened for writing again.
   SessionDirectory(FileSystem& files, std::string path, const KvIdentity& identity,
-                   bool repair = false);
+                   std::shared_ptr<const ChunksInUse> in_use, bool repair = false);
 
   const std::string& path() const { return path_; }
   const std::vector<SessionRecord>& records() const { return records_; }
@@ -110,6 +126,7 @@ class SessionDirectory {
   FileSystem& files_;
   std::string path_;
   KvIdentity identity_;
+  std::shared_ptr<const ChunksInUse> in_use_;
   std::unique_ptr<File> lock_, tokens_, images_, journal_;
   std::vector<SessionRecord> records_;
   std::vector<Digest> record_digests_;  // of the records as they lie in the file

@@ -346,6 +346,41 @@ TEST(sessions_with_a_common_prefix_share_its_files) {
   CHECK_EQ(look(*other, opened.sequence, second), 0);
 }
 
+// What a session has no more may be what others went on from; then its files stay.
+TEST(a_session_that_is_cut_leaves_forks_what_they_read) {
+  const TemporaryDirectory directory;
+  const std::string path = directory.path("s");
+  Text text;
+  {
+    const auto store = make_store(nullptr);
+    const auto s = store->create();
+    grow(*store, s, text, 4 * kUnit, 1);
+    store->save(s, path, text.view());
+  }
+  const auto files = [&] {
+    const std::filesystem::directory_iterator all(path + "/chunks");
+    return std::distance(begin(all), end(all));
+  };
+  const auto store = make_store(nullptr);
+  const auto s = store->open(path, true).sequence;
+  const auto fork = store->fork(s);
+  Text cut = text;
+  store->truncate(s, 2 * kUnit);
+  cut.cut(2 * kUnit);
+  grow(*store, s, cut, kUnit, 2);  // in the place of another, by the writer
+  store->save(s, path, cut.view());
+  CHECK_EQ(look(*store, fork, text), 0);
+  CHECK_EQ(files(), 5);
+  store->release(s);
+  CHECK_EQ(store->truncate_session(path, 0), 0);
+  CHECK_EQ(look(*store, fork, text), 0);
+  // Nor is it taken for a part of the session, or kept without need.
+  CHECK_EQ(make_store(nullptr)->open(path, false).tokens.size(), size_t{0});
+  store->release(fork);
+  CHECK_EQ(store->truncate_session(path, 0), 0);
+  CHECK_EQ(files(), 0);
+}
+
 TEST(where_files_cannot_be_linked_they_are_copied) {
   const TemporaryDirectory directory;
   Faults faults;
