@@ -228,7 +228,7 @@ void KvStore::collect() {
     if (std::none_of(sequences_.begin(), sequences_.end(), waits)) job.session.reset();
   }
   std::erase_if(failed_, [&](const ChunkJob& job) {
-    return job.chunk.use_count() == 1 || (!directory_ && !job.session);
+    return job.chunk.use_count() == 1 || (!job.session && (!directory_ || job.chunk->file));
   });
 }
 

@@ -87,6 +87,9 @@ void KvStore::save(Sequence sequence, const std::string& path, const KvText& tex
                       header, pages.pages);
   }
   if (static_cast<int64_t>(directory->records().size()) > chunks) directory->truncate(chunks);
+  // What could not be written there before is there now; again, it would take the tail away.
+  for (ChunkJob& job : failed_)
+    if (job.session == directory) job.session.reset();
 
   PageFileHeader tail;
   tail.kind = PageFileKind::kTail;

@@ -440,6 +440,53 @@ TEST(a_full_disk_leaves_the_session_as_it_was) {
   CHECK(make_store(nullptr)->open(directory.path("s"), false).tokens == text.tokens);
 }
 
+TEST(what_a_save_made_good_is_not_told_any_more) {
+  const TemporaryDirectory directory;
+  const std::string path = directory.path("s");
+  Faults faults;
+  FaultyFiles files(faults);
+  for (const bool disk : {false, true}) {
+    const auto store = make_store(&files, disk ? directory.path("cache") : "");
+    const auto s = store->create();
+    Text text;
+    store->attach(s, path, text.view());
+    if (!disk) faults.space = 0;  // else the session's part alone fails
+    if (disk) std::filesystem::remove_all(path + "/chunks");
+    grow(*store, s, text, kUnit, 1);
+    CHECK_THROWS(ErrorCode::kStorage, store->flush(s));
+    store->flush(store->fork(s));  // waits for the second try
+    faults.space = -1;
+    std::filesystem::create_directories(path + "/chunks");
+    store->save(s, path, text.view());
+    store->flush(s);
+    CHECK_EQ(grow(*store, s, text, 100, 1), 0);
+    store->save(s, path, text.view());
+    store->flush(s);
+    CHECK(make_store(nullptr)->open(path, false).tokens == text.tokens);
+    store->release(s);
+    std::filesystem::remove_all(path);
+  }
+}
+
+// Nor does it keep the directory from others once its session is gone.
+TEST(a_session_that_could_not_be_written_is_left_to_others) {
+  const TemporaryDirectory directory;
+  const std::string path = directory.path("s");
+  Faults faults;
+  FaultyFiles files(faults);
+  const auto store = make_store(&files, directory.path("cache"));
+  const auto s = store->create();
+  Text text;
+  store->attach(s, path, text.view());
+  faults.space = 0;
+  grow(*store, s, text, kUnit, 1);
+  CHECK_THROWS(ErrorCode::kStorage, store->flush(s));
+  const auto fork = store->fork(s);
+  store->flush(fork);  // has the second try's failure noted
+  store->release(s);
+  CHECK_EQ(make_store(nullptr)->open(path, true).tokens.size(), size_t{0});
+}
+
 TEST(a_full_disk_leaves_the_tail_of_another_text) {
   const TemporaryDirectory directory;
   const std::string path = directory.path("s");
