@@ -36,7 +36,7 @@ PrefixCache::Match PrefixCache::find(const TokenSequence& text, int64_t most, in
   auto found = entries_.end();
   for (auto entry = entries_.begin(); entry != entries_.end(); ++entry) {
     const int64_t common =
-        std::min({common_length(*entry, text, image_token), most, kv.length(entry->sequence)});
+        std::min({common_length(*entry, text, image_token), most, kv.readable(entry->sequence)});
     const int64_t length = kv.restorable(entry->sequence, common);
     if (length <= best.length) continue;
     best = {entry->sequence, length};
@@ -78,8 +78,11 @@ void Session::prompt(const Prompt& prompt, bool reuse) {
   next.sequence = text.sequence;
   // The last token is always computed: its logits choose the next one.
   const int64_t last = next.tokens.size() - 1;
-  const int64_t common = std::min(
-      {common_length(text, next, impl.info.image_token), last, impl.kv->length(text.sequence)});
+  // What lies in a directory is not given up for a read that failed, which may be the moment's.
+  const int64_t held = state_->on_disk ? impl.kv->length(text.sequence)
+                                       : impl.kv->readable(text.sequence);
+  const int64_t common =
+      std::min({common_length(text, next, impl.info.image_token), last, held});
   int64_t kept = impl.kv->restorable(text.sequence, common);
   // One that lies in a directory keeps its own sequence: what it would share instead is attached to
   // no directory, and in the cache it would keep its own from others.

@@ -2,6 +2,7 @@
 // Its pages are in memory, in a file, or both; sequences that share the prefix share the chunk.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -17,6 +18,8 @@ struct ChunkFile {
   std::string path;
   PageFileHeader header;
   FileFacts facts;  // as it was written; another file under its name is not read
+  // A read of it has failed.
+  mutable std::atomic<bool> unreadable{false};
 };
 
 struct KvChunk {
@@ -41,6 +44,13 @@ struct KvChunk {
     for (size_t g = 0; g < pages.size(); ++g)
       if (!in_reach(g)) return false;
     return true;
+  }
+  // Whether pages are nowhere but in a file that could not be read.
+  bool is_lost() const {
+    if (!file || !file->unreadable) return false;
+    for (const auto& layer : pages)
+      if (layer.empty()) return true;
+    return false;
   }
   bool holds_memory() const {
     for (const auto& layer : pages)

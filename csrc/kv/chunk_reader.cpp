@@ -15,6 +15,17 @@ namespace {
 constexpr std::align_val_t kAlignment{kPageAlignment};
 constexpr int kPoison = 0xff;  // not a number in every format
 
+// Of the file, unless it is one of memory.
+void note_failure(const ChunkPart& part, const std::exception_ptr& failure) {
+  try {
+    std::rethrow_exception(failure);
+  } catch (const Error& error) {
+    if (error.code() == ErrorCode::kStorage || error.code() == ErrorCode::kSessionMismatch)
+      part.file->unreadable = true;
+  } catch (...) {
+  }
+}
+
 }  // namespace
 
 // Neighbouring pages that are read at once.
@@ -175,6 +186,7 @@ void ChunkReader::issue(Stream& stream, char* memory, bool ring) {
     queue_->submit(std::move(request));
   } catch (...) {  // whatever it is, nobody may wait for this group
     --in_flight_;
+    note_failure(part, std::current_exception());
     group->failure = stream.failure = std::current_exception();
     group->done = true;
     return;
@@ -212,6 +224,7 @@ void ChunkReader::finished(Group& group, std::exception_ptr failure) {
       failure = std::current_exception();
     }
   }
+  if (failure != nullptr) note_failure(*group.part, failure);
   const std::lock_guard guard(mutex_);
   --in_flight_;
   group.done = true;

@@ -132,10 +132,16 @@ void KvStore::finish_chunks(State& current, const KvText& text) {
       chunk->name =
           chain_hash(chunk->parent, text, chunk->index * unit_, (chunk->index + 1) * unit_);
       std::weak_ptr<KvChunk>& known = by_name_[chunk->name];
-      if (std::shared_ptr<KvChunk> same = known.lock())
-        chunk = std::move(same);  // equal names, equal pages
-      else
+      if (std::shared_ptr<KvChunk> same = known.lock()) {  // equal names, equal pages
+        if (same->is_lost()) {
+          let_go_of_file(*same);
+          same->pages = std::move(chunk->pages);
+          same->offloaded = std::move(chunk->offloaded);
+        }
+        chunk = std::move(same);
+      } else {
         known = chunk;
+      }
     }
     current.chunks.push_back(chunk);
     for (size_t g = 0; g < globals_.size(); ++g) set_pages(*chunk, g);
@@ -183,6 +189,13 @@ void KvStore::note_failure(ChunkJob job) {
   job.pages.clear();
   job.copies.reset();
   failed_.push_back(std::move(job));
+}
+
+// Of one that cannot be read. It is removed, if it is the cache's, before another takes its name.
+void KvStore::let_go_of_file(KvChunk& chunk) {
+  if (chunk.writing > 0) wait_for_writes();
+  chunk.file.reset();
+  chunk.written.reset();  // no job is left that the writer's thread would look at it for
 }
 
 // Puts the chunk's pages of a layer, or their absence, into the tables of all who have it.

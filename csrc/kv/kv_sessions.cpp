@@ -52,9 +52,9 @@ std::shared_ptr<SessionDirectory> KvStore::directory_at(const std::string& path,
 }
 
 // A file in a session's directory, which stays there as long as it is held.
-std::shared_ptr<const ChunkFile> KvStore::in_use(ChunkFile file) const {
-  const std::string name = hex(file.header.chain);
-  std::shared_ptr<const ChunkFile> held(new ChunkFile(std::move(file)),
+std::shared_ptr<const ChunkFile> KvStore::in_use(std::unique_ptr<ChunkFile> file) const {
+  const std::string name = hex(file->header.chain);
+  std::shared_ptr<const ChunkFile> held(file.release(),
                                         [names = in_use_, name](const ChunkFile* gone) {
                                           names->remove(name);
                                           delete gone;
@@ -148,14 +148,15 @@ KvStore::Opened KvStore::open(const std::string& path, bool resume) {
   const auto count = static_cast<size_t>(unit_ / kPageTokens);
   for (size_t i = 0; i < contents.records.size(); ++i) {
     const SessionRecord& record = contents.records[i];
-    ChunkFile file{contents.chunk_paths[i], {}, {}};
-    if (!files_.exists(file.path))
-      fail(ErrorCode::kSessionMismatch, "[session] ", file.path,
+    auto file = std::make_unique<ChunkFile>();
+    file->path = contents.chunk_paths[i];
+    if (!files_.exists(file->path))
+      fail(ErrorCode::kSessionMismatch, "[session] ", file->path,
            " is missing; truncating the session to ", record.end - unit_, " tokens keeps the rest");
-    file.header = read_page_file_header(files_, file.path, identity_);
-    file.facts = files_.open(file.path, OpenMode::kRead)->facts();
-    if (file.header.digest != record.digest || file.header.kind != PageFileKind::kChunk)
-      fail(ErrorCode::kSessionMismatch, "[session] ", file.path,
+    file->header = read_page_file_header(files_, file->path, identity_);
+    file->facts = files_.open(file->path, OpenMode::kRead)->facts();
+    if (file->header.digest != record.digest || file->header.kind != PageFileKind::kChunk)
+      fail(ErrorCode::kSessionMismatch, "[session] ", file->path,
            " is not the file that the journal names; truncating the session to ",
            record.end - unit_, " tokens keeps the rest");
     std::weak_ptr<KvChunk>& known = by_name_[record.name];
@@ -164,12 +165,15 @@ KvStore::Opened KvStore::open(const std::string& path, bool resume) {
       chunk = std::make_shared<KvChunk>();
       chunk->index = static_cast<int64_t>(i);
       chunk->named = true;
-      chunk->parent = file.header.parent;
+      chunk->parent = file->header.parent;
       chunk->name = record.name;
       chunk->pages.resize(globals_.size());
       chunk->offloaded.resize(globals_.size());
       chunk->written = chunk->file = in_use(std::move(file));
       known = chunk;
+    } else if (chunk->is_lost()) {
+      let_go_of_file(*chunk);
+      chunk->written = chunk->file = in_use(std::move(file));
     }
     fresh->chunks.push_back(std::move(chunk));
     for (size_t g = 0; g < globals_.size(); ++g) {

@@ -118,6 +118,13 @@ int64_t KvStore::restorable(Sequence sequence, int64_t length) const {
   return length;
 }
 
+int64_t KvStore::readable(Sequence sequence) const {
+  const State& current = state(sequence);
+  for (const auto& chunk : current.chunks)
+    if (chunk->is_lost()) return chunk->index * unit_;
+  return current.length;
+}
+
 // Forgets what a layer holds beyond `length`, which is restorable.
 void KvStore::keep(State& current, size_t layer, int64_t length) const {
   Layer& of = current.layers[layer];

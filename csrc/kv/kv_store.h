@@ -126,6 +126,9 @@ class KvStore {
   // chunk's pages are in a file, only its begin and its end.
   int64_t restorable(Sequence sequence, int64_t length) const;
   void truncate(Sequence sequence, int64_t length);  // `length` must be restorable
+  // How much of the sequence is in memory, or in files that could be read so far. What goes on from
+  // there makes pages anew that others lack, too.
+  int64_t readable(Sequence sequence) const;
 
   // Throws OutOfMemory, with the bytes asked and left, if the pages cannot be had, and StorageError
   // if a chunk of one of the sequences could not be written; that is tried again then, so that the
@@ -203,6 +206,7 @@ class KvStore {
   void write(const std::shared_ptr<KvChunk>& chunk,
              const std::shared_ptr<SessionDirectory>& session, const KvText& text);
   void hand_over(ChunkJob job);
+  void let_go_of_file(KvChunk& chunk);
   void note_failure(ChunkJob job);
   PageFileHeader header_of(const KvChunk& chunk) const;
   void set_pages(const KvChunk& chunk, size_t global);
@@ -250,7 +254,7 @@ class KvStore {
 
   // kv_sessions.cpp
   std::shared_ptr<SessionDirectory> directory_at(const std::string& path, bool repair = false);
-  std::shared_ptr<const ChunkFile> in_use(ChunkFile file) const;
+  std::shared_ptr<const ChunkFile> in_use(std::unique_ptr<ChunkFile> file) const;
   void name_chunks(State& current, const KvText& text);
   void read_tail(State& fresh, const SessionContents& contents);
 

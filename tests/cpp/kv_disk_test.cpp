@@ -50,6 +50,10 @@ struct Rig {
     return found;
   }
 
+  std::string chunk_file(const std::string& name) const {
+    return directory.path("cache/puna-0/" + name);
+  }
+
   TemporaryDirectory directory;
   Faults faults;
   FaultyFiles files;
@@ -557,11 +561,27 @@ void damage(const std::function<void(const std::string&)>& harm, ErrorCode code,
   Digest name = identity.root();
   for (int64_t i = 0; i <= chunk; ++i)
     name = chain_hash(name, text.view(), i * kUnit, (i + 1) * kUnit);
-  for (const std::string& path : rig.chunk_files())
-    if (path.ends_with(hex(name))) harm(path);
+  harm(rig.chunk_file(hex(name)));
+  CHECK_EQ(store.readable(s), store.length(s));
+  const auto first = store.fork(s), second = store.fork(s);
   const std::string told = message_of(code, [&] { look(store, s, text); });
   CHECK(told.find(expected) != std::string::npos);
   if (told.find(expected) == std::string::npos) std::fprintf(stderr, "%s\n", told.c_str());
+  // Whoever computes the chunk again has it written again, for all.
+  Text again = text;
+  CHECK_EQ(store.readable(first), chunk * kUnit);
+  store.truncate(first, chunk * kUnit);
+  again.cut(chunk * kUnit);
+  CHECK_EQ(grow(store, first, again, kUnit + 100, 1), 0);
+  CHECK_EQ(store.readable(second), store.length(second));
+  CHECK_EQ(look(store, second, text), 0);
+  store.flush(first);
+  CHECK(std::filesystem::exists(rig.chunk_file(hex(name))));
+  grow(store, first, again, 6 * kUnit, 7);  // which presses it out again
+  CHECK_EQ(look(store, second, text), 0);
+  CHECK_EQ(store.readable(second), store.length(second));
+  store.release(first);
+  store.release(second);
   // Before the damage the sequence is as good as ever.
   store.truncate(s, chunk * kUnit);
   text.cut(chunk * kUnit);
