@@ -34,7 +34,20 @@ int repeated(const Call& call) {
 class SystemFile final : public File {
  public:
   SystemFile(const std::string& path, int descriptor) : File(path), descriptor_(descriptor) {}
-  ~SystemFile() override { close(descriptor_); }
+  ~SystemFile() override {
+    // A process that was forked has the descriptor, and with it the lock, as well.
+    if (locked_by_ == getpid()) (void)flock(descriptor_, LOCK_UN);
+    close(descriptor_);
+  }
+  // False while somebody else has the lock.
+  bool lock() {
+    if (flock(descriptor_, LOCK_EX | LOCK_NB) != 0) {
+      if (errno == EWOULDBLOCK) return false;
+      refuse(path(), "locked", errno);
+    }
+    locked_by_ = getpid();
+    return true;
+  }
 
   size_t read(void* to, size_t bytes, uint64_t offset) override {
     size_t done = 0;
@@ -96,11 +109,16 @@ class SystemFile final : public File {
  private:
   static constexpr size_t kMostParts = 1024;  // IOV_MAX of Linux
   int descriptor_;
+  pid_t locked_by_ = -1;
 };
 
 class SystemFiles final : public FileSystem {
  public:
   std::unique_ptr<File> open(const std::string& path, OpenMode mode) override {
+    return open_file(path, mode);
+  }
+
+  static std::unique_ptr<SystemFile> open_file(const std::string& path, OpenMode mode) {
     const bool direct = mode == OpenMode::kReadDirect || mode == OpenMode::kWriteDirect;
     int flags = O_CLOEXEC | O_NONBLOCK;  // opening a named pipe would wait for its other end
     if (mode == OpenMode::kRead || mode == OpenMode::kReadDirect) flags |= O_RDONLY;
@@ -155,9 +173,7 @@ class SystemFiles final : public FileSystem {
   }
 
   void remove_directory(const std::string& path) override {
-    std::error_code error;
-    std::filesystem::remove_all(path, error);
-    if (error) refuse(path, "removed", error.value());
+    if (rmdir(path.c_str()) != 0 && errno != ENOENT) refuse(path, "removed", errno);
   }
 
   void sync_directory(const std::string& path) override {
@@ -176,10 +192,15 @@ class SystemFiles final : public FileSystem {
   }
 
   std::unique_ptr<File> lock(const std::string& path) override {
-    std::unique_ptr<File> file = open(path, OpenMode::kWrite);
-    if (flock(file->descriptor(), LOCK_EX | LOCK_NB) == 0) return file;
-    if (errno == EWOULDBLOCK) return nullptr;
-    refuse(path, "locked", errno);
+    std::unique_ptr<SystemFile> file = open_file(path, OpenMode::kWrite);
+    if (!file->lock()) return nullptr;
+    // Whoever had it may have removed it between these two calls.
+    const FileFacts facts = file->facts();
+    struct stat status{};
+    if (stat(path.c_str(), &status) != 0 || status.st_dev != facts.device ||
+        status.st_ino != facts.inode)
+      return nullptr;
+    return file;
   }
 };
 
@@ -188,6 +209,32 @@ class SystemFiles final : public FileSystem {
 FileSystem& system_files() {
   static SystemFiles files;
   return files;
+}
+
+bool remove_if_possible(FileSystem& files, const std::string& path) noexcept {
+  try {
+    files.remove(path);
+    return true;
+  } catch (...) {
+    return false;
+  }
+}
+
+void replace_file(FileSystem& files, const std::string& path, OpenMode mode,
+                  const std::function<void(File&)>& write, const std::function<void()>& ready) {
+  const std::string temporary = path + ".tmp";
+  try {
+    {
+      const auto file = files.open(temporary, mode);
+      write(*file);
+      file->sync();
+    }
+    if (ready) ready();
+    files.rename(temporary, path);
+  } catch (...) {
+    remove_if_possible(files, temporary);
+    throw;
+  }
 }
 
 void read_exactly(File& file, void* to, size_t bytes, uint64_t offset) {

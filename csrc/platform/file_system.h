@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -63,14 +64,24 @@ class FileSystem {
   // A second name for a file; false where the file system cannot.
   virtual bool link(const std::string& from, const std::string& to) = 0;
   virtual void remove(const std::string& path) = 0;            // no error if it is not there
-  virtual void remove_directory(const std::string& path) = 0;  // with all that is in it; likewise
+  virtual void remove_directory(const std::string& path) = 0;  // which is empty; likewise
   // Names created, renamed or removed in the directory are durable afterwards.
   virtual void sync_directory(const std::string& path) = 0;
   virtual uint64_t free_bytes(const std::string& path) = 0;
   // The file, made if need be and locked until it is destroyed; null while somebody else has the
-  // lock.
+  // lock, or is about to remove the file. A process that was forked meanwhile does not keep it.
   virtual std::unique_ptr<File> lock(const std::string& path) = 0;
 };
+
+// For what another failure is told before: false instead of an error.
+bool remove_if_possible(FileSystem& files, const std::string& path) noexcept;
+
+// Writes a file whole: under a temporary name, made durable, then in the place of what has its name.
+// `ready` is called before that, when nothing but the directory can refuse it any more. The caller
+// syncs the directory.
+void replace_file(FileSystem& files, const std::string& path, OpenMode mode,
+                  const std::function<void(File&)>& write,
+                  const std::function<void()>& ready = nullptr);
 
 // The operating system's.
 FileSystem& system_files();

@@ -113,8 +113,11 @@ class CrashFiles final : public FileSystem {
   }
   void remove_directory(const std::string& path) override {
     const std::lock_guard guard(mutex_);
-    std::erase_if(directories_,
-                  [&](const auto& d) { return (d.first + "/").starts_with(path + "/"); });
+    const auto found = directories_.find(path);
+    if (found == directories_.end()) return;
+    if (!found->second.names.empty())
+      fail(ErrorCode::kStorage, "[file] ", path, " cannot be removed: it is not empty");
+    directories_.erase(found);
   }
   void sync_directory(const std::string& path) override {
     const std::lock_guard guard(mutex_);

@@ -1,11 +1,17 @@
 // Files and reads in flight: the system's files, both read queues, private directories.
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <mutex>
 #include <random>
+#include <thread>
 
 #include "check.h"
 #include "platform/file_system.h"
@@ -115,8 +121,35 @@ TEST(names_and_directories) {
   CHECK_THROWS(ErrorCode::kStorage, files.open(folder, OpenMode::kRead));
   CHECK_THROWS(ErrorCode::kStorage, files.list(folder + "/no"));
   CHECK_THROWS(ErrorCode::kStorage, files.link(folder + "/two", folder + "/four"));
-  files.remove_directory(directory.path("a"));
+  CHECK_THROWS(ErrorCode::kStorage, files.remove_directory(folder));  // not empty
+  files.remove(folder + "/three");
+  files.remove_directory(folder);
+  files.remove_directory(folder);  // no error
   CHECK(!files.exists(folder));
+}
+
+TEST(files_are_replaced_whole_or_not_at_all) {
+  const TemporaryDirectory directory;
+  FileSystem& files = system_files();
+  const std::string path = directory.path("data");
+  const std::vector<char> bytes = random_bytes(100);
+  const auto write = [&](File& file) {
+    const File::Part part = part_of(bytes, 0, bytes.size());
+    file.write({&part, 1}, 0);
+  };
+  const auto refuse = [] { fail(ErrorCode::kStorage, "no"); };
+  CHECK_THROWS(ErrorCode::kStorage, replace_file(files, path, OpenMode::kWrite, write, refuse));
+  CHECK(files.list(directory.path("")).empty());
+  bool ready = false;
+  replace_file(files, path, OpenMode::kWrite, write, [&] { ready = !files.exists(path); });
+  CHECK(ready);
+  CHECK_EQ(files.open(path, OpenMode::kRead)->facts().bytes, uint64_t{100});
+  CHECK_THROWS(ErrorCode::kStorage,
+               replace_file(files, path, OpenMode::kWriteDirect, [&](File&) { refuse(); }));
+  CHECK_EQ(files.open(path, OpenMode::kRead)->facts().bytes, uint64_t{100});
+  CHECK_EQ(files.list(directory.path("")).size(), size_t{1});
+  CHECK(!remove_if_possible(files, directory.path("")));
+  CHECK(remove_if_possible(files, path));
 }
 
 TEST(locks_are_exclusive) {
@@ -126,6 +159,54 @@ TEST(locks_are_exclusive) {
   CHECK(system_files().lock(directory.path("lock")) == nullptr);
   first.reset();
   CHECK(system_files().lock(directory.path("lock")) != nullptr);
+}
+
+TEST(a_forked_process_does_not_keep_a_lock) {
+  const TemporaryDirectory directory;
+  auto lock = system_files().lock(directory.path("lock"));
+  int until[2];
+  CHECK_EQ(pipe(until), 0);
+  const pid_t child = fork();
+  if (child == 0) {
+    close(until[1]);
+    char byte;
+    const bool ended = read(until[0], &byte, 1) == 0;
+    lock.reset();  // not its own to give back
+    _exit(ended ? 0 : 1);
+  }
+  close(until[0]);
+  lock.reset();
+  lock = system_files().lock(directory.path("lock"));
+  CHECK(lock != nullptr);
+  close(until[1]);
+  int status = 1;
+  CHECK_EQ(waitpid(child, &status, 0), child);
+  CHECK_EQ(status, 0);
+  CHECK(system_files().lock(directory.path("lock")) == nullptr);
+}
+
+TEST(a_lock_of_a_file_that_was_removed_is_none) {
+  // Between opening the file and locking it, its owner removes it and lets go of it.
+  const TemporaryDirectory directory;
+  const std::string path = directory.path("lock");
+  std::atomic<bool> stop{false};
+  std::atomic<int> owners{0}, most{0};
+  const auto contend = [&] {
+    while (!stop) {
+      const auto lock = system_files().lock(path);
+      if (lock == nullptr) continue;
+      const int now = ++owners;
+      if (now > most) most = now;
+      --owners;
+      system_files().remove(path);
+    }
+  };
+  std::thread first(contend), second(contend);
+  std::this_thread::sleep_for(std::chrono::milliseconds(300));
+  stop = true;
+  first.join();
+  second.join();
+  CHECK_EQ(most.load(), 1);
 }
 
 TEST(threaded_reads) {
@@ -158,4 +239,48 @@ TEST(private_directories_end_with_their_owner) {
   std::ofstream(parent + "/puna-1/file") << "content";
   const PrivateDirectory again(files, parent);
   CHECK(!files.exists(parent + "/puna-1/file"));
+}
+
+// Tells in which order things are removed.
+class RemovalOrder final : public FileSystem {
+ public:
+  std::unique_ptr<File> open(const std::string& path, OpenMode mode) override {
+    return under_.open(path, mode);
+  }
+  bool exists(const std::string& path) override { return under_.exists(path); }
+  std::vector<std::string> list(const std::string& path) override { return under_.list(path); }
+  void make_directory(const std::string& path) override { under_.make_directory(path); }
+  void rename(const std::string& from, const std::string& to) override { under_.rename(from, to); }
+  bool link(const std::string& from, const std::string& to) override {
+    return under_.link(from, to);
+  }
+  void remove(const std::string& path) override {
+    removed.push_back(std::filesystem::path(path).filename());
+    under_.remove(path);
+  }
+  void remove_directory(const std::string& path) override {
+    removed.push_back(std::filesystem::path(path).filename());
+    under_.remove_directory(path);
+  }
+  void sync_directory(const std::string& path) override { under_.sync_directory(path); }
+  uint64_t free_bytes(const std::string& path) override { return under_.free_bytes(path); }
+  std::unique_ptr<File> lock(const std::string& path) override { return under_.lock(path); }
+
+  std::vector<std::string> removed;
+
+ private:
+  FileSystem& under_ = system_files();
+};
+
+TEST(a_private_directory_is_locked_until_it_is_empty) {
+  const TemporaryDirectory directory;
+  RemovalOrder files;
+  {
+    const PrivateDirectory mine(files, directory.path("cache"));
+    std::ofstream(mine.path() + "/a") << "content";
+    std::ofstream(mine.path() + "/z") << "content";
+  }
+  const std::vector<std::string> expected = {"a", "z", "lock", "puna-0"};
+  CHECK(files.removed == expected);
+  CHECK(files.list(directory.path("cache")).empty());
 }
