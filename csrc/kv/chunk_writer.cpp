@@ -4,7 +4,6 @@
 
 #include <utility>
 
-#include "base/error.h"
 #include "platform/io_thread.h"
 
 namespace puna {
@@ -87,11 +86,8 @@ void ChunkWriter::write(ChunkJob& job) {
     auto* const file = new ChunkFile{path, job.header, facts};
     job.file = {file, [files = &files_, count = written_bytes_, bytes,
                        process = getpid()](ChunkFile* gone) {
-                  try {
-                    if (getpid() == process) files->remove(gone->path);  // not a fork's to remove
-                  } catch (const Error&) {
-                    // It stays until the directory is cleaned up.
-                  }
+                  // Not a fork's to remove. What stays, does until the directory is cleaned up.
+                  if (getpid() == process) remove_if_possible(*files, gone->path);
                   count->fetch_sub(bytes);
                   delete gone;
                 }};

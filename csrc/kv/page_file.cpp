@@ -119,7 +119,7 @@ uint64_t page_file_bytes(std::span<const PageSection> sections) {
 
 void write_page_file(FileSystem& files, const std::string& directory, const std::string& name,
                      const KvIdentity& identity, PageFileHeader& header,
-                     std::span<const void* const> pages) {
+                     std::span<const void* const> pages, const std::function<void()>& ready) {
   header.checksums.clear();
   for (const PageSection& section : header.sections)
     for (int64_t i = 0; i < section.pages; ++i)
@@ -128,35 +128,23 @@ void write_page_file(FileSystem& files, const std::string& directory, const std:
   const std::vector<std::byte> encoded = encode(identity, header);
   header.digest = Sha256::of(encoded.data(), encoded.size());
 
-  const std::string path = directory + "/" + name, temporary = path + ".tmp";
-  try {
-    {
-      const auto file = files.open(temporary, OpenMode::kWriteDirect);
-      file->reserve(header.file_bytes);
-      // Direct writes want aligned memory, which pages are and a vector is not.
-      const Memory block(encoded.size());
-      std::memcpy(block.data(), encoded.data(), encoded.size());
-      const File::Part head{static_cast<const std::byte*>(block.data()), encoded.size()};
-      file->write({&head, 1}, 0);
-      for (const PageSection& section : header.sections) {
-        std::vector<File::Part> parts;
-        for (int64_t i = 0; i < section.pages; ++i)
-          parts.push_back(
-              {static_cast<const std::byte*>(pages[section.first_page + i]), section.page_bytes});
-        file->write(parts, section.offset);
-      }
-      file->sync();
+  const auto write = [&](File& file) {
+    file.reserve(header.file_bytes);
+    // Direct writes want aligned memory, which pages are and a vector is not.
+    const Memory block(encoded.size());
+    std::memcpy(block.data(), encoded.data(), encoded.size());
+    const File::Part head{static_cast<const std::byte*>(block.data()), encoded.size()};
+    file.write({&head, 1}, 0);
+    for (const PageSection& section : header.sections) {
+      std::vector<File::Part> parts;
+      for (int64_t i = 0; i < section.pages; ++i)
+        parts.push_back(
+            {static_cast<const std::byte*>(pages[section.first_page + i]), section.page_bytes});
+      file.write(parts, section.offset);
     }
-    files.rename(temporary, path);
-    files.sync_directory(directory);
-  } catch (...) {
-    try {
-      files.remove(temporary);
-    } catch (const Error&) {
-      // The first failure is the one to tell.
-    }
-    throw;
-  }
+  };
+  replace_file(files, directory + "/" + name, OpenMode::kWriteDirect, write, ready);
+  files.sync_directory(directory);
 }
 
 PageFileHeader read_page_file_header(FileSystem& files, const std::string& path,

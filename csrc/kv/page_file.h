@@ -11,6 +11,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <span>
 #include <string>
 #include <vector>
@@ -50,11 +51,12 @@ std::vector<PageSection> chunk_sections(const KvGeometry& geometry);
 std::vector<PageSection> tail_sections(const KvGeometry& geometry, int64_t begin, int64_t end);
 uint64_t page_file_bytes(std::span<const PageSection> sections);
 
-// Writes `directory`/`name` whole: to a temporary name, made durable, renamed. `pages`: in the
-// order of header.sections, whose places, checksums, size and digest it fills in.
+// Writes `directory`/`name` by replace_file(), durably. `pages`: in the order of header.sections,
+// whose places, checksums, size and digest it fills in.
 void write_page_file(FileSystem& files, const std::string& directory, const std::string& name,
                      const KvIdentity& identity, PageFileHeader& header,
-                     std::span<const void* const> pages);
+                     std::span<const void* const> pages,
+                     const std::function<void()>& ready = nullptr);
 
 // Throws SessionMismatch with the reason if the file is not of this identity, or damaged.
 PageFileHeader read_page_file_header(FileSystem& files, const std::string& path,

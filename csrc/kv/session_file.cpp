@@ -56,21 +56,17 @@ std::vector<std::byte> read_up_to(File& file, uint64_t offset, size_t bytes) {
 // For file systems without hard links, or across them.
 void copy_file(FileSystem& files, const std::string& from, const std::string& to) {
   const auto source = files.open(from, OpenMode::kReadDirect);
-  const std::string temporary = to + ".tmp";
   const uint64_t size = source->facts().bytes;
-  constexpr uint64_t kBlock = uint64_t{8} << 20;
-  const Memory block(kBlock);
-  {
-    const auto target = files.open(temporary, OpenMode::kWriteDirect);
-    target->reserve(size);
+  replace_file(files, to, OpenMode::kWriteDirect, [&](File& target) {
+    constexpr uint64_t kBlock = uint64_t{8} << 20;
+    const Memory block(kBlock);
+    target.reserve(size);
     for (uint64_t at = 0; at < size; at += kBlock) {
       const size_t bytes = std::min(kBlock, size - at);
       read_exactly(*source, block.data(), bytes, at);
-      write_bytes(*target, {static_cast<const std::byte*>(block.data()), bytes}, at);
+      write_bytes(target, {static_cast<const std::byte*>(block.data()), bytes}, at);
     }
-    target->sync();
-  }
-  files.rename(temporary, to);
+  });
 }
 
 std::vector<std::byte> encode_header(const KvIdentity& identity) {
@@ -487,21 +483,10 @@ void SessionDirectory::remove_unused_chunks() {
 void SessionDirectory::write_tail(const UnitText& text, PageFileHeader header,
                                   std::span<const void* const> pages) {
   // First what may fill a disk: until then the tail of another text that was saved before is good.
-  const std::string next = path_ + "/tail.next";
-  write_page_file(files_, path_, "tail.next", identity_, header, pages);
-  try {
+  write_page_file(files_, path_, "tail", identity_, header, pages, [&] {
     keep_tail_before(header.parent, text);
     write_text(header.begin, records_.empty() ? 0 : records_.back().images, text);
-    files_.rename(next, path_ + "/tail");
-  } catch (...) {
-    try {
-      files_.remove(next);
-    } catch (const Error&) {
-      // The first failure is the one to tell.
-    }
-    throw;
-  }
-  files_.sync_directory(path_);
+  });
   tail_ = std::move(header);
 }
 

@@ -504,7 +504,7 @@ TEST(a_full_disk_leaves_the_tail_of_another_text) {
   for (const int64_t space : {0, 3000, 20'000}) {
     faults.space = space;
     CHECK_THROWS(ErrorCode::kStorage, store->save(s, path, text.view()));
-    CHECK(!std::filesystem::exists(path + "/tail.next"));
+    CHECK(!std::filesystem::exists(path + "/tail.tmp"));
     const auto other = make_store(nullptr);
     const auto opened = other->open(path, false);
     CHECK(opened.tokens == saved.tokens);
