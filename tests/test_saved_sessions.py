@@ -69,6 +69,37 @@ def test_a_conversation_goes_on(llm: puna.Engine, tmp_path: Path) -> None:
     assert len(llm.session(tmp_path / "a", readonly=True).messages) == 4
 
 
+def test_the_same_picture_twice_in_a_row(llm: puna.Engine, tmp_path: Path) -> None:
+    """Two pictures, when they come back, too: what follows them is not computed again."""
+    picture = draw(random_scene(random.Random(3)), llm.info.image_size)
+    session = llm.session()
+    session.chat("What is in these pictures?", images=[picture, picture], **GREEDY)
+    session.save(tmp_path / "a")
+    held = len(session)
+    expected = session.chat("Tell me a story about a fox.", **GREEDY)
+    again = llm.session(tmp_path / "a")
+    answer = again.chat("Tell me a story about a fox.", **GREEDY)
+    assert answer.tokens == expected.tokens
+    assert answer.usage.cached == expected.usage.cached == held - 1
+
+
+def test_a_session_opened_takes_the_memory_that_was_planned(
+    llm: puna.Engine, tmp_path: Path
+) -> None:
+    """Its pages come from files; those that are computed have all of the context's room."""
+    ids = [5 + i * i % 600 for i in range(3000)]
+    session = llm.session()
+    session.append(ids)
+    session.save(tmp_path / "a")
+    expected = continuation(session, [7, 8])
+    plan = puna.plan("demo", kv=llm.plan.kv, context=4000)
+    with load(kv=llm.plan.kv, context=4000, memory=plan.memory_needed) as tight:
+        again = tight.session(tmp_path / "a")
+        assert continuation(again, [7, 8]) == expected
+        again.append([5 + i % 600 for i in range(900)])
+        again.branch([[9]], temperature=0, max_tokens=1)
+
+
 def test_what_was_not_saved_is_there_up_to_a_chunk(llm: puna.Engine, tmp_path: Path) -> None:
     """The demo's chunks are of 256 tokens."""
     script = (

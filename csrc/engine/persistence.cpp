@@ -22,17 +22,19 @@ std::vector<KvImageRun> image_runs(const TokenSequence& text, int32_t image_toke
     if (!starts && runs.back().position + runs.back().rows == here)
       ++runs.back().rows;
     else
-      runs.push_back({here, 1, text.images[image].key});
+      runs.push_back({here, 1, text.images[image].key, starts});
   });
   return runs;
 }
 
-// The pictures of a text whose rows are computed: their pixels are gone, and not needed.
+// The pictures of a text whose rows are computed: their pixels are gone, and not needed. In
+// sessions of before runs did not say where a picture begins; there, a repeated one is taken for
+// one.
 std::vector<PlacedImage> placed_images(const std::vector<KvImageRun>& runs) {
   std::vector<PlacedImage> images;
   int64_t row = 0;
   for (const KvImageRun& run : runs) {
-    if (images.empty() || images.back().key != run.key)
+    if (images.empty() || run.begins || images.back().key != run.key)
       images.push_back({nullptr, run.key, row, 0});
     images.back().rows += run.rows;
     row += run.rows;
@@ -89,6 +91,18 @@ void Session::close() {
   impl.kv->release(old);
 }
 
+void Engine::Impl::check_opened(std::span<const int32_t> tokens, const std::string& path) const {
+  if (const auto held = static_cast<int64_t>(tokens.size()); held > info.context)
+    fail(ErrorCode::kContextOverflow, {.asked = held, .limit = info.context}, "[session] ", path,
+         " holds ", held, " tokens, the context ", info.context, "; load with context=", held,
+         " or more");
+  // What is computed anew looks them up.
+  for (const int32_t token : tokens)
+    if (token < 0 || token >= info.vocab_size)
+      fail(ErrorCode::kSessionMismatch, "[session] ", path, " is damaged: token id ", token,
+           " is outside the vocabulary of ", info.vocab_size);
+}
+
 std::shared_ptr<Session> Engine::open(const std::string& path, bool resume) {
   const std::lock_guard turn(impl_->turn);
   impl_->require_open();
@@ -100,18 +114,23 @@ std::shared_ptr<Session> Engine::open(const std::string& path, bool resume) {
   std::error_code ignored;  // what is wrong with the path is said when it is made
   if (resume && !std::filesystem::exists(std::filesystem::path(path) / "journal", ignored)) {
     text.sequence = impl_->kv->create();
-    impl_->kv->attach(text.sequence, path, {});
+    try {
+      impl_->kv->attach(text.sequence, path, {});
+    } catch (...) {
+      impl_->kv->release(text.sequence);
+      throw;
+    }
   } else {
     KvStore::Opened opened = impl_->with_room([&] { return impl_->kv->open(path, resume); });
     text.sequence = opened.sequence;
     text.tokens = TokenList(opened.tokens);
     text.runs = std::move(opened.images);
     text.images = placed_images(text.runs);
-    if (const auto held = text.tokens.size(); held > impl_->info.context) {
+    try {
+      impl_->check_opened(opened.tokens, path);
+    } catch (...) {
       impl_->kv->release(text.sequence);  // and with it the directory, for others to open
-      fail(ErrorCode::kContextOverflow, {.asked = held, .limit = impl_->info.context}, "[session] ",
-           path, " holds ", held, " tokens, the context ", impl_->info.context,
-           "; load with context=", held, " or more");
+      throw;
     }
   }
   state->timings.cached_tokens = text.tokens.size();

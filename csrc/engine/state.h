@@ -6,6 +6,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <span>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -157,6 +158,8 @@ struct Engine::Impl {
   // position of the first of them.
   std::vector<int32_t> unit_tokens(const TokenSequence& text, int64_t rows, int64_t* first) const;
   const std::vector<KvImageRun>& runs_of(TokenSequence& text) const;
+  // Throws ContextOverflow or SessionMismatch if a session on disk has other tokens than a prompt.
+  void check_opened(std::span<const int32_t> tokens, const std::string& path) const;
 
   // --- scheduler.cpp, continued ---
   // Checks a prompt against the model and gives its parts their places.

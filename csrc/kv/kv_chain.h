@@ -10,10 +10,13 @@
 
 namespace puna {
 
-// Rows that stand for a picture: their features are told apart by `key`.
+// Rows that stand for a picture, or for a part of one: its features are told apart by `key`.
 struct KvImageRun {
   int64_t position = 0, rows = 0;
   uint64_t key = 0;
+  // Whether it is a picture's first part, also where the same picture comes before it. No part of
+  // names.
+  bool begins = false;
   bool operator==(const KvImageRun&) const = default;
 };
 

@@ -1,6 +1,7 @@
 #include "kv/session_file.h"
 
 #include <algorithm>
+#include <limits>
 #include <set>
 #include <utility>
 
@@ -205,7 +206,13 @@ std::vector<KvImageRun> read_images(FileSystem& files, const std::string& path, 
     image.position = in.get<int64_t>();
     image.rows = in.get<int64_t>();
     image.key = in.get<uint64_t>();
+    image.begins = in.get<uint32_t>() != 0;
     if (!intact(one) || image.position >= length) break;
+    const KvImageRun before = images.empty() ? KvImageRun{} : images.back();
+    // No text has as many rows.
+    if (image.position < before.position + before.rows || image.rows < 1 ||
+        image.rows > std::numeric_limits<int32_t>::max())
+      mismatch(path, "is damaged: its pictures overlap, or have no or too many rows");
     images.push_back(image);
   }
   if (static_cast<int64_t>(images.size()) < recorded)
@@ -254,7 +261,7 @@ UnitText UnitText::of(const KvText& text, int64_t begin, int64_t end) {
   unit.tokens.assign(tokens.begin(), tokens.end());
   for (const KvImageRun& image : text.images)
     if (image.position < end && image.position + image.rows > begin)
-      unit.images.push_back({image.position - begin, image.rows, image.key});
+      unit.images.push_back({image.position - begin, image.rows, image.key, image.begins});
   return unit;
 }
 
@@ -410,6 +417,7 @@ void SessionDirectory::write_text(int64_t begin, int64_t images, const UnitText&
     if (image.position < 0) continue;  // begins, and was written, before
     ByteWriter out;
     out.put(begin + image.position).put(image.rows).put(image.key);
+    out.put(static_cast<uint32_t>(image.begins));
     const std::vector<std::byte> one = sealed(out, kImageBytes);
     encoded.insert(encoded.end(), one.begin(), one.end());
   }
@@ -476,8 +484,7 @@ void SessionDirectory::remove_unused_chunks() {
   std::set<std::string> used;
   for (const SessionRecord& record : records_) used.insert(hex(record.name));
   for (const std::string& name : files_.list(path_ + "/chunks"))
-    if (!used.contains(name) && !in_use_->contains(name))
-      files_.remove(path_ + "/chunks/" + name);
+    if (!used.contains(name) && !in_use_->contains(name)) files_.remove(path_ + "/chunks/" + name);
 }
 
 void SessionDirectory::write_tail(const UnitText& text, PageFileHeader header,

@@ -43,7 +43,7 @@ struct UnitText {
 // What the journal says of a chunk.
 struct SessionRecord {
   int64_t end = 0;     // tokens up to its end
-  int64_t images = 0;  // pictures that begin before it
+  int64_t images = 0;  // runs of pictures that begin before it
   Digest name{};       // of the prefix up to its end
   Digest digest{};     // of its chunk file
 };

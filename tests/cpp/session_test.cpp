@@ -138,7 +138,11 @@ TEST(pictures_are_part_of_the_text) {
   const auto store = make_store(nullptr);
   const auto s = store->create();
   Text text;
-  text.images = {{5, 20, 111}, {500, 30, 222}};
+  text.images = {{5, 20, 111, true},
+                 {500, 30, 222, true},
+                 {530, 4, 222, false},
+                 {534, 40, 222, true},
+                 {600, 9, 222, true}};
   grow(*store, s, text, 800, 1);
   store->save(s, directory.path("s"), text.view());
   const auto opened = make_store(nullptr)->open(directory.path("s"), false);
@@ -273,9 +277,9 @@ TEST(a_chunk_that_moved_since_it_could_not_be_written) {
   const KvGeometry shape = geometry();
   const auto open = static_cast<int64_t>(shape.open_bytes());
   const auto sealed = static_cast<int64_t>(shape.sealed_bytes());
-  const auto store =
-      std::make_unique<KvStore>(shape, std::make_unique<WatchedTier>(30 * open + 30 * sealed, false),
-                                options_for(&files), std::make_unique<WatchedTier>(0, true));
+  const auto store = std::make_unique<KvStore>(
+      shape, std::make_unique<WatchedTier>(30 * open + 30 * sealed, false), options_for(&files),
+      std::make_unique<WatchedTier>(0, true));
   const auto nothing = store->create();
   store->attach(nothing, path, {});
   store->release(nothing);
