@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -90,6 +92,45 @@ def test_cached_prefixes_make_room_for_what_is_asked_for() -> None:
         for start in range(40):
             ids = [5 + (start * 31 + i) % 600 for i in range(length)]
             assert generate(llm, ids, max_tokens=2, ignore_eos=True).finish_reason == "length"
+
+
+def test_a_prefix_whose_file_is_damaged_is_computed_again(tmp_path: Path) -> None:
+    """The request that finds it out fails, and no other."""
+    ids = [5 + i * i % 600 for i in range(12_000)]
+    least = puna.plan("demo", context=13_000, disk="1G", memory="1M").memory_needed
+    with puna.load(
+        "demo",
+        progress=False,
+        threads=2,
+        kv_offload=f"disk:{tmp_path}",
+        memory=least + (1 << 20),
+        context=13_000,
+    ) as llm:
+        assert llm.plan.kv_disk_bytes > 0  # not all of it fits into memory
+        first = generate(llm, ids)
+        generate(llm, [7, *ids])  # presses it out of memory
+        before = {path: path.stat() for path in tmp_path.rglob("*") if path.name != "lock"}
+        damaged = 0
+        for path, status in before.items():
+            if path.is_file():
+                with path.open("r+b") as file:
+                    file.seek(-1, os.SEEK_END)
+                    last = file.read(1)[0]
+                    file.seek(-1, os.SEEK_END)
+                    file.write(bytes([last ^ 1]))
+                os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+                damaged += 1
+        assert damaged > 20
+        with pytest.raises(puna.SessionMismatch, match="does not have the checksum"):
+            generate(llm, ids)
+        for _ in range(damaged):
+            try:
+                again = generate(llm, ids)
+                break
+            except puna.SessionMismatch:  # others of the files
+                pass
+        assert again.tokens == first.tokens
+        assert generate(llm, ids).usage.cached == len(ids) - 1
 
 
 def test_completions_of_one_prompt_share_it(llm: puna.Engine) -> None:
