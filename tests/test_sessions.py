@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import puna
+from conftest import greedy
 from puna.demo.scene import draw, random_scene
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 60}
@@ -261,6 +262,33 @@ def test_a_text_is_cut_and_goes_another_way(llm: puna.Engine) -> None:
     talk.chat("Hello", **GREEDY)
     with pytest.raises(puna.InvalidRequest, match="conversation"):
         talk.truncate(1)
+
+
+def test_a_token_is_not_lost_where_another_session_fails() -> None:
+    """One session has its token when the prompt of another, of more passes, meets the end of
+    memory."""
+    ids = [5 + i * i % 600 for i in range(8000)]
+    memory = puna.plan("demo", context=8000).memory_needed
+    with puna.load("demo", progress=False, threads=2, context=8000, memory=memory) as llm:
+        core = llm._core_engine()
+        alone = core.session()
+        alone.prompt(ids[:50], [])
+        alone.begin(greedy())
+        expected = [core.step([alone])[0].token for _ in range(2)]
+        held = [core.session(), core.session()]
+        for i, session in enumerate(held):
+            session.prompt([i, *ids[:7000]], [])
+            session.begin(greedy())
+            core.step([session])
+        short, long = core.session(), core.session()
+        short.prompt(ids[:50], [])
+        short.begin(greedy())
+        long.prompt([3, *ids[:7000]], [])
+        long.begin(greedy())
+        with pytest.raises(puna.OutOfMemory):
+            core.step([short, long])
+        assert len(short) == 51
+        assert [core.step([short])[0].token for _ in range(2)] == expected
 
 
 def test_branches_are_as_many_at_once_as_memory_allows() -> None:

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <chrono>
 #include <numeric>
+#include <utility>
 
 #include "engine/state.h"
 
@@ -311,14 +312,14 @@ int64_t Engine::Impl::prefill(Session::State& session, int64_t most, const Poll&
 std::vector<StepResult> Engine::Impl::step(std::span<Session::State* const> sessions,
                                            const Poll& poll) {
   struct Cancelled {};
-  std::vector<StepResult> results(sessions.size());
   std::vector<size_t> waiting;
   std::vector<bool> exact(sessions.size(), true);
   const auto finish_cancelled = [&](size_t i) {
     Session::State& session = *sessions[i];
     session.finish = FinishReason::kCancelled;
-    if (session.decoder) results[i].text = session.decoder->finish();
-    results[i].finish = session.finish;
+    StepResult& result = session.unreturned.emplace();
+    if (session.decoder) result.text = session.decoder->finish();
+    result.finish = session.finish;
   };
   for (size_t i = 0; i < sessions.size(); ++i) {
     Session::State& session = *sessions[i];
@@ -326,9 +327,11 @@ std::vector<StepResult> Engine::Impl::step(std::span<Session::State* const> sess
       fail(ErrorCode::kInvalidRequest, "[step] begin() was not called for this session");
     if (session.text.tokens.empty())
       fail(ErrorCode::kInvalidRequest, "[step] the session has no prompt");
+    if (session.unreturned) continue;
     if (session.finish != FinishReason::kNone) {
-      results[i].finish = session.finish;
-      results[i].stop = session.stop;
+      StepResult& result = session.unreturned.emplace();
+      result.finish = session.finish;
+      result.stop = session.stop;
     } else if (session.cancelled) {
       finish_cancelled(i);
     } else if (kv->length(session.text.sequence) == session.text.tokens.size()) {
@@ -396,7 +399,7 @@ std::vector<StepResult> Engine::Impl::step(std::span<Session::State* const> sess
     }
     for (size_t e = 0; e < ending.size(); ++e) {
       Session::State& session = *sessions[ending[e]];
-      results[ending[e]] = emit(session, chosen[e]);
+      session.unreturned = emit(session, chosen[e]);
       if (!session.prefilled) session.timings.first_token_seconds = session.timings.prefill_seconds;
       session.prefilled = true;
     }
@@ -404,6 +407,10 @@ std::vector<StepResult> Engine::Impl::step(std::span<Session::State* const> sess
       return std::find(ending.begin(), ending.end(), i) != ending.end();
     });
   }
+  std::vector<StepResult> results(sessions.size());
+  for (size_t i = 0; i < sessions.size(); ++i)
+    if (sessions[i]->unreturned)  // else it is there twice
+      results[i] = *std::exchange(sessions[i]->unreturned, std::nullopt);
   return results;
 }
 

@@ -180,6 +180,7 @@ void Session::begin(const SamplingOptions& options) {
   state.finish = FinishReason::kNone;
   state.stop.clear();
   state.prefilled = false;
+  state.unreturned.reset();
   state.cancelled = false;
   state.begun = true;
 }

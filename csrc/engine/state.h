@@ -108,6 +108,8 @@ struct Session::State {
   std::string stop;
   bool begun = false;
   bool prefilled = false;  // the turn's prompt has been computed
+  // Of a step that gave the session its token and then failed for another: the next one's.
+  std::optional<StepResult> unreturned;
   Timings timings;
   AttentionReport report;
   std::atomic<bool> cancelled{false};

@@ -71,7 +71,8 @@ class Engine : public std::enable_shared_from_this<Engine> {
   void check(const SamplingOptions& options) const;
 
   // One token for each of the sessions, computed as one batch; results in their order. Sessions
-  // that have prompt left are prefilled first.
+  // that have prompt left are prefilled first. If it throws, sessions that have got their token
+  // give it at their next step.
   std::vector<StepResult> step(std::span<Session* const> sessions, const Poll& poll = {});
 
   // Logits [tokens][vocab] or hidden states [tokens][hidden] of a prompt, computed in pieces of the
