@@ -239,14 +239,7 @@ void Engine::compute(ModelOutput output, const Prompt& prompt, std::span<const i
   }
   const std::array<int64_t, 1> whole{length};
   for (int64_t cut : cuts.empty() ? std::span<const int64_t>(whole) : cuts) {
-    while (cut > 0) {
-      const std::lock_guard turn(impl_->turn);
-      impl_->require_open();
-      impl_->release_dropped();
-      const ConstRows rows = impl_->next_outputs(one->state_->text, output, cut, poll);
-      take(rows);
-      cut -= rows.rows;
-    }
+    while (cut > 0) cut -= impl_->take_outputs(one->state_->text, output, cut, poll, take);
   }
 }
 

@@ -195,12 +195,11 @@ std::vector<float> Session::outputs(ModelOutput output, int64_t most, const Poll
     fail(ErrorCode::kInvalidRequest, "[", name_of(output), "] ", most,
          " rows were asked for; ask for 1 or more");
   Engine::Impl& impl = *engine_->impl_;
-  const std::lock_guard turn(impl.turn);
-  impl.require_open();
-  impl.release_dropped();
-  const ConstRows out = impl.next_outputs(state_->text, output, most, poll);
-  std::vector<float> host(static_cast<size_t>(out.rows * out.cols));
-  if (out.rows > 0) impl.backend->to_host(host.data(), out);
+  std::vector<float> host;
+  impl.take_outputs(state_->text, output, most, poll, [&](ConstRows rows) {
+    host.resize(static_cast<size_t>(rows.rows * rows.cols));
+    if (rows.rows > 0) impl.backend->to_host(host.data(), rows);
+  });
   return host;
 }
 

@@ -187,6 +187,17 @@ struct Engine::Impl {
   // Outputs at each of the next tokens of a text, at most `most` of them and what one pass holds.
   // They are the backend's until the next pass.
   ConstRows next_outputs(TokenSequence& text, ModelOutput output, int64_t most, const Poll& poll);
+  // The same for whoever does not hold `turn`: `take` gets them while it is held. How many.
+  template <class Take>
+  int64_t take_outputs(TokenSequence& text, ModelOutput output, int64_t most, const Poll& poll,
+                       const Take& take) {
+    const std::lock_guard guard(turn);
+    require_open();
+    release_dropped();
+    const ConstRows rows = next_outputs(text, output, most, poll);
+    take(rows);
+    return rows.rows;
+  }
   // engine.cpp: rows for whoever will have them, in the memory of the device or of the host.
   DeviceRows shared_rows(int64_t rows, int64_t columns, bool on_host);
   // Rows without gaps, within the memory of the device; waits for it.
