@@ -148,10 +148,10 @@ ConstRows Engine::Impl::forward(std::span<const PassMember> members,
     TokenSequence& text = *member;
     const int64_t begin = kv->length(text.sequence);
     segments.push_back({text.sequence, begin, rows, mode, report});
-    if (mode != nullptr) text.salt = ++last_salt;
+    const uint64_t salt = mode != nullptr ? ++last_salt : text.salt;
     int64_t first = 0;
     texts.push_back(unit_tokens(text, rows, &first));
-    appends.push_back({text.sequence, rows, {texts.back(), runs_of(text), first, text.salt}});
+    appends.push_back({text.sequence, rows, {texts.back(), runs_of(text), first, salt}});
     const auto first_row = static_cast<int64_t>(ids.size());
     text.tokens.copy_to(ids, begin, rows);
     if (text.images.empty()) continue;
@@ -177,14 +177,17 @@ ConstRows Engine::Impl::forward(std::span<const PassMember> members,
   for (TextBatch::Features& part : placed) {
     part.features.rows = static_cast<int64_t>(part.rows.size());
   }
-  const KvStore::Plan plan = with_room([&] { return kv->plan(appends); });
   const bool hidden_states = output == ModelOutput::kHiddenStates;
   const auto count = static_cast<int64_t>(wanted_rows.size());
   const int64_t columns = hidden_states ? spec.hidden : spec.vocab_size;
   const size_t bytes = static_cast<size_t>(count * columns) * sizeof(float);
   if (outputs.bytes() < bytes) outputs = backend->allocate(bytes);
   const Rows out(outputs.floats(), count, columns);
-  kv->apply(plan);
+  const KvStore::Plan plan = with_room([&] {
+    KvStore::Plan possible = kv->plan(appends);
+    kv->apply(possible);
+    return possible;
+  });
   text->forward({.ids = ids,
                  .segments = segments,
                  .features = placed,
@@ -192,6 +195,7 @@ ConstRows Engine::Impl::forward(std::span<const PassMember> members,
                  .hidden_states = hidden_states},
                 *kv, out, poll);
   kv->commit(plan);
+  for (size_t i = 0; i < members.size(); ++i) members[i].text->salt = appends[i].text.salt;
   return out;
 }
 
