@@ -71,9 +71,10 @@ def test_what_is_left_out_does_not_depend_on_company(demo: puna.Engine) -> None:
 
 def test_pages_in_files_that_no_head_needs_are_not_read(demo: puna.Engine, tmp_path: Path) -> None:
     # Room for the chunk that is written and little more.
-    tight = demo.plan.weight_bytes + demo.plan.scratch_bytes + (66 << 20)
-    files: dict[str, Any] = {"kv_offload": f"disk:{tmp_path}", "memory": tight}
-    with puna.load("demo", progress=False, threads=2, kv="int8", context=21000, **files) as small:
+    small_kv: dict[str, Any] = {"kv": "int8", "context": 21000}
+    least = puna.plan("demo", disk="1G", memory="1M", **small_kv).memory_needed
+    files: dict[str, Any] = {"kv_offload": f"disk:{tmp_path}", "memory": least + (1 << 20)}
+    with puna.load("demo", progress=False, threads=2, **small_kv, **files) as small:
         for llm in (demo, small):
             session = llm.session()
             session.append(ids(20000))

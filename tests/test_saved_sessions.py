@@ -231,12 +231,14 @@ def test_a_name_that_is_too_long(llm: puna.Engine) -> None:
 
 
 def test_pages_on_disk_give_the_same_answers(llm: puna.Engine, tmp_path: Path) -> None:
-    ids = [5 + i * i % 600 for i in range(6000)]
+    ids = [5 + i * i % 600 for i in range(12_000)]
     resident = llm.session()
     resident.append(ids)
     expected = [continuation(resident, [i, i + 1]) for i in (5, 50)]
-    tight = llm.plan.weight_bytes + llm.plan.scratch_bytes + (72 << 20)
-    with load(kv=llm.plan.kv, kv_offload=f"disk:{tmp_path}", memory=tight, context=7000) as small:
+    options: dict[str, Any] = {"kv": llm.plan.kv, "context": 13_000}
+    tight = puna.plan("demo", disk="1G", memory="1M", **options).memory_needed + (1 << 19)
+    with load(kv_offload=f"disk:{tmp_path}", memory=tight, **options) as small:
+        assert small.plan.kv_disk_bytes > 0  # not all of it fits into memory
         reader = small.session()
         reader.append(ids)
         assert [continuation(reader, [i, i + 1]) for i in (5, 50)] == expected

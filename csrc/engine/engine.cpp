@@ -110,6 +110,7 @@ std::shared_ptr<Engine> Engine::load(const LoadOptions& options) {
   kv.model = model_fingerprint(spec, *impl->checkpoint, options);
   kv.disk = options.kv_disk;
   kv.disk_budget = options.kv_disk_bytes;
+  kv.read_ahead = read_ahead_for(plan.kv_sealed_bytes);
   // Prefixes of past requests stay until the room is needed, so there is always a bound.
   impl->kv =
       std::make_unique<KvStore>(kv_geometry(spec, kv_format(options.kv, weight_type)),

@@ -7,6 +7,7 @@
 
 #include "base/error.h"
 #include "engine/factory.h"
+#include "image/tiling.h"
 #include "model/open_model.h"
 #include "platform/system.h"
 
@@ -34,6 +35,15 @@ int64_t scratch_bytes(const ModelSpec& spec, int64_t rows) {
   }
   const int64_t floats = rows * (attention + feed_forward) + spec.vocab_size;
   return floats * static_cast<int64_t>(sizeof(float));
+}
+
+// Of the rows of pictures that are kept, at most.
+int64_t picture_bytes(const ModelSpec& spec) {
+  const auto largest =
+      static_cast<size_t>((kMaxTiles + 1) * spec.vision->tokens_per_tile() * spec.hidden) *
+      sizeof(float);
+  return static_cast<int64_t>(
+      std::min(kKeptPictures * largest, std::max(kKeptPictureBytes, largest)));
 }
 
 // What the host needs beside the weights to compute a layer's routed experts for a GPU: rows that
@@ -88,6 +98,10 @@ std::string joined(const std::vector<std::string>& parts) {
 }
 
 }  // namespace
+
+int64_t read_ahead_for(int64_t sealed_bytes) {
+  return std::min(KvStoreOptions().read_ahead, sealed_bytes);
+}
 
 std::string in_words(int64_t bytes) {
   constexpr std::array<const char*, 5> kUnits{"bytes", "KiB", "MiB", "GiB", "TiB"};
@@ -186,18 +200,30 @@ Plan Planner::evaluate(const LoadOptions& options, int64_t disk, int64_t host_la
   const int64_t room = usable(plan.memory_budget - weight_bytes, plan.memory_given);
 
   const auto pass = [this](int64_t tokens) { return std::min(tokens, batch_rows_); };
+  const int64_t pictures = plan.vision_bytes > 0 ? picture_bytes(spec_) : 0;
+  const auto scratch = [&](int64_t tokens) {
+    return scratch_bytes(spec_, pass(tokens)) + pictures;
+  };
   const auto footprint = [&](int64_t tokens) { return kv.footprint(tokens, pass(tokens)); };
   const auto page = static_cast<int64_t>(geometry.sealed_bytes());
-  // What is on its way from files takes memory of the host; to a GPU, some of its own, too.
-  const int64_t ring = kv.read_ahead_bytes();
-  const int64_t ahead = plan.kv_offloads ? KvStream::kHeld * page : !on_gpu_ && disk > 0 ? ring : 0;
+  const int64_t layers = global_layers(geometry);
+  const auto sealed = [&](int64_t tokens) { return layers * (tokens / kPageTokens) * page; };
+  // What is on its way from files, those of a disk or of a session that is opened, takes memory of
+  // the host; to a GPU, some of its own, too.
+  const auto ring = [&](int64_t tokens) {
+    const bool read = disk > 0 || (geometry.unit() > 0 && tokens >= geometry.unit());
+    return read ? kv.read_ahead_bytes(read_ahead_for(sealed(tokens))) : 0;
+  };
+  const auto ahead_of = [&](int64_t tokens) {
+    return !on_gpu_ ? ring(tokens) : plan.kv_offloads ? KvStream::kHeld * page : 0;
+  };
   const auto host_beside = [&](int64_t tokens) {
     int64_t experts = 0;
     if (host_layers > 0)
       experts = plan.host_expert_bytes + host_scratch_bytes(spec_, pass(tokens)) +
                 (plan.expert_window_bytes > 0 ? MoeWeights::kStagedBytes : 0);
     if (!plan.kv_offloads) return experts;
-    return experts + ring + (disk > 0 ? KvStore::kMostCopied * kv.chunk_file_bytes() : 0);
+    return experts + ring(tokens) + (disk > 0 ? KvStore::kMostCopied * kv.chunk_file_bytes() : 0);
   };
   const auto host_room = [&](int64_t tokens) {
     if (!plan.kv_offloads) return int64_t{0};
@@ -212,7 +238,7 @@ Plan Planner::evaluate(const LoadOptions& options, int64_t disk, int64_t host_la
   };
   const auto fits = [&](int64_t tokens) {
     const KvFootprint cache = footprint(tokens);
-    const int64_t cache_room = room - scratch_bytes(spec_, pass(tokens));
+    const int64_t cache_room = room - scratch(tokens), ahead = ahead_of(tokens);
     if (cache.memory <= cache_room - (on_gpu_ ? 0 : ahead)) return true;
     if (cache.least_memory > cache_room - ahead) return false;
     if (disk > 0) return cache.disk <= disk;
@@ -226,12 +252,12 @@ Plan Planner::evaluate(const LoadOptions& options, int64_t disk, int64_t host_la
   plan.context = options.context > 0 ? options.context : std::max<int64_t>(plan.largest_context, 1);
 
   const KvFootprint cache = footprint(plan.context);
-  const int64_t layers = global_layers(geometry);
+  const int64_t ahead = ahead_of(plan.context);
   KvGeometry local = geometry;
   std::erase(local.chunk, 0);
-  plan.scratch_bytes = scratch_bytes(spec_, pass(plan.context));
+  plan.scratch_bytes = scratch(plan.context);
   plan.kv_local_bytes = KvStore(local, make_memory_tier(0)).bytes_for(plan.context);
-  plan.kv_sealed_bytes = layers * (plan.context / kPageTokens) * page;
+  plan.kv_sealed_bytes = sealed(plan.context);
   plan.kv_open_bytes = cache.memory - plan.kv_local_bytes - plan.kv_sealed_bytes;
   plan.kv_bytes_per_token = layers * page / kPageTokens;
 
@@ -247,7 +273,7 @@ Plan Planner::evaluate(const LoadOptions& options, int64_t disk, int64_t host_la
   plan.kv_disk_bytes = plan.disk_needed = spills && disk > 0 ? cache.disk : 0;
   plan.memory_needed = weight_bytes + plan.scratch_bytes + (spills || !on_gpu_ ? ahead : 0) +
                        (spills ? cache.least_memory : cache.memory);
-  plan.kv_host_room = on_gpu_ ? host_room(plan.context) + ring : 0;
+  plan.kv_host_room = on_gpu_ ? host_room(plan.context) + ring(plan.context) : 0;
   const int64_t elsewhere = cache.memory - plan.kv_memory_bytes;
   plan.host_needed = host_beside(plan.context);
   if (on_gpu_ && spills) {

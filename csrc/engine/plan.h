@@ -22,6 +22,13 @@ constexpr int64_t kBatchRows = 1024, kDeviceBatchRows = 4096;
 // what Llama 4's chunked layers see.
 constexpr int64_t kContextBeforeExperts = 8192;
 
+// Rows that the vision model made of pictures are kept: of so many, within so many bytes (5 of
+// Scout's largest pictures), and of one whatever its size.
+constexpr size_t kKeptPictures = 16, kKeptPictureBytes = size_t{256} << 20;
+
+// Memory for pages on their way from files, for a context with so many bytes of sealed pages.
+int64_t read_ahead_for(int64_t sealed_bytes);
+
 std::string in_words(int64_t bytes);
 
 struct KvFormat {

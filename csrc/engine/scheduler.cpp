@@ -36,14 +36,16 @@ std::shared_ptr<const ImageFeatures> FeatureCache::find(uint64_t key) {
   return nullptr;
 }
 
-void FeatureCache::put(uint64_t key, std::shared_ptr<const ImageFeatures> features) {
-  entries_.emplace_front(key, std::move(features));
-  size_t bytes = 0;
-  for (const auto& [of, held] : entries_) bytes += held->buffer.bytes();
-  while (entries_.size() > 1 && (entries_.size() > kEntries || bytes > kBytes)) {
+void FeatureCache::make_room(size_t bytes) {
+  for (const auto& [key, held] : entries_) bytes += held->buffer.bytes();
+  while (!entries_.empty() && (entries_.size() >= kKeptPictures || bytes > kKeptPictureBytes)) {
     bytes -= entries_.back().second->buffer.bytes();
     entries_.pop_back();
   }
+}
+
+void FeatureCache::put(uint64_t key, std::shared_ptr<const ImageFeatures> features) {
+  entries_.emplace_front(key, std::move(features));
 }
 
 void Engine::Impl::require_open() const {
@@ -127,7 +129,9 @@ std::shared_ptr<const ImageFeatures> Engine::Impl::features_of(const PlacedImage
          " rows, whose pixels were not saved; give its whole prompt again");
   auto made = std::make_shared<ImageFeatures>();
   const int64_t hidden = info.hidden_size;
-  made->buffer = backend->allocate(static_cast<size_t>(image.rows * hidden) * sizeof(float));
+  const size_t bytes = static_cast<size_t>(image.rows * hidden) * sizeof(float);
+  features.make_room(bytes);
+  made->buffer = backend->allocate(bytes);
   const Rows rows(made->buffer.floats(), image.rows, hidden);
   vision->encode(rows, image.pixels->data, image.pixels->tiles, poll);
   made->rows = rows;

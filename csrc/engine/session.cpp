@@ -79,10 +79,9 @@ void Session::prompt(const Prompt& prompt, bool reuse) {
   // The last token is always computed: its logits choose the next one.
   const int64_t last = next.tokens.size() - 1;
   // What lies in a directory is not given up for a read that failed, which may be the moment's.
-  const int64_t held = state_->on_disk ? impl.kv->length(text.sequence)
-                                       : impl.kv->readable(text.sequence);
-  const int64_t common =
-      std::min({common_length(text, next, impl.info.image_token), last, held});
+  const int64_t held =
+      state_->on_disk ? impl.kv->length(text.sequence) : impl.kv->readable(text.sequence);
+  const int64_t common = std::min({common_length(text, next, impl.info.image_token), last, held});
   int64_t kept = impl.kv->restorable(text.sequence, common);
   // One that lies in a directory keeps its own sequence: what it would share instead is attached to
   // no directory, and in the cache it would keep its own from others.

@@ -44,11 +44,11 @@ struct ImageFeatures {
 class FeatureCache {
  public:
   std::shared_ptr<const ImageFeatures> find(uint64_t key);
+  // Lets go of what the next one of so many bytes has no room beside.
+  void make_room(size_t bytes);
   void put(uint64_t key, std::shared_ptr<const ImageFeatures> features);
 
  private:
-  static constexpr size_t kEntries = 16;
-  static constexpr size_t kBytes = size_t{256} << 20;  // 5 of Scout's largest pictures
   std::list<std::pair<uint64_t, std::shared_ptr<const ImageFeatures>>> entries_;
 };
 

@@ -29,34 +29,36 @@ void KvStore::open_disk() {
   open_reader();
 }
 
-KvStore::Ring KvStore::ring() const {
+KvStore::Ring KvStore::ring(int64_t bytes) const {
   const auto page = static_cast<int64_t>(geometry().sealed_bytes());
   const int64_t slot_pages = std::clamp<int64_t>((kReadBytes + page - 1) / page, 1,
                                                  std::max<int64_t>(1, unit_ / kPageTokens));
   const int64_t held = (KvStream::kHeld + slot_pages - 1) / slot_pages + kLeastAhead;
-  return {std::max(held, options_.read_ahead / (slot_pages * page)), slot_pages};
+  return {std::max(held, bytes / (slot_pages * page)), slot_pages};
 }
 
-int64_t KvStore::read_ahead_bytes() const {
-  const auto [slots, slot_pages] = ring();
+int64_t KvStore::read_ahead_bytes(int64_t wanted) const {
+  const auto [slots, slot_pages] = ring(wanted);
   return globals_.empty() ? 0
                           : slots * slot_pages * static_cast<int64_t>(geometry().sealed_bytes());
 }
 
 void KvStore::open_reader() {
   if (reader_) return;
-  const auto [slots, slot_pages] = ring();
+  const auto [slots, slot_pages] = ring(options_.read_ahead);
   std::vector<void*> memory;
+  Page page;
   if (!globals_.empty()) {
     const int64_t slot_bytes = slot_pages * static_cast<int64_t>(geometry().sealed_bytes());
     if (!host_) make_room(slots * slot_bytes);
-    ring_ = new_page(host_tier(), static_cast<size_t>(slots * slot_bytes));
+    page = new_page(host_tier(), static_cast<size_t>(slots * slot_bytes));
     for (int64_t i = 0; i < slots; ++i)
-      memory.push_back(static_cast<char*>(ring_.get()) + i * slot_bytes);
+      memory.push_back(static_cast<char*>(page.get()) + i * slot_bytes);
   }
   reader_ =
       std::make_unique<ChunkReader>(files_, options_.reads ? options_.reads() : make_read_queue(),
                                     std::move(memory), slot_pages, options_.poison);
+  ring_ = std::move(page);
 }
 
 bool KvStore::is_forked() const { return getpid() != process_; }

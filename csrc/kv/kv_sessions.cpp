@@ -143,7 +143,7 @@ KvStore::Opened KvStore::open(const std::string& path, bool resume) {
     fresh->session = directory_at(path);
   }
   SessionContents contents = read_session(files_, path, identity_);
-  open_reader();
+  if (!contents.records.empty()) open_reader();
   fresh->layers.resize(geometry().chunk.size());
   const auto count = static_cast<size_t>(unit_ / kPageTokens);
   for (size_t i = 0; i < contents.records.size(); ++i) {

@@ -165,9 +165,10 @@ class KvStore {
   int64_t truncate_session(const std::string& path, int64_t tokens);
 
   int64_t bytes_in_use() const;
-  // Memory for pages on their way from the disk, of the host; a store with a directory takes it as
-  // it is made.
-  int64_t read_ahead_bytes() const;
+  // Memory for pages on their way from the disk, of the host, where so much is wanted; a store with
+  // a directory takes it as it is made, another one when first a session is opened.
+  int64_t read_ahead_bytes(int64_t wanted) const;
+  int64_t read_ahead_bytes() const { return read_ahead_bytes(options_.read_ahead); }
   KvStatistics statistics() const;
   // Of a sequence that grows to `tokens` tokens by passes of at most `pass` tokens.
   KvFootprint footprint(int64_t tokens, int64_t pass = 1) const;
@@ -200,7 +201,7 @@ class KvStore {
   struct Ring {
     int64_t slots, slot_pages;
   };
-  Ring ring() const;
+  Ring ring(int64_t bytes) const;
   void open_reader();
   void finish_chunks(State& current, const KvText& text);
   void write(const std::shared_ptr<KvChunk>& chunk,

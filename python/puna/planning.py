@@ -50,7 +50,7 @@ class Plan:
         kv: Format of the KV cache: "bf16", "fp32", "int8" or "int4".
         weight_bytes: Packed weights in memory, the vision tower among them.
         vision_bytes: Of them, the vision tower.
-        scratch_bytes: Activations of one forward pass.
+        scratch_bytes: Activations of one forward pass, and what is kept of pictures.
         kv_sealed_bytes: Full pages of the layers that attend to everything, at `context` tokens.
         kv_open_bytes: Their pages that are being written.
         kv_local_bytes: Layers that keep the current chunk only.
@@ -59,7 +59,8 @@ class Plan:
         kv_offloads: Whether what of it a GPU's memory does not hold may go to its host.
         kv_host_bytes: Of the KV cache, in the memory of a GPU's host.
         kv_disk_bytes: Of the KV cache, in files.
-        memory_needed: Weights, activations and what of the KV cache must be in memory.
+        memory_needed: Weights, activations and what of the KV cache must be in memory, with what
+            reads it ahead from files (up to 64 MiB; of a GPU's host, in `host_needed`).
         memory_bytes: Memory there is: the budget given, or what the system had free.
         memory_given: Which of the two.
         disk_needed: Bytes of files.

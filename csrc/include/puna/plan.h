@@ -26,17 +26,18 @@ struct Plan {
 
   // Bytes.
   int64_t text_bytes = 0, vision_bytes = 0;  // weights
-  int64_t scratch_bytes = 0;                 // activations of one forward pass
-  int64_t kv_sealed_bytes = 0;               // full pages of the layers that keep everything
-  int64_t kv_open_bytes = 0;                 // their pages that a pass writes
-  int64_t kv_local_bytes = 0;                // layers that keep one chunk
-  int64_t kv_bytes_per_token = 0;            // by which the cache grows
-  int64_t kv_memory_bytes = 0;               // of the cache, in memory
-  int64_t kv_room = 0;                       // memory that the cache may take
-  bool kv_offloads = false;                  // pages may go from a GPU's memory to its host's
-  int64_t kv_host_bytes = 0;                 // of the cache, in the memory of a GPU's host
-  int64_t kv_host_room = 0;                  // that it may take there
-  int64_t kv_disk_bytes = 0;                 // of its files
+  int64_t scratch_bytes = 0;       // activations of a pass, rows of pictures that are kept
+  int64_t kv_sealed_bytes = 0;     // full pages of the layers that keep everything
+  int64_t kv_open_bytes = 0;       // their pages that a pass writes
+  int64_t kv_local_bytes = 0;      // layers that keep one chunk
+  int64_t kv_bytes_per_token = 0;  // by which the cache grows
+  int64_t kv_memory_bytes = 0;     // of the cache, in memory
+  int64_t kv_room = 0;             // memory that the cache may take
+  bool kv_offloads = false;        // pages may go from a GPU's memory to its host's
+  int64_t kv_host_bytes = 0;       // of the cache, in the memory of a GPU's host
+  int64_t kv_host_room = 0;        // that it may take there
+  int64_t kv_disk_bytes = 0;       // of its files
+  // With what reads files of pages ahead, in a host's memory: a disk's, an opened session's.
   int64_t memory_needed = 0, memory_budget = 0;
   bool memory_given = false;                 // or what the system has free
   int64_t disk_needed = 0, disk_budget = 0;  // disk_budget 0: no disk
