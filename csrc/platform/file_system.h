@@ -76,9 +76,9 @@ class FileSystem {
 // For what another failure is told before: false instead of an error.
 bool remove_if_possible(FileSystem& files, const std::string& path) noexcept;
 
-// Writes a file whole: under a temporary name, made durable, then in the place of what has its name.
-// `ready` is called before that, when nothing but the directory can refuse it any more. The caller
-// syncs the directory.
+// Writes a file whole: under a temporary name, made durable, then in the place of what has its
+// name. `ready` is called before that, when nothing but the directory can refuse it any more. The
+// caller syncs the directory.
 void replace_file(FileSystem& files, const std::string& path, OpenMode mode,
                   const std::function<void(File&)>& write,
                   const std::function<void()>& ready = nullptr);
