@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from PIL import Image
 
 import puna
 from conftest import skip_or_fail
-from puna import chat_template
 from puna.chat_template import (
     DEFAULT,
     ChatTemplate,
@@ -28,6 +28,7 @@ from puna.chat_template import (
     find_template,
     render,
 )
+from puna.template_environment import compile_template, run
 
 SPECIAL = frozenset(
     f"<|{name}|>"
@@ -482,9 +483,9 @@ def test_random_conversations(turns: list[tuple[str, str]], with_tools: bool) ->
     expected = ask(harmless, tools=tools and [{"name": "f"}])
     assert special == [part for part in expected.parts if not isinstance(part, str)]
     # As one string it is what the template gives without any of this.
-    environment = chat_template._compile(DEFAULT.source, DEFAULT.origin)
-    bare = environment.render(
-        messages=messages, tools=tools, bos_token="<|begin_of_text|>", add_generation_prompt=True
+    given = {"messages": messages, "tools": tools, "bos_token": "<|begin_of_text|>"}
+    bare = run(
+        compile_template(DEFAULT.source, DEFAULT.origin), {**given, "add_generation_prompt": True}
     )
     assert joined(prompt) == bare
     for before, after in zip(prompt.parts, prompt.parts[1:], strict=False):
@@ -592,6 +593,14 @@ def test_damaged_templates(tmp_path: Path, name: str, content: str | bytes, mess
     assert name in str(raised.value)
 
 
+def test_a_damaged_template_is_told_of_before_weights_are_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama4_text"}')
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    (tmp_path / "chat_template.jinja").write_text("{% if %}")
+    with pytest.raises(puna.ModelFormatError, match="is not a valid template"):
+        puna.load(tmp_path, progress=False)
+
+
 @pytest.mark.parametrize(
     "name", ["chat_template.jinja", "chat_template.json", "tokenizer_config.json"]
 )
@@ -618,14 +627,14 @@ HUGE = [
 def test_operators_that_make_something_huge(expression: str, form: str) -> None:
     """They compile, which evaluates nothing, and are refused where they are run."""
     template = ChatTemplate(form.format(expression), origin="theirs")
-    chat_template._compile(template.source, template.origin)
+    compile_template(template.source, template.origin)
     with pytest.raises(puna.InvalidRequest, match=r"theirs refuses .* makes a (number|string)"):
         ask("a", template=template)
 
 
 def test_nothing_is_evaluated_when_a_template_is_compiled() -> None:
     source = "{{ 'x' | center(10000000000) }}{% set a = 'x' | center(10000000000) %}{{ 1 / 0 }}"
-    chat_template._compile(source, "theirs")
+    compile_template(source, "theirs")
 
 
 def test_operators_that_make_something_small() -> None:
@@ -656,6 +665,79 @@ def test_templates_are_sandboxed() -> None:
         with pytest.raises(puna.InvalidRequest) as raised:
             ask("a", template=ChatTemplate(source, origin="theirs"))
         assert str(raised.value).startswith("theirs ")
+
+
+# Programs that would take minutes, or all memory. `x` is 1,000,000 characters.
+ENDLESS = {
+    "loops in loops": "{% for i in range(99999) %}"
+    "{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "a filtered loop": "{% for i in range(99999) if messages[9:] %}"
+    "{% for j in range(99999) if false %}{% endfor %}{% endfor %}"
+    "{% for i in range(99999) %}{% for j in range(99999) if false %}{% endfor %}{% endfor %}",
+    "a recursive loop": "{% for i in [range(99999)|list] recursive %}"
+    "{% if i is iterable %}{% for k in i %}{{ loop.index }}{% endfor %}{% endif %}"
+    "{{ loop([range(99999)|list, range(99999)|list]) if depth is undefined }}{% endfor %}",
+    "macros": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
+    "{{ f(60) }}",
+    "sums": "{% set n = namespace(s='ab') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}"
+    "{% endfor %}",
+    "joined texts": "{% set n = namespace(s='ab') %}{% for i in range(60) %}"
+    "{% set n.s = n.s ~ n.s %}{% endfor %}",
+    "blocks": "{% set n = namespace(s='ab') %}{% for i in range(60) %}"
+    "{% set t %}{{ n.s }}{{ n.s }}{% endset %}{% set n.s = t %}{% endfor %}",
+    "text in a loop": "{% for i in range(99999) %}" + "text" * 99 + "{% endfor %}",
+    "text in a block": "{% set t %}{% for i in range(99999) %}" + "text" * 99 + "{% endfor %}"
+    "{% endset %}",
+    "doubled lists": "{% set n = namespace(s=[1]) %}{% for i in range(60) %}"
+    "{% set n.s = [n.s, n.s] %}{% endfor %}{{ n.s }}",
+    "doubled lists as JSON": "{% set n = namespace(s=[1]) %}{% for i in range(60) %}"
+    "{% set n.s = [n.s, n.s] %}{% endfor %}{{ n.s | tojson | length }}",
+    "a namespace": "{% set n = namespace(s=[1]) %}{% for i in range(60) %}"
+    "{% set n.s = [n.s, n.s] %}{% endfor %}{{ n }}",
+    "comparisons": "{% set n = namespace(s=[1], t=[1]) %}{% for i in range(60) %}"
+    "{% set n.s = [n.s, n.s] %}{% set n.t = [n.t, n.t] %}{% endfor %}{{ n.s == n.t }}",
+    "compared by a test": "{% set n = namespace(s=[1], t=[1]) %}{% for i in range(60) %}"
+    "{% set n.s = [n.s, n.s] %}{% set n.t = [n.t, n.t] %}{% endfor %}{{ n.s is eq n.t }}",
+    "searches": "{% set s = range(99999)|list %}{% for i in range(99999) %}{{ -1 in s }}"
+    "{% endfor %}",
+    "slices": "{% set s = range(99999)|list %}{% for i in range(99999) %}"
+    "{% set t = s[1:] %}{% endfor %}",
+    "replaced": "{{ x | replace('x', x) }}",
+    "replaced by a method": "{{ x.replace('x', x) }}",
+    "joined": "{{ range(99999) | join(x) }}",
+    "joined from pieces": "{{ range(99999) | map('string') | join(x) }}",
+    "joined by a method": "{{ x.join(x) }}",
+    "indented": "{{ x | indent(999999999) }}",
+    "centred": "{{ 'x' | center(999999999) }}",
+    "a method": "{{ 'x'.ljust(999999999) }}",
+    "batches": "{{ [1] | batch(999999999, 2) | list | length }}",
+    "a percent sign": "{{ '%999999999d' % 1 }}",
+    "widths of a percent sign": "{{ '%*d' % (999999999, 1) }}",
+    "a format": "{{ '{:999999999}'.format(1) }}",
+    "widths of a format": "{{ '{:{}}'.format(1, 999999999) }}",
+    "a filter's format": "{{ '%999999999d' | format(1) }}",
+    "bytes of a number": "{{ (1).to_bytes(999999999, 'big') | length }}",
+    "sorted pieces": "{% for i in range(999) %}{{ range(99999) | map('string') | sort | first }}"
+    "{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_what_templates_do_is_bounded(name: str) -> None:
+    source = "{% set x = 'x' * 1000000 %}" + ENDLESS[name]
+    started = time.monotonic()
+    with pytest.raises(puna.InvalidRequest, match=r"theirs refuses .* does more than 16,7"):
+        ask("a", template=ChatTemplate(source, origin="theirs"))
+    assert time.monotonic() - started < 30  # most take far less than a second
+
+
+def test_what_templates_may_do_grows_with_the_conversation() -> None:
+    source = (
+        "{% for m in messages %}{{ m.content | trim | replace('a', 'ab') | upper }}{% endfor %}"
+    )
+    messages = [user("a" * 1000) for _ in range(5000)]
+    prompt = ask(messages, template=ChatTemplate(source))
+    assert prompt.parts == ("AB" * 5_000_000,)
 
 
 def test_what_templates_may_use() -> None:

@@ -11,37 +11,28 @@ written by the template, whole; the private characters are turned back afterward
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import jinja2.compiler
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.runtime
 import numpy as np
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from numpy.typing import NDArray
 
 from puna import _core
 from puna.errors import InvalidRequest, ModelFormatError
 from puna.images import to_rgb
+from puna.template_environment import compile_template, run
 
 ROLES = ("system", "user", "assistant", "tool", "ipython")
 IMAGE_TOKEN = "<|image|>"  # what a template writes where a picture goes
 
 MAX_NESTING = 64  # of lists and dicts in messages and tools; schemas of real tools stay below 20
 MAX_TEMPLATE_BYTES = 16 << 20  # of a file; those of real checkpoints have less than 100 KB
-
-# What one operator of a template may make: a string or list, and a number.
-_MAX_LENGTH = 1 << 20
-_MAX_BITS = 1024
 
 # The format of Llama 4, for checkpoints that bring no template. Message texts are kept as they are,
 # the system message is trimmed; the schemas of tools go in front of the first message after it.
@@ -191,15 +182,14 @@ def render(
     }
     variables.setdefault("bos_token", "")
 
-    compiled = _compile((schemas and template.tool_source) or template.source, template.origin)
+    source = (schemas and template.tool_source) or template.source
+    compiled = compile_template(source, template.origin)
 
-    def run(conversation: Any, schemas: Any) -> str:
+    def write(conversation: Any, schemas: Any) -> str:
+        given = {"messages": conversation, "tools": schemas}
         try:
-            return compiled.render(
-                **variables,
-                messages=conversation,
-                tools=schemas,
-                add_generation_prompt=add_generation_prompt,
+            return run(
+                compiled, {**variables, **given, "add_generation_prompt": add_generation_prompt}
             )
         except jinja2.TemplateError as error:
             raise InvalidRequest(
@@ -210,7 +200,7 @@ def render(
                 f"{template.origin} cannot render these messages: {error}", param="messages"
             ) from error
 
-    parts = tuple(_render_parts(run, conversation, schemas, frozenset(special_tokens)))
+    parts = tuple(_render_parts(write, conversation, schemas, frozenset(special_tokens)))
     placed = sum(isinstance(part, ImagePlaceholder) for part in parts)
     if placed != len(sources):
         raise InvalidRequest(
@@ -502,19 +492,19 @@ def _special_pattern(special_tokens: frozenset[str]) -> tuple[re.Pattern[str], f
 
 
 def _render_parts(
-    run: Callable[[Any, Any], str],
+    write: Callable[[Any, Any], str],
     conversation: list[dict[str, Any]],
     schemas: list[Any] | None,
     special_tokens: frozenset[str],
 ) -> Iterator[str | SpecialToken | ImagePlaceholder]:
     """Runs a template, and tells its special tokens from text that looks like them."""
     pattern, marks = _special_pattern(special_tokens)
-    plain = run(conversation, schemas)
+    plain = write(conversation, schemas)
     written = list(_strings([conversation, schemas]))
     if not any(mark in text for text in written for mark in marks):
         return _split(plain, pattern, {})
     hidden = _private_characters(marks, [plain, *written])
-    masked = run(_translate(conversation, hidden), _translate(schemas, hidden))
+    masked = write(_translate(conversation, hidden), _translate(schemas, hidden))
     back = {ord(private): chr(mark) for mark, private in hidden.items()}
     if masked.translate(back) == plain:
         return _split(masked, pattern, back)
@@ -605,113 +595,20 @@ def _refuse_special_tokens(
 # --- templates -----------------------------------------------------------------------------------
 
 
-class _Generation(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %}, with which training marks what a model says."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own filter escapes <, > and & for HTML.
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-@jinja2.pass_context
-def _as_it_is(context: jinja2.runtime.Context, value: Any) -> Any:
-    """Needs a context, and thereby keeps Jinja2 from writing out constants when it compiles."""
-    return value
-
-
-class _CodeGenerator(jinja2.compiler.CodeGenerator):
-    def visit_EvalContextModifier(  # noqa: N802
-        self, node: jinja2.nodes.EvalContextModifier, frame: jinja2.compiler.Frame
-    ) -> None:
-        # What follows {% autoescape %} is evaluated when it is compiled, whatever it is.
-        for option in node.options:
-            if not isinstance(option.value, jinja2.nodes.Const):
-                raise jinja2.TemplateError("autoescape must be followed by true or false")
-        super().visit_EvalContextModifier(node, frame)
-
-
-class _Environment(ImmutableSandboxedEnvironment):
-    """Evaluates nothing when it compiles, and lets no single operator make something huge."""
-
-    intercepted_binops = frozenset({"*", "**"})
-    code_generator_class = _CodeGenerator
-
-    def call_binop(
-        self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any
-    ) -> Any:
-        if isinstance(left, int) and isinstance(right, int):
-            bits, other = left.bit_length(), right.bit_length()
-            if (bits * right if operator == "**" else bits + other) > _MAX_BITS:
-                raise jinja2.TemplateError(
-                    f"{operator} makes a number of more than {_MAX_BITS:,} bits; "
-                    "the template must do with smaller ones"
-                )
-        elif operator == "*" and _extent(left) * _extent(right) > _MAX_LENGTH:
-            raise jinja2.TemplateError(
-                f"* makes a string or list longer than {_MAX_LENGTH:,}; "
-                "the template must do with shorter ones"
-            )
-        return super().call_binop(context, operator, left, right)
-
-
-def _extent(factor: Any) -> int:
-    """By how much a factor makes a string or list longer."""
-    if isinstance(factor, str | bytes | list | tuple):
-        return len(factor)
-    return abs(factor) if isinstance(factor, int) else 1
-
-
-@lru_cache(maxsize=16)
-def _compile(source: str, origin: str) -> jinja2.Template:
-    environment = _Environment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[jinja2.ext.loopcontrols, _Generation],
-        optimized=False,
-        finalize=_as_it_is,
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    try:
-        return environment.from_string(source)
-    except Exception as error:  # Python's own, too, on what Jinja2 makes of a damaged template
-        raise ModelFormatError(f"{origin} is not a valid template: {error}") from error
-
-
 def find_template(path: Path) -> ChatTemplate:
     """The chat template of a checkpoint; Llama 4's own where it has none.
 
     In a GGUF file it is in the metadata. In a directory it is looked for, in this order, in
     chat_template.jinja, chat_template.json, processor_config.json and tokenizer_config.json.
 
-    Templates are programs of the checkpoint. They are compiled here and run by `render`, and are
-    kept from Python's objects, files and modules; they are not kept from taking time and memory,
-    which loops and filters can still use up. Load checkpoints of people you trust that far.
+    Templates are programs of the checkpoint. They are compiled here and run by `render`, kept from
+    Python's objects, files and modules, and stopped where they do more than a conversation of that
+    length can need (see puna.template_environment).
 
     Raises:
         ModelFormatError: One of the files is damaged, or the template is not valid.
     """
-    if path.is_file():
+    if _core.is_gguf(os.fspath(path)):
         return _gguf_template(path)
     directory = path
     settings = _read_json(directory / "tokenizer_config.json")
@@ -724,10 +621,10 @@ def find_template(path: Path) -> ChatTemplate:
     tokens.setdefault("bos_token", "<|begin_of_text|>")
     source = tool_source = None
     origin = directory / "chat_template.jinja"
-    if origin.is_file():
+    if os.path.isfile(origin):
         source = _read_text(origin)
         additional = directory / "additional_chat_templates" / "tool_use.jinja"
-        tool_source = _read_text(additional) if additional.is_file() else None
+        tool_source = _read_text(additional) if os.path.isfile(additional) else None
     else:
         for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
             origin = directory / name
@@ -743,7 +640,7 @@ def find_template(path: Path) -> ChatTemplate:
 def _checked(template: ChatTemplate) -> ChatTemplate:
     for text in (template.source, template.tool_source):
         if text is not None:
-            _compile(text, template.origin)
+            compile_template(text, template.origin)
     return template
 
 
@@ -772,7 +669,7 @@ def _from_settings(held: Any, origin: Path) -> tuple[str, str | None]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not os.path.isfile(path):
         return {}
     text = _read_text(path)
     try:

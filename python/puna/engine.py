@@ -28,10 +28,10 @@ from puna.arguments import (
 )
 from puna.attention import report_of
 from puna.chat_template import (
+    ChatTemplate,
     ImagePlaceholder,
     RenderedPrompt,
     SpecialToken,
-    find_template,
     image_list,
     render,
 )
@@ -66,12 +66,14 @@ class Engine:
     `close()` stop within a token.
     """
 
-    def __init__(self, core: _core.Engine, path: Path, progress: bool) -> None:
+    def __init__(
+        self, core: _core.Engine, path: Path, template: ChatTemplate, progress: bool
+    ) -> None:
         """Wraps a loaded core engine; use `puna.load`."""
         self._core = core
         close_at_exit(self)
         self._progress = progress
-        self._template = find_template(path)
+        self._template = template
         self._warned_of_markup = False
         raw = core.info()
         self._raw_info = raw

@@ -12,6 +12,7 @@ from typing import Any
 
 from puna import _core
 from puna.arguments import amount, is_ids, place, quant_recipe, token_ids, truth, whole
+from puna.chat_template import find_template
 from puna.engine import Engine
 from puna.errors import InvalidRequest, UnsupportedError
 from puna.gpus import gpu_of, is_gpu
@@ -111,6 +112,7 @@ def load(
     device_experts = _device_experts(experts, device)
     handle = 0 if stream is None else stream_handle(stream)
     path = _path(model)
+    template = find_template(path)  # a damaged one is told of before minutes of loading
     bar = ProgressBar(f"Loading {path.name}", "B") if progress else None
     try:
         core = _core.load(
@@ -138,7 +140,7 @@ def load(
         _say_what_the_host_has(
             made["host_layers"], made["expert_layers"], made["host_expert_bytes"]
         )
-    return Engine(core, path, progress)
+    return Engine(core, path, template, progress)
 
 
 @functools.cache
