@@ -19,6 +19,11 @@ uint64_t key_of(int32_t left, int32_t right) {
   return static_cast<uint64_t>(static_cast<uint32_t>(left)) << 32 | static_cast<uint32_t>(right);
 }
 
+[[noreturn]] void refuse_collisions() {
+  fail(ErrorCode::kModelFormat, "[tokenizer] more than ", Vocabulary::kLongestSearch,
+       " merges have neighbouring hashes; a vocabulary that was not made for that has none");
+}
+
 constexpr MergeTable::Merge kNoMerge{std::numeric_limits<uint32_t>::max(), -1};
 
 void merge_by_scan(const MergeTable& merges, std::vector<int32_t>& symbols,
@@ -92,11 +97,21 @@ void merge_by_heap(const MergeTable& merges, std::vector<int32_t>& symbols,
 }  // namespace
 
 size_t MergeTable::place(uint64_t key) const {
-  // Fibonacci hashing, then linear probing.
   const size_t mask = slots_.size() - 1;
-  size_t slot = (key * 0x9e3779b97f4a7c15ull >> 20) & mask;
-  while (slots_[slot].key != kEmpty && slots_[slot].key != key) slot = (slot + 1) & mask;
+  size_t slot = ShortKey::mixed(key ^ ShortKey::kSalt[0], ShortKey::kSalt[1]) & mask;
+  size_t searched = 0;
+  for (; slots_[slot].key != kEmpty && slots_[slot].key != key; slot = (slot + 1) & mask) {
+    if (++searched > Vocabulary::kLongestSearch) refuse_collisions();
+  }
   return slot;
+}
+
+void MergeTable::require_short_searches() const {
+  size_t run = 0;
+  for (const Slot& slot : slots_) {
+    run = slot.key == kEmpty ? 0 : run + 1;
+    if (run > Vocabulary::kLongestSearch) refuse_collisions();
+  }
 }
 
 void MergeTable::reserve(size_t count) {
@@ -112,10 +127,13 @@ void MergeTable::reserve(size_t count) {
 
 void MergeTable::add(int32_t left, int32_t right, Merge merge) {
   if ((used_ + 1) * 2 > slots_.size()) reserve(std::max<size_t>(64, used_ * 2));
-  Slot& slot = slots_[place(key_of(left, right))];
+  const size_t at = place(key_of(left, right));
+  Slot& slot = slots_[at];
   if (slot.key != kEmpty) return;
   slot = {key_of(left, right), merge};
-  ++used_;
+  if (++used_ > kMostMerges) {
+    fail(ErrorCode::kModelFormat, "[tokenizer] there are more than ", kMostMerges, " merges");
+  }
 }
 
 const MergeTable::Merge* MergeTable::find(int32_t left, int32_t right) const {
@@ -152,6 +170,7 @@ void add_merges_of_ranks(const Vocabulary& vocabulary, MergeTable& merges) {
       if (right != Vocabulary::kNone) merges.add(left, right, {rank, static_cast<int32_t>(id)});
     }
   }
+  merges.require_short_searches();
 }
 
 void merge_pairs(const MergeTable& merges, std::vector<int32_t>& symbols,

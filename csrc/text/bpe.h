@@ -19,8 +19,11 @@ class MergeTable {
 
   bool empty() const { return used_ == 0; }
   void reserve(size_t count);
-  // The first entry of a pair stays.
+  // The first entry of a pair stays. Throws ModelFormat for more than kMostMerges, and for pairs
+  // that were chosen for their hashes.
   void add(int32_t left, int32_t right, Merge merge);
+  // Throws ModelFormat if pairs that are not there would be looked for for long.
+  void require_short_searches() const;
   // Null if the pair does not merge.
   const Merge* find(int32_t left, int32_t right) const;
 
@@ -34,6 +37,8 @@ class MergeTable {
     Merge merge{};
   };
   static constexpr uint64_t kEmpty = ~uint64_t{0};
+  // Llama 4 has half a million.
+  static constexpr size_t kMostMerges = size_t{1} << 24;
   size_t place(uint64_t key) const;
 
   std::vector<Slot> slots_;

@@ -92,6 +92,7 @@ BpeModel BpeModel::of_merges(ByteStrings tokens, std::vector<bool> added, const 
     uint32_t rank = 0;
     for (const auto& [left, right, merged] : rules)
       model.merges_.add(left, right, {rank++, merged});
+    model.merges_.require_short_searches();
   }
   if (!whole_first && !(model.ranked_ && model.ranked_->all_reachable())) {
     std::vector<bool> keep(model.vocabulary_.size(), false);

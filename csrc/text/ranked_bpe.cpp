@@ -13,6 +13,9 @@ namespace {
 
 // Tokens that are looked up together.
 constexpr size_t kTogether = 256;
+// Bytes looked at for each byte of a vocabulary, and for its beginning, before merging is left to
+// find out at each word. Llama 4's needs 1.
+constexpr size_t kLooksPerByte = 64, kFreeLooks = size_t{1} << 20;
 
 }  // namespace
 
@@ -26,7 +29,8 @@ uint32_t RankedBpe::merged(uint32_t left, uint32_t right) const {
   return node == kNone ? kNone : trie_.token_at(node);
 }
 
-bool RankedBpe::stay_apart(uint32_t left, uint32_t right) const {
+template <class Look>
+bool RankedBpe::stay_apart(uint32_t left, uint32_t right, const Look& look) const {
   // Undoes the merges that made the two, the latest first. At each moment the tokens on both sides
   // of the border must not have merged before the merge that is undone next: `before` is its rank,
   // plus one where a merge of equal rank at the border would have come first, being further left.
@@ -42,9 +46,14 @@ bool RankedBpe::stay_apart(uint32_t left, uint32_t right) const {
       before = right + 1;
       right = first_of_right;
     }
+    look(length(right));
     const uint32_t joint = merged(left, right);
     if (joint != kNone && joint < before) return false;
   }
+}
+
+bool RankedBpe::stay_apart(uint32_t left, uint32_t right) const {
+  return stay_apart(left, right, [](size_t) {});
 }
 
 // What the rest of each token behind the longest that it begins with is in the vocabulary. One loop
@@ -79,6 +88,8 @@ void RankedBpe::look_up_rests(const Vocabulary& vocabulary, std::span<const uint
 // Parts are shorter than what they make, and neighbours in this order begin with the same ones.
 bool RankedBpe::find_parts(const Vocabulary& vocabulary, std::span<const uint32_t> by_length) {
   MergeTable merges;  // filled when first needed
+  size_t looked = 0;
+  const size_t most = kFreeLooks + kLooksPerByte * vocabulary.joined_bytes().size();
   std::array<int32_t, kTogether> rests;
   for (; !by_length.empty(); by_length = by_length.subspan(std::min(kTogether, by_length.size()))) {
     const auto tokens = by_length.first(std::min(kTogether, by_length.size()));
@@ -98,7 +109,9 @@ bool RankedBpe::find_parts(const Vocabulary& vocabulary, std::span<const uint32_
         const int32_t found = left == longest ? rests[i] : vocabulary.find(rest(token, left));
         if (found == Vocabulary::kNone) continue;
         const auto right = static_cast<uint32_t>(found);
-        if (right < token && is_reachable(right) && stay_apart(left, right)) {
+        if (looked > most) return false;
+        if (right < token && is_reachable(right) &&
+            stay_apart(left, right, [&](size_t bytes) { looked += bytes; })) {
           tokens_[token].left = left;
           tokens_[token].right = right;
           break;

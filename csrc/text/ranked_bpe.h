@@ -41,8 +41,8 @@ class RankedBpe {
   static constexpr uint32_t kNone = TokenTrie::kNone;
 
   // Nothing if the vocabulary does not allow to encode from left to right: a single byte's id is
-  // not among the first 256, a token is made by merging one of a higher id, or the tokens have too
-  // many bytes for a TokenTrie.
+  // not among the first 256, a token is made by merging one of a higher id, the tokens have too
+  // many bytes for a TokenTrie, or how they are made takes too long to find out.
   static std::optional<RankedBpe> of(const Vocabulary& vocabulary);
 
   // Whether merging the joint bytes of two tokens gives these two again.
@@ -151,6 +151,9 @@ class RankedBpe {
   uint32_t merged(uint32_t left, uint32_t right) const;
   // Whether the merges of the joint bytes that come before those of the two into one give the two.
   bool stay_apart(uint32_t left, uint32_t right) const;
+  // `look` is told how many bytes are looked at.
+  template <class Look>
+  bool stay_apart(uint32_t left, uint32_t right, const Look& look) const;
   // The bytes of a token behind another with which it begins.
   std::string_view rest(uint32_t token, uint32_t start) const {
     const Token& whole = tokens_[token];

@@ -17,7 +17,7 @@ namespace puna {
 namespace {
 
 // Raised whenever files give other tables, or tables are written in another way.
-constexpr uint32_t kVersion = 2;
+constexpr uint32_t kVersion = 3;
 constexpr std::array<char, 8> kMagic = {'P', 'U', 'N', 'A', 'T', 'O', 'K', '1'};
 
 // How many tokenizers are kept. Llama 4's takes 17 MB.

@@ -9,6 +9,15 @@
 
 namespace puna {
 
+namespace {
+
+[[noreturn]] void refuse_collisions() {
+  fail(ErrorCode::kModelFormat, "[tokenizer] more than ", Vocabulary::kLongestSearch,
+       " tokens have neighbouring hashes; a vocabulary that was not made for that has none");
+}
+
+}  // namespace
+
 void ByteStrings::add(std::string_view bytes) {
   if (bytes.size() > std::numeric_limits<uint32_t>::max() - arena_.size()) {
     fail(ErrorCode::kModelFormat, "[tokenizer] the tokens have more than 4 GiB");
@@ -41,8 +50,24 @@ uint64_t Vocabulary::hash_of(std::string_view bytes) {
 
 Vocabulary::Vocabulary(ByteStrings tokens, std::vector<bool> added)
     : tokens_(std::move(tokens)), added_(std::move(added)) {
+  require_bounded_work();
   make_keys();
   fill_slots([](size_t) { return true; });
+  // Which text is looked up, a file does not tell: every search must end soon.
+  size_t run = 0;
+  for (const Slot& slot : slots_) {
+    run = slot.id == kNone ? 0 : run + 1;
+    if (run > kLongestSearch) refuse_collisions();
+  }
+}
+
+void Vocabulary::require_bounded_work() const {
+  size_t squares = 0;
+  for (size_t id = 0; id < size(); ++id) squares += ordinary(id).size() * ordinary(id).size();
+  if (squares > kMostSquaredBytes) {
+    fail(ErrorCode::kModelFormat, "[tokenizer] the squared lengths of the tokens add up to ",
+         squares, "; ", kMostSquaredBytes, " are the limit: there are too many that are very long");
+  }
 }
 
 void Vocabulary::make_keys() {
@@ -105,8 +130,9 @@ void Vocabulary::fill_slots(const Keep& keep) {
 
 void Vocabulary::insert(int32_t id, uint64_t hash) {
   const std::string_view bytes = bytes_of(id);
-  size_t slot = hash >> shift_;
+  size_t slot = hash >> shift_, searched = 0;
   for (; slots_[slot].id != kNone; slot = (slot + 1) & mask_) {
+    if (++searched > kLongestSearch) refuse_collisions();
     if (slots_[slot].tag == static_cast<uint32_t>(hash) && bytes_of(slots_[slot].id) == bytes) {
       fail(ErrorCode::kModelFormat, "[tokenizer] tokens ", slots_[slot].id, " and ", id,
            " are the same");

@@ -109,13 +109,19 @@ class ByteStrings {
 class Vocabulary {
  public:
   static constexpr int32_t kNone = -1;
-  // Bounds for files, which keep the work on any linear in its size. Llama 4 has 202,048 tokens,
-  // the longest of 113 bytes.
+  // Bounds for files, which keep the work on any to seconds. Llama 4 has 202,048 tokens, the
+  // longest of 113 bytes; what looks at every cut of every token reads the sum of their squared
+  // lengths.
   static constexpr size_t kMostTokens = size_t{1} << 22, kMostTokenBytes = 1024;
+  static constexpr size_t kMostSquaredBytes = size_t{1} << 31;
+  // Of searches in tables of hashes that are at most half full: those of numbers without structure
+  // look at less than 200.
+  static constexpr size_t kLongestSearch = 1024;
 
   Vocabulary() = default;
   // By id; an empty one is no token. Those that are `added` do not come of pieces: find() does not
-  // know them. Throws ModelFormat naming the ids if two others are the same.
+  // know them. Throws ModelFormat naming the ids if two others are the same, or if the others are
+  // beyond what can be worked on in seconds.
   Vocabulary(ByteStrings tokens, std::vector<bool> added);
 
   size_t size() const { return tokens_.size(); }
@@ -191,6 +197,7 @@ class Vocabulary {
   void make_keys();
   void set_slot_count();
   uint64_t hash_of_token(size_t id) const;
+  void require_bounded_work() const;
   void insert(int32_t id, uint64_t hash);
   // Those for which keep(id) is true.
   template <class Keep>

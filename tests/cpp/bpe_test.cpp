@@ -254,6 +254,47 @@ TEST(pieces_with_many_fitting_tokens_take_the_other_way) {
   CHECK(other_way > 20);
 }
 
+TEST(merges_chosen_for_their_hashes_are_refused) {
+  // Ends of hashes as all tables of this test have them.
+  const auto place = [](uint64_t key) {
+    return puna::ShortKey::mixed(key ^ puna::ShortKey::kSalt[0], puna::ShortKey::kSalt[1]) & 4095;
+  };
+  puna::MergeTable merges;
+  int added = 0;
+  const auto add = [&](int most) {
+    for (uint32_t left = 0; added < most; ++left) {
+      for (uint32_t right = 0; right < 4096 && added < most; ++right) {
+        if (place(uint64_t{left} << 32 | right) != 7) continue;
+        merges.add(static_cast<int32_t>(left), static_cast<int32_t>(right), {1, 1});
+        ++added;
+      }
+    }
+  };
+  add(1000);
+  merges.require_short_searches();
+  added = 0;
+  CHECK_THROWS(puna::ErrorCode::kModelFormat, add(1100));
+}
+
+TEST(vocabularies_whose_parts_take_long_to_find_are_encoded_all_the_same) {
+  // Runs of the same length: at each cut of one, both parts are tokens.
+  std::vector<std::string> tokens;
+  for (int byte = 0; byte < 256; ++byte) tokens.push_back(std::string(1, static_cast<char>(byte)));
+  for (size_t size = 2; size <= 1000; ++size) tokens.push_back(std::string(size, 'a'));
+  puna::ByteStrings bytes;
+  for (const std::string& token : tokens) bytes.add(token);
+  const BpeModel model =
+      BpeModel::of_ranks(std::move(bytes), std::vector<bool>(tokens.size(), false));
+  CHECK(model.ranked() == nullptr);
+  puna::PieceEncoder encoder(model);
+  for (const size_t size : {5, 77, 1500}) {
+    const std::string piece = std::string(size, 'a') + "b";
+    puna::IdBuffer ids;
+    encoder.encode_piece(piece, ids);
+    CHECK_EQ(shown({ids.ids().begin(), ids.ids().end()}), shown(merged_plainly(tokens, piece)));
+  }
+}
+
 TEST(merges_that_lack_one_and_repeat_another_are_no_ranks) {
   const auto model_of = [](const std::vector<std::string>& merges) {
     puna::ByteStrings tokens, sides;

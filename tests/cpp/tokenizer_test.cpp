@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <random>
@@ -585,6 +586,33 @@ TEST(broken_ranks_are_refused) {
       R"({"added_tokens_decoder": {"900": {"content": ")" + std::string(100'000, 'a') + R"("}}})");
   bad(good, R"({"added_tokens_decoder": {"900": {"content": "x"}, "901": {"content": "x"}}})");
   bad(good, std::string(100000, '['));
+}
+
+TEST(vocabularies_that_would_take_minutes_are_refused) {
+  const auto ranks_of = [](size_t count, const auto& token) {
+    std::string ranks = fixture::ranks();
+    for (size_t i = 0, rank = fixture::tokens().size(); i < count; ++i, ++rank)
+      ranks += fixture::base64(token(i)) + " " + std::to_string(rank) + "\n";
+    return ranks;
+  };
+  // Every token is looked at cut by cut. 5,000 are 7 MB.
+  const auto longest = [](size_t i) {
+    std::string token(1024, static_cast<char>(i));
+    token[0] = static_cast<char>(i >> 8);
+    token[1] = 'x';
+    return token;
+  };
+  CHECK_THROWS(ErrorCode::kModelFormat, Tokenizer::from_ranks(ranks_of(5000, longest)));
+  Tokenizer::from_ranks(ranks_of(100, longest));
+  // The first eight bytes make every hash zero.
+  const auto colliding = [](size_t i) {
+    std::string token(12, '\0');
+    std::memcpy(token.data(), &puna::ShortKey::kSalt[0], 8);
+    std::memcpy(token.data() + 8, &i, 4);
+    return token;
+  };
+  CHECK_THROWS(ErrorCode::kModelFormat, Tokenizer::from_ranks(ranks_of(2000, colliding)));
+  Tokenizer::from_ranks(ranks_of(900, colliding));
 }
 
 TEST(json_is_read_however_it_is_written) {
