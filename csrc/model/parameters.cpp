@@ -160,6 +160,9 @@ PackedBytes packed_bytes_of(const ModelSpec& spec, const ModelWeights& weights,
   MeasuringLoader text(recipe), vision(recipe);
   load_text(spec, weights.text, text);
   if (weights.vision) load_vision(*weights.vision, vision);
+  std::vector<std::string> names = text.names();
+  names.insert(names.end(), vision.names().begin(), vision.names().end());
+  recipe.require_matches(names);
   return {text.source_bytes(), text.bytes(), vision.source_bytes(), vision.bytes(), text.experts()};
 }
 

@@ -46,7 +46,8 @@ TextParameters load_text(const ModelSpec& spec, const TextWeights& weights, Weig
 VisionParameters load_vision(const VisionWeights& weights, WeightLoader& loader);
 
 // Bytes of the matrices in the checkpoint, and once packed as the recipe says. The token embedding
-// stays in the file; norms and biases are too small to count. Reads no weight.
+// stays in the file; norms and biases are too small to count. Reads no weight. Throws
+// InvalidRequest for an override of the recipe that no matrix matches.
 struct PackedBytes {
   int64_t text_source = 0, text_packed = 0;
   int64_t vision_source = 0, vision_packed = 0;

@@ -1,6 +1,9 @@
 #include "model/recipe.h"
 
+#include <algorithm>
+
 #include "base/error.h"
+#include "io/message.h"
 #include "quant/encode.h"
 
 namespace puna {
@@ -41,6 +44,9 @@ WeightFormat encodable(const std::string& name) {
 }
 
 bool is_router(std::string_view matrix) { return matrix.ends_with(".router"); }
+bool is_quantizable(std::string_view matrix) {
+  return !is_router(matrix) && !matrix.starts_with("vision.");
+}
 
 }  // namespace
 
@@ -57,13 +63,29 @@ QuantRecipe::QuantRecipe(const std::string& quant,
   }
   for (const auto& [pattern, name] : overrides)
     rules_.push_back({pattern, name == "stored" ? std::nullopt : std::optional(encodable(name))});
+  overrides_ = overrides.size();
 }
 
 std::optional<WeightFormat> QuantRecipe::format_of(std::string_view matrix) const {
   if (is_router(matrix)) return WeightFormat::kF32;
+  if (!is_quantizable(matrix)) return std::nullopt;
   for (auto rule = rules_.rbegin(); rule != rules_.rend(); ++rule)
     if (matches(rule->pattern, matrix)) return rule->format;
   return std::nullopt;
+}
+
+void QuantRecipe::require_matches(const std::vector<std::string>& matrices) const {
+  for (size_t i = rules_.size() - overrides_; i < rules_.size(); ++i) {
+    const auto& [pattern, format] = rules_[i];
+    const bool found = std::any_of(matrices.begin(), matrices.end(), [&](const auto& matrix) {
+      return (!format || is_quantizable(matrix)) && matches(pattern, matrix);
+    });
+    if (found) continue;
+    fail(ErrorCode::kInvalidRequest, {.param = "quant"},
+         "[quant] no matrix of the model that can be quantised matches '", printable(pattern),
+         "'; they have names like 'layers.0.attention.qkv' and 'lm_head' (docs/formats.md), and * ",
+         "stands for any characters");
+  }
 }
 
 }  // namespace puna

@@ -31,6 +31,9 @@ class QuantRecipe {
   // The format of a matrix; none: as stored.
   std::optional<WeightFormat> format_of(std::string_view matrix) const;
   bool as_stored() const { return rules_.empty(); }
+  // Throws InvalidRequest if the pattern of an override matches none of a model's matrices, or only
+  // such as are never quantised.
+  void require_matches(const std::vector<std::string>& matrices) const;
 
  private:
   struct Rule {
@@ -38,6 +41,7 @@ class QuantRecipe {
     std::optional<WeightFormat> format;
   };
   std::vector<Rule> rules_;  // later ones go before earlier ones
+  size_t overrides_ = 0;     // the last ones
 };
 
 }  // namespace puna

@@ -59,6 +59,7 @@ void add_expert(ExpertBytes& experts, std::string_view name, WeightFormat format
 
 std::vector<WeightRef> MeasuringLoader::matrices(const std::string& name,
                                                  std::span<const MatrixSource> parts, bool split) {
+  names_.push_back(name);
   std::vector<WeightRef> weights;
   for (const Piece& piece : pieces_of(recipe_, name, parts, split)) {
     const MatrixShape shape = check_matrix_parts(piece.parts, piece.options);

@@ -61,11 +61,13 @@ class MeasuringLoader : public WeightLoader {
   VectorRef vector(const std::string&, std::span<const TensorRef>) override { return {}; }
   int64_t source_bytes() const { return source_bytes_; }
   const ExpertBytes& experts() const { return experts_; }  // of bytes()
+  const std::vector<std::string>& names() const { return names_; }
 
  private:
   const QuantRecipe& recipe_;
   int64_t source_bytes_ = 0;
   ExpertBytes experts_;
+  std::vector<std::string> names_;
 };
 
 // Called as weights are packed, with the bytes of the checkpoint that were done; what it throws
