@@ -1,6 +1,7 @@
 #include "model/packed.h"
 
 #include <algorithm>
+#include <set>
 
 #include "base/error.h"
 #include "io/json_file.h"
@@ -193,6 +194,98 @@ TensorRef AdoptingLoader::embedding(const ModelSpec& spec) const {
   return table;
 }
 
+template <class Entry>
+const Entry& AdoptingLoader::find(const std::map<std::string, Entry>& entries,
+                                  const std::string& name) const {
+  const auto found = entries.find(name);
+  if (found == entries.end())
+    bad(checkpoint_, "there is no ", printable(name), "; config.json is of another model");
+  return found->second;
+}
+
+std::vector<const AdoptingLoader::Matrix*> AdoptingLoader::pieces_of(
+    const std::string& name, std::span<const MatrixSource> parts, bool split) const {
+  int64_t rows = 0, found_rows = 0;
+  for (const MatrixSource& part : parts) rows += part.rows;
+  std::vector<const Matrix*> pieces;
+  while (pieces.empty() || (split && found_rows < rows)) {
+    const Matrix& entry = find(matrices_, piece_name(name, pieces.size()));
+    if (entry.cols != parts[0].cols) {
+      found_rows = -1;
+      break;
+    }
+    pieces.push_back(&entry);
+    found_rows += entry.rows;
+  }
+  if (found_rows != rows)
+    bad(checkpoint_, printable(name), " is not the matrix of ", rows, " rows and ", parts[0].cols,
+        " columns that config.json asks for");
+  return pieces;
+}
+
+const AdoptingLoader::Vector& AdoptingLoader::vector_of(const std::string& name,
+                                                        std::span<const TensorRef> parts) const {
+  int64_t size = 0;
+  for (const TensorRef& part : parts) size += part.elements();
+  const Vector& entry = find(vectors_, name);
+  if (entry.size != size)
+    bad(checkpoint_, printable(name), " has ", entry.size, " elements, config.json asks for ",
+        size);
+  return entry;
+}
+
+std::vector<WeightRef> AdoptingLoader::matrices(const std::string& name,
+                                                std::span<const MatrixSource> parts, bool split) {
+  std::vector<WeightRef> weights;
+  for (const Matrix* piece : pieces_of(name, parts, split)) {
+    weights.push_back(place_of(*backend_).adopt_matrix(
+        piece->format, piece->rows, piece->cols, {std::shared_ptr<const void>(), piece->data}));
+    bytes_ += static_cast<int64_t>(weights.back().bytes);
+  }
+  return weights;
+}
+
+VectorRef AdoptingLoader::vector(const std::string& name, std::span<const TensorRef> parts) {
+  const Vector& entry = vector_of(name, parts);
+  const TensorRef part{DType::kF32, 1, {entry.size}, entry.data};
+  return backend_->load_vector({&part, 1});
+}
+
+// Adopts nothing: looks whether what is asked for is there, and nothing else.
+class AdoptingLoader::Comparison : public WeightLoader {
+ public:
+  explicit Comparison(const AdoptingLoader& held) : held_(held) {}
+
+  std::vector<WeightRef> matrices(const std::string& name, std::span<const MatrixSource> parts,
+                                  bool split) override {
+    std::vector<WeightRef> weights;
+    for (const Matrix* piece : held_.pieces_of(name, parts, split)) {
+      names_.insert(piece_name(name, weights.size()));
+      weights.push_back({piece->format, piece->rows, piece->cols, 0, nullptr});
+    }
+    return weights;
+  }
+  VectorRef vector(const std::string& name, std::span<const TensorRef> parts) override {
+    held_.vector_of(name, parts);
+    names_.insert(name);
+    return {};
+  }
+  void refuse_others() const {
+    const auto refuse_other = [&](const auto& entries) {
+      for (const auto& [name, entry] : entries)
+        if (!names_.contains(name))
+          bad(held_.checkpoint_, "it holds ", printable(name),
+              ", which config.json does not ask for; it is of another model");
+    };
+    refuse_other(held_.matrices_);
+    refuse_other(held_.vectors_);
+  }
+
+ private:
+  const AdoptingLoader& held_;
+  std::set<std::string> names_;
+};
+
 ModelWeights AdoptingLoader::weights(const ModelSpec& spec) const {
   ModelWeights weights;
   for (const ExpectedTensor& tensor : expected_tensors(spec, usual_prefixes(spec), weights)) {
@@ -208,49 +301,10 @@ ModelWeights AdoptingLoader::weights(const ModelSpec& spec) const {
         ", expected floats (", spec.vocab_size, ", ", spec.hidden, ")");
   if (spec.tied_embeddings) weights.text.lm_head = weights.text.embed;
   weights.text.embed = table;
+  Comparison comparison(*this);
+  load_all(spec, weights, comparison);
+  comparison.refuse_others();
   return weights;
-}
-
-template <class Entry>
-const Entry& AdoptingLoader::find(const std::map<std::string, Entry>& entries,
-                                  const std::string& name) const {
-  const auto found = entries.find(name);
-  if (found == entries.end())
-    bad(checkpoint_, "there is no ", printable(name), "; config.json is of another model");
-  return found->second;
-}
-
-std::vector<WeightRef> AdoptingLoader::matrices(const std::string& name,
-                                                std::span<const MatrixSource> parts, bool split) {
-  int64_t rows = 0, found_rows = 0;
-  for (const MatrixSource& part : parts) rows += part.rows;
-  std::vector<WeightRef> weights;
-  while (weights.empty() || (split && found_rows < rows)) {
-    const Matrix& entry = find(matrices_, piece_name(name, weights.size()));
-    if (entry.cols != parts[0].cols) {
-      found_rows = -1;
-      break;
-    }
-    weights.push_back(place_of(*backend_).adopt_matrix(
-        entry.format, entry.rows, entry.cols, {std::shared_ptr<const void>(), entry.data}));
-    bytes_ += static_cast<int64_t>(weights.back().bytes);
-    found_rows += entry.rows;
-  }
-  if (found_rows != rows)
-    bad(checkpoint_, printable(name), " is not the matrix of ", rows, " rows and ", parts[0].cols,
-        " columns that config.json asks for");
-  return weights;
-}
-
-VectorRef AdoptingLoader::vector(const std::string& name, std::span<const TensorRef> parts) {
-  int64_t size = 0;
-  for (const TensorRef& part : parts) size += part.elements();
-  const Vector& entry = find(vectors_, name);
-  if (entry.size != size)
-    bad(checkpoint_, printable(name), " has ", entry.size, " elements, config.json asks for ",
-        size);
-  const TensorRef part{DType::kF32, 1, {size}, entry.data};
-  return backend_->load_vector({&part, 1});
 }
 
 void write_packed(const ModelSpec& spec, const Checkpoint& source, const ModelWeights& weights,
@@ -259,6 +313,7 @@ void write_packed(const ModelSpec& spec, const Checkpoint& source, const ModelWe
                   const std::function<void(int64_t, int64_t)>& progress) {
   PlanningLoader plan(recipe);
   load_all(spec, weights, plan);
+  recipe.require_matches(plan.names());
   const TensorRef& table = weights.text.embed;
   nlohmann::json form = {
       {"version", kVersion}, {"matrices", plan.matrices_}, {"vectors", plan.vectors_}};

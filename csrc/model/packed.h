@@ -24,7 +24,8 @@ class AdoptingLoader : public WeightLoader {
   explicit AdoptingLoader(const Checkpoint& checkpoint);
 
   void use(Backend& backend) { backend_ = &backend; }
-  // The shapes that the checkpoint's configuration asks for, and the token embedding.
+  // The shapes that the checkpoint's configuration asks for, and the token embedding. Throws
+  // ModelFormat unless they are those of the matrices and vectors that the file holds.
   ModelWeights weights(const ModelSpec& spec) const;
   // Nothing is packed: source and packed bytes are the same.
   PackedBytes sizes() const {
@@ -46,7 +47,12 @@ class AdoptingLoader : public WeightLoader {
     int64_t size = 0;
     const void* data = nullptr;
   };
+  class Comparison;
   TensorRef embedding(const ModelSpec& spec) const;
+  // The pieces of a matrix, and a vector, as the configuration asks for them.
+  std::vector<const Matrix*> pieces_of(const std::string& name, std::span<const MatrixSource> parts,
+                                       bool split) const;
+  const Vector& vector_of(const std::string& name, std::span<const TensorRef> parts) const;
   template <class Entry>
   const Entry& find(const std::map<std::string, Entry>& entries, const std::string& name) const;
 
