@@ -128,7 +128,7 @@ class Header {
       const auto length = extent.get<uint64_t>();
       if (length > static_cast<uint64_t>(std::numeric_limits<int64_t>::max()) ||
           __builtin_mul_overflow(bytes, static_cast<int64_t>(length), &bytes)) {
-        bad(title, " has the shape ", shape.dump(), ", which overflows");
+        bad(title, " has the shape ", printable(shape.dump()), ", which overflows");
       }
       tensor.shape[tensor.rank++] = static_cast<int64_t>(length);
     }

@@ -1,6 +1,7 @@
 #include "io/safetensors_writer.h"
 
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -9,6 +10,7 @@
 #include <cstring>
 #include <filesystem>
 #include <nlohmann/json.hpp>
+#include <utility>
 
 #include "base/error.h"
 
@@ -40,6 +42,36 @@ int64_t SafetensorsWriter::Entry::bytes() const {
   return bytes;
 }
 
+SafetensorsWriter::Partial::~Partial() {
+  if (file_ < 0) return;
+  ::unlink(path_.c_str());  // while nobody else can have locked it
+  ::close(file_);
+}
+
+void SafetensorsWriter::Partial::open() {
+  const int file = ::open(path_.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0644);
+  if (file < 0)
+    fail(ErrorCode::kInvalidRequest, "[write] ", path_, " cannot be made: ", std::strerror(errno));
+  const bool is_locked = ::flock(file, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK;
+  // Of a writer that has just ended, this may be the file that it renamed or removed.
+  struct stat opened, named;
+  if (is_locked || ::fstat(file, &opened) != 0 || ::stat(path_.c_str(), &named) != 0 ||
+      opened.st_ino != named.st_ino || opened.st_dev != named.st_dev) {
+    ::close(file);
+    fail(ErrorCode::kInvalidRequest, "[write] ", path_,
+         " is being written by another; wait for it, or choose another folder");
+  }
+  file_ = file;
+  if (::ftruncate(file_, 0) != 0)
+    fail(ErrorCode::kInvalidRequest, "[write] ", path_, " cannot be made: ", std::strerror(errno));
+}
+
+bool SafetensorsWriter::Partial::rename(const std::string& path) {
+  if (::rename(path_.c_str(), path.c_str()) != 0) return false;
+  ::close(std::exchange(file_, -1));
+  return true;
+}
+
 SafetensorsWriter::SafetensorsWriter(const std::string& path, std::vector<Entry> entries,
                                      const std::map<std::string, std::string>& metadata,
                                      int64_t alignment)
@@ -58,39 +90,35 @@ SafetensorsWriter::SafetensorsWriter(const std::string& path, std::vector<Entry>
   const auto unit = static_cast<size_t>(alignment);
   text.resize((kLengthBytes + text.size() + unit - 1) / unit * unit - kLengthBytes, ' ');
 
-  if (std::filesystem::exists(path_))
-    fail(ErrorCode::kInvalidRequest, "[write] ", path_,
-         " exists; remove it or choose another folder");
+  const auto require_new = [&] {
+    if (std::filesystem::exists(path_))
+      fail(ErrorCode::kInvalidRequest, "[write] ", path_,
+           " exists; remove it or choose another folder");
+  };
+  require_new();
   std::error_code unknown;
   const auto space = std::filesystem::space(std::filesystem::path(path_).parent_path(), unknown);
   const uint64_t needed = kLengthBytes + text.size() + static_cast<uint64_t>(offset);
   if (!unknown && needed > space.available)
     fail(ErrorCode::kInvalidRequest, "[write] ", path_, " needs ", needed, " bytes, the disk has ",
          space.available, " free");
-  file_ = ::open(partial_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
-  if (file_ < 0)
-    fail(ErrorCode::kInvalidRequest, "[write] ", partial_,
-         " cannot be made: ", std::strerror(errno));
+  partial_.open();
+  require_new();  // another writer may have ended meanwhile
   uint8_t length[kLengthBytes];
   for (size_t i = 0; i < kLengthBytes; ++i) length[i] = static_cast<uint8_t>(text.size() >> 8 * i);
   append(length, kLengthBytes);
   append(text.data(), text.size());
 }
 
-SafetensorsWriter::~SafetensorsWriter() {
-  if (file_ < 0) return;
-  ::close(file_);
-  ::unlink(partial_.c_str());
-}
-
 void SafetensorsWriter::refuse(const char* doing) const {
-  fail(ErrorCode::kDevice, "[write] ", partial_, ": ", doing, " failed: ", std::strerror(errno));
+  fail(ErrorCode::kDevice, "[write] ", partial_.path(), ": ", doing,
+       " failed: ", std::strerror(errno));
 }
 
 void SafetensorsWriter::append(const void* data, size_t bytes) {
   const auto* from = static_cast<const char*>(data);
   while (bytes > 0) {
-    const ssize_t written = ::write(file_, from, std::min(bytes, size_t{1} << 30));
+    const ssize_t written = ::write(partial_.file(), from, std::min(bytes, size_t{1} << 30));
     if (written < 0 && errno == EINTR) continue;
     if (written <= 0) refuse("writing");
     from += written;
@@ -110,10 +138,8 @@ void SafetensorsWriter::write(const std::string& name, const void* data, size_t 
 void SafetensorsWriter::finish() {
   if (next_ != entries_.size())
     fail(ErrorCode::kInternal, "[write] ", entries_.size() - next_, " tensors were not written");
-  if (::fsync(file_) != 0) refuse("reaching the disk");
-  ::close(file_);
-  file_ = -1;
-  if (::rename(partial_.c_str(), path_.c_str()) != 0) refuse("renaming");
+  if (::fsync(partial_.file()) != 0) refuse("reaching the disk");
+  if (!partial_.rename(path_)) refuse("renaming");
 }
 
 }  // namespace puna

@@ -1,7 +1,7 @@
 // Writes one safetensors file in order, without holding its data.
 //
 // The file appears under its name only when finish() has written it wholly to disk; until then it
-// is PATH.partial, which the destructor removes.
+// is PATH.partial, which is locked against other writers and which the destructor removes.
 #pragma once
 
 #include <cstdint>
@@ -23,12 +23,10 @@ class SafetensorsWriter {
   };
 
   // `entries` in the order in which their data follow; the data begin at a multiple of `alignment`.
-  // Throws InvalidRequest if the file exists, cannot be made, or is larger than what is free.
+  // Throws InvalidRequest if the file exists, is being written, cannot be made, or is larger than
+  // what is free.
   SafetensorsWriter(const std::string& path, std::vector<Entry> entries,
                     const std::map<std::string, std::string>& metadata, int64_t alignment);
-  ~SafetensorsWriter();
-  SafetensorsWriter(const SafetensorsWriter&) = delete;
-  SafetensorsWriter& operator=(const SafetensorsWriter&) = delete;
 
   // The data of the next entry; what is missing to its size becomes zeros. Throws DeviceError if
   // the system refuses the write.
@@ -36,13 +34,33 @@ class SafetensorsWriter {
   void finish();
 
  private:
+  // A file that is open and locked, and gone in the end unless it was given another name.
+  class Partial {
+   public:
+    explicit Partial(const std::string& path) : path_(path) {}
+    ~Partial();
+    Partial(const Partial&) = delete;
+    Partial& operator=(const Partial&) = delete;
+
+    // Throws InvalidRequest.
+    void open();
+    int file() const { return file_; }
+    const std::string& path() const { return path_; }
+    // False if the system refuses it.
+    bool rename(const std::string& path);
+
+   private:
+    std::string path_;
+    int file_ = -1;
+  };
+
   void append(const void* data, size_t bytes);
   [[noreturn]] void refuse(const char* doing) const;
 
-  std::string path_, partial_;
+  std::string path_;
+  Partial partial_;
   std::vector<Entry> entries_;
   size_t next_ = 0;
-  int file_ = -1;
 };
 
 }  // namespace puna
