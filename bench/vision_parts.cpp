@@ -79,7 +79,7 @@ void time_vision_parts(Report& report, Backend& backend, const ModelSpec& spec,
   const int64_t half = dim / vision.heads / 2;
   const std::vector<float> cos(static_cast<size_t>(tokens * half), 0.8f);
   const std::vector<float> sin(static_cast<size_t>(tokens * half), 0.6f);
-  const auto eps = static_cast<float>(vision.norm_eps);
+  const auto eps = static_cast<float>(VisionSpec::kNormEps);
   const auto layer = [&](int64_t i) -> const VisionParameters::Layer& {
     return parameters.layers[static_cast<size_t>(i % std::ssize(parameters.layers))];
   };

@@ -239,6 +239,28 @@ def test_moe_layers_beyond_the_last_are_warned_about(directory: Path) -> None:
     assert "9" in warning and "8" in warning
 
 
+def test_rope_layers_beyond_the_last_are_warned_about(directory: Path) -> None:
+    write_config(directory, changed(text={"no_rope_layers": [1, 1, 1, 0] * 3}))
+    (warning,) = _core.inspect(str(directory))["warnings"]
+    assert "no_rope_layers for 12 layers" in warning and "8" in warning
+
+
+def test_the_epsilon_of_the_vision_tower_is_that_of_transformers(directory: Path) -> None:
+    """Its layer norms have PyTorch's default, whatever the file says."""
+    pixels = np.random.default_rng(1).standard_normal((1, 3, 56, 56), dtype=np.float32)
+
+    def with_picture() -> np.ndarray:
+        with puna.load(directory, threads=1, progress=False) as llm:
+            return llm.logits([1, *[tiny.IMAGE_TOKEN] * llm.info.tokens_per_tile, 2], pixels)
+
+    write_config(directory, changed())
+    expected = with_picture()
+    write_config(directory, changed(**vision(norm_eps=0.1)))
+    np.testing.assert_array_equal(with_picture(), expected)
+    (warning,) = _core.inspect(str(directory))["warnings"]
+    assert "norm_eps is 0.1" in warning and "1e-05" in warning
+
+
 # --- config.json: what is refused -----------------------------------------------------------------
 
 FORMAT, UNSUPPORTED = puna.ModelFormatError, puna.UnsupportedError
@@ -283,6 +305,7 @@ BAD_TEXT: dict[str, tuple[Config, type[puna.Error], tuple[str, ...]]] = {
     "rope factors crossed": ({"rope_parameters": LLAMA3 | {"high_freq_factor": 0.5}}, FORMAT, ("high_freq_factor", "0.5", "1")),
     "rope per type of layer": ({"rope_parameters": {"full_attention": LLAMA3}}, UNSUPPORTED, ("full_attention",)),
     "rope theta": ({"rope_parameters": LLAMA3 | {"rope_theta": 0}}, FORMAT, ("rope_theta", "0")),
+    "rope divisor": ({"rope_parameters": {"rope_type": "puna_divisors", "divisors": [1.0] * 7 + [1e-300]}}, FORMAT, ("divisors", "1e-300", "1e-06")),
     "rope partial": ({"rope_parameters": LLAMA3 | {"partial_rotary_factor": 0.5}}, UNSUPPORTED, ("partial_rotary_factor", "0.5")),
     "end token": ({"eos_token_id": [281, "x"]}, FORMAT, ("eos_token_id", '"x"')),
 }  # fmt: skip

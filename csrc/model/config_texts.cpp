@@ -57,7 +57,7 @@ json vision_config(const VisionSpec& vision) {
           {"projector_input_dim", vision.adapter_width},
           {"projector_output_dim", vision.adapter_width},
           {"vision_output_dim", vision.output_width},
-          {"norm_eps", vision.norm_eps},
+          {"norm_eps", VisionSpec::kNormEps},
           {"rope_theta", vision.rope_theta}};
 }
 

@@ -149,8 +149,7 @@ class Fields {
 
 // A type of RoPE of this project alone: the divisors of a GGUF file, which has no other form.
 std::vector<double> read_divisors(const Fields& fields, int64_t head_dim) {
-  std::vector<double> divisors =
-      fields.numbers("divisors", std::numeric_limits<double>::min(), kMaxRopeDivisor);
+  std::vector<double> divisors = fields.numbers("divisors", kMinRopeDivisor, kMaxRopeDivisor);
   if (static_cast<int64_t>(divisors.size()) != head_dim / 2) {
     fields.refuse(ErrorCode::kModelFormat, fields.path(), "divisors has ", divisors.size(),
                   " numbers; heads of ", head_dim, " have ", head_dim / 2, " frequencies");
@@ -208,7 +207,8 @@ RopeSpec read_rope(const Fields& text, const ModelSpec& spec, std::vector<std::s
 }
 
 // Which layers use RoPE: no_rope_layers has 1 for those that do, in spite of its name.
-std::vector<bool> read_rope_layers(const Fields& text, int64_t count) {
+std::vector<bool> read_rope_layers(const Fields& text, int64_t count,
+                                   std::vector<std::string>& warnings) {
   const int64_t interval = text.integer("no_rope_layer_interval", 4, 1, kMaxSize);
   const auto listed = text.integers("no_rope_layers", 0, 1);
   std::vector<bool> ropes;
@@ -217,6 +217,10 @@ std::vector<bool> read_rope_layers(const Fields& text, int64_t count) {
   if (static_cast<int64_t>(listed->size()) < count) {
     text.bad("no_rope_layers", *text.find("no_rope_layers"),
              "null, [], or a list of " + std::to_string(count) + " entries, one per layer");
+  }
+  if (static_cast<int64_t>(listed->size()) > count) {
+    warnings.push_back("config.json has no_rope_layers for " + std::to_string(listed->size()) +
+                       " layers, but the model has " + std::to_string(count));
   }
   for (int64_t l = 0; l < count; ++l) ropes[l] = (*listed)[l] != 0;
   return ropes;
@@ -263,7 +267,7 @@ std::vector<bool> read_chunked_layers(const Fields& text, std::vector<bool> rope
 
 std::vector<LayerSpec> read_layers(const Fields& text, std::vector<std::string>& warnings) {
   const int64_t count = text.integer("num_hidden_layers", 48, 1, kMaxLayers);
-  const std::vector<bool> ropes = read_rope_layers(text, count);
+  const std::vector<bool> ropes = read_rope_layers(text, count, warnings);
   const std::vector<bool> moe = read_moe_layers(text, count, warnings);
   const std::vector<bool> chunked = read_chunked_layers(text, ropes);
   // null, as Guard 4 has it, lifts the chunks; a missing field does not.
@@ -313,7 +317,7 @@ int64_t square(const Fields& fields, const char* name, int64_t otherwise) {
   return fields.integer(name, otherwise, 1, kMaxTile);
 }
 
-VisionSpec read_vision(const Fields& fields) {
+VisionSpec read_vision(const Fields& fields, std::vector<std::string>& warnings) {
   VisionSpec vision;
   vision.image_size = square(fields, "image_size", 448);
   vision.patch_size = square(fields, "patch_size", 14);
@@ -323,7 +327,7 @@ VisionSpec read_vision(const Fields& fields) {
   vision.intermediate = fields.integer("intermediate_size", 5632, 1, kMaxSize);
   vision.adapter_width = fields.integer("projector_input_dim", 4096, 1, kMaxSize);
   vision.output_width = fields.integer("vision_output_dim", 7680, 1, kMaxSize);
-  vision.norm_eps = fields.number("norm_eps", 1e-5, 0, 1);
+  warn_of_norm_eps(fields.number("norm_eps", VisionSpec::kNormEps, 0, 1), "norm_eps", warnings);
   vision.rope_theta = fields.number("rope_theta", 10000, 1, 1e12);
   if (const std::optional<Fields> rope = fields.object("rope_parameters")) {
     vision.rope_theta = rope->number("rope_theta", vision.rope_theta, 1, 1e12);
@@ -538,7 +542,7 @@ ModelSpec parse(const std::string& config, const std::string& config_name,
   }
   if (spec.multimodal) {
     if (const std::optional<Fields> vision = root.object("vision_config")) {
-      spec.vision = read_vision(*vision);
+      spec.vision = read_vision(*vision, spec.warnings);
     }
     spec.image_token = token(root, "image_token_index", token(root, "image_token_id", 200092));
   }
@@ -570,6 +574,15 @@ ModelSpec read_model_spec(const std::string& directory) {
   return parse(read_text(config), config,
                std::filesystem::exists(generation, ignored) ? read_text(generation) : "",
                generation);
+}
+
+void warn_of_norm_eps(double said, const std::string& name, std::vector<std::string>& warnings) {
+  // A float of it, as GGUF has, differs in the ninth digit.
+  if (std::abs(said - VisionSpec::kNormEps) < 1e-6 * VisionSpec::kNormEps) return;
+  std::ostringstream text;
+  text << "the vision tower's " << name << " is " << said << "; as in transformers, "
+       << VisionSpec::kNormEps << " is used";
+  warnings.push_back(text.str());
 }
 
 void check_magnitude(const ModelSpec& spec, const std::string& file,

@@ -42,7 +42,10 @@ struct VisionSpec {
   int64_t shuffle_factor = 2;  // 1 / pixel_shuffle_ratio
   int64_t adapter_width = 0;   // out of the adapter's first product (projector_input_dim)
   int64_t output_width = 0;    // out of the adapter (vision_output_dim)
-  double norm_eps = 1e-5, rope_theta = 10000;
+  double rope_theta = 10000;
+
+  // Of layer norms, whatever a file says: transformers and Meta's model take PyTorch's default.
+  static constexpr double kNormEps = 1e-5;
 
   int64_t grid() const { return image_size / patch_size; }
   int64_t tokens_per_tile() const { return grid() / shuffle_factor * (grid() / shuffle_factor); }

@@ -106,9 +106,10 @@ void read_rope(const GgufFile& file, const Checkpoint& checkpoint, const Keys& k
   }
   const auto* divisors = static_cast<const float*>(tensor.data);
   for (int64_t i = 0; i < tensor.shape[0]; ++i) {
-    if (!(divisors[i] > 0 && divisors[i] <= kMaxRopeDivisor)) {
+    if (!(divisors[i] >= kMinRopeDivisor && divisors[i] <= kMaxRopeDivisor)) {
       file.refuse(ErrorCode::kModelFormat, "rope_freqs.weight[", i, "] is ", divisors[i],
-                  "; a divisor of a frequency must be positive, and at most 1e6");
+                  "; a divisor of a frequency must be from ", kMinRopeDivisor, " to ",
+                  kMaxRopeDivisor);
     }
     spec.rope.divisors.push_back(divisors[i]);
   }
@@ -186,7 +187,8 @@ void read_layers(const GgufFile& file, const Keys& keys, ModelSpec& spec) {
   }
 }
 
-VisionSpec read_vision(const GgufFile& file, const Checkpoint& checkpoint, const ModelSpec& text) {
+VisionSpec read_vision(const GgufFile& file, const Checkpoint& checkpoint, const ModelSpec& text,
+                       std::vector<std::string>& warnings) {
   const auto require = [&](bool ok, ErrorCode code, const auto&... parts) {
     if (!ok) file.refuse(code, parts...);
   };
@@ -205,7 +207,8 @@ VisionSpec read_vision(const GgufFile& file, const Checkpoint& checkpoint, const
   vision.heads = keys.integer("attention.head_count", 1, kMaxHeads);
   vision.intermediate = keys.integer("feed_forward_length", 1, kMaxSize);
   vision.shuffle_factor = keys.integer("projector.scale_factor", 2, 1, kMaxTile);
-  vision.norm_eps = keys.number("attention.layer_norm_epsilon", 1e-5, 0, 1);
+  warn_of_norm_eps(keys.number("attention.layer_norm_epsilon", VisionSpec::kNormEps, 0, 1),
+                   "attention.layer_norm_epsilon", warnings);
   vision.rope_theta = kBuiltInVisionTheta;
   require(vision.image_size % vision.patch_size == 0, kFormat, "clip.vision.image_size is ",
           vision.image_size, "; it must be a multiple of patch_size = ", vision.patch_size);
@@ -309,7 +312,8 @@ ModelSpec gguf_model_spec(const Checkpoint& checkpoint) {
   spec.tied_embeddings = !checkpoint.tensors().contains("output.weight");
   read_rope(file, checkpoint, keys, spec);
   read_layers(file, keys, spec);
-  if (checkpoint.projector()) spec.vision = read_vision(*checkpoint.projector(), checkpoint, spec);
+  if (checkpoint.projector())
+    spec.vision = read_vision(*checkpoint.projector(), checkpoint, spec, spec.warnings);
   check_magnitude(spec, file.path(), "llama4.context_length");
   read_tokens(file, spec);
   if (spec.vision && spec.image_token < 0) {

@@ -100,7 +100,7 @@ void VisionModel::encode_tiles(Rows out, const float* pixels, int64_t tiles,
   const Rows joined = rows_of(memory.joined, tokens_per_tile_);
   const Rows adapted1 = rows_of(memory.adapted1, tokens_per_tile_);
   const Rows adapted2 = rows_of(memory.adapted2, tokens_per_tile_);
-  const auto eps = static_cast<float>(spec_.norm_eps);
+  const auto eps = static_cast<float>(VisionSpec::kNormEps);
   std::vector<int32_t> every(static_cast<size_t>(tiles * tokens));
   for (int64_t i = 0; i < tiles * tokens; ++i) every[i] = static_cast<int32_t>(i % tokens);
 

@@ -192,7 +192,6 @@ ModelSpec any_spec(std::mt19937& random) {
     vision.layers = pick(0, 40);
     vision.intermediate = vision.hidden * vision.shuffle_factor * vision.shuffle_factor;
     vision.adapter_width = vision.output_width = pick(1, 5000);
-    vision.norm_eps = fraction() / 1000;
     vision.rope_theta = 1 + 1e5 * fraction();
     spec.vision = vision;
   }
