@@ -5,6 +5,7 @@ Meta's tokenizer.model comes from the package llama-models; it is not part of th
 
 from __future__ import annotations
 
+import gc
 import importlib.resources
 import itertools
 import json
@@ -12,6 +13,7 @@ import random
 import sys
 import sysconfig
 import time
+import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -326,6 +328,36 @@ def test_a_str_is_its_utf8_however_wide_its_characters(tokenizer: puna.Tokenizer
             assert np.array_equal(ids, tokenizer.encode(text.encode(), allowed_special=special))
             assert tokenizer.decode(ids) == text
         assert tokenizer.count(text) == tokenizer.count(text.encode())
+
+
+def test_arguments_of_other_types() -> None:
+    """They are refused; with pybind11's keep_alive some ended the process."""
+    tokenizer = puna.Tokenizer.from_file(demo_directory())
+    for call in (
+        lambda: tokenizer.stream_encoder(max_pending="x"),  # type: ignore[arg-type]
+        lambda: tokenizer.stream_encoder(max_pending=-1),
+        lambda: tokenizer.stream_decoder(stop=5),  # type: ignore[arg-type]
+        lambda: puna.Tokenizer.stream_encoder(5),  # type: ignore[arg-type]
+        lambda: type(tokenizer.stream_decoder()).copy(5),
+        lambda: tokenizer.encode("a", allowed_special=5),  # type: ignore[arg-type]
+        lambda: tokenizer.encode("a", allowed_special=[5]),  # type: ignore[list-item]
+    ):
+        with pytest.raises(TypeError):
+            call()
+    with pytest.raises(puna.InvalidRequest, match="no special token"):
+        tokenizer.encode("a", allowed_special=["\ud800"])
+
+
+def test_encoders_keep_their_tokenizer() -> None:
+    made = [puna.Tokenizer.from_file(demo_directory()) for _ in range(2)]
+    encoder, decoder = made[0].stream_encoder(), made[1].stream_decoder().copy()
+    kept = [weakref.ref(one) for one in made]
+    ids = [*encoder.feed("a word"), *encoder.finish()]
+    del made
+    gc.collect()
+    assert all(one() is not None for one in kept)
+    assert [*encoder.feed("a word"), *encoder.finish()] == ids
+    assert "".join(decoder.push(int(token)) for token in ids) + decoder.finish() == "a word"
 
 
 def test_lone_surrogates_are_refused(tokenizer: puna.Tokenizer) -> None:

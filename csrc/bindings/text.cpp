@@ -36,12 +36,18 @@ AllowedSpecial allowed_of(const Tokenizer& tokenizer, const py::object& allowed)
          "\"; it must be \"none\", \"all\" or a set of special tokens");
   }
   AllowedSpecial names;
+  if (!py::isinstance<py::iterable>(allowed))
+    throw py::type_error("allowed_special must be \"none\", \"all\" or a set of special tokens");
   for (const py::handle& name : allowed) {
-    names.names.insert(name.cast<std::string>());
-    if (!tokenizer.special_tokens().contains(name.cast<std::string>())) {
-      fail(ErrorCode::kInvalidRequest, "[tokenizer] ", name.cast<std::string>(),
+    if (!py::isinstance<py::str>(name))
+      throw py::type_error("allowed_special holds names (str), not " +
+                           py::str(py::type::of(name).attr("__name__")).cast<std::string>());
+    const auto text = name.attr("encode")("utf-8", "replace").cast<std::string>();
+    if (!tokenizer.special_tokens().contains(text)) {
+      fail(ErrorCode::kInvalidRequest, "[tokenizer] ", text,
            " is no special token of this tokenizer");
     }
+    names.names.insert(text);
   }
   return names;
 }
@@ -268,6 +274,15 @@ py::object decode(const Tokenizer& tokenizer, const py::object& ids, bool skip_s
   return text;
 }
 
+// A Python object that keeps its owner's alive. (py::keep_alive<0, 1> of pybind11 3.1 takes what
+// stands for the result of a call whose arguments did not fit for an object, and crashes.)
+template <class Value, class Owner>
+py::object kept_with(const Owner& owner, Value value) {
+  const py::object made = py::cast(std::move(value));
+  py::detail::keep_alive_impl(made, py::cast(owner, py::return_value_policy::reference));
+  return made;
+}
+
 void bind_encoder(py::module_& module) {
   py::class_<StreamEncoder>(module, "StreamEncoder",
                             "Text to token ids as it comes; made by Tokenizer.stream_encoder.")
@@ -313,8 +328,9 @@ void bind_decoder(py::module_& module) {
            "string.")
       .def("finish", &StreamDecoder::finish, "What was held back.")
       .def(
-          "copy", [](const StreamDecoder& decoder) { return StreamDecoder(decoder); },
-          py::keep_alive<0, 1>(), "A decoder in the same state.")
+          "copy",
+          [](const StreamDecoder& decoder) { return kept_with(decoder, StreamDecoder(decoder)); },
+          "A decoder in the same state.")
       .def_property_readonly("stopped", &StreamDecoder::stopped, "Whether a stop string was met.")
       .def_property_readonly(
           "stop_token",
@@ -383,11 +399,12 @@ void bind_text(py::module_& module) {
           "stream_encoder",
           [](const Tokenizer& tokenizer, const py::object& allowed_special, const std::string& cut,
              size_t max_pending) {
-            return StreamEncoder(tokenizer, options_of(tokenizer, allowed_special, cut, 1),
-                                 max_pending);
+            return kept_with(
+                tokenizer, StreamEncoder(tokenizer, options_of(tokenizer, allowed_special, cut, 1),
+                                         max_pending));
           },
           py::kw_only(), "allowed_special"_a = "none", "cut"_a = "none",
-          "max_pending"_a = StreamEncoder::kMaxPending, py::keep_alive<0, 1>(),
+          "max_pending"_a = StreamEncoder::kMaxPending,
           "An encoder that takes a text in parts and gives the ids of the whole.\n\n"
           "max_pending: how many bytes may wait for their ids; with Llama 4's vocabulary it is "
           "never more than 256.")
@@ -398,10 +415,10 @@ void bind_text(py::module_& module) {
             const SpecialText special = events         ? SpecialText::kEvent
                                         : skip_special ? SpecialText::kSkip
                                                        : SpecialText::kShow;
-            return StreamDecoder(tokenizer, stop, special, include_stop);
+            return kept_with(tokenizer, StreamDecoder(tokenizer, stop, special, include_stop));
           },
           py::kw_only(), "stop"_a = std::vector<std::string>(), "skip_special"_a = true,
-          "events"_a = false, "include_stop"_a = false, py::keep_alive<0, 1>(),
+          "events"_a = false, "include_stop"_a = false,
           "A decoder that gives out text as ids come.\n\n"
           "events: text ends at each special token, which `event` then tells; none is shown.\n"
           "include_stop: the text ends behind the stop string instead of before it.")
