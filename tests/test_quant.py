@@ -182,6 +182,65 @@ def test_an_interrupted_run_leaves_no_model(checkpoint: MakeCheckpoint, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_refusal_leaves_no_folder(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    source = checkpoint("scout_like").path
+    with pytest.raises(puna.InvalidRequest, match="no weight format"):
+        puna.quantize(source, tmp_path / "new" / "model", quant="int3", progress=False)
+    with pytest.raises(puna.InvalidRequest, match=r"matches 'layer\.0"):
+        quant = {"default": "int8", "layer.0.*": "int4_32"}
+        puna.quantize(source, tmp_path / "new" / "model", quant=quant, progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_being_written(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    source = checkpoint("scout_like").path
+    refusals = []
+
+    def quantize_too(done: int, total: int) -> None:
+        if not refusals:
+            with pytest.raises(puna.InvalidRequest, match="is being written by another") as caught:
+                puna.quantize(source, tmp_path, quant="int8", progress=False)
+            refusals.append(caught.value)
+
+    quantize = {"quant": "int4", "quant_overrides": [], "threads": 1, "calibration": []}
+    puna._core.quantize(
+        path=str(source),
+        mmproj="",
+        out=str(tmp_path),
+        progress=quantize_too,
+        calibration_progress=None,
+        **quantize,
+    )
+    assert refusals
+    assert not (tmp_path / "model.safetensors.partial").exists()
+    assert puna.plan(tmp_path).weight_bytes == puna.plan(source, quant="int4").weight_bytes
+
+
+PATTERNS = {
+    "a typing error": {"layer.0.*": "int8"},
+    "a layer that is not there": {"layers.99.*": "int8"},
+    "routers, which are never quantised": {"layers.*.router": "int8"},
+    "the vision tower, which is not either": {"vision.*": "int8"},
+    "one of several": {"layers.0.*": "int8", "lm_heads": "int8"},
+}
+
+
+@pytest.mark.parametrize("quant", PATTERNS.values(), ids=PATTERNS.keys())
+def test_patterns_that_match_nothing(checkpoint: MakeCheckpoint, quant: dict[str, str]) -> None:
+    source = checkpoint("scout_like").path
+    for call in (puna.load, puna.plan):
+        options = {"progress": False} if call is puna.load else {}
+        with pytest.raises(puna.InvalidRequest, match="no matrix of the model") as caught:
+            call(source, quant={"default": "int4", **quant}, **options)
+        assert caught.value.param == "quant"
+        assert list(quant)[-1] in str(caught.value)
+
+
+def test_the_vision_tower_is_never_quantised(checkpoint: MakeCheckpoint) -> None:
+    plans = [puna.plan(checkpoint("scout_like").path, quant=q) for q in ("int8", {"*": "int8"})]
+    assert plans[0].vision_bytes == plans[1].vision_bytes
+
+
 def rewrite_metadata(folder: Path, change: Any) -> None:
     """Changes the form's metadata in place; the header keeps its length."""
     path = folder / "model.safetensors"
@@ -236,9 +295,21 @@ def test_damaged_packed_forms(
 ) -> None:
     folder = Path(shutil.copytree(packed, tmp_path / "model"))
     rewrite_metadata(folder, change)
-    with pytest.raises(kind) as caught:
+    for call in (puna.load, puna.plan):  # which adopts no weights
+        with pytest.raises(kind) as caught:
+            call(folder)
+        assert all(part in str(caught.value) for part in named), str(caught.value)
+
+
+def test_a_packed_form_with_more_than_its_config(packed: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(packed, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    text = config["text_config"]
+    text["num_hidden_layers"] -= 1
+    text["layer_types"] = text["moe_layers"] = text["no_rope_layers"] = None
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(puna.ModelFormatError, match=r"which config\.json does not ask for"):
         puna.load(folder, progress=False)
-    assert all(part in str(caught.value) for part in named), str(caught.value)
 
 
 def test_templates_go_with_the_weights(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -14,7 +15,7 @@ from puna import _core
 from puna.arguments import amount, is_ids, place, quant_recipe, token_ids, truth, whole
 from puna.chat_template import find_template
 from puna.engine import Engine
-from puna.errors import InvalidRequest, UnsupportedError
+from puna.errors import InvalidRequest, StorageError, UnsupportedError
 from puna.gpus import gpu_of, is_gpu
 from puna.options import LOAD_NAMES, unknown_keyword
 from puna.planning import Plan, size
@@ -50,12 +51,13 @@ def load(
     Args:
         model: A Hugging Face directory (config.json, safetensors, tokenizer.json or
             tokenizer.model), a GGUF file (any part of one that was split), or "demo" for the small
-            model that comes with puna.
+            model that comes with puna. Files of weights are mapped: while the model is in use, put
+            others in their places by renaming, and cut none short, which would end the process.
         quant: Weight format: None keeps weights as they are stored; "int4" packs experts in 4 bits
             and attention and head in 8; "int8" packs all in 8; "fp8" packs all as float8 with a
             scale for each row; or a format's name. A mapping of patterns to formats overrides
-            matrices, its key "default" being the recipe (see docs/formats.md). Routers and the
-            vision tower are never quantised.
+            matrices, its key "default" being the recipe (see docs/formats.md); each must match one.
+            Routers and the vision tower are never quantised.
         context: Tokens a session may hold, as a number or like "128k" or "1M" (powers of 1024);
             None is the largest that fits.
         kv: Format of the KV cache: "auto" (as the weights), "bf16", "fp32", or "int8" or "int4",
@@ -99,6 +101,7 @@ def load(
         UnsupportedError: The checkpoint or an argument asks for what this version cannot do.
         OutOfMemory: Weights or context do not fit; nothing has been read.
         DeviceError: The device or instruction set is not available here.
+        StorageError: The directory of `kv_offload` cannot be written to.
     """
     if unknown:
         raise unknown_keyword("load", next(iter(unknown)), LOAD_NAMES)
@@ -130,6 +133,13 @@ def load(
             progress=bar.update if bar else None,
             **shared,
         )
+    except StorageError as error:
+        if not disk_path:
+            raise
+        raise StorageError(
+            f"kv_offload is {kv_offload!r:.200}, which cannot be used: {error}; "
+            "give a folder that can be written to"
+        ) from error
     finally:
         if bar:
             bar.close()
@@ -219,6 +229,8 @@ def plan(
         ModelNotFound, ModelFormatError, UnsupportedError, InvalidRequest: As for `load`.
         DeviceError: There is no such GPU, or nothing tells how much memory it has.
     """
+    if not isinstance(device, str):
+        raise InvalidRequest(f"device is {device!r:.80}; it must be a string", param="device")
     to_host, disk_path = _offload(kv_offload)
     if disk_path:
         raise InvalidRequest(
@@ -349,10 +361,12 @@ def quantize(
     Raises:
         OutOfMemory: The model as it is stored does not fit, and there is a calibration text.
         ModelNotFound, ModelFormatError, UnsupportedError: As for `load`.
-        InvalidRequest: The output is in use, or the disk has no room; nothing has been written.
+        InvalidRequest: The output is in use, the disk has no room, or no matrix matches a pattern
+            of `quant`; nothing has been written.
     """
     recipe, overrides = quant_recipe(quant)
-    path = _path(model)
+    path, folder = _path(model), place("out", out)
+    made = [part for part in (folder, *folder.parents) if not os.path.lexists(part)]
     ids = _calibration_ids(path, calibration, truth("allow_special", allow_special))
     first = ProgressBar(f"Calibrating {path.name}", " tokens") if progress else None
     bar = ProgressBar(f"Quantising {path.name}", "B") if progress else None
@@ -360,7 +374,7 @@ def quantize(
         odd = _core.quantize(
             path=os.fspath(path),
             mmproj=_file("mmproj", mmproj),
-            out=os.fspath(place("out", out)),
+            out=os.fspath(folder),
             quant=recipe,
             quant_overrides=overrides,
             threads=whole("threads", threads, most=(1 << 31) - 1),
@@ -368,6 +382,11 @@ def quantize(
             progress=bar.update if bar else None,
             calibration_progress=first.update if first else None,
         )
+    except BaseException:
+        with contextlib.suppress(OSError):  # that holds files of others, or is not there
+            for part in made:
+                part.rmdir()
+        raise
     finally:
         for shown in (first, bar):
             if shown:
