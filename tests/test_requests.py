@@ -160,6 +160,36 @@ def test_prompts(llm: puna.Engine) -> None:
             llm.chat(prompt)
 
 
+@pytest.mark.parametrize(
+    ("attention", "param"),
+    [
+        (puna.Attention.certified("x"), "tau"),  # type: ignore[arg-type]
+        (puna.Attention.budget(sink_pages=2**70), "sink_pages"),
+        (puna.Attention("half"), "attention"),  # type: ignore[arg-type]
+    ],
+)
+def test_attention_of_other_types(llm: puna.Engine, attention: puna.Attention, param: str) -> None:
+    with pytest.raises(puna.InvalidRequest) as raised:
+        llm.generate("a", attention=attention)
+    assert raised.value.param == param
+
+
+def test_arrays_that_are_none(llm: puna.Engine) -> None:
+    for arguments, param in (
+        (([[1], [1, 2]],), "tokens"),
+        (([1, 2], "abc"), "pixel_values"),
+        (([1, 2], None, 5), "cuts"),
+    ):
+        with pytest.raises(puna.InvalidRequest) as raised:
+            llm.logits(*arguments)
+        assert raised.value.param == param
+
+
+def test_a_folder_for_keys_and_values_that_cannot_be() -> None:
+    with pytest.raises(puna.StorageError, match="kv_offload is 'disk:/proc/y'"):
+        puna.load("demo", progress=False, context=512, kv_offload="disk:/proc/y")
+
+
 def test_a_prompt_longer_than_the_context(llm: puna.Engine) -> None:
     calls: list[Callable[[list[int]], Any]] = [llm.generate, llm.stream, llm.logits, llm.score]
     for call in calls:

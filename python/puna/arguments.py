@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from puna.errors import InvalidRequest
 
@@ -132,13 +132,25 @@ def token_ids(ids: Any, vocab_size: int, param: str) -> list[int]:
     return [token_id(item, vocab_size, f"{param}[{i}]", param) for i, item in enumerate(ids)]
 
 
+def array_of(name: str, values: Any, dtype: DTypeLike | None = None) -> NDArray[Any]:
+    """Values as an array, its rows one after the other.
+
+    Raises:
+        InvalidRequest: They make none, or none of that type.
+    """
+    try:
+        return np.asarray(values, dtype, order="C")
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidRequest(f"{name} is no array of numbers: {error}", param=name) from error
+
+
 def tiles_array(pixel_values: ArrayLike) -> NDArray[np.float32]:
     """Normalised tiles [tiles, 3, S, S].
 
     Raises:
-        InvalidRequest: The shape is another.
+        InvalidRequest: It is no array of numbers, or the shape is another.
     """
-    pixels = np.ascontiguousarray(pixel_values, dtype=np.float32)
+    pixels = array_of("pixel_values", pixel_values, np.float32)
     if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.shape[2] != pixels.shape[3]:
         raise InvalidRequest(
             f"pixel_values has shape {pixels.shape}; it must be (tiles, 3, size, size)",

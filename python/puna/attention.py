@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
 from typing import Literal
 
 from puna import _core
+from puna.arguments import count
+from puna.errors import InvalidRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,23 @@ class Attention:
         )
 
     def core(self) -> _core.AttentionMode:
-        """As the core has it."""
+        """As the core has it.
+
+        Raises:
+            InvalidRequest: A field is of the wrong type, or the kind is another.
+        """
+        for name in ("tau", "delta", "fraction", "sample"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
+                raise InvalidRequest(f"{name} is {value!r:.80}; it must be a number", param=name)
+        for name in ("sink_pages", "recent_pages"):
+            count(name, getattr(self, name))
+        if self.kind not in ("exact", "certified", "budget"):
+            raise InvalidRequest(
+                f"the kind of attention is {self.kind!r:.80}; make it by exact(), certified() or "
+                "budget()",
+                param="attention",
+            )
         return _core.AttentionMode(
             self.kind,
             self.tau,
