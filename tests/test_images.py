@@ -7,6 +7,7 @@ import base64
 import io
 import math
 import os
+import shutil
 import struct
 from collections import defaultdict
 from collections.abc import Callable
@@ -24,6 +25,7 @@ import puna
 from conftest import skip_or_fail
 from puna import _core, images
 from puna.images import to_rgb
+from puna.loading import demo_directory
 
 TILE = 336
 MAX_TILES = 16
@@ -493,3 +495,14 @@ def test_the_core_refuses_impossible_pictures() -> None:
     assert _core.plan_tiles(images.MAX_PIXELS // side, side, TILE, MAX_TILES)
     with pytest.raises(puna.ImageError):
         _core.plan_tiles(images.MAX_PIXELS // side + 1, side, TILE, MAX_TILES)
+
+
+def test_a_tokenizer_without_the_names_of_pictures(tmp_path: Path) -> None:
+    """It is told of when the model is loaded; texts need no vision tower."""
+    model = Path(shutil.copytree(demo_directory(), tmp_path / "model"))
+    settings = model / "tokenizer_config.json"
+    settings.write_text(settings.read_text().replace("<|tile_x_separator|>", "<|tile_x|>"))
+    with pytest.raises(puna.ModelFormatError, match=r"no special token <\|tile_x_separator\|>"):
+        puna.load(model, progress=False, threads=1, context=512)
+    with puna.load(model, progress=False, threads=1, context=512, vision=False) as llm:
+        assert llm.generate("Once", max_tokens=1)

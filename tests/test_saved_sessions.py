@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import puna
 from puna import session_notes
 from puna.demo.scene import draw, random_scene
 
+TEXT = {"type": "text", "text": "What is this?"}
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
 STORY = "Once upon a time there was a fox who lived in a hollow tree near the river. "
 
@@ -200,10 +202,38 @@ def test_one_too_long_for_the_context_is_left_to_others(llm: puna.Engine, tmp_pa
         session.append(llm.tokenizer.encode(STORY * 50)[:900])
         session.save()
     with load(kv=llm.plan.kv, context=512) as small:
-        with pytest.raises(puna.ContextOverflow, match="load with context=899 or more"):
+        with pytest.raises(puna.ContextOverflow, match="load with context=900 or more"):
             small.session(tmp_path / "a")
-        with llm.session(tmp_path / "a") as session:  # as that says
+        with llm.session(tmp_path / "a") as session:
             assert len(session) == 900
+    with load(kv=llm.plan.kv, context=899) as small:  # all but the id that is not computed yet
+        with pytest.raises(puna.ContextOverflow, match="load with context=900 or more"):
+            small.session(tmp_path / "a")
+        with llm.session(tmp_path / "a") as session:
+            assert len(session) == 900
+    with load(kv=llm.plan.kv, context=900) as large:
+        assert len(large.session(tmp_path / "a")) == 900
+
+
+def test_messages_that_were_edited(llm: puna.Engine, tmp_path: Path) -> None:
+    """They are saved as they would be sent: a message may have no content, a picture be a file."""
+    picture = draw(random_scene(random.Random(3)), llm.info.image_size)
+    picture.save(tmp_path / "picture.png")
+    session = llm.session()
+    call = {"function": {"name": "sum", "arguments": {"a": 1}}}
+    path = str(tmp_path / "picture.png")
+    session.messages += [
+        {"role": "user", "content": [{"type": "image", "path": path}, TEXT]},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    ]
+    session.save(tmp_path / "a")
+    asked, answered = llm.session(tmp_path / "a", readonly=True).messages
+    assert np.array_equal(asked["content"][0]["image"], np.asarray(picture))
+    assert answered["tool_calls"] == [call]
+    session.messages.append({"role": "user"})
+    with pytest.raises(puna.InvalidRequest, match="has no content"):
+        session.save(tmp_path / "b")
+    assert not (tmp_path / "b").exists()
 
 
 def test_files_of_others_are_not_written_over(llm: puna.Engine, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from puna import _core
 from puna.arguments import (
+    array_of,
     count,
     ids_of,
     is_batch,
@@ -33,10 +34,18 @@ from puna.chat_template import (
     RenderedPrompt,
     SpecialToken,
     image_list,
+    plain_tools,
     render,
 )
 from puna.daemon_threads import close_at_exit
-from puna.errors import EngineClosed, InvalidRequest, SessionMismatch, UnsupportedError
+from puna.errors import (
+    ContextOverflow,
+    EngineClosed,
+    InvalidRequest,
+    ModelFormatError,
+    SessionMismatch,
+    UnsupportedError,
+)
 from puna.images import to_rgb
 from puna.options import Request, parse_request
 from puna.planning import Plan
@@ -71,6 +80,7 @@ class Engine:
     ) -> None:
         """Wraps a loaded core engine; use `puna.load`."""
         self._core = core
+        _require_image_tokens(core)
         close_at_exit(self)
         self._progress = progress
         self._template = template
@@ -251,17 +261,33 @@ class Engine:
                 keys and values, damaged, or in use.
             ContextOverflow: It is longer than the context.
         """
-        core = self._core_engine()
+        tools = None if tools is None else plain_tools(tools) or []
         if path is None:
-            return Session(self, core.session(), tools=tools)
+            return Session(self, self._core_engine().session(), tools=tools)
         directory = place("path", path)
         return Session(
             self,
-            core.open(os.fspath(directory), not truth("readonly", readonly)),
+            self._open_saved(directory, not truth("readonly", readonly)),
             directory,
             readonly=readonly,
             tools=tools,
         )
+
+    def _open_saved(self, directory: Path, resume: bool) -> _core.Session:
+        try:
+            return self._core_engine().open(os.fspath(directory), resume)
+        except ContextOverflow as error:
+            # The core knows nothing of ids that were not computed when the session was saved.
+            held, notes = error.prompt_tokens, read_notes(directory)
+            if held is None or not notes.pending or notes.computed != held:
+                raise
+            needed = held + len(notes.pending)
+            raise ContextOverflow(
+                f"[session] {directory} holds {needed} tokens, the context {error.limit}; "
+                f"load with context={needed} or more",
+                prompt_tokens=needed,
+                limit=error.limit,
+            ) from None
 
     def verify(
         self, path: str | os.PathLike[str], extent: Literal["journal", "sampled", "full"] = "full"
@@ -405,9 +431,14 @@ class Engine:
     def _pieces(
         self, tokens: ArrayLike, pixel_values: ArrayLike | None, cuts: Sequence[int] | None
     ) -> tuple[list[int], list[NDArray[np.float32]], list[int]]:
-        ids = token_ids(np.asarray(tokens), self.info.vocab_size, "tokens")
+        ids = token_ids(array_of("tokens", tokens), self.info.vocab_size, "tokens")
         pixels = [] if pixel_values is None else [tiles_array(pixel_values)]
-        return ids, pixels, [whole("cuts", cut) for cut in (() if cuts is None else cuts)]
+        lengths = () if cuts is None else cuts
+        if not isinstance(lengths, Sequence | np.ndarray):
+            raise InvalidRequest(
+                f"cuts is {cuts!r:.80}; it must be a list of lengths", param="cuts"
+            )
+        return ids, pixels, [whole("cuts", cut) for cut in lengths]
 
     def score(self, text: Prompt) -> Score:
         """Log-probability of a text (with the begin-of-text token in front) or of token ids.
@@ -604,10 +635,16 @@ class Engine:
             if request.n > 1 or session.length > _LONG_PROMPT:
                 prefill(session, deadline, self._progress)
             # Before the first one adds tokens to what the others start from.
-            forks = [session, *(session.fork() for _ in range(1, request.n))]
-            for i, fork in enumerate(forks):
-                jobs.append(Job(fork, request, seed=(request.seed + i) % (1 << 64)))
-        running = list(jobs)
+            forks = [session]
+            while len(forks) < request.n and deadline.left() > 0:
+                forks.append(session.fork())
+            for i in range(request.n):
+                seed = (request.seed + i) % (1 << 64)
+                if i < len(forks):
+                    jobs.append(Job(forks[i], request, seed))
+                else:
+                    jobs.append(Job(session, request, seed, late=True))
+        running = [job for job in jobs if job.finish is None]
         while running:
             steps = engine.step([job.session for job in running], deadline.left())
             for job, step in zip(running, steps, strict=True):
@@ -666,7 +703,7 @@ class Engine:
             logprobs=tuple(item for chunk in job.chunks for item in chunk.logprobs),
             seed=job.seed,
             timings=timings(job.session.timings()),
-            attention=report_of(job.session, job.attention),
+            attention=None if job.late else report_of(job.session, job.attention),
         )
 
 
@@ -681,6 +718,25 @@ _IMAGE_TOKENS = (
     "image",
     "patch",
 )
+
+
+def _require_image_tokens(core: _core.Engine) -> None:
+    """Refuses a model with a vision tower whose tokenizer has no names for where pictures go.
+
+    Raises:
+        ModelFormatError: It is one.
+    """
+    tokenizer = core.tokenizer()
+    if tokenizer is None or not core.info()["image_size"]:
+        return
+    names = [f"<|{name}|>" for name in _IMAGE_TOKENS]
+    missing = [name for name in names if name not in tokenizer.special_tokens]
+    if missing:
+        raise ModelFormatError(
+            f"the checkpoint has a vision tower, and its tokenizer no special token "
+            f"{' or '.join(missing)}, with which pictures are written: take the tokenizer of the "
+            "original, or load with vision=False"
+        )
 
 
 def _token(raw: int) -> int | None:

@@ -28,15 +28,19 @@ class BuiltPrompt:
 class Job:
     """One session that is being stepped, and what came out of it so far."""
 
-    def __init__(self, session: _core.Session, request: Request, seed: int):
-        """Starts a turn of the session."""
+    def __init__(
+        self, session: _core.Session, request: Request, seed: int, *, late: bool = False
+    ) -> None:
+        """Starts a turn of the session, unless it is `late`: then it has ended already."""
         self.session = session
         self.seed = seed
         self.attention = request.attention
         self.prompt_tokens = session.length
         self.chunks: list[Chunk] = []
-        self.finish: FinishReason | None = None
-        session.begin(_core.Sampling(**dict(request.core, seed=seed)))
+        self.finish: FinishReason | None = "timeout" if late else None
+        self.late = late
+        if not late:
+            session.begin(_core.Sampling(**dict(request.core, seed=seed)))
 
     def take(self, chunk: Chunk, finish: FinishReason | None) -> None:
         """Adds a piece of the answer, and why it ended if it did."""

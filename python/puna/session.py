@@ -58,12 +58,18 @@ class Session:
         self.messages: list[dict[str, Any]] = []
         self.tools: list[dict[str, Any]] = plain_tools(tools) or []
         if path is not None:
-            notes = read_notes(path)
-            self.messages, self._reads = notes.messages, notes.reads
-            if tools is None:
-                self.tools = notes.tools
-            if notes.pending and notes.computed == session.length:
-                session.append(notes.pending)
+            try:
+                self._take_notes(read_notes(path), tools is None)
+            except BaseException:
+                session.close()  # and with it the directory, for others to open
+                raise
+
+    def _take_notes(self, notes: Notes, with_tools: bool) -> None:
+        self.messages, self._reads = notes.messages, notes.reads
+        if with_tools:
+            self.tools = notes.tools
+        if notes.pending and notes.computed == self._session.length:
+            self._session.append(notes.pending)
 
     # --- texts -----------------------------------------------------------------------------------
 
@@ -317,6 +323,7 @@ class Session:
         Raises:
             SessionMismatch: There is another model's session at `path`, one in use, or files that
                 are no session's.
+            InvalidRequest: `messages` holds what is no message.
             OSError: It cannot be written; what was saved there before is still good.
         """
         self._require_open()
@@ -325,10 +332,12 @@ class Session:
         directory = self._path if path is None else place("path", path)
         assert directory is not None
         with self._busy():
+            # As they were edited: pictures decoded, and what is no message refused first.
+            messages = with_pictures(self.messages) if self.messages else []
             self._session.save(os.fspath(directory))
             computed = len(self) - self._session.pending()
             pending = self._session.tokens(computed)
-            notes = Notes(self.messages, self._reads, computed, pending, self.tools)
+            notes = Notes(messages, self._reads, computed, pending, self.tools)
             write_notes(directory, notes)
 
     def close(self) -> None:
