@@ -357,7 +357,9 @@ void KvStore::make_room(int64_t bytes) {
     if (!failed_.empty()) std::rethrow_exception(failed_.front().failure);
     check_memory(bytes);
     // Nothing is being written any more that could give back what the budgets allow.
-    fail(ErrorCode::kOutOfMemory, "[kv] the system refused memory of the host for keys and values");
+    fail(ErrorCode::kOutOfMemory, {.asked = bytes, .limit = 0}, "[kv] the system refused ", bytes,
+         " bytes of the host's memory for keys and values; load with less context= or "
+         "host_memory=");
   }
 }
 
