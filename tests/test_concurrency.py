@@ -86,6 +86,36 @@ def test_two_threads_do_not_share_a_session(llm: puna.Engine) -> None:
             other.result(timeout=20)
 
 
+def test_threads_may_look_at_a_session_that_answers(llm: puna.Engine) -> None:
+    session = llm.session()
+    lengths: list[int] = []
+
+    def look() -> None:
+        while not ended.wait(0.001):
+            lengths.append(len(session))
+            assert len(session.tokens()) >= lengths[-1]
+
+    ended = threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+        looking = [pool.submit(look) for _ in range(2)]
+        session.chat("Hello.", **ENDLESS | {"max_tokens": 300})
+        ended.set()
+        for one in looking:
+            one.result(timeout=20)
+    assert len(session) > 300
+    assert len(set(lengths)) > 10
+
+
+def test_threads_share_an_encoder(llm: puna.Engine) -> None:
+    block, times = "Once upon a time, there was a fox. " * 5_000, 12
+    encoder = llm.tokenizer.stream_encoder()
+    with ThreadPoolExecutor(4) as pool:
+        parts = list(pool.map(encoder.feed, [block] * times))
+    # Equal blocks make the same text in any order.
+    ids = sum(len(part) for part in parts) + len(encoder.finish())
+    assert ids == len(llm.tokenizer.encode(block * times))
+
+
 def test_computing_lets_other_python_threads_run(llm: puna.Engine) -> None:
     ticks = 0
     stop = threading.Event()

@@ -44,6 +44,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"seed": -1}, "seed is -1; it must be 0 or more"),
     ({"seed": 2**64}, f"seed is {2**64}; it must be at most {2**64 - 1}"),
     ({"n": 0}, "n is 0; it must be 1 or more"),
+    ({"n": 65537}, "n is 65537; it must be at most 65536"),
     ({"logprobs": -1}, "logprobs is -1; it must be 0 or more"),
     ({"logprobs": 1025}, "logprobs is 1025; it must be at most 1024"),
     ({"stop": ""}, "stop holds an empty string; leave it out"),

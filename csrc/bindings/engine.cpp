@@ -357,9 +357,11 @@ void bind_engine(py::module_& module) {
            "Empties the session and lets go of its directory.")
       .def("fork", &Session::fork, py::call_guard<py::gil_scoped_release>(),
            "A session that shares everything computed so far.")
-      .def("tokens", &Session::tokens, "first"_a = 0,
+      .def("tokens", &Session::tokens, "first"_a = 0, py::call_guard<py::gil_scoped_release>(),
            "Ids held, computed and pending, from there on.")
-      .def_property_readonly("length", &Session::length, "Number of ids held.")
+      .def_property_readonly(
+          "length", py::cpp_function(&Session::length, py::call_guard<py::gil_scoped_release>()),
+          "Number of ids held.")
       .def_property_readonly("batch_rows", &Session::batch_rows,
                              "Tokens that a forward pass computes at most.")
       .def("pending", &Session::pending, py::call_guard<py::gil_scoped_release>(),
@@ -367,7 +369,11 @@ void bind_engine(py::module_& module) {
       .def(
           "attention",
           [](const Session& session) {
-            const AttentionReport report = session.attention();
+            AttentionReport report;
+            {
+              const py::gil_scoped_release release;
+              report = session.attention();
+            }
             return py::make_tuple(report.pages, report.read, report.worst_share,
                                   report.worst_interval, report.unread_bytes);
           },

@@ -7,7 +7,10 @@
 #include <algorithm>
 #include <filesystem>
 #include <limits>
+#include <memory>
+#include <mutex>
 #include <optional>
+#include <utility>
 
 #include "bindings/module.h"
 #include "engine/model_files.h"
@@ -283,41 +286,60 @@ py::object kept_with(const Owner& owner, Value value) {
   return made;
 }
 
+// An encoder that threads may share: a part waits until another one's ids are there.
+class SharedEncoder {
+ public:
+  explicit SharedEncoder(StreamEncoder encoder) : encoder_(std::move(encoder)) {}
+
+  // work(encoder), without the GIL: whoever waits for its turn must not hold it.
+  template <class Work>
+  auto use(const Work& work) {
+    const py::gil_scoped_release release;
+    const std::lock_guard turn(*mutex_);
+    return work(encoder_);
+  }
+
+ private:
+  StreamEncoder encoder_;
+  std::unique_ptr<std::mutex> mutex_ = std::make_unique<std::mutex>();
+};
+
 void bind_encoder(py::module_& module) {
-  py::class_<StreamEncoder>(module, "StreamEncoder",
+  py::class_<SharedEncoder>(module, "StreamEncoder",
                             "Text to token ids as it comes; made by Tokenizer.stream_encoder.")
       .def(
           "feed",
-          [](StreamEncoder& encoder, const py::object& text) {
+          [](SharedEncoder& shared, const py::object& text) {
             Text part(text);
             const std::string_view bytes = part.bytes();
             IdBuffer ids(IdBuffer::kKeep, std::min(bytes.size(), kCopiedIds));
-            {
-              const py::gil_scoped_release release;
-              encoder.feed(bytes, ids);
-            }
+            shared.use([&](StreamEncoder& encoder) { encoder.feed(bytes, ids); });
             return array_of(std::move(ids));
           },
           "text"_a,
           "Ids that no further text can change (str, or bytes, which may end within a character).")
       .def(
           "finish",
-          [](StreamEncoder& encoder) {
+          [](SharedEncoder& shared) {
             IdBuffer ids;
-            encoder.finish(ids);
+            shared.use([&](StreamEncoder& encoder) { encoder.finish(ids); });
             return array_of(std::move(ids));
           },
           "The remaining ids. A new text may follow.")
       .def(
           "provisional",
-          [](const StreamEncoder& encoder) {
+          [](SharedEncoder& shared) {
             IdBuffer ids;
-            encoder.provisional(ids);
+            shared.use([&](const StreamEncoder& encoder) { encoder.provisional(ids); });
             return array_of(std::move(ids));
           },
           "What finish() would give now; the text may go on.")
-      .def_property_readonly("pending_bytes", &StreamEncoder::pending_bytes,
-                             "Bytes of the text whose ids have not been given out.");
+      .def_property_readonly(
+          "pending_bytes",
+          [](SharedEncoder& shared) {
+            return shared.use([](const StreamEncoder& encoder) { return encoder.pending_bytes(); });
+          },
+          "Bytes of the text whose ids have not been given out.");
 }
 
 void bind_decoder(py::module_& module) {
@@ -399,9 +421,9 @@ void bind_text(py::module_& module) {
           "stream_encoder",
           [](const Tokenizer& tokenizer, const py::object& allowed_special, const std::string& cut,
              size_t max_pending) {
-            return kept_with(
-                tokenizer, StreamEncoder(tokenizer, options_of(tokenizer, allowed_special, cut, 1),
-                                         max_pending));
+            const EncodeOptions options = options_of(tokenizer, allowed_special, cut, 1);
+            return kept_with(tokenizer,
+                             SharedEncoder(StreamEncoder(tokenizer, options, max_pending)));
           },
           py::kw_only(), "allowed_special"_a = "none", "cut"_a = "none",
           "max_pending"_a = StreamEncoder::kMaxPending,

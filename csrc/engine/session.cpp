@@ -215,25 +215,34 @@ std::shared_ptr<Session> Session::fork() {
   return std::shared_ptr<Session>(new Session(engine_, std::move(state)));
 }
 
-int64_t Session::length() const { return state_->text.tokens.size(); }
+int64_t Session::length() const {
+  const std::lock_guard turn(engine_->impl_->turn);
+  return state_->text.tokens.size();
+}
+
 int64_t Session::batch_rows() const { return engine_->impl_->plan.batch_rows; }
 
 std::vector<int32_t> Session::tokens(int64_t first) const {
-  first = std::clamp<int64_t>(first, 0, length());
+  const std::lock_guard turn(engine_->impl_->turn);
+  const int64_t held = state_->text.tokens.size();
+  first = std::clamp<int64_t>(first, 0, held);
   std::vector<int32_t> tokens;
-  tokens.reserve(static_cast<size_t>(length() - first));
-  state_->text.tokens.copy_to(tokens, first, length() - first);
+  tokens.reserve(static_cast<size_t>(held - first));
+  state_->text.tokens.copy_to(tokens, first, held - first);
   return tokens;
 }
 
-AttentionReport Session::attention() const { return state_->report; }
+AttentionReport Session::attention() const {
+  const std::lock_guard turn(engine_->impl_->turn);
+  return state_->report;
+}
 
 Timings Session::timings() const {
-  Timings timings = state_->timings;
   Engine::Impl& impl = *engine_->impl_;
+  const std::lock_guard turn(impl.turn);
+  Timings timings = state_->timings;
   timings.load_seconds = impl.info.load_seconds;
   timings.peak_bytes = peak_resident_bytes();
-  const std::lock_guard turn(impl.turn);
   if (!impl.closed) timings.kv_bytes = static_cast<int64_t>(impl.kv->bytes_in_use());
   return timings;
 }
