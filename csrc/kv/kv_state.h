@@ -82,7 +82,7 @@ struct KvStore::Growth {
 struct KvStore::Kept {
   std::shared_ptr<KvChunk> chunk;
   size_t global = 0;                 // of KvChunk::pages
-  std::optional<size_t> plan;        // of the reader, if they come from the file;
+  std::optional<size_t> plan = {};   // of the reader, if they come from the file;
   size_t part = 0;                   // the part of that plan
   size_t stream = 0;                 // of streams_
   std::vector<Page> on_device = {};  // where they stay, if that is the device's memory

@@ -72,7 +72,8 @@ def load(
         device: "cpu", "cuda" (or "cuda:1", of several GPUs), or "ref": the slow double-precision
             reference. "auto" is the GPU if there is one whose memory, and what `kv_offload="host"`
             adds to it, holds the model and its context, and neither `isa` nor a disk is given;
-            otherwise the CPU. `attention` can be other than exact on the CPU alone.
+            otherwise the CPU. `attention` can be other than exact on the CPU alone. Threads that
+            call the engine have its GPU as CUDA's current device afterwards.
         stream: With device="cuda", a stream of that GPU on which the engine asks for its work, as
             `cuda.core.Device().create_stream()` makes them: whatever has `__cuda_stream__()`, but
             no default stream. It is kept until the engine is closed, and must not be captured into
