@@ -101,7 +101,7 @@ FOREIGN_WAYS: Mapping[str, str] = {
 # A turn that meets no end-of-turn token stops here unless max_tokens says otherwise.
 _DEFAULT_MAX_TOKENS = 4096
 _INT64 = (1 << 63) - 1
-_MOST_ANSWERS = 1 << 16  # to one prompt: each is a session of some kilobytes before it has a token
+_MOST_ANSWERS = 1 << 16  # to one prompt: a session each, of some kilobytes before its first token
 _UINT64 = (1 << 64) - 1
 
 
