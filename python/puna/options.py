@@ -101,7 +101,7 @@ FOREIGN_WAYS: Mapping[str, str] = {
 # A turn that meets no end-of-turn token stops here unless max_tokens says otherwise.
 _DEFAULT_MAX_TOKENS = 4096
 _INT64 = (1 << 63) - 1
-_MOST_ANSWERS = 1 << 16  # to one prompt: a session each, of some kilobytes before its first token
+_MOST_N = 1 << 16  # to one prompt: a session each, of some kilobytes before its first token
 _UINT64 = (1 << 64) - 1
 
 
@@ -194,7 +194,7 @@ def parse_request(
             param="attention",
         )
     core["attention"] = attention.core()
-    return Request(core, _integer(given, "n", 1, 1, _MOST_ANSWERS), timeout, core["seed"], attention)
+    return Request(core, _integer(given, "n", 1, 1, _MOST_N), timeout, core["seed"], attention)
 
 
 def _number(given: Mapping[str, Any], name: str, default: float) -> float:
