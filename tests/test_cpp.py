@@ -68,6 +68,18 @@ def test_equal_bits_in_thousands_of_lives(programs: Path) -> None:
     check(run(programs / "kv_placement_test", "thousands_of_lives"))
 
 
+@pytest.mark.nightly
+def test_each_source_compiles_by_itself() -> None:
+    """Libraries are compiled as one source, where a missing #include is not seen."""
+    build(
+        ROOT / "build" / "apart",
+        "-DPUNA_UNITY=OFF",
+        "-DPUNA_ISAS=scalar",
+        "-DCMAKE_BUILD_TYPE=Debug",
+        programs=["puna_engine", "puna-bench"],
+    )
+
+
 @pytest.fixture(scope="module")
 def sanitized() -> Iterator[Runs]:
     # Sanitized kernels are slow to compile, those for AVX-512 five minutes a file: AVX2 has the

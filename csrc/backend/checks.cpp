@@ -1,6 +1,7 @@
 #include "backend/checks.h"
 
 #include <algorithm>
+#include <sstream>
 #include <string>
 
 #include "base/error.h"
@@ -11,7 +12,9 @@ namespace puna {
 namespace {
 
 std::string shape(int64_t rows, int64_t cols) {
-  return "(" + std::to_string(rows) + ", " + std::to_string(cols) + ")";
+  std::ostringstream text;
+  text << "(" << rows << ", " << cols << ")";
+  return text.str();
 }
 
 void check_rows(const char* where, const char* name, ConstRows x, int64_t rows, int64_t cols) {

@@ -19,6 +19,8 @@ namespace puna {
 constexpr int64_t kPageTokens = 256;
 constexpr int64_t kKeyBlockTokens = 16;
 
+inline int64_t pages_for(int64_t tokens) { return (tokens + kPageTokens - 1) / kPageTokens; }
+
 struct KvPageLayout {
   DType dtype = DType::kF32;  // kF32 or kBF16
   int64_t kv_heads = 0, head_dim = 0;

@@ -124,15 +124,15 @@ class Text {
   bool is_wide_, is_valid_utf8_;
 };
 
-using Ids = py::array_t<uint32_t>;
+using TokenIds = py::array_t<uint32_t>;
 
 // The memory of a longer list becomes its array's; so few ids are cheaper to copy.
 constexpr size_t kCopiedIds = 4096;
 
-Ids array_of(IdBuffer ids) {
+TokenIds array_of(IdBuffer ids) {
   const auto count = static_cast<py::ssize_t>(ids.size());
   if (ids.size() <= kCopiedIds) {
-    Ids array(count);
+    TokenIds array(count);
     std::copy_n(ids.ids().data(), ids.size(), array.mutable_data());
     return array;
   }
@@ -141,7 +141,7 @@ Ids array_of(IdBuffer ids) {
   const py::capsule capsule(owner.get(),
                             [](void* pointer) { delete static_cast<IdBuffer::Owner*>(pointer); });
   static_cast<void>(owner.release());  // the capsule's
-  return Ids(count, memory, capsule);
+  return TokenIds(count, memory, capsule);
 }
 
 py::object encode(const Tokenizer& tokenizer, const py::object& text,
@@ -188,7 +188,7 @@ py::object made(PyObject* object) {
 class IdList {
  public:
   explicit IdList(const py::object& ids) {
-    if (py::isinstance<Ids>(ids)) {
+    if (py::isinstance<TokenIds>(ids)) {
       // A copy, in order: an array may have strides, and others may write to it without the GIL.
       const auto array = py::array_t<uint32_t, py::array::c_style>::ensure(ids);
       if (!array) throw py::error_already_set();

@@ -207,7 +207,7 @@ std::map<std::string, GgufValue> read_metadata(Cursor& cursor, const GgufFile& g
   return metadata;
 }
 
-struct Extent {
+struct TensorExtent {
   uint64_t begin, end;
   const std::string* name;
 };
@@ -257,9 +257,9 @@ std::pair<TensorRef, uint64_t> read_tensor(Cursor& cursor, const GgufFile& gguf,
 }
 
 // Within the data, aligned, and apart from each other.
-void check_places(const GgufFile& gguf, std::vector<Extent>& extents, uint64_t data_bytes,
+void check_places(const GgufFile& gguf, std::vector<TensorExtent>& extents, uint64_t data_bytes,
                   uint64_t alignment) {
-  for (const Extent& extent : extents) {
+  for (const TensorExtent& extent : extents) {
     const std::string title = "tensor " + printable(*extent.name);
     if (extent.begin % alignment != 0) {
       gguf.refuse(ErrorCode::kModelFormat, title, " begins at byte ", extent.begin,
@@ -271,7 +271,7 @@ void check_places(const GgufFile& gguf, std::vector<Extent>& extents, uint64_t d
                   "; the file is truncated or damaged: complete the download");
     }
   }
-  std::sort(extents.begin(), extents.end(), [](const Extent& a, const Extent& b) {
+  std::sort(extents.begin(), extents.end(), [](const TensorExtent& a, const TensorExtent& b) {
     return a.begin != b.begin ? a.begin < b.begin : a.end < b.end;
   });
   for (size_t i = 1; i < extents.size(); ++i) {
@@ -341,7 +341,7 @@ GgufFile::GgufFile(const std::string& path) : file_(path) {
              "; it must be a power of 2 from 8 to ", kMaxAlignment);
     }
   }
-  std::vector<Extent> extents;
+  std::vector<TensorExtent> extents;
   for (uint64_t i = 0; i < tensor_count; ++i) {
     const std::string_view name = cursor.text("the name of tensor " + std::to_string(i));
     const std::string title = "tensor " + printable(name);
@@ -366,7 +366,7 @@ GgufFile::GgufFile(const std::string& path) : file_(path) {
            ", before its data; it is truncated");
   }
   check_places(*this, extents, cursor.size() - data_begin, alignment);
-  for (const Extent& extent : extents) {
+  for (const TensorExtent& extent : extents) {
     tensors_.at(*extent.name).data = file_.data() + data_begin + extent.begin;
   }
 }

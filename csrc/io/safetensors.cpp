@@ -17,7 +17,6 @@ namespace {
 
 using nlohmann::json;
 
-constexpr uint64_t kLengthBytes = 8;  // of the header's length, little-endian
 // The bound of the reference implementation.
 constexpr uint64_t kMaxHeaderBytes = 100'000'000;
 // What stands in the place of a file that was cloned without its contents.
@@ -36,20 +35,21 @@ class Header {
     if (whole.starts_with(kGitLfsPointer)) {
       bad("this is a pointer of Git LFS, not the file itself; fetch it with git lfs pull");
     }
-    if (whole.size() < kLengthBytes) {
+    if (whole.size() < kSafetensorsLengthBytes) {
       bad("the file has ", whole.size(), " bytes, the length of its header alone needs ",
-          kLengthBytes);
+          kSafetensorsLengthBytes);
     }
-    for (size_t i = 0; i < kLengthBytes; ++i) {
+    for (size_t i = 0; i < kSafetensorsLengthBytes; ++i) {
       header_bytes_ |= static_cast<uint64_t>(std::to_integer<uint8_t>(file.data()[i])) << (8 * i);
     }
-    if (header_bytes_ > kMaxHeaderBytes || header_bytes_ > whole.size() - kLengthBytes) {
+    if (header_bytes_ > kMaxHeaderBytes || header_bytes_ > whole.size() - kSafetensorsLengthBytes) {
       bad("the header claims ", header_bytes_, " bytes, the file has ", whole.size(),
           " in all, and a header has at most ", kMaxHeaderBytes,
           "; the file is truncated or no safetensors file");
     }
-    data_bytes_ = whole.size() - kLengthBytes - header_bytes_;
-    json_ = parse_json(whole.substr(kLengthBytes, header_bytes_), file.path() + " (header)");
+    data_bytes_ = whole.size() - kSafetensorsLengthBytes - header_bytes_;
+    json_ =
+        parse_json(whole.substr(kSafetensorsLengthBytes, header_bytes_), file.path() + " (header)");
     if (!json_.is_object()) bad("the header is no JSON object");
   }
 
@@ -144,7 +144,7 @@ class Header {
       bad(title, " of ", name_of(tensor.dtype), " ", tensor.shape_string(), " needs ", bytes,
           " bytes, its data_offsets give ", end - begin);
     }
-    const uint64_t place = kLengthBytes + header_bytes_ + begin;
+    const uint64_t place = kSafetensorsLengthBytes + header_bytes_ + begin;
     // Mappings begin at a page, so that the place in the file tells the alignment in memory.
     if (place % size_of(tensor.dtype) != 0) {
       bad(title, " begins at byte ", place, ", which is not aligned to its ", size_of(tensor.dtype),

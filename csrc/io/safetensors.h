@@ -3,6 +3,7 @@
 // (github.com/huggingface/safetensors).
 #pragma once
 
+#include <cstddef>
 #include <map>
 #include <string>
 
@@ -10,6 +11,8 @@
 #include "platform/mmap.h"
 
 namespace puna {
+
+constexpr size_t kSafetensorsLengthBytes = 8;  // of the header's length, little-endian
 
 class SafetensorsFile {
  public:

@@ -4,12 +4,16 @@
 // is PATH.partial, which is locked against other writers and which the destructor removes.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <map>
+#include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
 #include "base/tensor.h"
+#include "platform/file_system.h"
 
 namespace puna {
 
@@ -23,13 +27,13 @@ class SafetensorsWriter {
   };
 
   // `entries` in the order in which their data follow; the data begin at a multiple of `alignment`.
-  // Throws InvalidRequest if the file exists, is being written, cannot be made, or is larger than
-  // what is free.
+  // Throws InvalidRequest if the file exists or is being written, Storage if it cannot be made or
+  // is larger than what is free.
   SafetensorsWriter(const std::string& path, std::vector<Entry> entries,
                     const std::map<std::string, std::string>& metadata, int64_t alignment);
 
-  // The data of the next entry; what is missing to its size becomes zeros. Throws DeviceError if
-  // the system refuses the write.
+  // The data of the next entry; what is missing to its size becomes zeros. Throws Storage if the
+  // system refuses the write.
   void write(const std::string& name, const void* data, size_t bytes);
   void finish();
 
@@ -42,20 +46,18 @@ class SafetensorsWriter {
     Partial(const Partial&) = delete;
     Partial& operator=(const Partial&) = delete;
 
-    // Throws InvalidRequest.
     void open();
-    int file() const { return file_; }
-    const std::string& path() const { return path_; }
-    // False if the system refuses it.
-    bool rename(const std::string& path);
+    void append(std::span<const std::byte> data);
+    // Makes it durable and gives it its name.
+    void finish(const std::string& path);
 
    private:
     std::string path_;
-    int file_ = -1;
+    std::unique_ptr<File> file_;
+    uint64_t size_ = 0;
   };
 
   void append(const void* data, size_t bytes);
-  [[noreturn]] void refuse(const char* doing) const;
 
   std::string path_;
   Partial partial_;

@@ -94,6 +94,4 @@ struct KvStore::PassStream {
   std::unique_ptr<TieredStream> tiered;  // if there is a tier of the host's memory
 };
 
-inline int64_t pages_for(int64_t tokens) { return (tokens + kPageTokens - 1) / kPageTokens; }
-
 }  // namespace puna

@@ -12,7 +12,7 @@ namespace puna {
 namespace {
 
 constexpr uint64_t kMagic = 0x3153'4547'4150'5650;  // "PVPAGES1"
-constexpr uint32_t kVersion = 1;
+constexpr uint32_t kPageFileVersion = 1;
 constexpr size_t kFixedBytes = 256, kSectionBytes = 40;
 // More than any geometry needs; keeps a damaged header from asking for memory.
 constexpr uint32_t kMostHeaderBytes = uint32_t{1} << 28;
@@ -22,17 +22,11 @@ size_t header_bytes(size_t sections, size_t pages) {
                       sizeof(uint32_t));
 }
 
-[[noreturn]] void mismatch(const std::string& path, const std::string& reason) {
-  fail(ErrorCode::kSessionMismatch, "[session] ", path, " ", reason);
-}
-
 std::string name_of_seal(KvSeal seal, DType dtype) {
   if (seal == KvSeal::kInt8) return "int8";
   if (seal == KvSeal::kInt4) return "int4";
   return name_of(dtype);
 }
-
-int64_t pages_for(int64_t tokens) { return (tokens + kPageTokens - 1) / kPageTokens; }
 
 // Gives the sections their places.
 void place(std::vector<PageSection>& sections) {
@@ -52,7 +46,7 @@ std::vector<std::byte> encode(const KvIdentity& identity, const PageFileHeader& 
   const KvGeometry& geometry = identity.geometry;
   const size_t bytes = header_bytes(header.sections.size(), header.checksums.size());
   ByteWriter out;
-  out.put(kMagic).put(kVersion).put(static_cast<uint32_t>(bytes));
+  out.put(kMagic).put(kPageFileVersion).put(static_cast<uint32_t>(bytes));
   out.put(static_cast<uint32_t>(header.kind));
   out.put(static_cast<uint32_t>(geometry.layout.dtype)).put(static_cast<uint32_t>(geometry.seal));
   out.put(static_cast<uint32_t>(kPageTokens));
@@ -76,6 +70,10 @@ std::vector<std::byte> encode(const KvIdentity& identity, const PageFileHeader& 
 }
 
 }  // namespace
+
+void mismatch(const std::string& path, const std::string& reason) {
+  fail(ErrorCode::kSessionMismatch, "[session] ", path, " ", reason);
+}
 
 const PageSection* PageFileHeader::find(int64_t layer, PageKind kind) const {
   for (const PageSection& section : sections)
@@ -156,9 +154,9 @@ PageFileHeader read_page_file_header(FileSystem& files, const std::string& path,
   if (start.get<uint64_t>() != kMagic) mismatch(path, "is not a file of KV pages, or is damaged");
   const auto version = start.get<uint32_t>();
   const auto size = start.get<uint32_t>();
-  if (version != kVersion)
+  if (version != kPageFileVersion)
     mismatch(path, "has version " + std::to_string(version) + " of the format, this puna reads " +
-                       std::to_string(kVersion));
+                       std::to_string(kPageFileVersion));
   if (size % kPageAlignment != 0 || size == 0 || size > kMostHeaderBytes)
     mismatch(path, "is damaged: a header of " + std::to_string(size) + " bytes");
   bytes.resize(size);

@@ -58,6 +58,9 @@ void write_page_file(FileSystem& files, const std::string& directory, const std:
                      std::span<const void* const> pages,
                      const std::function<void()>& ready = nullptr);
 
+// Throws SessionMismatch: what `path` is or has, that it should not.
+[[noreturn]] void mismatch(const std::string& path, const std::string& reason);
+
 // Throws SessionMismatch with the reason if the file is not of this identity, or damaged.
 PageFileHeader read_page_file_header(FileSystem& files, const std::string& path,
                                      const KvIdentity& identity);

@@ -15,7 +15,7 @@ namespace {
 
 constexpr uint64_t kHeaderMagic = 0x3153'4553'414e'5550;  // "PUNASES1"
 constexpr uint32_t kRecordMagic = 0x3152'4a50;            // "PJR1"
-constexpr uint32_t kVersion = 1;
+constexpr uint32_t kSessionVersion = 1;
 constexpr size_t kHeaderCopy = 4096, kRecordBytes = 144, kImageBytes = 32;
 
 // The directory that a path's last name is in.
@@ -24,10 +24,6 @@ std::string parent_of(std::string path) {
   const size_t slash = path.find_last_of('/');
   if (slash == std::string::npos) return ".";
   return slash == 0 ? "/" : path.substr(0, slash);
-}
-
-[[noreturn]] void mismatch(const std::string& path, const std::string& reason) {
-  fail(ErrorCode::kSessionMismatch, "[session] ", path, " ", reason);
 }
 
 uint32_t last_word(std::span<const std::byte> bytes) {
@@ -73,7 +69,7 @@ void copy_file(FileSystem& files, const std::string& from, const std::string& to
 std::vector<std::byte> encode_header(const KvIdentity& identity) {
   const KvGeometry& geometry = identity.geometry;
   ByteWriter out;
-  out.put(kHeaderMagic).put(kVersion).put(static_cast<uint32_t>(kPageTokens));
+  out.put(kHeaderMagic).put(kSessionVersion).put(static_cast<uint32_t>(kPageTokens));
   out.put(identity.model).put(identity.root());
   out.put(static_cast<uint32_t>(geometry.layout.dtype)).put(static_cast<uint32_t>(geometry.seal));
   out.put(geometry.layout.kv_heads).put(geometry.layout.head_dim).put(geometry.unit());
@@ -108,9 +104,9 @@ void check_header(FileSystem& files, const std::string& path, const KvIdentity& 
     ByteReader in(copy);
     if (in.get<uint64_t>() != kHeaderMagic) mismatch(path, "is not a session");
     const auto version = in.get<uint32_t>();
-    if (version != kVersion)
+    if (version != kSessionVersion)
       mismatch(path, "has version " + std::to_string(version) + " of the format, this puna reads " +
-                         std::to_string(kVersion));
+                         std::to_string(kSessionVersion));
     const auto page_tokens = in.get<uint32_t>();
     const Digest model = in.digest(), root = in.digest();
     if (model != identity.model) mismatch(path, "belongs to another model");

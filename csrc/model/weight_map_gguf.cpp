@@ -5,9 +5,9 @@ namespace puna {
 
 namespace {
 
-class Expectation {
+class GgufExpectation {
  public:
-  explicit Expectation(std::vector<ExpectedTensor>& all) : all_(all) {}
+  explicit GgufExpectation(std::vector<ExpectedTensor>& all) : all_(all) {}
   void vector(const std::string& name, int64_t size, TensorRef& place) {
     all_.push_back({name, {size}, &place});
   }
@@ -23,7 +23,7 @@ class Expectation {
   std::vector<ExpectedTensor>& all_;
 };
 
-void expect_text(const ModelSpec& spec, TextWeights& text, Expectation& expect) {
+void expect_text(const ModelSpec& spec, TextWeights& text, GgufExpectation& expect) {
   const int64_t hidden = spec.hidden, q = spec.heads * spec.head_dim,
                 kv = spec.kv_heads * spec.head_dim;
   expect.matrix("token_embd.weight", {spec.vocab_size, hidden}, text.embed);
@@ -59,7 +59,7 @@ void expect_text(const ModelSpec& spec, TextWeights& text, Expectation& expect) 
 }
 
 void expect_vision(const ModelSpec& spec, const Checkpoint& checkpoint, VisionWeights& vision,
-                   Expectation& expect) {
+                   GgufExpectation& expect) {
   const VisionSpec& shape = *spec.vision;
   const int64_t hidden = shape.hidden;
   expect.vector("v.class_embd", hidden, vision.class_embedding);
@@ -106,7 +106,7 @@ std::vector<ExpectedTensor> expected_gguf_tensors(const ModelSpec& spec,
                                                   const Checkpoint& checkpoint,
                                                   ModelWeights& weights) {
   std::vector<ExpectedTensor> all;
-  Expectation expect(all);
+  GgufExpectation expect(all);
   expect_text(spec, weights.text, expect);
   if (spec.vision) expect_vision(spec, checkpoint, weights.vision.emplace(), expect);
   return all;

@@ -12,29 +12,13 @@
 #include <utility>
 #include <vector>
 
+#include "platform/descriptor.h"
+
 namespace puna {
 
 namespace {
 
 constexpr mode_t kOwnerOnly = 0700, kOwnersFile = 0600;
-
-// Closes what it was given.
-class Descriptor {
- public:
-  explicit Descriptor(int descriptor) : descriptor_(descriptor) {}
-  ~Descriptor() {
-    if (descriptor_ >= 0) close(descriptor_);
-  }
-  Descriptor(const Descriptor&) = delete;
-  Descriptor& operator=(const Descriptor&) = delete;
-
-  bool is_open() const { return descriptor_ >= 0; }
-  int get() const { return descriptor_; }
-  int release() { return std::exchange(descriptor_, -1); }
-
- private:
-  int descriptor_;
-};
 
 bool is_ours_alone(const struct stat& status) {
   return status.st_uid == geteuid() && (status.st_mode & (S_IWGRP | S_IWOTH)) == 0;

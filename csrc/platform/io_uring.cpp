@@ -23,6 +23,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "platform/descriptor.h"
 #include "platform/io_thread.h"
 
 namespace puna {
@@ -51,27 +52,18 @@ struct Mapping {
   size_t bytes = 0;
 };
 
-struct Descriptor {
-  ~Descriptor() {
-    if (value >= 0) close(value);
-  }
-  int value = -1;
-};
-
 class UringReadQueue final : public ReadQueue {
  public:
   static std::unique_ptr<ReadQueue> make() {
     io_uring_params params{};
-    Descriptor ring;
-    ring.value = static_cast<int>(syscall(__NR_io_uring_setup, kReadsInFlight, &params));
-    if (ring.value < 0) return nullptr;
+    Descriptor ring(static_cast<int>(syscall(__NR_io_uring_setup, kReadsInFlight, &params)));
+    if (!ring.is_open()) return nullptr;
     // One mapping for both rings, reads at an offset without a vector, results that are never
     // dropped: Linux 5.6.
     constexpr uint32_t kNeeded =
         IORING_FEAT_SINGLE_MMAP | IORING_FEAT_NODROP | IORING_FEAT_RW_CUR_POS;
     if ((params.features & kNeeded) != kNeeded) return nullptr;
-    std::unique_ptr<UringReadQueue> queue(
-        new UringReadQueue(std::exchange(ring.value, -1), params));
+    std::unique_ptr<UringReadQueue> queue(new UringReadQueue(std::move(ring), params));
     if (!queue->rings_.valid() || !queue->entries_.valid()) return nullptr;
     queue->reaper_ = start_io_thread([reader = queue.get()] { reader->reap(); });
     return queue;
@@ -103,13 +95,13 @@ class UringReadQueue final : public ReadQueue {
     size_t read;
   };
 
-  UringReadQueue(int descriptor, const io_uring_params& params)
-      : ring_{descriptor},
-        rings_(descriptor,
+  UringReadQueue(Descriptor ring, const io_uring_params& params)
+      : ring_(std::move(ring)),
+        rings_(ring_.get(),
                std::max<size_t>(params.sq_off.array + params.sq_entries * sizeof(uint32_t),
                                 params.cq_off.cqes + params.cq_entries * sizeof(io_uring_cqe)),
                IORING_OFF_SQ_RING),
-        entries_(descriptor, params.sq_entries * sizeof(io_uring_sqe), IORING_OFF_SQES),
+        entries_(ring_.get(), params.sq_entries * sizeof(io_uring_sqe), IORING_OFF_SQES),
         params_(params) {}
 
   // --- under the mutex ---
@@ -128,7 +120,7 @@ class UringReadQueue final : public ReadQueue {
     auto& tail = *rings_.at<uint32_t>(params_.sq_off.tail);
     std::atomic_ref(tail).store(tail + 1, std::memory_order_release);
     for (;;) {
-      if (syscall(__NR_io_uring_enter, ring_.value, 1, 0, 0, nullptr, 0) >= 0) return 0;
+      if (syscall(__NR_io_uring_enter, ring_.get(), 1, 0, 0, nullptr, 0) >= 0) return 0;
       if (errno == EINTR || errno == EAGAIN || errno == EBUSY) continue;
       const int error = errno;
       std::atomic_ref(tail).store(tail - 1, std::memory_order_release);
@@ -169,7 +161,7 @@ class UringReadQueue final : public ReadQueue {
   void reap() {
     for (;;) {
       std::vector<std::pair<Running*, int>> results;
-      (void)syscall(__NR_io_uring_enter, ring_.value, 0, 1, IORING_ENTER_GETEVENTS, nullptr, 0);
+      (void)syscall(__NR_io_uring_enter, ring_.get(), 0, 1, IORING_ENTER_GETEVENTS, nullptr, 0);
       auto& head = *rings_.at<uint32_t>(params_.cq_off.head);
       const uint32_t mask = *rings_.at<uint32_t>(params_.cq_off.ring_mask);
       const uint32_t tail = std::atomic_ref(*rings_.at<uint32_t>(params_.cq_off.tail))

@@ -3,7 +3,6 @@
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -12,27 +11,24 @@
 #include <utility>
 
 #include "base/error.h"
+#include "platform/descriptor.h"
 
 namespace puna {
 
 MappedFile::MappedFile(const std::string& path) : path_(path) {
   // Non-blocking: opening a named pipe would wait for a writer.
-  const int descriptor = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-  if (descriptor < 0) {
+  const Descriptor file(open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
+  if (!file.is_open()) {
     fail(ErrorCode::kModelNotFound, "[file] ", path, " cannot be opened: ", std::strerror(errno));
   }
-  const struct Close {
-    int descriptor;
-    ~Close() { close(descriptor); }
-  } closer{descriptor};
   struct stat status{};
-  if (fstat(descriptor, &status) != 0 || !S_ISREG(status.st_mode)) {
+  if (fstat(file.get(), &status) != 0 || !S_ISREG(status.st_mode)) {
     fail(ErrorCode::kModelFormat, "[file] ", path,
          S_ISDIR(status.st_mode) ? " is a directory, not a file" : " is not a regular file");
   }
   if (status.st_size == 0) fail(ErrorCode::kModelFormat, "[file] ", path, " is empty");
   size_ = static_cast<size_t>(status.st_size);
-  void* mapped = mmap(nullptr, size_, PROT_READ, MAP_SHARED, descriptor, 0);
+  void* mapped = mmap(nullptr, size_, PROT_READ, MAP_SHARED, file.get(), 0);
   if (mapped == MAP_FAILED) {
     fail(ErrorCode::kOutOfMemory, "[file] ", path, " (", size_,
          " bytes) cannot be mapped: ", std::strerror(errno));

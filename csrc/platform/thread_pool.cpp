@@ -28,8 +28,24 @@ constexpr int kSpinsPerYield = 64;
 using Word = std::atomic<uint32_t>;
 static_assert(sizeof(Word) == sizeof(uint32_t));
 
+// The pool whose lane this thread is computing.
+thread_local const ThreadPool* current_pool = nullptr;
+
+// Every living pool: a forked child has none of their workers.
+struct Registry {
+  std::mutex mutex;
+  std::vector<ThreadPool*> pools;
+};
+
+Registry& registry() {
+  static Registry& all = *new Registry;  // never destroyed: a static pool may outlive it otherwise
+  return all;
+}
+
+}  // namespace
+
 // A word that threads wait on.
-struct Signal {
+struct ThreadPool::Signal {
   Word word{0};
   Word sleepers{0};
 
@@ -79,22 +95,6 @@ struct Signal {
     }
   }
 };
-
-// The pool whose lane this thread is computing.
-thread_local const ThreadPool* current_pool = nullptr;
-
-// Every living pool: a forked child has none of their workers.
-struct Registry {
-  std::mutex mutex;
-  std::vector<ThreadPool*> pools;
-};
-
-Registry& registry() {
-  static Registry& all = *new Registry;  // never destroyed: a static pool may outlive it otherwise
-  return all;
-}
-
-}  // namespace
 
 struct ThreadPool::Team {
   explicit Team(ThreadPool& owner) : pool(owner), claims(static_cast<size_t>(owner.lanes_)) {}

@@ -139,7 +139,8 @@ class ThreadPool {
  private:
   friend struct ForkHandlers;
   using Erased = void (*)(void*, Lane&);
-  struct Team;  // the workers and what they look at; replaced in a forked child
+  struct Signal;  // a word that threads wait on
+  struct Team;    // the workers and what they look at; replaced in a forked child
 
   void run_erased(Erased function, void* context, bool alone);
 

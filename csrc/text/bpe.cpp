@@ -19,11 +19,6 @@ uint64_t key_of(int32_t left, int32_t right) {
   return static_cast<uint64_t>(static_cast<uint32_t>(left)) << 32 | static_cast<uint32_t>(right);
 }
 
-[[noreturn]] void refuse_collisions() {
-  fail(ErrorCode::kModelFormat, "[tokenizer] more than ", Vocabulary::kLongestSearch,
-       " merges have neighbouring hashes; a vocabulary that was not made for that has none");
-}
-
 constexpr MergeTable::Merge kNoMerge{std::numeric_limits<uint32_t>::max(), -1};
 
 void merge_by_scan(const MergeTable& merges, std::vector<int32_t>& symbols,
@@ -101,7 +96,7 @@ size_t MergeTable::place(uint64_t key) const {
   size_t slot = ShortKey::mixed(key ^ ShortKey::kSalt[0], ShortKey::kSalt[1]) & mask;
   size_t searched = 0;
   for (; slots_[slot].key != kEmpty && slots_[slot].key != key; slot = (slot + 1) & mask) {
-    if (++searched > Vocabulary::kLongestSearch) refuse_collisions();
+    if (++searched > Vocabulary::kLongestSearch) Vocabulary::refuse_collisions("merges");
   }
   return slot;
 }
@@ -110,7 +105,7 @@ void MergeTable::require_short_searches() const {
   size_t run = 0;
   for (const Slot& slot : slots_) {
     run = slot.key == kEmpty ? 0 : run + 1;
-    if (run > Vocabulary::kLongestSearch) refuse_collisions();
+    if (run > Vocabulary::kLongestSearch) Vocabulary::refuse_collisions("merges");
   }
 }
 

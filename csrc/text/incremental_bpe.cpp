@@ -16,8 +16,6 @@ constexpr size_t kMany = 96;
 // How far from the end a place is looked for through which all encodings go. Mostly it is nearer
 // than the first.
 constexpr size_t kMargins[] = {32, 64, 128};
-// Ids are looked for after so many bytes, so that no more places are kept.
-constexpr size_t kPlacesAtOnce = 64;
 
 }  // namespace
 
@@ -103,6 +101,8 @@ void IncrementalBpe::push_many(std::string_view bytes, PairMemo& memo, std::vect
 
 void IncrementalBpe::push_in_parts(std::string_view bytes, PairMemo& memo,
                                    std::vector<int32_t>& out) {
+  // Ids are looked for after so many bytes, so that no more places are kept.
+  constexpr size_t kPlacesAtOnce = 64;
   for (size_t at = 0; at < bytes.size(); at += kPlacesAtOnce) {
     push(bytes.substr(at, kPlacesAtOnce), memo);
     drain(out);

@@ -12,8 +12,6 @@ namespace {
 
 // Pieces that are looked up together: what they touch fits into the processor's nearest cache.
 constexpr size_t kPiecesAtOnce = 256;
-// So that places stay there, too.
-constexpr size_t kPlacesAtOnce = 1024;
 // Stands in the place of a key's high word for pieces that are longer than a key.
 constexpr uint64_t kLong = ~uint64_t{0};
 
@@ -172,6 +170,7 @@ int32_t* PieceEncoder::merge(std::string_view piece, int32_t* out) {
   if (const RankedBpe* ranked = model_->ranked()) {
     if (int32_t* end = ranked->encode(piece, memo_, dead_, out)) return end;
     IncrementalBpe places(*ranked);
+    constexpr size_t kPlacesAtOnce = 1024;  // so that they stay in the nearest cache
     for (size_t at = 0; at < piece.size(); at += kPlacesAtOnce) {
       places.push(piece.substr(at, kPlacesAtOnce), memo_);
       places.drain(merged_);

@@ -18,10 +18,6 @@ constexpr size_t kMostWaiting = 128;
 // For texts up to this length the encoder keeps memory in which they are joined to what waited.
 constexpr size_t kShort = 2048;
 
-bool is_letter(CharClass c) {
-  return c == CharClass::kUpper || c == CharClass::kLower || c == CharClass::kLetter;
-}
-
 }  // namespace
 
 // The characters after which a piece is in the state in which it was before; none if each needs a

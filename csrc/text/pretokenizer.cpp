@@ -25,9 +25,6 @@ constexpr uint32_t kSmall = class_set({CharClass::kLower, CharClass::kLetter, Ch
 constexpr uint32_t kSigns = class_set({CharClass::kOther, CharClass::kMark});
 
 bool is_caseless(CharClass c) { return c == CharClass::kLetter || c == CharClass::kMark; }
-bool is_letter(CharClass c) {
-  return c == CharClass::kUpper || c == CharClass::kLower || c == CharClass::kLetter;
-}
 bool is_space(CharClass c) { return c == CharClass::kSpace || c == CharClass::kNewline; }
 
 // Characters of a run that are looked at one by one.

@@ -17,36 +17,6 @@ constexpr size_t kBlock = 256;  // children of one node lie within one block
 // Nodes with several children look for room in this many blocks, the last ones.
 constexpr size_t kSearchedBlocks = 2;
 
-// A set of places, 64 to a word.
-class PlaceSet {
- public:
-  static constexpr size_t kBits = 64;
-
-  size_t words() const { return words_.size(); }
-  uint64_t word(size_t i) const { return words_[i]; }
-  bool has(size_t place) const { return words_[place / kBits] >> place % kBits & 1; }
-  void add_block() { words_.resize(words_.size() + kBlock / kBits, ~uint64_t{0}); }
-  void add(size_t place) { words_[place / kBits] |= uint64_t{1} << place % kBits; }
-  void remove(size_t place) { words_[place / kBits] &= ~(uint64_t{1} << place % kBits); }
-
-  // Bit b tells whether place (64 i + b) ^ byte is in the set.
-  uint64_t word_behind(size_t i, uint8_t byte) const {
-    // Neighbours change places, then pairs of them, and so on.
-    constexpr uint64_t kFirst[] = {0x5555555555555555, 0x3333333333333333, 0x0f0f0f0f0f0f0f0f,
-                                   0x00ff00ff00ff00ff, 0x0000ffff0000ffff, 0x00000000ffffffff};
-    uint64_t bits = words_[i ^ byte / kBits];
-    for (int k = 0; k < 6; ++k) {
-      const int distance = 1 << k;
-      const uint64_t moved = (bits >> distance & kFirst[k]) | (bits & kFirst[k]) << distance;
-      bits = byte >> k & 1 ? moved : bits;
-    }
-    return bits;
-  }
-
- private:
-  std::vector<uint64_t> words_;
-};
-
 // Ids in the order of their bytes.
 Table<uint32_t> sorted_tokens(const Vocabulary& vocabulary) {
   struct Entry {
@@ -89,6 +59,36 @@ Table<uint32_t> sorted_tokens(const Vocabulary& vocabulary) {
 }
 
 }  // namespace
+
+// A set of places, 64 to a word.
+class TokenTrie::PlaceSet {
+ public:
+  static constexpr size_t kBits = 64;
+
+  size_t words() const { return words_.size(); }
+  uint64_t word(size_t i) const { return words_[i]; }
+  bool has(size_t place) const { return words_[place / kBits] >> place % kBits & 1; }
+  void add_block() { words_.resize(words_.size() + kBlock / kBits, ~uint64_t{0}); }
+  void add(size_t place) { words_[place / kBits] |= uint64_t{1} << place % kBits; }
+  void remove(size_t place) { words_[place / kBits] &= ~(uint64_t{1} << place % kBits); }
+
+  // Bit b tells whether place (64 i + b) ^ byte is in the set.
+  uint64_t word_behind(size_t i, uint8_t byte) const {
+    // Neighbours change places, then pairs of them, and so on.
+    constexpr uint64_t kFirst[] = {0x5555555555555555, 0x3333333333333333, 0x0f0f0f0f0f0f0f0f,
+                                   0x00ff00ff00ff00ff, 0x0000ffff0000ffff, 0x00000000ffffffff};
+    uint64_t bits = words_[i ^ byte / kBits];
+    for (int k = 0; k < 6; ++k) {
+      const int distance = 1 << k;
+      const uint64_t moved = (bits >> distance & kFirst[k]) | (bits & kFirst[k]) << distance;
+      bits = byte >> k & 1 ? moved : bits;
+    }
+    return bits;
+  }
+
+ private:
+  std::vector<uint64_t> words_;
+};
 
 class TokenTrie::Builder {
  public:

@@ -58,6 +58,7 @@ class TokenTrie {
   static constexpr uint32_t kHasToken = 1;
   static constexpr size_t kMostPlaces = size_t{1} << (32 - kBaseBit);
   static constexpr uint32_t kRoot = 0;
+  class PlaceSet;
   class Builder;
 
   uint32_t label(uint32_t node) const { return places_[node] >> kLabelBit & 0xff; }

@@ -21,6 +21,10 @@ enum class CharClass : uint8_t {
   kNewline,  // carriage return, line feed
 };
 
+inline bool is_letter(CharClass c) {
+  return c == CharClass::kUpper || c == CharClass::kLower || c == CharClass::kLetter;
+}
+
 // Two levels: the block of a code point, and the classes of a block, two to a byte.
 extern const uint16_t kBlockOfCodePoint[8704];
 extern const uint8_t kClassesOfBlock[][64];

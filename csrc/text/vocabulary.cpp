@@ -9,14 +9,7 @@
 
 namespace puna {
 
-namespace {
-
-[[noreturn]] void refuse_collisions() {
-  fail(ErrorCode::kModelFormat, "[tokenizer] more than ", Vocabulary::kLongestSearch,
-       " tokens have neighbouring hashes; a vocabulary that was not made for that has none");
-}
-
-}  // namespace
+namespace {}  // namespace
 
 void ByteStrings::add(std::string_view bytes) {
   if (bytes.size() > std::numeric_limits<uint32_t>::max() - arena_.size()) {
@@ -57,8 +50,13 @@ Vocabulary::Vocabulary(ByteStrings tokens, std::vector<bool> added)
   size_t run = 0;
   for (const Slot& slot : slots_) {
     run = slot.id == kNone ? 0 : run + 1;
-    if (run > kLongestSearch) refuse_collisions();
+    if (run > kLongestSearch) refuse_collisions("tokens");
   }
+}
+
+void Vocabulary::refuse_collisions(const char* what) {
+  fail(ErrorCode::kModelFormat, "[tokenizer] more than ", kLongestSearch, " ", what,
+       " have neighbouring hashes; a vocabulary that was not made for that has none");
 }
 
 void Vocabulary::require_bounded_work() const {
@@ -132,7 +130,7 @@ void Vocabulary::insert(int32_t id, uint64_t hash) {
   const std::string_view bytes = bytes_of(id);
   size_t slot = hash >> shift_, searched = 0;
   for (; slots_[slot].id != kNone; slot = (slot + 1) & mask_) {
-    if (++searched > kLongestSearch) refuse_collisions();
+    if (++searched > kLongestSearch) refuse_collisions("tokens");
     if (slots_[slot].tag == static_cast<uint32_t>(hash) && bytes_of(slots_[slot].id) == bytes) {
       fail(ErrorCode::kModelFormat, "[tokenizer] tokens ", slots_[slot].id, " and ", id,
            " are the same");

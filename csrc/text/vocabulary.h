@@ -117,6 +117,7 @@ class Vocabulary {
   // Of searches in tables of hashes that are at most half full: those of numbers without structure
   // look at less than 200.
   static constexpr size_t kLongestSearch = 1024;
+  [[noreturn]] static void refuse_collisions(const char* what);
 
   Vocabulary() = default;
   // By id; an empty one is no token. Those that are `added` do not come of pieces: find() does not

@@ -362,8 +362,9 @@ def quantize(
     Raises:
         OutOfMemory: The model as it is stored does not fit, and there is a calibration text.
         ModelNotFound, ModelFormatError, UnsupportedError: As for `load`.
-        InvalidRequest: The output is in use, the disk has no room, or no matrix matches a pattern
-            of `quant`; nothing has been written.
+        InvalidRequest: The output is in use, or no matrix matches a pattern of `quant`; nothing has
+            been written.
+        StorageError: The disk has no room, or refuses a write; nothing is left of what was written.
     """
     recipe, overrides = quant_recipe(quant)
     path, folder = _path(model), place("out", out)

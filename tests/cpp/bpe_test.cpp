@@ -44,14 +44,29 @@ std::vector<size_t> piece_ends(std::string_view text) {
 
 constexpr size_t kManyPieces = 256;
 
-struct RandomVocabulary {
+struct TestVocabulary {
   std::vector<std::string> tokens;
   BpeModel model;
 };
 
+TestVocabulary with_model(std::vector<std::string> tokens) {
+  puna::ByteStrings bytes;
+  for (const std::string& token : tokens) bytes.add(token);
+  const size_t size = tokens.size();
+  return {std::move(tokens), BpeModel::of_ranks(std::move(bytes), std::vector<bool>(size, false))};
+}
+
+// All bytes, then a run of one letter for each length up to `longest`.
+TestVocabulary vocabulary_of_runs(size_t longest) {
+  std::vector<std::string> tokens;
+  for (int byte = 0; byte < 256; ++byte) tokens.push_back(std::string(1, static_cast<char>(byte)));
+  for (size_t size = 2; size <= longest; ++size) tokens.push_back(std::string(size, 'a'));
+  return with_model(std::move(tokens));
+}
+
 // All bytes, then tokens over three letters: joined from two that are there, as a training would,
 // or made up, so that some cannot come about by merging, or in another order than that of the ids.
-RandomVocabulary random_vocabulary(std::mt19937& random, bool made_up) {
+TestVocabulary random_vocabulary(std::mt19937& random, bool made_up) {
   std::vector<std::string> tokens;
   std::set<std::string> known;
   const auto add = [&](const std::string& token) {
@@ -62,10 +77,7 @@ RandomVocabulary random_vocabulary(std::mt19937& random, bool made_up) {
     const std::string token = random_token(random, tokens, made_up);
     if (token.size() <= 40) add(token);
   }
-  puna::ByteStrings bytes;
-  for (const std::string& token : tokens) bytes.add(token);
-  const size_t size = tokens.size();
-  return {std::move(tokens), BpeModel::of_ranks(std::move(bytes), std::vector<bool>(size, false))};
+  return with_model(std::move(tokens));
 }
 
 // The definition of byte-pair encoding.
@@ -231,14 +243,7 @@ TEST(threads_that_share_a_model_find_the_same) {
 }
 
 TEST(pieces_with_many_fitting_tokens_take_the_other_way) {
-  // Runs of one letter with a token for each length up to 60.
-  std::vector<std::string> tokens;
-  for (int byte = 0; byte < 256; ++byte) tokens.push_back(std::string(1, static_cast<char>(byte)));
-  for (size_t size = 2; size <= 60; ++size) tokens.push_back(std::string(size, 'a'));
-  puna::ByteStrings bytes;
-  for (const std::string& token : tokens) bytes.add(token);
-  const BpeModel model =
-      BpeModel::of_ranks(std::move(bytes), std::vector<bool>(tokens.size(), false));
+  const auto [tokens, model] = vocabulary_of_runs(60);
   puna::PieceEncoder encoder(model);
   int other_way = 0;
   for (size_t size = 1; size < 2000; size += 37) {
@@ -277,14 +282,8 @@ TEST(merges_chosen_for_their_hashes_are_refused) {
 }
 
 TEST(vocabularies_whose_parts_take_long_to_find_are_encoded_all_the_same) {
-  // Runs of the same length: at each cut of one, both parts are tokens.
-  std::vector<std::string> tokens;
-  for (int byte = 0; byte < 256; ++byte) tokens.push_back(std::string(1, static_cast<char>(byte)));
-  for (size_t size = 2; size <= 1000; ++size) tokens.push_back(std::string(size, 'a'));
-  puna::ByteStrings bytes;
-  for (const std::string& token : tokens) bytes.add(token);
-  const BpeModel model =
-      BpeModel::of_ranks(std::move(bytes), std::vector<bool>(tokens.size(), false));
+  // At each cut of a run, both parts are tokens.
+  const auto [tokens, model] = vocabulary_of_runs(1000);
   CHECK(model.ranked() == nullptr);
   puna::PieceEncoder encoder(model);
   for (const size_t size : {5, 77, 1500}) {

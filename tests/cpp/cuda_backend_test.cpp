@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <limits>
 
+#define PUNA_TEST_PRODUCTS
 #include "cuda_subjects.h"
 #include "model/vision_model.h"
 

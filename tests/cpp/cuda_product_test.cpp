@@ -2,6 +2,7 @@
 // are those of the CPU's, for any number of rows and under every schedule.
 #include <algorithm>
 
+#define PUNA_TEST_PRODUCTS
 #include "cuda_subjects.h"
 #include "quant/encode.h"
 

@@ -1,5 +1,5 @@
 // The CUDA backend on the emulator as what the backend tests test: it must give the same bits under
-// every schedule. Included before the tests.
+// every schedule. Included before the tests; those of products define PUNA_TEST_PRODUCTS.
 #pragma once
 
 #include <cstdlib>
@@ -27,9 +27,15 @@ inline std::vector<std::vector<Named>>& subjects() {
     int schedules = 0;
     setenv("PUNA_CUDA_PRODUCTS", "warpgroups", 1);  // on those emulated devices that have them
     emulator::device_table().device_count(&schedules);
-    // Where sanitizers take their time, every second one: order is not what they look at.
+    // Where sanitizers take their time, the last of each kind that differs in what is tested: order
+    // is not what they look at.
     const bool sanitized = check::trials(4) < 4;
-    for (int i = sanitized ? 1 : 0; i < schedules; i += sanitized ? 2 : 1) {
+#ifdef PUNA_TEST_PRODUCTS
+    const int first = 1, step = 2;  // without products of warpgroups, and with them
+#else
+    const int first = schedules - 1, step = 1;
+#endif
+    for (int i = sanitized ? first : 0; i < schedules; i += sanitized ? step : 1) {
       // Results are read where they are, so each kernel is started at once.
       auto backend = make_cuda_backend(emulator::device_table(), i, make_cpu_backend({"", 1}), 1);
       std::string name = backend->description();

@@ -12,6 +12,7 @@
 
 #include <cstdint>
 
+#include "backend/carver.h"
 #include "kernels/kernel_table.h"
 
 namespace puna {
@@ -19,24 +20,6 @@ namespace puna {
 // Query rows (of all heads in a group) handled together, so that a page is read once for all of
 // them; their states and scores stay in L2.
 constexpr int64_t kTaskRows = 160;
-
-// Hands out consecutive cache-line aligned arrays of a piece of memory; from a null pointer it only
-// adds up their size.
-class Carver {
- public:
-  explicit Carver(char* memory) : memory_(memory) {}
-  template <class T>
-  T* take(int64_t count) {
-    T* array = memory_ == nullptr ? nullptr : reinterpret_cast<T*>(memory_ + used_);
-    used_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-    return array;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* memory_;
-  int64_t used_ = 0;
-};
 
 // A leaf's softmax state of some rows.
 struct LeafState {

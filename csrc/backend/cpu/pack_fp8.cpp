@@ -12,7 +12,7 @@ namespace puna {
 namespace {
 
 // What a lane takes at once: panels, and columns of them that are read together.
-constexpr int64_t kGroupRows = 8 * kPanelRows, kTileCols = 256;
+constexpr int64_t kGroupRows = 8 * kPanelRows, kGroupCols = 256;
 
 // A matrix that is being packed: where row r of the whole has its scale, and its code of column 0;
 // those of the next columns are kPanelRows further each.
@@ -69,14 +69,14 @@ void copy_rows(const MatrixSource& part, int64_t base, int64_t row, int64_t rows
         nan[r] ? std::numeric_limits<float>::quiet_NaN() : row_scale(part, row + r);
 }
 
-// The same for a part of another type: quantised. `values` [kGroupRows][kTileCols].
+// The same for a part of another type: quantised. `values` [kGroupRows][kGroupCols].
 void encode_rows(const MatrixSource& part, int64_t base, int64_t row, int64_t rows, float* values,
                  const Fp8Panels& to) {
   const auto for_tiles = [&](auto body) {
-    for (int64_t col = 0; col < part.cols; col += kTileCols) {
-      const int64_t cols = std::min(kTileCols, part.cols - col);
-      read_elements(part, row, rows, col, cols, values, kTileCols);
-      for (int64_t r = 0; r < rows; ++r) body(r, col, cols, values + r * kTileCols);
+    for (int64_t col = 0; col < part.cols; col += kGroupCols) {
+      const int64_t cols = std::min(kGroupCols, part.cols - col);
+      read_elements(part, row, rows, col, cols, values, kGroupCols);
+      for (int64_t r = 0; r < rows; ++r) body(r, col, cols, values + r * kGroupCols);
     }
   };
   float most[kGroupRows] = {};
@@ -100,7 +100,7 @@ void pack_fp8(ThreadPool& pool, std::span<const MatrixSource> parts, const Matri
   const int64_t groups = (shape.rows + kGroupRows - 1) / kGroupRows;
   TileCounter counter;
   pool.run([&](Lane&) {
-    std::vector<float> values(static_cast<size_t>(kGroupRows * kTileCols));
+    std::vector<float> values(static_cast<size_t>(kGroupRows * kGroupCols));
     for (int64_t group; (group = counter.next()) < groups;) {
       const int64_t begin = group * kGroupRows;
       int64_t base = 0;

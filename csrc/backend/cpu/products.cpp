@@ -9,7 +9,7 @@ namespace puna {
 namespace {
 
 // Most rows of one tile. More would only make its sums leave the caches before they are added.
-constexpr int64_t kTileRows = 512;
+constexpr int64_t kMostTileRows = 512;
 
 }  // namespace
 
@@ -109,7 +109,7 @@ CpuBackend::Tiling CpuBackend::tiling(int64_t rows, int64_t columns) const {
   const int64_t strips = (panels + strip - 1) / strip;
   // Blocks of one size: a small last one would be as much work per row as few rows are.
   const int64_t blocks =
-      std::max((wanted + strips - 1) / strips, (rows + kTileRows - 1) / kTileRows);
+      std::max((wanted + strips - 1) / strips, (rows + kMostTileRows - 1) / kMostTileRows);
   return {rows, columns, std::max((rows + blocks - 1) / blocks, kLeastRows), strip * kPanelRows};
 }
 

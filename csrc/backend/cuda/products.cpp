@@ -3,6 +3,7 @@
 #include <numeric>
 #include <vector>
 
+#include "backend/carver.h"
 #include "backend/checks.h"
 #include "backend/cuda/implementation.h"
 #include "kernels/kernel_table.h"
@@ -26,24 +27,6 @@ cuda::WeightKind kind_of(WeightFormat format) {
 bool packed_alike(const WeightRef& a, const WeightRef& b) {
   return a.format == b.format && a.rows == b.rows && a.cols == b.cols;
 }
-
-// Hands out arrays of a piece of device memory; from a null pointer it only adds up their size.
-class Carver {
- public:
-  explicit Carver(char* memory) : memory_(memory) {}
-  template <class T>
-  T* take(int64_t count) {
-    constexpr int64_t kAlignment = 256;
-    T* array = memory_ == nullptr ? nullptr : reinterpret_cast<T*>(memory_ + used_);
-    used_ += (count * static_cast<int64_t>(sizeof(T)) + kAlignment - 1) / kAlignment * kAlignment;
-    return array;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* memory_;
-  int64_t used_ = 0;
-};
 
 // The rows of an operand from `first` on.
 cuda::Operand rows_from(cuda::Operand operand, int64_t first) {
@@ -86,7 +69,8 @@ cuda::Operand CudaBackend::prepare(const Source& source, WeightFormat format,
       operand.sums = carver.take<int32_t>(source.rows * operand.groups);
       return carver.used();
     };
-    carve(Carver(scratch.reserve<char>(*device_, carve(Carver(nullptr)))));
+    carve(
+        Carver(scratch.reserve<char>(*device_, carve(Carver(nullptr, Carver::kDeviceAlignment)))));
   }
   if (source.index == nullptr && source.score == nullptr && !source.gated) {
     // Straight from the norm, if that has just been noted.
@@ -217,7 +201,7 @@ cuda::RoutingCall CudaBackend::route(ConstRows x, const MoeWeights& weights) {
     if (routes) call.router.parts = carver.take<float>(x.rows * spans * experts);
     return carver.used();
   };
-  carve(Carver(routing_.reserve<char>(*device_, carve(Carver(nullptr)))));
+  carve(Carver(routing_.reserve<char>(*device_, carve(Carver(nullptr, Carver::kDeviceAlignment)))));
   if (routes) {
     call.router.weights = weights.router.data.get();
     call.router.panel_bytes =

@@ -423,9 +423,9 @@ void emulated_mma(const char* name, Accumulator (&c)[4], const uint32_t (&a)[4],
 #endif
 
 #ifndef __CUDACC__
-inline float bf16_operand(uint32_t word, int i, bool) {
+constexpr auto bf16_operand = [](uint32_t word, int i, bool) {
   return float_of_bf16(word >> 16 * i & 0xffffu);
-}
+};
 #endif
 
 // K = 16 of bfloat16, sums in fp32.
@@ -443,10 +443,10 @@ __device__ __forceinline__ void mma_bf16(float (&c)[4], const uint32_t (&a)[4], 
 }
 
 #ifndef __CUDACC__
-inline int32_t byte_operand(uint32_t word, int i, bool left) {
+constexpr auto byte_operand = [](uint32_t word, int i, bool left) {
   const uint32_t byte = word >> 8 * i & 255u;
   return left ? static_cast<int32_t>(byte) : static_cast<int8_t>(byte);
-}
+};
 #endif
 
 // K = 32 of bytes, A without and B with sign; exact. sums = c + A B.

@@ -13,7 +13,7 @@ namespace {
 
 // What is pinned at once, if the budget has room: a call takes some milliseconds, and as long again
 // for each 100 MB.
-constexpr int64_t kBlock = int64_t{64} << 20;
+constexpr int64_t kPinnedBlock = int64_t{64} << 20;
 
 class PinnedTier final : public KvTier {
  public:
@@ -59,7 +59,7 @@ class PinnedTier final : public KvTier {
 
   bool add_block(Size& size, size_t bytes) {
     const auto page = static_cast<int64_t>(bytes);
-    const int64_t pages = std::max<int64_t>(std::min(kBlock, bytes_left()) / page, 1);
+    const int64_t pages = std::max<int64_t>(std::min(kPinnedBlock, bytes_left()) / page, 1);
     try {
       Buffer block = backend_.allocate_host(static_cast<size_t>(pages) * bytes);
       for (int64_t i = pages; i-- > 0;)

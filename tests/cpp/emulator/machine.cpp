@@ -298,7 +298,7 @@ template <class Work>
 void Machine::with_warpgroup(const char* instruction, const Work& work) {
   Warpgroup& group = warpgroup();
   if (group.barrier.arrived == 0) group.instruction = instruction;
-  if (std::strcmp(group.instruction, instruction) != 0)
+  if (are_different(group.instruction, instruction))
     throw Fault(std::string("threads of a warpgroup are at ") + group.instruction + " and at " +
                 instruction);
   if (++group.barrier.arrived == kWarpgroupThreads) {

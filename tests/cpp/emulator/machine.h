@@ -162,6 +162,10 @@ class Machine {
   // Suspends the current fibre until the barrier's generation changes.
   void wait_at(const Barrier& barrier, const char* place);
   [[noreturn]] void report_deadlock();
+  // Whether two names of instructions are; mostly they are one constant.
+  static bool are_different(const char* a, const char* b) {
+    return a != b && std::strcmp(a, b) != 0;
+  }
   static void entry();
 
   Schedule schedule_;
@@ -192,7 +196,7 @@ Out Machine::with_warp(const char* instruction, const In& in, Evaluate evaluate)
   const int lane = fibres_[current_].lane;
   Warp& warp = warps_[fibres_[current_].warp];
   if (warp.barrier.arrived == 0) warp.instruction = instruction;
-  if (std::strcmp(warp.instruction, instruction) != 0)
+  if (are_different(warp.instruction, instruction))
     throw Fault("lanes of warp " + std::to_string(fibres_[current_].warp) + " are at " +
                 warp.instruction + " and at " + instruction);
   std::memcpy(warp.in[lane].data(), &in, sizeof(In));
