@@ -53,44 +53,76 @@ def pytest_configure() -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(os.environ["PUNA_CACHE"], ignore_errors=True)
-    if BUILD in config.stash:
-        config.stash[BUILD].end()
+    for key in (BUILD, SANITIZED):
+        if key in config.stash:
+            config.stash[key].end()
 
 
-BUILD = pytest.StashKey[Build]()
+BUILD, SANITIZED = pytest.StashKey[Build](), pytest.StashKey[Build]()
 EMULATOR = "puna_cuda_emulator"
+
+
+def fixtures_of(item: pytest.Item) -> list[str]:
+    assert isinstance(item, pytest.Function)
+    return item.fixturenames
 
 
 def needs_build(item: pytest.Item) -> bool:
     """Whether a test is of, or with, what is built from tests/cpp."""
-    assert isinstance(item, pytest.Function)
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     return (
-        not {"programs", "emulator"}.isdisjoint(item.fixturenames)
+        not {"programs", "emulator"}.isdisjoint(fixtures_of(item))
         or parameters.get("library") == "emulator"
     )
+
+
+def needs_sanitized(item: pytest.Item) -> bool:
+    """The same, under sanitizers."""
+    return "sanitized_programs" in fixtures_of(item)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What needs the C++ tests comes last, as they take minutes to build."""
-    items.sort(key=needs_build)
+    items.sort(key=lambda item: 2 * needs_sanitized(item) + needs_build(item))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """They are built while the other tests run."""
+    if session.config.option.collectonly:
+        return
     needing = [item for item in session.items if needs_build(item)]
-    if needing and not session.config.option.collectonly:
-        whole = any("programs" in item.fixturenames for item in needing)
+    if needing:
+        whole = any("programs" in fixtures_of(item) for item in needing)
         targets = (PROGRAMS if whole else []) + ([EMULATOR] if HAS_EMULATOR else [])
         if targets:
             session.config.stash[BUILD] = Build(ROOT / "build" / "tests", programs=targets)
+    if any(map(needs_sanitized, session.items)):
+        import puna
+
+        # Sanitized kernels are slow to compile, those for AVX-512 five minutes a file: AVX2 has the
+        # same templates and, without masked loads, more of the ends that may go wrong.
+        runnable = [isa["name"] for isa in puna.isas() if isa["available"]]
+        chosen = "avx2" if "avx2" in runnable else runnable[0]
+        session.config.stash[SANITIZED] = Build(
+            ROOT / "build" / "sanitized",
+            "-DPUNA_SANITIZE=address,undefined",
+            f"-DPUNA_ISAS={chosen}",
+            "-DCMAKE_BUILD_TYPE=Debug",
+            "-DCMAKE_CXX_FLAGS_DEBUG=-O1",
+        )
 
 
 @pytest.fixture(scope="session")
 def programs(request: pytest.FixtureRequest) -> Path:
     """The folder of the C++ tests."""
     return request.config.stash[BUILD].wait()
+
+
+@pytest.fixture(scope="session")
+def sanitized_programs(request: pytest.FixtureRequest) -> Path:
+    """The same, under the address and undefined-behaviour sanitizers."""
+    return request.config.stash[SANITIZED].wait()
 
 
 @pytest.fixture(scope="session")

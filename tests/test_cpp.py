@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from cpp_programs import PROGRAMS, ROOT, build
-from puna import _core
 
 
 def temporary_files_of(program: Path) -> dict[str, str]:
@@ -81,20 +80,9 @@ def test_each_source_compiles_by_itself() -> None:
 
 
 @pytest.fixture(scope="module")
-def sanitized() -> Iterator[Runs]:
-    # Sanitized kernels are slow to compile, those for AVX-512 five minutes a file: AVX2 has the
-    # same templates and, without masked loads, more of the ends that may go wrong.
-    runnable = [isa["name"] for isa in _core.isas() if isa["available"]]
-    chosen = "avx2" if "avx2" in runnable else runnable[0]
-    folder = build(
-        ROOT / "build" / "sanitized",
-        "-DPUNA_SANITIZE=address,undefined",
-        f"-DPUNA_ISAS={chosen}",
-        "-DCMAKE_BUILD_TYPE=Debug",
-        "-DCMAKE_CXX_FLAGS_DEBUG=-O1",
-        programs=PROGRAMS,
-    )
-    with runs(folder, UBSAN_OPTIONS="halt_on_error=1:print_stacktrace=1") as all_runs:
+def sanitized(sanitized_programs: Path) -> Iterator[Runs]:
+    options = "halt_on_error=1:print_stacktrace=1"
+    with runs(sanitized_programs, UBSAN_OPTIONS=options) as all_runs:
         yield all_runs
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import struct
 from pathlib import Path
@@ -179,6 +180,19 @@ def test_an_interrupted_run_leaves_no_model(checkpoint: MakeCheckpoint, tmp_path
             progress=stop,
             calibration_progress=None,
         )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_refuses_a_write(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(puna.StorageError, match=r"partial cannot be written: File too large"):
+            puna.quantize(
+                checkpoint("scout_like").path, tmp_path / "model", quant="int4", progress=False
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
 
 

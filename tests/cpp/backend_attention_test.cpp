@@ -382,7 +382,7 @@ TEST(wrong_attention_is_refused) {
   const Shape shape{2, 1, 4, DType::kF32, false, false, false};
   const Sequence sequence(random, shape, 0, 300);
   std::vector<Backend*> all = {&ref()};
-  for (std::vector<Named>& same_isa : subjects()) all.push_back(same_isa[1].backend.get());
+  for (std::vector<Named>& same_isa : subjects()) all.push_back(same_isa.back().backend.get());
   for (Backend* backend : all) {
     Pages pages(*backend, sequence);
     pages.table.pop_back();

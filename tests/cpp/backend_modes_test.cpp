@@ -126,7 +126,7 @@ TEST(certified_attention_is_as_near_as_it_says) {
       for (const float sharpness : {1.0f, 6.0f, 20.0f})
         for (const auto& [tau, delta] : {std::pair(1e-4, 0.0), {1e-2, 1e-9}, {0.3, 1e-9}}) {
           const Sequence sequence = topical(random, shape, 7, sharpness);
-          Backend& backend = *same_isa[1].backend;
+          Backend& backend = *same_isa.back().backend;
           const AttentionMode mode = certified(tau, delta);
           const Asked exact = ask(backend, sequence, nullptr);
           const Asked some = ask(backend, sequence, &mode);
@@ -144,7 +144,7 @@ TEST(certified_attention_is_as_near_as_it_says) {
 TEST(a_sharp_row_leaves_most_pages_out_and_a_flat_one_none) {
   std::mt19937 random(2);
   for (const Shape& shape : kShapes) {
-    Backend& backend = *subjects().back()[1].backend;
+    Backend& backend = *subjects().back().back().backend;
     const AttentionMode mode = certified(1e-3, 1e-9);
     const Asked sharp = ask(backend, topical(random, shape, 7, 30), &mode);
     CHECK(sharp.report.read <= 6 * shape.kv_heads);
@@ -159,7 +159,7 @@ TEST(budget_attention_reads_what_it_may) {
   std::mt19937 random(3);
   for (const Shape& shape : kShapes)
     for (auto& same_isa : subjects()) {
-      Backend& backend = *same_isa[1].backend;
+      Backend& backend = *same_isa.back().backend;
       const Sequence sequence = topical(random, shape, 7, 20);
       const Asked exact = ask(backend, sequence, nullptr);
       const double value = largest_value(sequence);
@@ -190,7 +190,7 @@ TEST(a_sample_estimates_what_was_left_out) {
   float* last = sequence.qkv.data() + (kTokens - 1) * shape.cols();
   std::fill_n(last, shape.heads * shape.head_dim, 0.0f);
   const AttentionMode mode = budget(0.1, 0.25);
-  const Asked some = ask(*subjects().back()[1].backend, sequence, &mode);
+  const Asked some = ask(*subjects().back().back().backend, sequence, &mode);
   const auto sampled = static_cast<double>(some.report.read / shape.kv_heads - 6);
   CHECK(sampled > 0 && sampled < 15);
   const double pages = 6 + 4 * sampled + 100.0 / kPageTokens;
@@ -347,6 +347,6 @@ TEST(what_is_not_a_number_is_not_left_out) {
   sequence.qkv[(3 * kPageTokens + 5) * shape.cols() + shape.heads * shape.head_dim] =
       std::numeric_limits<float>::quiet_NaN();
   const AttentionMode mode = certified(1e-3, 1e-9);
-  const Asked some = ask(*subjects().back()[1].backend, sequence, &mode);
+  const Asked some = ask(*subjects().back().back().backend, sequence, &mode);
   CHECK(std::isnan(some.out[0]));
 }

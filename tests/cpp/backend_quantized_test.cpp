@@ -131,7 +131,7 @@ TEST(transposed_sources_pack_alike) {
       turned[c * plain.rows + r] = plain.bits[r * plain.cols + c];
   const MatrixSource parts[] = {{DType::kBF16, turned.data(), 70, plain.cols, 1, plain.rows},
                                 {DType::kBF16, turned.data() + 70, 530, plain.cols, 1, plain.rows}};
-  Backend& backend = *subjects()[0][1].backend;
+  Backend& backend = *subjects()[0].back().backend;
   for (const WeightFormat format : encodable_formats()) {
     const WeightRef one = load_as(backend, plain, format);
     const WeightRef two = backend.load_matrix(parts, {format});
@@ -147,8 +147,8 @@ TEST(products_with_quantised_weights) {
     const auto* data = static_cast<const float*>(truth.data.get());
     const std::vector<float> values(data, data + matrix.rows * matrix.cols);
     for (std::vector<Named>& same_isa : subjects())
-      check_product(same_isa[1].name + " " + name_of(format), *same_isa[1].backend,
-                    load_as(*same_isa[1].backend, matrix, format), values, random);
+      check_product(same_isa.back().name + " " + name_of(format), *same_isa.back().backend,
+                    load_as(*same_isa.back().backend, matrix, format), values, random);
   }
 }
 
@@ -164,7 +164,7 @@ TEST(blocks_of_gguf_files_keep_their_values) {
     check_same_bits(name_of(dtype), values.data(), static_cast<const float*>(truth.data.get()),
                     values.size());
     for (std::vector<Named>& same_isa : subjects()) {
-      Backend& backend = *same_isa[1].backend;
+      Backend& backend = *same_isa.back().backend;
       const WeightRef weight = backend.load_matrix({&part, 1});
       CHECK(weight.format == exact_format(dtype));
       std::vector<float> row(cols);
@@ -172,7 +172,7 @@ TEST(blocks_of_gguf_files_keep_their_values) {
         unpack_row(weight.format, weight.data.get(), r, cols, row.data());
         check_same_bits(name_of(dtype), row.data(), values.data() + r * cols, cols);
       }
-      check_product(same_isa[1].name + " " + name_of(dtype), backend, weight, values, random);
+      check_product(same_isa.back().name + " " + name_of(dtype), backend, weight, values, random);
       // Requantised: the values are decoded first.
       const WeightRef int8 = backend.load_matrix({&part, 1}, {WeightFormat::kInt8G32});
       CHECK(int8.format == WeightFormat::kInt8G32);
@@ -191,7 +191,7 @@ TEST(a_packed_matrix_is_adopted_where_it_lies) {
   std::mt19937 random(5);
   for (const WeightFormat format : encodable_formats()) {
     const Matrix matrix = random_matrix(random, 70, 130, DType::kF32);
-    Backend& backend = *subjects()[0][1].backend;
+    Backend& backend = *subjects()[0].back().backend;
     const WeightRef packed = load_as(backend, matrix, format);
     const WeightRef adopted = backend.adopt_matrix(format, 70, 130, packed.data);
     CHECK(adopted.data.get() == packed.data.get());

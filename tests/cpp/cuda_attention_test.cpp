@@ -46,7 +46,7 @@ TEST(rows_turned_by_attention_have_the_bits_of_rows_turned_before) {
                     {{&first, &first_pages, 19, 1}, {&second, &second_pages, 269, 1}});
     };
     const std::vector<float> before = result(0, 1);
-    for (int ordinal = 0; ordinal < 4; ++ordinal) CHECK(result(ordinal, 0) == before);
+    for (const int ordinal : ordinals()) CHECK(result(ordinal, 0) == before);
   }
 }
 

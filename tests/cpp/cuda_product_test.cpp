@@ -271,6 +271,6 @@ TEST(rows_normalised_by_the_router_have_the_bits_of_rows_normalised_before) {
     const auto apart = results(0, 1);
     for (const std::vector<float>& values : apart)
       CHECK(std::ranges::all_of(values, [](float value) { return std::isfinite(value); }));
-    for (int ordinal = 0; ordinal < 4; ++ordinal) CHECK(results(ordinal, 0) == apart);
+    for (const int ordinal : ordinals()) CHECK(results(ordinal, 0) == apart);
   }
 }

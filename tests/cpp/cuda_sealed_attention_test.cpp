@@ -119,7 +119,7 @@ TEST(runs_of_pages_change_nothing) {
       const auto end = whole.begin() + static_cast<int64_t>(i + 1) * many * shape.out_cols();
       expected.insert(expected.end(), end - few * shape.out_cols(), end);
     }
-    for (int ordinal = 0; ordinal < 4; ++ordinal) {
+    for (const int ordinal : ordinals()) {
       const auto backend = make_cuda_backend(table, ordinal, make_cpu_backend({"", 1}), 1);
       // The longest first: states that are not there yet would be found from the runs before.
       for (const int32_t run : {16, 8, 4, 2, 1}) {
@@ -170,7 +170,7 @@ TEST(rows_appended_by_attention_have_the_bits_of_rows_appended_before) {
     forced_run = 1;
     const auto apart = results(0, 1);
     CHECK(std::ranges::none_of(apart.first, [](float value) { return std::isnan(value); }));
-    for (int ordinal = 0; ordinal < 4; ++ordinal)
+    for (const int ordinal : ordinals())
       for (const int32_t run : {1, 4}) {
         forced_run = run;
         CHECK(results(ordinal, 0) == apart);

@@ -21,23 +21,26 @@ constexpr size_t kBatched = 1;
 constexpr int64_t kMostReadings = 2;
 constexpr bool kSealedInIntegers = false, kRoundsOperands = true;
 
+// The emulated devices that are looked at: all; where sanitizers take their time, the last of each
+// kind that differs in what is tested, as order is not what they look at.
+inline std::vector<int> ordinals() {
+#ifdef PUNA_TEST_PRODUCTS
+  const std::vector<int> kinds{1, 3};  // without products of warpgroups, and with them
+#else
+  const std::vector<int> kinds{3};
+#endif
+  const bool sanitized = check::trials(4) < 4;
+  return sanitized ? kinds : std::vector<int>{0, 1, 2, 3};
+}
+
 inline std::vector<std::vector<Named>>& subjects() {
   static auto all = [] {
     std::vector<std::vector<Named>> made(1);
-    int schedules = 0;
     setenv("PUNA_CUDA_PRODUCTS", "warpgroups", 1);  // on those emulated devices that have them
-    emulator::device_table().device_count(&schedules);
-    // Where sanitizers take their time, the last of each kind that differs in what is tested: order
-    // is not what they look at.
-    const bool sanitized = check::trials(4) < 4;
-#ifdef PUNA_TEST_PRODUCTS
-    const int first = 1, step = 2;  // without products of warpgroups, and with them
-#else
-    const int first = schedules - 1, step = 1;
-#endif
-    for (int i = sanitized ? first : 0; i < schedules; i += sanitized ? step : 1) {
+    for (const int ordinal : ordinals()) {
       // Results are read where they are, so each kernel is started at once.
-      auto backend = make_cuda_backend(emulator::device_table(), i, make_cpu_backend({"", 1}), 1);
+      auto backend =
+          make_cuda_backend(emulator::device_table(), ordinal, make_cpu_backend({"", 1}), 1);
       std::string name = backend->description();
       made[0].push_back({std::move(name), std::move(backend)});
     }
