@@ -29,8 +29,9 @@ class Build:
         assert cmake and ninja, "cmake and ninja are missing: pip install '.[test]' brings them"
         configure = [cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(folder)]
         configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPython_EXECUTABLE={sys.executable}"]
-        # SKBUILD: the folder may be one in which the wheel was built.
-        configure += ["-DPUNA_BUILD_TESTS=ON", "-DPUNA_CUDA=off", "-USKBUILD", *definitions]
+        configure += ["-DPUNA_BUILD_TESTS=ON", "-DPUNA_CUDA=off", *definitions]
+        # The folder may be one in which the wheel was built, with what pip has removed since.
+        configure += ["-USKBUILD", "-UPUNA_JSON_INCLUDE"]
         both = (configure, [cmake, "--build", str(folder), "--target", *programs])
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._log = folder, folder / "build.log"
