@@ -1,8 +1,8 @@
 """Planted bugs in the CUDA kernels: the tests on the emulator must find every one.
 
 Each bug is a change of one place of a kernel: a missing barrier, a wrong lane, a tail without its
-guard; or of the backend where it and the host wait for one another. The file that has it is compiled with the change and linked in the place of the right one,
-and the tests named beside it must fail.
+guard; or of the backend where it and the host wait for one another. The file that has it is compiled
+with the change and linked in the place of the right one, and the tests named beside it must fail.
 """
 
 from __future__ import annotations
@@ -745,7 +745,8 @@ def _is_found(bug: Bug, folder: Path, programs: Path) -> bool:
     made, name = _compile(bug, folder), bug.place.program
     main = programs / "CMakeFiles" / f"{name}.dir" / "tests" / "cpp" / f"{name}.cpp.o"
     libraries = ["-Wl,--start-group", *map(str, programs.glob("libpuna_*.a")), "-Wl,--end-group"]
-    command = ["g++", str(main), str(made), *libraries, "-ldl", "-lpthread"]
+    # A layer of the host is one object, a part of which stands in what was made, too: the first counts.
+    command = ["g++", "-Wl,-z,muldefs", str(main), str(made), *libraries, "-ldl", "-lpthread"]
     subprocess.run([*command, "-o", str(folder / name)], check=True)
     command = [str(folder / name), "--first", bug.place.tests]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
