@@ -63,14 +63,14 @@ cuda::Operand CudaBackend::prepare(const Source& source, WeightFormat format,
     operand.group = static_cast<int32_t>(group_of(format));
     operand.groups = operand.stride / operand.group;
     operand.spans = (operand.stride + kActivationGroup - 1) / kActivationGroup;
-    const auto carve = [&](Carver carver) {
+    const auto carve = [&](char* memory) {
+      Carver carver(memory, Carver::kDeviceAlignment);
       operand.data = carver.take<int8_t>(source.rows * operand.stride);
       operand.scales = carver.take<float>(source.rows * operand.spans);
       operand.sums = carver.take<int32_t>(source.rows * operand.groups);
       return carver.used();
     };
-    carve(
-        Carver(scratch.reserve<char>(*device_, carve(Carver(nullptr, Carver::kDeviceAlignment)))));
+    carve(scratch.reserve<char>(*device_, carve(nullptr)));
   }
   if (source.index == nullptr && source.score == nullptr && !source.gated) {
     // Straight from the norm, if that has just been noted.
@@ -191,7 +191,8 @@ cuda::RoutingCall CudaBackend::route(ConstRows x, const MoeWeights& weights) {
   call.top_k = static_cast<int32_t>(weights.top_k);
   call.x = device_rows(x);
   call.cols = x.cols;
-  const auto carve = [&](Carver carver) {
+  const auto carve = [&](char* memory) {
+    Carver carver(memory, Carver::kDeviceAlignment);
     call.row = carver.take<int32_t>(slots);
     call.score = carver.take<float>(slots);
     call.offsets = carver.take<int32_t>(experts + 1);
@@ -201,7 +202,7 @@ cuda::RoutingCall CudaBackend::route(ConstRows x, const MoeWeights& weights) {
     if (routes) call.router.parts = carver.take<float>(x.rows * spans * experts);
     return carver.used();
   };
-  carve(Carver(routing_.reserve<char>(*device_, carve(Carver(nullptr, Carver::kDeviceAlignment)))));
+  carve(routing_.reserve<char>(*device_, carve(nullptr)));
   if (routes) {
     call.router.weights = weights.router.data.get();
     call.router.panel_bytes =
