@@ -56,7 +56,7 @@ void check_index(const char* where, std::span<const int32_t> index, int64_t rows
 void check_pages(const AttentionSegment& segment, bool seals, bool reads) {
   const int64_t first = segment.position - segment.first_position;
   const int64_t tokens = first + segment.rows, own = first / kPageTokens;
-  const int64_t pages = (tokens + kPageTokens - 1) / kPageTokens;
+  const int64_t pages = pages_for(tokens);
   const auto open = static_cast<int64_t>(segment.open.size());
   const auto sealed = static_cast<int64_t>(segment.sealed.size());
   if (segment.first_position < 0 || first < 0 || segment.first_open < 0 ||

@@ -49,12 +49,11 @@ Inspection inspect(const std::string& path, const std::string& mmproj) {
   }
   const KvPageLayout layout{DType::kBF16, report.spec.kv_heads, report.spec.head_dim};
   const auto page = static_cast<int64_t>(layout.page_bytes());
-  const auto pages = [](int64_t tokens) { return (tokens + kPageTokens - 1) / kPageTokens; };
   for (const LayerSpec& layer : report.spec.layers) {
     if (layer.chunk == 0) {
       report.kv_bytes_per_token += page / kPageTokens;
     } else {
-      report.kv_fixed_bytes += pages(std::min(layer.chunk, report.spec.max_position)) * page;
+      report.kv_fixed_bytes += pages_for(std::min(layer.chunk, report.spec.max_position)) * page;
     }
   }
   std::vector<int64_t> contexts;
@@ -63,7 +62,7 @@ Inspection inspect(const std::string& path, const std::string& mmproj) {
   for (const int64_t context : contexts) {
     report.memory.emplace_back(context,
                                report.weight_bytes + report.kv_fixed_bytes +
-                                   report.kv_bytes_per_token * pages(context) * kPageTokens);
+                                   report.kv_bytes_per_token * pages_for(context) * kPageTokens);
   }
   return report;
 }

@@ -9,8 +9,6 @@
 
 namespace puna {
 
-namespace {}  // namespace
-
 void ByteStrings::add(std::string_view bytes) {
   if (bytes.size() > std::numeric_limits<uint32_t>::max() - arena_.size()) {
     fail(ErrorCode::kModelFormat, "[tokenizer] the tokens have more than 4 GiB");

@@ -301,7 +301,7 @@ void CudaBackend::vision_attention(Rows out, Rows qkv, int64_t tiles, int64_t to
     call.rounded = states_.reserve<uint16_t>(
         *device_, tiles * 3 * heads * tokens * int64_t{cuda::kMostVisionDim});
   } else {
-    const int64_t pages = (tokens + kPageTokens - 1) / kPageTokens;
+    const int64_t pages = pages_for(tokens);
     call.states =
         states_.reserve<float>(*device_, tiles * tokens * heads * pages * cuda::state_floats(dim));
   }
