@@ -92,8 +92,9 @@ def test_threads_may_look_at_a_session_that_answers(llm: puna.Engine) -> None:
 
     def look() -> None:
         while not ended.wait(0.001):
-            lengths.append(len(session))
-            assert len(session.tokens()) >= lengths[-1]
+            length = len(session)
+            assert len(session.tokens()) >= length
+            lengths.append(length)
 
     ended = threading.Event()
     with ThreadPoolExecutor(2) as pool:
