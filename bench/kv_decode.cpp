@@ -88,6 +88,11 @@ int run_kv_decode(int argc, char** argv) {
   const int64_t rounds = arguments.integer("rounds", 5, 1, 1000);
   const int64_t ram = arguments.bytes("ram", 0);
   const std::vector<int64_t> rows = numbers_of(arguments.text("rows", "1"));
+  // Each step adds a token to the first sequence, whose own tokens are compared in one page.
+  if (const int64_t steps = (rounds + 1) * std::ssize(rows) + 1; steps >= kPageTokens)
+    fail(ErrorCode::kInvalidRequest, "--rounds ", rounds, " of ", rows.size(),
+         " numbers of rows would add ", steps, " tokens; at most ", kPageTokens - 1,
+         " can be added: ask for fewer rounds");
   const auto threads = static_cast<int>(arguments.integer("threads", 0, 1, ThreadPool::kMaxLanes));
   const std::string isa = arguments.text("isa", "");
   const std::string attention = arguments.text("attention", "exact");

@@ -725,10 +725,10 @@ ENDLESS = {
 @pytest.mark.parametrize("name", ENDLESS)
 def test_what_templates_do_is_bounded(name: str) -> None:
     source = "{% set x = 'x' * 1000000 %}" + ENDLESS[name]
-    started = time.monotonic()
+    started = time.thread_time()
     with pytest.raises(puna.InvalidRequest, match=r"theirs refuses .* does more than 16,7"):
         ask("a", template=ChatTemplate(source, origin="theirs"))
-    assert time.monotonic() - started < 30  # most take far less than a second
+    assert time.thread_time() - started < 30  # most take far less than a second
 
 
 def test_what_templates_may_do_grows_with_the_conversation() -> None:

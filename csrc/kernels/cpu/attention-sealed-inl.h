@@ -47,13 +47,14 @@ struct Ahead {
 
   template <int Lines>
   PUNA_INLINE_MEMBER void ask() {
+    ask<Lines>(first);
+    ask<Lines>(second);
+  }
+  template <int Lines>
+  PUNA_INLINE_MEMBER static void ask(const uint8_t*& at) {
 #pragma GCC unroll 2
-    for (int i = 0; i < Lines; ++i) {
-      __builtin_prefetch(first + i * 64, 0, 2);
-      __builtin_prefetch(second + i * 64, 0, 2);
-    }
-    first += Lines * 64;
-    second += Lines * 64;
+    for (int i = 0; i < Lines; ++i) __builtin_prefetch(at + i * 64, 0, 2);
+    at += Lines * 64;
   }
 };
 
@@ -174,35 +175,35 @@ void weigh_rows(const SealedRows& all, int64_t first, int64_t count, const Level
   }
 }
 
-// Scores of Rows rows for 32 tokens.
+// Scores of Rows rows for a tile's tokens, of which `first` is the first.
 template <class Format, int Rows>
 struct ScoreTile {
-  PUNA_INLINE_MEMBER static void finish(const SealedRows& all, int64_t row, int64_t block,
-                                        const VF (&sums)[Rows][kLineVectors]) {
+  PUNA_INLINE_MEMBER static void finish(const SealedRows& all, int64_t row, int64_t first,
+                                        const VF (&sums)[Rows][kSealedVectors]) {
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
       const SealedRow& how = all.rows[row + r];
-      float* scores = all.scores + (row + r) * kSealedTokens + block * kLineRows;
+      float* scores = all.scores + (row + r) * kSealedTokens + first;
 #pragma GCC unroll 32
-      for (int v = 0; v < kLineVectors; ++v)
+      for (int v = 0; v < kSealedVectors; ++v)
         store(scores + v * VF::N, fma(sums[r][v], set1(how.step), set1(how.offset)));
     }
   }
 };
 
-// Outputs of Rows rows for 32 channels.
+// Outputs of Rows rows for a tile's channels, of which `first` is the first.
 template <class Format, int Rows>
 struct ValueTile {
-  PUNA_INLINE_MEMBER static void finish(const SealedRows& all, int64_t row, int64_t block,
-                                        const VF (&sums)[Rows][kLineVectors]) {
+  PUNA_INLINE_MEMBER static void finish(const SealedRows& all, int64_t row, int64_t first,
+                                        const VF (&sums)[Rows][kSealedVectors]) {
     const int64_t n = all.page.head_dim;
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
       const SealedRow& how = all.rows[row + r];
       float* out = all.page.o + (row + r) * n;
 #pragma GCC unroll 32
-      for (int v = 0; v < kLineVectors; ++v) {
-        const int64_t c = block * kLineRows + v * VF::N, left = n - c;
+      for (int v = 0; v < kSealedVectors; ++v) {
+        const int64_t c = first + v * VF::N, left = n - c;
         if (left <= 0) continue;
         const VF old = left >= VF::N ? load(out + c) : load_n(out + c, left);
         const VF moved = fma(old, set1(how.decay), set1(how.offset));
@@ -217,28 +218,40 @@ struct ValueTile {
   }
 };
 
+// A block is multiplied in parts, whose sums fit the registers.
+constexpr int kParts = kLineVectors / kSealedVectors;
+static_assert(kParts <= 2);
+
 // The sums of one block for rows [row, row + Rows), over `lines` lines of it. The first rows to
-// read it ask for memory ahead.
+// read it ask for memory ahead: each part for its half.
 template <class Format, class Source, template <class, int> class Tile, int Rows, bool Reads>
 PUNA_INLINE void multiply_block(const SealedRows& all, int64_t row, int64_t block, int64_t lines,
                                 const Source& source, Ahead ahead) {
-  CodeSums<Rows> sums;
-#pragma GCC unroll 16
-  for (int r = 0; r < Rows; ++r) sums.start(r, all.rows[row + r].start);
   const int16_t* words = all.words + row * kSealedTokens;
-#pragma GCC unroll 1
-  for (int64_t line = 0; line < lines; ++line) {
-    if constexpr (Reads) ahead.ask<Source::kLines>();
-    sums.add(source, (block * lines + line) * kLineBytes, words + line * Source::kFours * 4,
-             kSealedTokens);
-  }
-  VF totals[Rows][kLineVectors];
+#pragma GCC unroll 2
+  for (int part = 0; part < kParts; ++part) {
+    const int64_t first = part * kSealedVectors * VF::N;  // of the 32 rows of a line
+    CodeSums<Rows> sums;
 #pragma GCC unroll 16
-  for (int r = 0; r < Rows; ++r) {
+    for (int r = 0; r < Rows; ++r) sums.start(r, all.rows[row + r].start);
+#pragma GCC unroll 1
+    for (int64_t line = 0; line < lines; ++line) {
+      if constexpr (Reads && kParts == 1) {
+        ahead.ask<Source::kLines>();
+      } else if constexpr (Reads) {
+        Ahead::ask<Source::kLines>(part == 0 ? ahead.first : ahead.second);
+      }
+      sums.add(source, (block * lines + line) * kLineBytes + first * 4,
+               words + line * Source::kFours * 4, kSealedTokens);
+    }
+    VF totals[Rows][kSealedVectors];
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 32
-    for (int v = 0; v < kLineVectors; ++v) totals[r][v] = to_float(sums.total(r, v));
+      for (int v = 0; v < kSealedVectors; ++v) totals[r][v] = to_float(sums.total(r, v));
+    }
+    Tile<Format, Rows>::finish(all, row, block * kLineRows + first, totals);
   }
-  Tile<Format, Rows>::finish(all, row, block, totals);
 }
 
 template <class Format, class Source, template <class, int> class Tile, bool Reads,

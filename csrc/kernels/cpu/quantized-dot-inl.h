@@ -205,6 +205,17 @@ PUNA_INLINE int32_t sum_of(Dots a) {
   return static_cast<int32_t>(total);
 }
 
+// One after the other: the compiler would regroup sums of whole numbers to trees of products that
+// no machine has the registers for.
+PUNA_INLINE Dots in_order(Dots total) {
+#if defined(__ARM_NEON)
+  asm("" : "+w"(total));
+#else
+  asm("" : "+v"(total));
+#endif
+  return total;
+}
+
 // multiply_codes<Format, I, Count>(dots, partial, w, x): the I-th of Count products of vectors that
 // are added to `dots`; exact. `partial` belongs to the function between the products.
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
@@ -256,13 +267,6 @@ PUNA_INLINE Dots dots_of_pairs(Dots pairs) {
 PUNA_INLINE Codes magnitude(Codes w) { return _mm256_abs_epi8(w); }
 PUNA_INLINE Codes with_sign(Codes x, Codes w) { return _mm256_sign_epi8(x, w); }
 #endif
-// One after the other: the compiler would regroup sums of whole numbers to trees of products that
-// no machine has the registers for.
-PUNA_INLINE Dots in_order(Dots total) {
-  asm("" : "+v"(total));
-  return total;
-}
-
 constexpr bool kSignedBytes = true;
 template <class Format, int I, int Count>
 PUNA_INLINE void multiply_codes(Dots& dots, Dots& partial, Codes w, Codes x) {

@@ -18,14 +18,18 @@ namespace {
 // Vectors of one line of 32 rows.
 constexpr int kLineVectors = static_cast<int>(32 / VF::N);
 
-// The largest tile: its sums, four vectors of codes and a few more registers must fit the machine.
+// The largest tile: its sums (two of each with limbs), twice its vectors for codes and two more
+// registers must fit the machine. Five rows are the query heads of one KV head in Scout and
+// Maverick.
 #if defined(__AVX512VNNI__)
 #define PUNA_LIMBS
-constexpr int kSealedRows = 5, kGroupVectors = 2;
+constexpr int kSealedRows = 5, kSealedVectors = 2;
 #elif defined(__AVX512F__)
-constexpr int kSealedRows = 10, kGroupVectors = 2;
+constexpr int kSealedRows = 10, kSealedVectors = 2;
+#elif defined(__AVX2__)
+constexpr int kSealedRows = 5, kSealedVectors = 2;
 #else
-constexpr int kSealedRows = 2, kGroupVectors = 1;
+constexpr int kSealedRows = 5, kSealedVectors = 4;
 #endif
 
 // multiply_words(sums, codes, words): two products of 16 bits each, added to the sum of their row.
@@ -70,7 +74,7 @@ PUNA_INLINE Dots store_words(int16_t* p, VF a) {
 PUNA_INLINE Codes even_bytes(Codes a) { return _mm512_and_si512(a, _mm512_set1_epi16(0xff)); }
 PUNA_INLINE Codes odd_bytes(Codes a) { return _mm512_srli_epi16(a, 8); }
 PUNA_INLINE void multiply_words(Dots& sums, Codes codes, Codes words) {
-  sums = _mm512_add_epi32(sums, _mm512_madd_epi16(codes, words));
+  sums = in_order(_mm512_add_epi32(sums, _mm512_madd_epi16(codes, words)));
 }
 PUNA_INLINE Dots store_words(int16_t* p, VF a) {
   const __m512i whole = _mm512_cvtps_epi32(a.v);
@@ -104,9 +108,9 @@ PUNA_INLINE Codes two_words(const int16_t* p) {
 }
 PUNA_INLINE void multiply_words(Dots& sums, Codes codes, Codes words) {
 #if defined(__AVXVNNI__)
-  sums = _mm256_dpwssd_avx_epi32(sums, codes, words);
+  sums = in_order(_mm256_dpwssd_avx_epi32(sums, codes, words));
 #else
-  sums = _mm256_add_epi32(sums, _mm256_madd_epi16(codes, words));
+  sums = in_order(_mm256_add_epi32(sums, _mm256_madd_epi16(codes, words)));
 #endif
 }
 PUNA_INLINE Dots store_words(int16_t* p, VF a) {
@@ -142,8 +146,8 @@ PUNA_INLINE Codes two_words(const int16_t* p) {
 }
 PUNA_INLINE void multiply_words(Dots& sums, Codes codes, Codes words) {
   const int16x8_t a = vreinterpretq_s16_u8(codes), b = vreinterpretq_s16_u8(words);
-  sums = vaddq_s32(sums,
-                   vpaddq_s32(vmull_s16(vget_low_s16(a), vget_low_s16(b)), vmull_high_s16(a, b)));
+  sums = in_order(vaddq_s32(
+      sums, vpaddq_s32(vmull_s16(vget_low_s16(a), vget_low_s16(b)), vmull_high_s16(a, b))));
 }
 PUNA_INLINE Dots store_words(int16_t* p, VF a) {
   const int32x4_t whole = vcvtnq_s32_f32(a.v);
@@ -164,44 +168,40 @@ PUNA_INLINE int32_t store_words(int16_t* words, const float* numbers, int64_t co
 }
 
 // Sources of codes; a step takes kLines lines of 128 bytes: kFours vectors of four codes of each
-// row, `at` bytes into them. A line of 4 bits has first the four codes in the lower halves of its
-// bytes, then those in the upper.
+// row, of which four(i, at) is the i-th of the rows `at` bytes into them. A line of 4 bits has
+// first the four codes in the lower halves of its bytes, then those in the upper.
 struct SealedFourBits {
   static constexpr int kLines = 1, kFours = 2;
   const uint8_t* codes;
   const uint8_t* unused = nullptr;
-  PUNA_INLINE_MEMBER void load(Codes (&fours)[kFours], int64_t at) const {
+  PUNA_INLINE_MEMBER Codes four(int i, int64_t at) const {
     const Codes both = load_codes(codes + at);
-    fours[0] = bits_of<0, 4, 0>(both);
-    fours[1] = bits_of<4, 4, 0>(both);
+    return i == 0 ? bits_of<0, 4, 0>(both) : bits_of<4, 4, 0>(both);
   }
 };
 struct SealedTwoPlanes {
   static constexpr int kLines = 2, kFours = 2;
   const uint8_t *upper, *lower;
-  PUNA_INLINE_MEMBER void load(Codes (&fours)[kFours], int64_t at) const {
+  PUNA_INLINE_MEMBER Codes four(int i, int64_t at) const {
     const Codes high = load_codes(upper + at), low = load_codes(lower + at);
-    fours[0] = halves_of(left<4>(high), low);
-    fours[1] = halves_of(high, right<4>(low));
+    return i == 0 ? halves_of(left<4>(high), low) : halves_of(high, right<4>(low));
   }
 };
 struct SealedBytes {
   static constexpr int kLines = 1, kFours = 1;
   const uint8_t* codes;
-  PUNA_INLINE_MEMBER void load(Codes (&fours)[kFours], int64_t at) const {
-    fours[0] = load_codes(codes + at);
-  }
+  PUNA_INLINE_MEMBER Codes four(int, int64_t at) const { return load_codes(codes + at); }
 };
 
-// Sums of one line's 32 rows for some rows of words.
+// Sums of the rows of kSealedVectors vectors of a line for some rows of words.
 #if defined(PUNA_LIMBS)
 template <int Rows>
 struct CodeSums {
-  Dots upper[Rows][kLineVectors], lower[Rows][kLineVectors];
+  Dots upper[Rows][kSealedVectors], lower[Rows][kSealedVectors];
 
   PUNA_INLINE_MEMBER void start(int r, int32_t value) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kLineVectors; ++v) {
+    for (int v = 0; v < kSealedVectors; ++v) {
       upper[r][v] = in_place(same_dots(0));
       lower[r][v] = in_place(same_dots(value));
     }
@@ -212,9 +212,12 @@ struct CodeSums {
   template <class Source>
   PUNA_INLINE_MEMBER void add(const Source& source, int64_t at, const int16_t* words,
                               int64_t stride) {
-    Codes codes[kLineVectors][Source::kFours];
+    Codes codes[kSealedVectors][Source::kFours];
 #pragma GCC unroll 2
-    for (int v = 0; v < kLineVectors; ++v) source.load(codes[v], at + v * VF::N * 4);
+    for (int v = 0; v < kSealedVectors; ++v) {
+#pragma GCC unroll 2
+      for (int i = 0; i < Source::kFours; ++i) codes[v][i] = source.four(i, at + v * VF::N * 4);
+    }
 #pragma GCC unroll 2
     for (int i = 0; i < Source::kFours; ++i) {
 #pragma GCC unroll 16
@@ -222,7 +225,7 @@ struct CodeSums {
         const int16_t* four = words + r * stride + 4 * i;
         const Codes high = two_words(four), low = two_words(four + 2);
 #pragma GCC unroll 2
-        for (int v = 0; v < kLineVectors; ++v) {
+        for (int v = 0; v < kSealedVectors; ++v) {
           multiply_fours(upper[r][v], codes[v][i], high);
           multiply_fours(lower[r][v], codes[v][i], low);
         }
@@ -234,43 +237,41 @@ struct CodeSums {
 #else
 template <int Rows>
 struct CodeSums {
-  Dots dots[Rows][kLineVectors];
+  Dots dots[Rows][kSealedVectors];
 
   PUNA_INLINE_MEMBER void start(int r, int32_t value) {
 #pragma GCC unroll 32
-    for (int v = 0; v < kLineVectors; ++v) dots[r][v] = same_dots(value);
+    for (int v = 0; v < kSealedVectors; ++v) dots[r][v] = same_dots(value);
   }
   PUNA_INLINE_MEMBER Dots total(int r, int v) const { return dots[r][v]; }
-  // A pair of words is loaded once for the vectors of a group; not more pairs at a time, or they
-  // would drive the sums out of the registers.
   template <class Source>
   PUNA_INLINE_MEMBER void add(const Source& source, int64_t at, const int16_t* words,
                               int64_t stride) {
-#pragma GCC unroll 32
-    for (int first = 0; first < kLineVectors; first += kGroupVectors) {
-      Codes codes[kGroupVectors][2 * Source::kFours];
-#pragma GCC unroll 4
-      for (int v = 0; v < kGroupVectors; ++v) {
-        Codes fours[Source::kFours];
-        source.load(fours, at + (first + v) * VF::N * 4);
 #pragma GCC unroll 2
-        for (int i = 0; i < Source::kFours; ++i) {
-          codes[v][2 * i] = even_bytes(fours[i]);
-          codes[v][2 * i + 1] = odd_bytes(fours[i]);
-        }
-      }
+    for (int i = 0; i < Source::kFours; ++i) {
+      Codes fours[kSealedVectors], codes[kSealedVectors];
 #pragma GCC unroll 4
-      for (int i = 0; i < 2 * Source::kFours; ++i) {
-#pragma GCC unroll 16
-        for (int r = 0; r < Rows; ++r) {
-          const Codes pair = two_words(words + r * stride + 2 * i);
-#pragma GCC unroll 4
-          for (int v = 0; v < kGroupVectors; ++v)
-            multiply_words(dots[r][first + v], codes[v][i], pair);
-        }
+      for (int v = 0; v < kSealedVectors; ++v) {
+        fours[v] = source.four(i, at + v * VF::N * 4);
+        codes[v] = even_bytes(fours[v]);
       }
-      asm volatile("" ::: "memory");
+      add_words(codes, words + 4 * i, stride);
+#pragma GCC unroll 4
+      for (int v = 0; v < kSealedVectors; ++v) codes[v] = odd_bytes(fours[v]);
+      add_words(codes, words + 4 * i + 2, stride);
     }
+  }
+  // A pair of words is loaded once for all vectors. Not more pairs and codes at a time, or they
+  // would drive the sums out of the registers.
+  PUNA_INLINE_MEMBER void add_words(const Codes (&codes)[kSealedVectors], const int16_t* words,
+                                    int64_t stride) {
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) {
+      const Codes pair = two_words(words + r * stride);
+#pragma GCC unroll 4
+      for (int v = 0; v < kSealedVectors; ++v) multiply_words(dots[r][v], codes[v], pair);
+    }
+    asm volatile("" ::: "memory");
   }
 };
 #endif
@@ -278,7 +279,7 @@ struct CodeSums {
 #else  // plain
 
 constexpr int kLineVectors = 32;
-constexpr int kSealedRows = 1;
+constexpr int kSealedRows = 1, kSealedVectors = 32;
 
 PUNA_INLINE VF to_float(int32_t a) { return {static_cast<float>(a)}; }
 
@@ -318,7 +319,7 @@ struct SealedBytes {
 
 template <int Rows>
 struct CodeSums {
-  int32_t dots[Rows][kLineVectors];
+  int32_t dots[Rows][kSealedVectors];
 
   int32_t total(int r, int v) const { return dots[r][v]; }
   void start(int r, int32_t value) {
@@ -327,7 +328,7 @@ struct CodeSums {
   template <class Source>
   void add(const Source& source, int64_t at, const int16_t* words, int64_t stride) {
     for (int r = 0; r < Rows; ++r)
-      for (int v = 0; v < kLineVectors; ++v)
+      for (int v = 0; v < kSealedVectors; ++v)
         for (int i = 0; i < 4 * Source::kFours; ++i)
           dots[r][v] += source.code(at, v, i) * words[r * stride + i];
   }
