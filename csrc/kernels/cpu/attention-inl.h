@@ -56,24 +56,31 @@ void score_rows(float* scores, int64_t scores_stride, const float* q, int64_t q_
   }
 }
 
-// out[r] += sum over t of weights[r][t] * v[t], for a few rows. The tiles are flat and wide: with
-// 128 channels in AVX-512 one tile takes the whole width, and the values are read strictly in
-// order.
+// Tiles of values are flat and wide, half of the rows at a time: with 128 channels in AVX-512 one
+// takes the whole width, and the values are read strictly in order. In AVX2, whose registers are
+// few, a tile of all rows is better for bfloat16, which is widened once then.
+template <class Product>
+constexpr int kValueVectors =
+    kLanes == 8 && sizeof(typename Product::W) == 2 ? Product::kVectors : 2 * Product::kVectors;
+
+// out[r] += sum over t of weights[r][t] * v[t], for a few rows. Where Reads, each group of channels
+// asks for its share of what lies at `next`, as large as v.
 template <class Product, int Rows, bool Reads = false>
 void add_values(float* out, const float* weights, int64_t weights_stride,
                 const typename Product::W* v, int64_t tokens, int64_t head_dim,
                 const typename Product::W* next = nullptr) {
-  constexpr int kWide = 2 * Product::kVectors;
+  constexpr int kWide = kValueVectors<Product>;
   const WeightStrides strides = {head_dim, kLanes};
   int64_t c = 0;
   for (; c + kWide * kLanes <= head_dim; c += kWide * kLanes) {
     multiply_tile<Product, Rows, kWide>(out + c, head_dim, weights, weights_stride, v + c, strides,
-                                        tokens, ask_each_step<Product, kWide, Reads>(next + c));
+                                        tokens,
+                                        ask_each_step<Product, kWide, Reads>(next + c * tokens));
   }
   for (; c + Product::kVectors * kLanes <= head_dim; c += Product::kVectors * kLanes) {
     multiply_tile<Product, Rows, Product::kVectors>(
         out + c, head_dim, weights, weights_stride, v + c, strides, tokens,
-        ask_each_step<Product, Product::kVectors, Reads>(next + c));
+        ask_each_step<Product, Product::kVectors, Reads>(next + c * tokens));
   }
   for (; c + kLanes <= head_dim; c += kLanes) {
     multiply_tile<Product, Rows, 1>(out + c, head_dim, weights, weights_stride, v + c, strides,
@@ -142,15 +149,15 @@ void attend_rows(const AttendPage& page, int64_t row) {
     const int64_t end = t + kValueBlock;
     const int64_t common = least < t ? t : (least < end ? least : end);
     const typename Product::W* block = v + t * head_dim;
-    constexpr int kHalf = (Rows + 1) / 2;
+    constexpr int kFirst = kValueVectors<Product> > Product::kVectors ? (Rows + 1) / 2 : Rows;
     const typename Product::W* next =
         t + kTokensAhead < most || page.next == nullptr
             ? block + kTokensAhead * head_dim
             : static_cast<const typename Product::W*>(page.next) + (t % kTokensAhead) * head_dim;
-    add_values<Product, kHalf, Reads>(out, scores + t, padded, block, common - t, head_dim, next);
-    if constexpr (Rows > 1) {
-      add_values<Product, Rows - kHalf>(out + kHalf * head_dim, scores + kHalf * padded + t, padded,
-                                        block, common - t, head_dim);
+    add_values<Product, kFirst, Reads>(out, scores + t, padded, block, common - t, head_dim, next);
+    if constexpr (Rows > kFirst) {
+      add_values<Product, Rows - kFirst>(out + kFirst * head_dim, scores + kFirst * padded + t,
+                                         padded, block, common - t, head_dim);
     }
     for (int r = 0; r < Rows; ++r) {
       const int64_t last = visible[r] < end ? visible[r] : end;
