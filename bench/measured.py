@@ -179,18 +179,26 @@ def _kv_decode(paths: list[Path]) -> Iterator[str]:
         "by `puna-bench kv-decode`:"
     )
     yield ""
-    yield "| tokens | KV cache | ms | GB/s | share of what reading alone takes | peak memory |"
-    yield "|---|---|---|---|---|---|"
-    # Of one length, the widest first.
+    columns = ["tokens", "KV cache", "kernels", "ms", "GB/s", "share of what reading alone takes"]
+    yield f"| {' | '.join([*columns, 'peak memory'])} |"
+    yield "|---|---|---|---|---|---|---|"
+    # By length, then by instruction set, the widest of each first.
     results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    results.sort(key=lambda result: (result["facts"]["tokens"], -result["facts"]["cache GB"]))
+    results.sort(
+        key=lambda result: (
+            result["facts"]["tokens"],
+            result["facts"]["isa"],
+            -result["facts"]["cache GB"],
+        )
+    )
     for result in results:
         facts, row = result["facts"], result["rows"][0]
         disk = row.get("% of disk read")
         share = row["% of read"] if disk is None else disk
         yield (
             f"| {facts['tokens']:,} | {facts['kv']}, {facts['cache GB']:.2f} GB, "
-            f"{'memory' if disk is None else 'memory and disk'} | {row['ms a step']:,.0f} "
+            f"{'memory' if disk is None else 'memory and disk'} "
+            f"| {facts['isa']} | {row['ms a step']:,.0f} "
             f"| {row['cache GB/s']:.1f} | {share:.0f} % | {facts['peak resident GiB']:.2f} GiB |"
         )
 

@@ -387,3 +387,6 @@ def test_doctor() -> None:
 def test_bench_passes_its_arguments_on() -> None:
     assert "puna-bench" in run("bench", "--help").stdout
     assert run("bench", "nonsense", expect=2).stdout == ""
+    # Its own tokens would not fit the page in which they are compared.
+    many = run("bench", "kv-decode", "--tokens", "256", "--rounds", "254", expect=1)
+    assert "--rounds 254 of 1 numbers of rows would add 256 tokens; at most 255" in many.stderr
