@@ -267,6 +267,7 @@ PUNA_INLINE Dots dots_of_pairs(Dots pairs) {
 PUNA_INLINE Codes magnitude(Codes w) { return _mm256_abs_epi8(w); }
 PUNA_INLINE Codes with_sign(Codes x, Codes w) { return _mm256_sign_epi8(x, w); }
 #endif
+
 constexpr bool kSignedBytes = true;
 template <class Format, int I, int Count>
 PUNA_INLINE void multiply_codes(Dots& dots, Dots& partial, Codes w, Codes x) {
