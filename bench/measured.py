@@ -179,8 +179,10 @@ def _kv_decode(paths: list[Path]) -> Iterator[str]:
         "by `puna-bench kv-decode`:"
     )
     yield ""
-    columns = ["tokens", "KV cache", "kernels", "ms", "GB/s", "share of what reading alone takes"]
-    yield f"| {' | '.join([*columns, 'peak memory'])} |"
+    yield (
+        "| tokens | KV cache | kernels | ms | GB/s | share of what reading alone takes "
+        "| peak memory |"
+    )
     yield "|---|---|---|---|---|---|---|"
     # By length, then by instruction set, the widest of each first.
     results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]

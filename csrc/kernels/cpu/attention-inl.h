@@ -77,10 +77,12 @@ void add_values(float* out, const float* weights, int64_t weights_stride,
                                         tokens,
                                         ask_each_step<Product, kWide, Reads>(next + c * tokens));
   }
-  for (; c + Product::kVectors * kLanes <= head_dim; c += Product::kVectors * kLanes) {
-    multiply_tile<Product, Rows, Product::kVectors>(
-        out + c, head_dim, weights, weights_stride, v + c, strides, tokens,
-        ask_each_step<Product, Product::kVectors, Reads>(next + c * tokens));
+  if constexpr (kWide > Product::kVectors) {
+    for (; c + Product::kVectors * kLanes <= head_dim; c += Product::kVectors * kLanes) {
+      multiply_tile<Product, Rows, Product::kVectors>(
+          out + c, head_dim, weights, weights_stride, v + c, strides, tokens,
+          ask_each_step<Product, Product::kVectors, Reads>(next + c * tokens));
+    }
   }
   for (; c + kLanes <= head_dim; c += kLanes) {
     multiply_tile<Product, Rows, 1>(out + c, head_dim, weights, weights_stride, v + c, strides,
